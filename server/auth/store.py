@@ -1,0 +1,270 @@
+"""SQL of accounts, sessions and refresh tokens."""
+
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from asyncpg import Record
+
+from server.postgres import Executor
+
+SESSIONS_KEPT = 50  # living sessions of one user; the one unused longest gives way
+
+
+async def create_user(db: Executor, *, email: str, name: str, password_hash: str) -> Record | None:
+    """The user, or None where the address is taken."""
+    return await db.fetchrow(
+        """
+        INSERT INTO users (email, name, password_hash) VALUES ($1, $2, $3)
+        ON CONFLICT (lower(email)) DO NOTHING
+        RETURNING id, email, name, avatar_url, revision, created_at, updated_at
+        """,
+        email,
+        name,
+        password_hash,
+    )
+
+
+async def user_by_email(db: Executor, *, email: str) -> Record | None:
+    return await db.fetchrow(
+        """
+        SELECT id, email, name, avatar_url, revision, created_at, updated_at, password_hash
+        FROM users WHERE lower(email) = lower($1)
+        """,
+        email,
+    )
+
+
+async def user_by_id(db: Executor, *, user: UUID) -> Record | None:
+    return await db.fetchrow(
+        """
+        SELECT id, email, name, avatar_url, revision, created_at, updated_at, password_hash
+        FROM users WHERE id = $1
+        """,
+        user,
+    )
+
+
+async def change_user(
+    db: Executor,
+    *,
+    user: UUID,
+    name: str | None,
+    avatar_url: str | None,
+    set_avatar: bool,
+    revisions: list[int] | None,
+) -> Record | None:
+    """The changed user; None where the revision is none of these."""
+    return await db.fetchrow(
+        """
+        UPDATE users SET name = COALESCE($2, name),
+                         avatar_url = CASE WHEN $4::boolean THEN $3 ELSE avatar_url END,
+                         revision = revision + 1, updated_at = now()
+        WHERE id = $1 AND ($5::bigint[] IS NULL OR revision = ANY ($5))
+        RETURNING id, email, name, avatar_url, revision, created_at, updated_at
+        """,
+        user,
+        name,
+        avatar_url,
+        set_avatar,
+        revisions,
+    )
+
+
+async def change_password(db: Executor, *, user: UUID, old_hash: str, new_hash: str) -> bool:
+    """Whether the password was still the one that was verified."""
+    return bool(
+        await db.fetchval(
+            """
+            UPDATE users SET password_hash = $3, updated_at = now()
+            WHERE id = $1 AND password_hash = $2 RETURNING true
+            """,
+            user,
+            old_hash,
+            new_hash,
+        )
+    )
+
+
+async def lock_owned_projects(db: Executor, *, user: UUID) -> list[Record]:
+    """The user's own projects and how many others are in each; nobody can join until we are done."""
+    return await db.fetch(
+        """
+        WITH owned AS (
+            SELECT p.id FROM projects p JOIN members m ON m.project_id = p.id
+            WHERE m.user_id = $1 AND m.role = 'OWNER' ORDER BY p.id FOR UPDATE OF p
+        )
+        SELECT owned.id, (SELECT count(*) - 1 FROM members m WHERE m.project_id = owned.id) AS others
+        FROM owned
+        """,
+        user,
+    )
+
+
+async def delete_projects(db: Executor, *, projects: list[UUID]) -> None:
+    await db.execute("DELETE FROM projects WHERE id = ANY ($1::uuid[])", projects)
+
+
+async def delete_user(db: Executor, *, user: UUID, revisions: list[int] | None) -> bool:
+    return bool(
+        await db.fetchval(
+            """
+            DELETE FROM users WHERE id = $1 AND ($2::bigint[] IS NULL OR revision = ANY ($2)) RETURNING true
+            """,
+            user,
+            revisions,
+        )
+    )
+
+
+async def start_session(
+    db: Executor, *, user: UUID, token_hash: bytes, user_agent: str, ip: str, expires_at: datetime
+) -> Record:
+    """``id`` of the new session, and ``ended``: the ids of those that had to give way."""
+    row = await db.fetchrow(
+        """
+        WITH ended AS (
+            UPDATE sessions SET ended_at = now() WHERE id IN (
+                SELECT id FROM sessions WHERE user_id = $1 AND ended_at IS NULL
+                ORDER BY last_used_at DESC OFFSET $6 - 1
+            ) RETURNING id
+        ), started AS (
+            INSERT INTO sessions (user_id, user_agent, ip, expires_at) VALUES ($1, $3, $4, $5) RETURNING id
+        ), token AS (
+            INSERT INTO refresh_tokens (hash, session_id, expires_at) SELECT $2, id, $5 FROM started
+        )
+        SELECT id, ARRAY(SELECT id FROM ended) AS ended FROM started
+        """,
+        user,
+        token_hash,
+        user_agent,
+        ip,
+        expires_at,
+        SESSIONS_KEPT,
+    )
+    assert row is not None
+    return row
+
+
+async def rotate(
+    db: Executor, *, hashes: list[bytes], new_hash: bytes, expires_at: datetime, grace_seconds: float
+) -> Record | None:
+    """Spend a refresh token and give its session a new one, in one statement.
+
+    A token spent less than ``grace_seconds`` ago still counts, as long as none of its successors was spent:
+    then two honest requests raced. None where the token cannot be spent.
+    """
+    return await db.fetchrow(
+        """
+        WITH spent AS (
+            UPDATE refresh_tokens t SET spent_at = COALESCE(t.spent_at, now())
+            FROM sessions s
+            WHERE t.hash = ANY ($1::bytea[]) AND t.expires_at > now()
+              AND s.id = t.session_id AND s.ended_at IS NULL AND s.expires_at > now()
+              AND (t.spent_at IS NULL OR (
+                    t.spent_at > now() - make_interval(secs => $4)
+                    AND NOT EXISTS (SELECT FROM refresh_tokens c WHERE c.parent = t.hash AND c.spent_at IS NOT NULL)
+              ))
+            RETURNING t.hash, t.session_id, s.user_id
+        ), issued AS (
+            INSERT INTO refresh_tokens (hash, session_id, parent, expires_at)
+            SELECT $2, session_id, hash, $3 FROM spent
+        ), used AS (
+            UPDATE sessions SET last_used_at = now(), expires_at = GREATEST(sessions.expires_at, $3)
+            FROM spent WHERE id = spent.session_id
+        )
+        SELECT session_id, user_id FROM spent
+        """,
+        hashes,
+        new_hash,
+        expires_at,
+        grace_seconds,
+    )
+
+
+async def end_session_of_token(db: Executor, *, hashes: list[bytes], user: UUID | None, spent_only: bool) -> UUID | None:
+    """End the session a refresh token belongs to; its id, or None where there was none alive."""
+    ended: UUID | None = await db.fetchval(
+        """
+        UPDATE sessions s SET ended_at = now() FROM refresh_tokens t
+        WHERE t.hash = ANY ($1::bytea[]) AND s.id = t.session_id AND s.ended_at IS NULL
+          AND ($2::uuid IS NULL OR s.user_id = $2) AND (t.spent_at IS NOT NULL OR NOT $3)
+        RETURNING s.id
+        """,
+        hashes,
+        user,
+        spent_only,
+    )
+    return ended
+
+
+async def session_alive(db: Executor, *, session: UUID, user: UUID) -> bool:
+    return bool(
+        await db.fetchval(
+            """
+            SELECT true FROM sessions
+            WHERE id = $1 AND user_id = $2 AND ended_at IS NULL AND expires_at > now()
+            """,
+            session,
+            user,
+        )
+    )
+
+
+async def end_session(db: Executor, *, user: UUID, session: UUID) -> bool:
+    """Whether that session of the user was alive."""
+    return bool(
+        await db.fetchval(
+            """
+            UPDATE sessions SET ended_at = now()
+            WHERE id = $2 AND user_id = $1 AND ended_at IS NULL AND expires_at > now() RETURNING true
+            """,
+            user,
+            session,
+        )
+    )
+
+
+async def end_sessions(db: Executor, *, user: UUID, keep: UUID | None) -> list[UUID]:
+    """End every living session of the user but ``keep``; their ids."""
+    rows = await db.fetch(
+        """
+        UPDATE sessions SET ended_at = now()
+        WHERE user_id = $1 AND ended_at IS NULL AND ($2::uuid IS NULL OR id <> $2) RETURNING id
+        """,
+        user,
+        keep,
+    )
+    return [row["id"] for row in rows]
+
+
+async def list_sessions(
+    db: Executor, *, user: UUID, current: UUID, limit: int, after: tuple[Any, Any]
+) -> list[Record]:
+    """Living sessions, newest first; one more than ``limit``."""
+    return await db.fetch(
+        """
+        SELECT id, created_at, last_used_at, expires_at, user_agent, ip, id = $2 AS current
+        FROM sessions
+        WHERE user_id = $1 AND ended_at IS NULL AND expires_at > now()
+          AND ($4::timestamptz IS NULL OR (created_at, id) < ($4, $5::uuid))
+        ORDER BY created_at DESC, id DESC LIMIT $3 + 1
+        """,
+        user,
+        current,
+        limit,
+        *after,
+    )
+
+
+async def forget_old_sessions(db: Executor, *, keep_days: int) -> None:
+    """Housekeeping: sessions that ended or expired long ago, with their tokens."""
+    await db.execute(
+        """
+        DELETE FROM sessions WHERE id IN (
+            SELECT id FROM sessions
+            WHERE expires_at < now() - make_interval(days => $1) LIMIT 10000
+        )
+        """,
+        keep_days,
+    )

@@ -1,0 +1,105 @@
+"""Tokens: access tokens are JWTs (RFC 7519, HS256), refresh tokens are random and stored as a keyed hash."""
+
+import hashlib
+import hmac
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from uuid import UUID, uuid4
+
+import jwt
+
+from server.errors import Unauthenticated
+
+ISSUER = "collaborative-workspace"
+AUDIENCE = "collaborative-workspace/api"
+LEEWAY_SECONDS = 2
+LARGEST_TOKEN = 4096
+_REQUIRED = ["exp", "iat", "iss", "aud", "sub", "sid", "jti", "typ"]
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What signs (the first) and what is still accepted, by key id."""
+
+    signing_id: str
+    accepted: Mapping[str, str]
+
+    @classmethod
+    def of(cls, current: str, previous: str = "") -> "Keys":
+        accepted = {_key_id(secret): secret for secret in (current, previous) if secret}
+        return cls(signing_id=_key_id(current), accepted=accepted)
+
+
+@dataclass(frozen=True)
+class Claims:
+    user: UUID
+    session: UUID
+    token: str
+    expires_at: datetime
+
+
+def issue(*, user: UUID, session: UUID, keys: Keys, now: datetime, ttl: int) -> str:
+    """A signed access token that lives ``ttl`` seconds."""
+    claims = {
+        "iss": ISSUER,
+        "aud": AUDIENCE,
+        "sub": str(user),
+        "sid": str(session),
+        "jti": uuid4().hex,
+        "typ": "access",
+        "iat": now,
+        "exp": now + timedelta(seconds=ttl),
+    }
+    return jwt.encode(
+        claims, keys.accepted[keys.signing_id], algorithm="HS256", headers={"kid": keys.signing_id}
+    )
+
+
+def verify(token: str, *, keys: Keys) -> Claims:
+    """The claims of a token that we signed, that is an access token and has not expired.
+
+    Raises:
+        Unauthenticated: it is anything else.
+    """
+    try:
+        if len(token) > LARGEST_TOKEN:
+            raise jwt.InvalidTokenError("too long")
+        key = keys.accepted.get(str(jwt.get_unverified_header(token).get("kid")))
+        if key is None:
+            raise jwt.InvalidKeyError("unknown key")
+        claims = jwt.decode(
+            token,
+            key,
+            algorithms=["HS256"],
+            audience=AUDIENCE,
+            issuer=ISSUER,
+            leeway=LEEWAY_SECONDS,
+            options={"require": _REQUIRED, "strict_aud": True, "enforce_minimum_key_length": True},
+        )
+        if claims["typ"] != "access":
+            raise jwt.InvalidTokenError("not an access token")
+        return Claims(
+            user=UUID(claims["sub"]),
+            session=UUID(claims["sid"]),
+            token=str(claims["jti"]),
+            expires_at=datetime.fromtimestamp(claims["exp"], UTC),
+        )
+    except (jwt.PyJWTError, ValueError, TypeError, OverflowError):
+        raise Unauthenticated("The access token is not valid") from None
+
+
+def new_secret() -> str:
+    """256 random bits, for a refresh token, an invitation or a ticket."""
+    return secrets.token_urlsafe(32)
+
+
+def fingerprints(secret: str, keys: Keys) -> list[bytes]:
+    """What is stored of a secret, by every accepted key; the signing key's first."""
+    ordered = [keys.signing_id, *(key for key in keys.accepted if key != keys.signing_id)]
+    return [hmac.digest(keys.accepted[key].encode(), secret.encode(), hashlib.sha256) for key in ordered]
+
+
+def _key_id(secret: str) -> str:
+    return hashlib.sha256(b"kid:" + secret.encode()).hexdigest()[:12]

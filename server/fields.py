@@ -1,0 +1,110 @@
+"""The base schema and the fields that every door validates with (marshmallow).
+
+Keys are camelCase outside and snake_case inside; unknown fields are refused; nothing is converted silently.
+"""
+
+import re
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from marshmallow import RAISE, ValidationError, fields, validate
+from marshmallow import Schema as MarshmallowSchema
+
+from server import json
+from server.errors import FieldError, ValidationFailed, invalid
+
+JSON_OBJECT_BYTES = 16 * 1024
+_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.IGNORECASE)
+
+
+def camel(name: str) -> str:
+    head, *rest = name.split("_")
+    return head + "".join(part.capitalize() for part in rest)
+
+
+class Schema(MarshmallowSchema):
+    class Meta:
+        unknown = RAISE
+
+    def on_bind_field(self, field_name: str, field_obj: fields.Field[Any]) -> None:
+        if field_obj.data_key is None:
+            field_obj.data_key = camel(field_name)
+
+
+class Text(fields.String):
+    """A string; ``trim`` takes white space off both ends before its length is checked."""
+
+    def __init__(self, low: int = 0, high: int | None = None, *, trim: bool = False, **options: Any) -> None:
+        self.trim = trim
+        super().__init__(validate=validate.Length(min=low or None, max=high), **options)
+
+    def _deserialize(self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **options: Any) -> str:
+        text = super()._deserialize(value, attr, data, **options)
+        return text.strip() if self.trim else text
+
+
+class Id(fields.UUID):
+    """A UUID in its canonical form; ``int``, ``bytes`` and braces are refused."""
+
+    def _deserialize(
+        self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **options: Any
+    ) -> UUID | None:
+        if not isinstance(value, str):
+            raise self.make_error("invalid_uuid")
+        parsed = parse_id(value)
+        if parsed is None:
+            raise self.make_error("invalid_uuid")
+        return parsed
+
+
+class Time(fields.DateTime):
+    """ISO 8601; outgoing in UTC with milliseconds."""
+
+    def _serialize(self, value: datetime | None, attr: str | None, obj: Any, **options: Any) -> str | None:
+        return None if value is None else json.timestamp(value)
+
+
+class JsonObject(fields.Dict):
+    """A JSON object of at most 16 KiB."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(keys=fields.String(), validate=_small_enough, **options)
+
+
+def _small_enough(value: dict[str, Any]) -> None:
+    if len(json.dumps(value)) > JSON_OBJECT_BYTES:
+        raise ValidationError(f"Must be at most {JSON_OBJECT_BYTES} bytes of JSON.")
+
+
+def parse_id(text: str) -> UUID | None:
+    """The UUID, or None where the text is none in canonical form."""
+    return UUID(text) if _UUID.fullmatch(text) else None
+
+
+def load(schema: MarshmallowSchema, value: Any) -> dict[str, Any]:
+    """The validated value.
+
+    Raises:
+        ValidationFailed: with one entry of ``details`` a problem; ``field`` is a dotted path.
+    """
+    if not isinstance(value, dict):
+        raise invalid("", "Must be a JSON object.")
+    try:
+        loaded: dict[str, Any] = schema.load(value)
+    except ValidationError as error:
+        raise ValidationFailed("Validation failed", details=_flatten(error.normalized_messages())) from None
+    return loaded
+
+
+def _flatten(messages: Any, path: str = "") -> list[FieldError]:
+    if isinstance(messages, dict):
+        return [
+            problem
+            for key, each in messages.items()
+            for problem in _flatten(each, path if key == "_schema" else f"{path}.{key}" if path else str(key))
+        ]
+    if isinstance(messages, list):
+        return [problem for each in messages for problem in _flatten(each, path)]
+    return [{"field": path[:200], "message": str(messages)}]

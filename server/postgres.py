@@ -1,0 +1,157 @@
+"""PostgreSQL: one pool, JSON codecs, and a deadline on every statement."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, Protocol, TypeVar
+
+import asyncpg
+
+from server import json
+from server.errors import Unavailable
+
+POOL_SIZE = 20
+CONNECT_SECONDS = 3.0
+STATEMENT_SECONDS = 1.5  # every answer within 2 s, also when the server hangs
+T = TypeVar("T")
+
+
+class Executor(Protocol):
+    """What a store function needs: the pool or a transaction."""
+
+    async def fetch(self, query: str, *args: Any) -> list[asyncpg.Record]: ...
+    async def fetchrow(self, query: str, *args: Any) -> asyncpg.Record | None: ...
+    async def fetchval(self, query: str, *args: Any) -> Any: ...
+    async def execute(self, query: str, *args: Any) -> str: ...
+
+
+class Database:
+    """asyncpg's pool, with a deadline that also holds when the server is stopped or black-holed.
+
+    asyncpg itself waits for the server to confirm a cancelled statement; so the statement runs in a task of
+    its own, which is left behind (and owned here) when its time is up.
+    """
+
+    def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]") -> None:
+        self.pool = pool
+        self._left_behind: set[asyncio.Task[Any]] = set()
+
+    async def fetch(self, query: str, *args: Any) -> list[asyncpg.Record]:
+        return await self._run(lambda connection: connection.fetch(query, *args))
+
+    async def fetchrow(self, query: str, *args: Any) -> asyncpg.Record | None:
+        return await self._run(lambda connection: connection.fetchrow(query, *args))
+
+    async def fetchval(self, query: str, *args: Any) -> Any:
+        return await self._run(lambda connection: connection.fetchval(query, *args))
+
+    async def execute(self, query: str, *args: Any) -> str:
+        return await self._run(lambda connection: connection.execute(query, *args))
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Executor]:
+        """Several statements or none; each has the pool's own statement timeout."""
+        with unavailable():
+            async with self.pool.acquire(timeout=STATEMENT_SECONDS) as connection, connection.transaction():
+                yield connection
+
+    async def ping(self) -> None:
+        await self.fetchval("SELECT 1")
+
+    async def close(self) -> None:
+        for task in self._left_behind:
+            task.cancel()
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await self.pool.close()
+        except TimeoutError:
+            self.pool.terminate()
+
+    async def _run(self, statement: Callable[[Any], Awaitable[T]]) -> T:
+        task = asyncio.ensure_future(self._on_a_connection(statement))
+        try:
+            done, _ = await asyncio.wait({task}, timeout=STATEMENT_SECONDS)
+        except asyncio.CancelledError:
+            self._leave(task)
+            raise
+        if not done:
+            self._leave(task)
+            raise Unavailable("PostgreSQL did not answer in time")
+        with unavailable():
+            return task.result()
+
+    async def _on_a_connection(self, statement: Callable[[Any], Awaitable[T]]) -> T:
+        async with self.pool.acquire() as connection:
+            return await statement(connection)
+
+    def _leave(self, task: "asyncio.Future[Any]") -> None:
+        task.cancel()
+        if isinstance(task, asyncio.Task) and not task.done():
+            self._left_behind.add(task)
+            task.add_done_callback(self._forget)
+
+    def _forget(self, task: "asyncio.Task[Any]") -> None:
+        self._left_behind.discard(task)
+        if not task.cancelled():
+            task.exception()  # seen: the caller was told already
+
+
+class unavailable:  # noqa: N801 - reads as a statement: with unavailable():
+    """Turns what asyncpg raises when the server is away into our 503."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, _AWAY):
+            raise Unavailable("PostgreSQL is unavailable") from error
+
+
+_AWAY = (
+    OSError,
+    TimeoutError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.TooManyConnectionsError,
+    asyncpg.QueryCanceledError,
+    asyncpg.ReadOnlySQLTransactionError,
+    asyncpg.InterfaceError,
+)
+
+
+async def connect(url: str, *, size: int = POOL_SIZE) -> Database:
+    """The pool, with at least one live connection.
+
+    Raises:
+        OSError, TimeoutError, asyncpg.PostgresError: the server is away or refuses us.
+    """
+    pool = await asyncpg.create_pool(
+        url,
+        min_size=1,
+        max_size=size,
+        timeout=CONNECT_SECONDS,
+        command_timeout=STATEMENT_SECONDS,
+        init=_prepare,
+        server_settings={
+            "application_name": "collaborative-workspace",
+            "statement_timeout": str(int(STATEMENT_SECONDS * 1000)),
+            "idle_in_transaction_session_timeout": "10000",
+            "timezone": "UTC",
+            # Plans of ours are cached per connection; JIT only adds latency to short statements.
+            "jit": "off",
+        },
+    )
+    assert pool is not None
+    return Database(pool)
+
+
+async def _prepare(connection: Any) -> None:
+    await connection.set_type_codec(
+        "jsonb",
+        schema="pg_catalog",
+        format="binary",
+        encoder=lambda value: b"\x01" + json.dumps(value),
+        decoder=lambda raw: json.orjson.loads(raw[1:]),
+    )

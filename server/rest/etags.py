@@ -1,0 +1,40 @@
+"""Strong ETags (RFC 9110): an entity's revision, and the caller's role where the answer depends on it."""
+
+from aiohttp import web
+
+from server.errors import PreconditionFailed
+
+
+def etag(revision: int, role: str = "") -> str:
+    return f"{revision}-{role.lower()}" if role else str(revision)
+
+
+def unchanged(request: web.Request, tag: str) -> bool:
+    """Whether ``If-None-Match`` names this tag (weak comparison, as RFC 9110 has it)."""
+    return any(each.value in (tag, "*") for each in request.if_none_match or ())
+
+
+def expected_revisions(request: web.Request, role: str = "") -> list[int] | None:
+    """The revisions that ``If-Match`` accepts; None where any will do.
+
+    Raises:
+        PreconditionFailed: no tag in the header could be this caller's.
+    """
+    tags = request.if_match
+    if not tags or any(each.value == "*" for each in tags):
+        return None
+    accepted = [revision for each in tags if (revision := _revision(each, role)) is not None]
+    if not accepted:
+        raise changed()
+    return accepted
+
+
+def changed() -> PreconditionFailed:
+    return PreconditionFailed("It has changed since you read it")
+
+
+def _revision(tag: web.ETag, role: str) -> int | None:
+    revision, _, of = tag.value.partition("-")
+    if tag.is_weak or of != role.lower() or not revision.isdecimal() or len(revision) > 18:
+        return None
+    return int(revision)

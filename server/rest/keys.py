@@ -1,0 +1,30 @@
+"""Typed keys of the application and of a request."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from aiohttp import web
+
+from server.resources import Resources
+
+
+@dataclass(frozen=True)
+class User:
+    """Who asks: the claims of a verified access token of a living session."""
+
+    id: UUID
+    session: UUID
+    token: str  # the token's own id (jti), not the token
+    expires_at: datetime
+
+
+RESOURCES = web.AppKey("resources", Resources)
+
+REQUEST_ID = web.RequestKey("request_id", str)
+CLIENT = web.RequestKey("client", str)  # address, behind trusted proxies the forwarded one
+USER = web.RequestKey("user", User)
+BODY = web.RequestKey("body", dict[str, Any])
+QUERY = web.RequestKey("query", dict[str, Any])
+HEADERS = web.RequestKey("headers", dict[str, str])  # to be sent with the answer, whatever it is

@@ -1,0 +1,30 @@
+"""Marks: decorators only note something on a handler; middlewares and the OpenAPI document act on it."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+H = TypeVar("H", bound=Callable[..., Any])
+
+
+def public(handler: H) -> H:
+    """No token needed. Without this mark a route needs a signed-in user."""
+    handler.__public__ = True  # type: ignore[attr-defined]
+    return handler
+
+
+def is_public(handler: Callable[..., Any]) -> bool:
+    return getattr(handler, "__public__", False)
+
+
+def refuses(*codes: str) -> Callable[[H], H]:
+    """The particular error codes of a handler, for the document; the general ones follow from other marks."""
+
+    def mark(handler: H) -> H:
+        handler.__refuses__ = codes  # type: ignore[attr-defined]
+        return handler
+
+    return mark
+
+
+def refusals_of(handler: Callable[..., Any]) -> tuple[str, ...]:
+    return getattr(handler, "__refuses__", ())

@@ -1,0 +1,60 @@
+"""Keyset pages: ``?limit=&cursor=`` in, ``{items, nextCursor}`` out."""
+
+import base64
+import binascii
+from collections.abc import Sequence
+from typing import Any
+
+from marshmallow import fields, validate
+
+from server import json
+from server.errors import ServiceError, invalid
+from server.fields import Schema
+
+DEFAULT, LARGEST = 20, 100
+
+
+class PageQuery(Schema):
+    limit = fields.Integer(load_default=DEFAULT, validate=validate.Range(1, LARGEST))
+    cursor = fields.String(load_default=None, validate=validate.Length(max=1000))
+
+
+def cursor_of(*keys: Any) -> str:
+    """An opaque cursor: the sort keys of the last item shown."""
+    return base64.urlsafe_b64encode(json.dumps(keys)).decode().rstrip("=")
+
+
+def keys_of(cursor: str | None, *kinds: type) -> tuple[Any, ...]:
+    """The sort keys in a cursor, each of the wanted kind; all None for the first page.
+
+    Raises:
+        ValidationFailed: the cursor is not one of ours.
+    """
+    if cursor is None:
+        return (None,) * len(kinds)
+    try:
+        keys = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
+        if not isinstance(keys, list) or len(keys) != len(kinds):
+            raise ValueError("not our keys")
+        return tuple(_parse(kind, key) for kind, key in zip(kinds, keys, strict=True))
+    except (ValueError, TypeError, OverflowError, binascii.Error, ServiceError):
+        raise invalid("cursor", "Not a cursor of this list.") from None
+
+
+def _parse(kind: type, key: Any) -> Any:
+    if not isinstance(key, str):
+        raise TypeError("cursors hold strings")
+    return kind.fromisoformat(key) if hasattr(kind, "fromisoformat") else kind(key)
+
+
+def page(rows: Sequence[Any], limit: int, *keys: str) -> tuple[Sequence[Any], str | None]:
+    """Rows asked for with ``limit + 1`` → those to show, and the cursor of the next page."""
+    if len(rows) <= limit:
+        return rows, None
+    last = rows[limit - 1]
+    return rows[:limit], cursor_of(*(_written(last[key]) for key in keys))
+
+
+def _written(key: Any) -> str:
+    # Full precision: the milliseconds of our JSON would skip or repeat rows.
+    return str(key.isoformat()) if hasattr(key, "isoformat") else str(key)

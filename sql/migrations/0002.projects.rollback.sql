@@ -1,0 +1,4 @@
+DROP TABLE activity;
+DROP TABLE invitations;
+DROP TABLE members;
+DROP TABLE projects;
