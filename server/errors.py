@@ -13,6 +13,41 @@ class FieldError(TypedDict):
     message: str
 
 
+CODES = {
+    "bad_request": (400, "malformed JSON, or a request that cannot be read"),
+    "unauthenticated": (401, "no token, or one that is not valid; the session has ended"),
+    "invalid_credentials": (401, "email or password is wrong"),
+    "refresh_reused": (401, "a spent refresh token was used again; its session has ended"),
+    "forbidden": (403, "a member without the needed role"),
+    "not_found": (404, "unknown, or a thing the caller is no member of"),
+    "method_not_allowed": (405, "the path knows other methods"),
+    "conflict": (409, "it contradicts what is there"),
+    "email_taken": (409, "that address has an account"),
+    "already_collaborator": (409, "they are in the project already"),
+    "owner_immutable": (409, "the owner can be neither changed nor removed; transfer the project"),
+    "path_taken": (409, "a document with that path exists"),
+    "not_cancellable": (409, "the job has finished"),
+    "not_retryable": (409, "the job has neither failed nor been cancelled"),
+    "gone": (410, "it existed and has expired"),
+    "precondition_failed": (412, "`If-Match` names an older revision"),
+    "too_large": (413, "the body is over the limit"),
+    "unsupported_media_type": (415, "the body is not of the type that the path takes"),
+    "validation_failed": (422, "well-formed, but not valid; see `details`"),
+    "idempotency_key_reused": (422, "the same key came with another body"),
+    "language_unavailable": (422, "no worker offers that language"),
+    "precondition_required": (428, "`If-Match` is required"),
+    "rate_limited": (429, "too many requests; see `Retry-After`"),
+    "internal": (500, "our fault"),
+    "unavailable": (503, "a store is down, or did not answer in time; see `Retry-After`"),
+    "sandbox_unavailable": (503, "no worker has a sandbox"),
+    "malformed": (None, "socket: the frame is not a JSON object with an event"),
+    "unknown_event": (None, "socket: no such event"),
+    "not_joined": (None, "socket: join the workspace first"),
+    "not_open": (None, "socket: open the document first"),
+}
+"""Every code that a client can meet: its HTTP status (None on sockets only) and its meaning."""
+
+
 class ServiceError(Exception):
     """A refusal. ``code`` and ``detail`` are for the client; the class gives the HTTP status."""
 
@@ -30,6 +65,7 @@ class ServiceError(Exception):
     ) -> None:
         self.detail = detail or self.title
         self.code = code or self.default_code
+        assert self.code in CODES, self.code
         self.details = list(details)
         self.retry_after = retry_after
         super().__init__(self.detail)
@@ -53,6 +89,10 @@ class NotFound(ServiceError):
 
 class MethodNotAllowed(ServiceError):
     status, default_code, title = 405, "method_not_allowed", "Method Not Allowed"
+
+    def __init__(self, detail: str | None = None, *, allowed: Sequence[str] = ()) -> None:
+        super().__init__(detail)
+        self.allowed = allowed
 
 
 class Conflict(ServiceError):

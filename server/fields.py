@@ -48,9 +48,7 @@ class Text(fields.String):
 class Id(fields.UUID):
     """A UUID in its canonical form; ``int``, ``bytes`` and braces are refused."""
 
-    def _deserialize(
-        self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **options: Any
-    ) -> UUID | None:
+    def _deserialize(self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **options: Any) -> UUID:
         if not isinstance(value, str):
             raise self.make_error("invalid_uuid")
         parsed = parse_id(value)
@@ -62,7 +60,9 @@ class Id(fields.UUID):
 class Time(fields.DateTime):
     """ISO 8601; outgoing in UTC with milliseconds."""
 
-    def _serialize(self, value: datetime | None, attr: str | None, obj: Any, **options: Any) -> str | None:
+    def _serialize(self, value: datetime | str | None, attr: str | None, obj: Any, **options: Any) -> str | None:
+        if isinstance(value, str):  # out of a jsonb value
+            value = datetime.fromisoformat(value)
         return None if value is None else json.timestamp(value)
 
 
@@ -94,7 +94,7 @@ def load(schema: MarshmallowSchema, value: Any) -> dict[str, Any]:
     try:
         loaded: dict[str, Any] = schema.load(value)
     except ValidationError as error:
-        raise ValidationFailed("Validation failed", details=_flatten(error.normalized_messages())) from None
+        raise ValidationFailed("Validation failed", details=_flatten(error.messages)) from None
     return loaded
 
 

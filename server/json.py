@@ -31,7 +31,8 @@ def loads(raw: bytes | str) -> Any:
             raise ValidationFailed(SURROGATE_MESSAGE) from None
         raise BadRequest(f"Malformed JSON: {error}") from None
     # Only an escape can bring a NUL; the search of the raw text spares all others the walk.
-    if ("\\u0000" if isinstance(raw, str) else b"\\u0000") in raw and _has_nul(value):
+    escaped = "\\u0000" in raw if isinstance(raw, str) else b"\\u0000" in raw
+    if escaped and _has_nul(value):
         raise ValidationFailed(NUL_MESSAGE)
     return value
 

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from typing import Any, Protocol, TypeVar
 
 import asyncpg
+import orjson
 
 from server import json
 from server.errors import Unavailable
@@ -153,5 +154,5 @@ async def _prepare(connection: Any) -> None:
         schema="pg_catalog",
         format="binary",
         encoder=lambda value: b"\x01" + json.dumps(value),
-        decoder=lambda raw: json.orjson.loads(raw[1:]),
+        decoder=lambda raw: orjson.loads(raw[1:]),
     )

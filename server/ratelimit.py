@@ -59,9 +59,7 @@ class RateLimiter:
         self, redis_pool: Any, *, rates: dict[str, limits.RateLimitItem | None], prefix: str = "limit"
     ) -> None:
         self.rates = rates
-        self._shared = RedisStorage(
-            "redis://", implementation="redispy", key_prefix=prefix, connection_pool=redis_pool
-        )
+        self._shared = RedisStorage("redis://", implementation="redispy", key_prefix=prefix, connection_pool=redis_pool)
         self._local = MemoryStorage()
         self._local_until = 0.0
 

@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -36,7 +36,7 @@ class StoreDownError(Exception):
 class Resources:
     settings: Settings
     db: postgres.Database
-    redis: "Redis[bytes]"
+    redis: Redis
     mongo: Any  # AsyncIOMotorDatabase, which carries no types
 
 
@@ -52,14 +52,14 @@ async def connect(settings: Settings) -> AsyncIterator[Resources]:
         stack.push_async_callback(db.close)
         redis = redis_client(settings.redis_url)
         stack.push_async_callback(redis.aclose)
-        await _started("Redis", settings.redis_url, redis.ping())
+        await _started("Redis", settings.redis_url, ping(redis))
         client: Any = mongo_client(settings.mongodb_uri)
         stack.callback(client.close)
         await _started("MongoDB", settings.mongodb_uri, client.admin.command("ping"))
         yield Resources(settings=settings, db=db, redis=redis, mongo=client.get_default_database())
 
 
-def redis_client(url: str) -> "Redis[bytes]":
+def redis_client(url: str) -> Redis:
     """Bounded: waits for a free connection instead of failing, gives up after a second, never repeats.
 
     Nothing is sent twice, because a repeated script would announce its event twice.
@@ -74,6 +74,10 @@ def redis_client(url: str) -> "Redis[bytes]":
         retry=Retry(NoBackoff(), 0),
     )
     return Redis.from_pool(pool)
+
+
+async def ping(redis: Redis) -> None:
+    await cast("Awaitable[bool]", redis.ping())  # typed for its synchronous sibling too
 
 
 def mongo_client(uri: str) -> Any:
@@ -103,7 +107,14 @@ async def _started(name: str, url: str, opening: Awaitable[Any]) -> Any:
     try:
         async with asyncio.timeout(START_SECONDS):
             return await opening
-    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, RedisError, PyMongoError) as error:
+    except (
+        OSError,
+        TimeoutError,
+        asyncpg.PostgresError,
+        asyncpg.InterfaceError,
+        RedisError,
+        PyMongoError,
+    ) as error:
         where = urlsplit(url).netloc.rpartition("@")[2] or urlsplit(url).path
         why = " ".join(str(error).split())[:200] or "no answer in time"
         raise StoreDownError(f"{name} at {where} cannot be used: {why}") from error

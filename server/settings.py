@@ -42,7 +42,7 @@ class PerEnvironment:
 Parse = Callable[[Env, str, Any], Any]
 
 
-def setting(parse: Parse, *, default: Any = MISSING, help: str, secret: bool = False) -> Any:  # noqa: A002
+def setting(parse: Parse, *, default: Any = MISSING, help: str, secret: bool = False) -> Any:
     """A field of Settings; without a default the variable is required."""
     return field(metadata={"parse": parse, "default": default, "help": help, "secret": secret})
 
@@ -175,13 +175,9 @@ class Settings:
     jwt_refresh_secret_previous: str = setting(
         text, default="", help="still accepted for refresh tokens while you rotate", secret=True
     )
-    access_token_ttl: int = setting(
-        seconds, default=timedelta(minutes=15), help="lifetime of an access token"
-    )
+    access_token_ttl: int = setting(seconds, default=timedelta(minutes=15), help="lifetime of an access token")
     refresh_token_ttl: int = setting(seconds, default=timedelta(days=7), help="lifetime of a refresh token")
-    bcrypt_rounds: int = setting(
-        integer(4, 31), default=12, help="bcrypt cost, 4–31; production refuses less than 10"
-    )
+    bcrypt_rounds: int = setting(integer(4, 31), default=12, help="bcrypt cost, 4–31; production refuses less than 10")
     rate_limit_auth: limits.RateLimitItem | None = setting(
         rate, default="10/15minutes", help="register, login, refresh, password; per address; `off` for none"
     )
@@ -203,16 +199,12 @@ class Settings:
     jobs_per_user: int = setting(
         integer(1, 1000), default=4, help="attempts of one user queued or running, over all workers"
     )
-    ws_frames_per_second: int = setting(
-        integer(1, 100_000), default=100, help="frames a socket may send per second"
-    )
+    ws_frames_per_second: int = setting(integer(1, 100_000), default=100, help="frames a socket may send per second")
     ws_burst: int = setting(integer(1, 100_000), default=200, help="frames a socket may send at once")
     ws_max_message_bytes: int = setting(
         integer(1024, 64 << 20), default=256 << 10, help="largest frame of a JSON client"
     )
-    ws_outbox_frames: int = setting(
-        integer(8, 1_000_000), default=256, help="frames that may wait for a slow socket"
-    )
+    ws_outbox_frames: int = setting(integer(8, 1_000_000), default=256, help="frames that may wait for a slow socket")
     ws_outbox_bytes: int = setting(
         integer(64 << 10, 1 << 30), default=4 << 20, help="bytes that may wait for a slow socket"
     )
@@ -222,21 +214,15 @@ class Settings:
     history_bytes: int = setting(
         integer(1 << 20, 1 << 30), default=16 << 20, help="bytes of events kept of each workspace"
     )
-    drain_seconds: int = setting(
-        integer(0, 3600), default=10, help="time that a stopping server gives its sockets"
-    )
+    drain_seconds: int = setting(integer(0, 3600), default=10, help="time that a stopping server gives its sockets")
     ops_username: str = setting(text, default="", help="Basic credentials for `/metrics` and `/ops/queues`")
-    ops_password: str = setting(
-        text, default="", help="the same; unset, both answer 404 in production", secret=True
-    )
+    ops_password: str = setting(text, default="", help="the same; unset, both answer 404 in production", secret=True)
     log_level: str = setting(
         one_of("debug", "info", "warning", "error"),
         default="info",
         help="`debug`, `info`, `warning`, `error`",
     )
-    log_format: str = setting(
-        one_of("text", "json"), default=PerEnvironment("text", "json"), help="`text` or `json`"
-    )
+    log_format: str = setting(one_of("text", "json"), default=PerEnvironment("text", "json"), help="`text` or `json`")
     data_dir: Path = setting(
         lambda env, name, default: env.path(name, default),
         default=Path(".data"),
@@ -244,9 +230,7 @@ class Settings:
     )
 
     def __repr__(self) -> str:
-        shown = (
-            f"{f.name}={'***' if f.metadata['secret'] else getattr(self, f.name)!r}" for f in fields(self)
-        )
+        shown = (f"{f.name}={'***' if f.metadata['secret'] else getattr(self, f.name)!r}" for f in fields(self))
         return f"Settings({', '.join(shown)})"
 
     @property

@@ -29,14 +29,14 @@ return {redis.call('EXISTS', KEYS[2], KEYS[3]), now - tonumber(since)}
 
 
 class Blacklist:
-    def __init__(self, redis: "Redis[bytes]", *, token_ttl: int) -> None:
+    def __init__(self, redis: Redis, *, token_ttl: int) -> None:
         self._redis: Any = redis
         self._seconds = token_ttl + _MARGIN_SECONDS
         self._script: str | None = None
 
     async def add(self, *, sessions: Iterable[UUID] = (), tokens: Iterable[str] = ()) -> None:
         """Note that these ended. That Redis is away does not matter: the rows say so too."""
-        keys = [_key(each) for each in (*sessions, *tokens)]
+        keys = [*map(_key, sessions), *map(_key, tokens)]
         try:
             async with self._redis.pipeline(transaction=False) as pipeline:
                 for key in keys:
@@ -51,7 +51,8 @@ class Blacklist:
         try:
             return await self._ask(_key(session), _key(token))
         except NoScriptError:
-            return await self._start_anew()
+            await self._start_anew()
+            return None
         except (RedisError, OSError):
             return None
 

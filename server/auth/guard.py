@@ -1,4 +1,7 @@
-"""Who asks: from an access token to a signed-in user."""
+"""Who asks: from an access token to a signed-in user.
+
+In two steps, so that the second can be asked together with what else a request needs of the stores.
+"""
 
 from server.auth import store, tokens
 from server.auth.sessions import Issuer
@@ -7,20 +10,28 @@ from server.postgres import Executor
 from server.rest.keys import User
 
 
-async def authenticate(db: Executor, issuer: Issuer, token: str) -> User:
-    """The user of a valid token whose session lives.
+def identify(issuer: Issuer, token: str) -> User:
+    """The user that a valid token names; whether its session still lives is for ``confirm``.
 
     Raises:
-        Unauthenticated: the token is not valid, or its session has ended.
-        Unavailable: neither Redis nor PostgreSQL can tell.
+        Unauthenticated: the token is not valid.
     """
     claims = tokens.verify(token, keys=issuer.access_keys)
-    ended = await issuer.blacklist.ended(session=claims.session, token=claims.token)
+    return User(id=claims.user, session=claims.session, token=claims.token, expires_at=claims.expires_at)
+
+
+async def confirm(db: Executor, issuer: Issuer, user: User) -> None:
+    """Returns where the session lives.
+
+    Raises:
+        Unauthenticated: it has ended.
+        Unavailable: neither Redis nor PostgreSQL can tell.
+    """
+    ended = await issuer.blacklist.ended(session=user.session, token=user.token)
     if ended is None:
-        ended = not await store.session_alive(db, session=claims.session, user=claims.user)
+        ended = not await store.session_alive(db, session=user.session, user=user.id)
     if ended:
         raise Unauthenticated("The session has ended")
-    return User(id=claims.user, session=claims.session, token=claims.token, expires_at=claims.expires_at)
 
 
 def bearer(header: str | None) -> str | None:

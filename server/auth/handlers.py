@@ -3,20 +3,18 @@
 from typing import Any
 
 from aiohttp import web
-from aiohttp_apispec import docs, json_schema, querystring_schema, response_schema
+from aiohttp_apispec import docs, json_schema, response_schema
 from asyncpg import Record
 
 from server.auth import schemas, sessions, store
 from server.auth.passwords import Hasher
 from server.auth.sessions import Issuer, Pair
-from server.errors import Conflict, NotFound, Unauthenticated
+from server.errors import Conflict, Unauthenticated
 from server.postgres import Executor
 from server.ratelimit import limit
 from server.rest import answers
-from server.rest.etags import changed, expected_revisions
-from server.rest.keys import BODY, CLIENT, QUERY, RESOURCES, USER
+from server.rest.keys import BODY, CLIENT, RESOURCES, USER
 from server.rest.marks import public, refuses
-from server.rest.pages import PageQuery, keys_of, page
 
 routes = web.RouteTableDef()
 HASHER = web.AppKey("hasher", Hasher)

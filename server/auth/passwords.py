@@ -6,7 +6,9 @@ import hashlib
 import hmac
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import bcrypt
 
@@ -16,6 +18,7 @@ from server.errors import Unavailable
 LABEL = b"collaborative-workspace/password/v1"
 WAITING = 200
 NICE = 10
+T = TypeVar("T")
 
 
 class Hasher:
@@ -33,19 +36,19 @@ class Hasher:
         Raises:
             Unavailable: too many wait already.
         """
-        hashed: bytes = await self._run(bcrypt.hashpw, _digest(password), bcrypt.gensalt(self.rounds))
+        hashed = await self._run(bcrypt.hashpw, _digest(password), bcrypt.gensalt(self.rounds))
         return hashed.decode()
 
     async def verify(self, password: str, hashed: str | None) -> bool:
         """Whether the password fits; None (nobody has that address) costs the same and fits never."""
         against = self._nobody if hashed is None else hashed.encode()
-        fits: bool = await self._run(bcrypt.checkpw, _digest(password), against)
+        fits = await self._run(bcrypt.checkpw, _digest(password), against)
         return fits and hashed is not None
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def _run(self, function: object, *args: bytes) -> object:
+    async def _run(self, function: Callable[..., T], *args: bytes) -> T:
         if self._slots.locked():
             raise Unavailable("Too many sign-ins at once")
         async with self._slots:

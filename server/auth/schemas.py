@@ -1,25 +1,24 @@
 """What accounts look like from outside."""
 
+from typing import Any
+
 from marshmallow import ValidationError, fields, validate
 
 from server.fields import Id, Schema, Text, Time
 
 
-def strong(password: str) -> None:
+def strong(password: Any) -> None:
     kinds = (str.isupper, str.islower, str.isdigit)
     if not all(any(map(kind, password)) for kind in kinds):
         raise ValidationError("Must contain an upper-case letter, a lower-case letter and a digit.")
 
 
-def email(**options: object) -> fields.Email:
-    return fields.Email(
-        validate=validate.Length(max=254), metadata={"example": "ada@example.org"}, **options
-    )
+def email(**options: Any) -> fields.Email:
+    return fields.Email(validate=validate.Length(max=254), metadata={"example": "ada@example.org"}, **options)
 
 
-def password(**options: object) -> fields.String:
-    rules = [validate.Length(8, 128), strong]
-    return fields.String(validate=rules, metadata={"example": "Lovelace1815"}, **options)
+def password(**options: Any) -> fields.String:
+    return fields.String(validate=[validate.Length(8, 128), strong], metadata={"example": "Lovelace1815"}, **options)
 
 
 def any_password() -> fields.String:
@@ -27,11 +26,11 @@ def any_password() -> fields.String:
     return fields.String(required=True, validate=validate.Length(max=128), metadata={"example": "Lovelace1815"})
 
 
-def secret(**options: object) -> fields.String:
+def secret(**options: Any) -> fields.String:
     return fields.String(validate=validate.Length(1, 256), **options)
 
 
-def user_name(**options: object) -> Text:
+def user_name(**options: Any) -> Text:
     return Text(2, 100, metadata={"example": "Ada Lovelace"}, **options)
 
 

@@ -182,7 +182,9 @@ async def rotate(
     )
 
 
-async def end_session_of_token(db: Executor, *, hashes: list[bytes], user: UUID | None, spent_only: bool) -> UUID | None:
+async def end_session_of_token(
+    db: Executor, *, hashes: list[bytes], user: UUID | None, spent_only: bool
+) -> UUID | None:
     """End the session a refresh token belongs to; its id, or None where there was none alive."""
     ended: UUID | None = await db.fetchval(
         """
@@ -238,9 +240,7 @@ async def end_sessions(db: Executor, *, user: UUID, keep: UUID | None) -> list[U
     return [row["id"] for row in rows]
 
 
-async def list_sessions(
-    db: Executor, *, user: UUID, current: UUID, limit: int, after: tuple[Any, Any]
-) -> list[Record]:
+async def list_sessions(db: Executor, *, user: UUID, current: UUID, limit: int, after: tuple[Any, Any]) -> list[Record]:
     """Living sessions, newest first; one more than ``limit``."""
     return await db.fetch(
         """

@@ -52,9 +52,7 @@ def issue(*, user: UUID, session: UUID, keys: Keys, now: datetime, ttl: int) -> 
         "iat": now,
         "exp": now + timedelta(seconds=ttl),
     }
-    return jwt.encode(
-        claims, keys.accepted[keys.signing_id], algorithm="HS256", headers={"kid": keys.signing_id}
-    )
+    return jwt.encode(claims, keys.accepted[keys.signing_id], algorithm="HS256", headers={"kid": keys.signing_id})
 
 
 def verify(token: str, *, keys: Keys) -> Claims:

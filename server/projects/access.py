@@ -5,13 +5,17 @@ thing exists for this user, which project it belongs to and what role they have 
 """
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from uuid import UUID
 
+from aiohttp import web
+
 from server.errors import Forbidden, NotFound
+from server.fields import parse_id
 from server.postgres import Executor
+from server.rest.keys import BODY, RESOURCES, USER
 
 H = TypeVar("H", bound=Callable[..., Any])
 
@@ -46,7 +50,7 @@ class Requirement:
     of: Body | None  # None: the id in the path
 
 
-def body(parameter: str) -> Body:
+def body_field(parameter: str) -> Body:
     return Body(next(kind for kind in Kind if kind.parameter == parameter))
 
 
@@ -72,8 +76,13 @@ class Access:
     role: Role
     revision: int  # of the project
 
+    def demand(self, role: Role) -> None:
+        """Raises Forbidden unless the role is at least this one."""
+        if self.role < role:
+            raise Forbidden(f"This needs the role {role.name}; yours is {self.role.name}")
 
-async def check(db: Executor, *, user: UUID, kind: Kind, id: UUID, role: Role) -> Access:  # noqa: A002
+
+async def check(db: Executor, *, user: UUID, kind: Kind, id: UUID, role: Role) -> Access:
     """The access that this user has.
 
     Raises:
@@ -84,8 +93,7 @@ async def check(db: Executor, *, user: UUID, kind: Kind, id: UUID, role: Role) -
     if row is None:
         raise NotFound(f"No such {kind.value}")
     access = Access(project=row["project_id"], role=Role[row["role"]], revision=row["revision"])
-    if access.role < role:
-        raise Forbidden(f"This needs the role {role.name}; yours is {access.role.name}")
+    access.demand(role)
     return access
 
 
@@ -97,3 +105,47 @@ WHERE m.user_id = $1 AND m.project_id = CASE $2
     WHEN 'workspace' THEN (SELECT project_id FROM workspaces WHERE id = $3)
 END
 """
+
+
+ACCESS = web.RequestKey("access", Access)
+
+
+def assemble(routes: Iterable[web.AbstractRouteDef]) -> None:
+    """Refuse a route that names a thing of ours and does not say who may use it.
+
+    Raises:
+        RuntimeError: at start, with the route's name.
+    """
+    for route in routes:
+        if isinstance(route, web.RouteDef) and requirement_of(route.handler) is None and in_path(route.path):
+            raise RuntimeError(f"{route.method} {route.path} names a {in_path(route.path)} but has no @requires")
+
+
+def in_path(path: str) -> Kind | None:
+    """The kind of thing that a route's path names."""
+    return next((kind for kind in Kind if f"{{{kind.parameter}}}" in path), None)
+
+
+async def authorize(request: web.Request) -> None:
+    """Middleware's question: may this user use what the path names?"""
+    requirement = requirement_of(request.match_info.handler)
+    if requirement is None or requirement.of is not None:
+        return
+    kind = next(kind for kind in Kind if kind.parameter in request.match_info)
+    id = parse_id(request.match_info[kind.parameter])
+    if id is None:
+        raise NotFound(f"No such {kind.value}")
+    await _grant(request, kind, id, requirement.role)
+
+
+async def authorize_body(request: web.Request) -> None:
+    """Middleware's question: may this user use what the body names?"""
+    requirement = requirement_of(request.match_info.handler)
+    if requirement is not None and requirement.of is not None:
+        kind = requirement.of.kind
+        await _grant(request, kind, request[BODY][f"{kind.value}_id"], requirement.role)
+
+
+async def _grant(request: web.Request, kind: Kind, id: UUID, role: Role) -> None:
+    db = request.app[RESOURCES].db
+    request[ACCESS] = await check(db, user=request[USER].id, kind=kind, id=id, role=role)

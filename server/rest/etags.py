@@ -1,8 +1,9 @@
 """Strong ETags (RFC 9110): an entity's revision, and the caller's role where the answer depends on it."""
 
 from aiohttp import web
+from aiohttp.helpers import ETag
 
-from server.errors import PreconditionFailed
+from server.errors import NotFound, PreconditionFailed, ServiceError
 
 
 def etag(revision: int, role: str = "") -> str:
@@ -33,7 +34,12 @@ def changed() -> PreconditionFailed:
     return PreconditionFailed("It has changed since you read it")
 
 
-def _revision(tag: web.ETag, role: str) -> int | None:
+def lost(revisions: list[int] | None) -> ServiceError:
+    """Why a conditional write found no row: another revision, or it is gone."""
+    return NotFound("It is gone") if revisions is None else changed()
+
+
+def _revision(tag: ETag, role: str) -> int | None:
     revision, _, of = tag.value.partition("-")
     if tag.is_weak or of != role.lower() or not revision.isdecimal() or len(revision) > 18:
         return None

@@ -5,6 +5,7 @@ import binascii
 from collections.abc import Sequence
 from typing import Any
 
+from marshmallow import Schema as MarshmallowSchema
 from marshmallow import fields, validate
 
 from server import json
@@ -58,3 +59,13 @@ def page(rows: Sequence[Any], limit: int, *keys: str) -> tuple[Sequence[Any], st
 def _written(key: Any) -> str:
     # Full precision: the milliseconds of our JSON would skip or repeat rows.
     return str(key.isoformat()) if hasattr(key, "isoformat") else str(key)
+
+
+def page_of(item: type[Schema], **beside: fields.Field[Any]) -> type[MarshmallowSchema]:
+    """The schema of a page of these, for the document."""
+    shape: dict[str, Any] = {
+        "items": fields.List(fields.Nested(item)),
+        "next_cursor": fields.String(allow_none=True, metadata={"description": "null on the last page"}),
+        **beside,
+    }
+    return Schema.from_dict(shape, name=f"{item.__name__}Page")

@@ -19,8 +19,12 @@ BEGIN
     RETURN NULL;
 END $$;
 
-CREATE TRIGGER members_raise_revision AFTER INSERT OR UPDATE OR DELETE ON members
+CREATE TRIGGER members_raise_revision AFTER UPDATE OR DELETE ON members
 FOR EACH ROW EXECUTE FUNCTION raise_project_revision();
+
+-- The owner comes with the project itself: its first revision shows them already.
+CREATE TRIGGER new_members_raise_revision AFTER INSERT ON members
+FOR EACH ROW WHEN (NEW.role <> 'OWNER') EXECUTE FUNCTION raise_project_revision();
 
 CREATE TRIGGER workspaces_raise_revision AFTER INSERT OR UPDATE OR DELETE ON workspaces
 FOR EACH ROW EXECUTE FUNCTION raise_project_revision();
@@ -39,3 +43,13 @@ END $$;
 CREATE TRIGGER users_raise_revisions AFTER UPDATE OF name, avatar_url, email ON users
 FOR EACH ROW WHEN ((OLD.name, OLD.avatar_url, OLD.email) IS DISTINCT FROM (NEW.name, NEW.avatar_url, NEW.email))
 EXECUTE FUNCTION raise_revisions_of_member();
+
+-- What a project shows besides its own columns.
+CREATE VIEW project_details AS
+SELECT m.project_id,
+       jsonb_build_object('id', u.id, 'email', u.email, 'name', u.name, 'avatar_url', u.avatar_url) AS owner,
+       jsonb_build_object(
+           'workspaces', (SELECT count(*) FROM workspaces w WHERE w.project_id = m.project_id),
+           'collaborators', (SELECT count(*) FROM members c WHERE c.project_id = m.project_id)
+       ) AS counts
+FROM members m JOIN users u ON u.id = m.user_id WHERE m.role = 'OWNER';

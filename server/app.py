@@ -1,0 +1,158 @@
+"""The web process, put together on one page."""
+
+import asyncio
+import signal
+import time
+from collections.abc import AsyncIterator, Iterable
+from itertools import chain
+from typing import Any
+
+import aiohttp_cors
+import structlog
+import uvloop
+from aiohttp import web
+
+from server import resources
+from server.auth import guard
+from server.auth import handlers as auth
+from server.auth.blacklist import Blacklist
+from server.auth.passwords import Hasher
+from server.auth.sessions import Issuer
+from server.auth.tokens import Keys
+from server.ops import handlers as ops
+from server.projects import access
+from server.projects import handlers as projects
+from server.ratelimit import RateLimiter
+from server.resources import Resources
+from server.rest import openapi
+from server.rest.keys import RESOURCES, User
+from server.rest.middlewares import Admission, dress, middlewares
+from server.settings import Settings, SettingsError
+from server.workspaces import handlers as workspaces
+
+log = structlog.get_logger()
+
+BODY_BYTES = 1 << 20
+BACKLOG = 1024
+KEEPALIVE_SECONDS = 75.0
+API: tuple[Iterable[web.AbstractRouteDef], ...] = (
+    auth.routes,
+    projects.routes,
+    workspaces.routes,
+    ops.routes,
+)
+
+
+def create_app(settings: Settings, stores: Resources) -> web.Application:
+    """The application over open stores. The caller owns the stores and closes them afterwards."""
+    issuer = make_issuer(settings, stores)
+    app = web.Application(middlewares=middlewares(admission(settings, stores, issuer)), client_max_size=BODY_BYTES)
+    app[RESOURCES] = stores
+    app[auth.ISSUER] = issuer
+    app[auth.HASHER] = Hasher(rounds=settings.bcrypt_rounds)
+    app[ops.STARTED] = time.monotonic()
+    app[ops.DRAINING] = ops.Draining()
+    app.on_response_prepare.append(dress)
+    for routes in API:
+        access.assemble(routes)
+        app.router.add_routes(routes)
+    openapi.add_swagger(app, swagger_document())
+    app.cleanup_ctx.append(close_hasher)
+    allow_origins(app, settings.cors_origin)
+    return app
+
+
+def swagger_document() -> dict[str, Any]:
+    return openapi.document(
+        chain.from_iterable(API), needs_role=lambda handler: access.requirement_of(handler) is not None
+    )
+
+
+def make_issuer(settings: Settings, stores: Resources) -> Issuer:
+    return Issuer(
+        access_keys=Keys.of(settings.jwt_secret, settings.jwt_secret_previous),
+        refresh_keys=Keys.of(settings.jwt_refresh_secret, settings.jwt_refresh_secret_previous),
+        access_ttl=settings.access_token_ttl,
+        refresh_ttl=settings.refresh_token_ttl,
+        blacklist=Blacklist(stores.redis, token_ttl=settings.access_token_ttl),
+    )
+
+
+def admission(settings: Settings, stores: Resources, issuer: Issuer) -> Admission:
+    def identify(request: web.Request) -> User | None:
+        token = guard.bearer(request.headers.get("Authorization"))
+        return guard.identify(issuer, token) if token else None
+
+    async def confirm(user: User) -> None:
+        await guard.confirm(stores.db, issuer, user)
+
+    rates = {"auth": settings.rate_limit_auth, "default": settings.rate_limit_default}
+    return Admission(
+        identify=identify,
+        confirm=confirm,
+        authorize=access.authorize,
+        authorize_body=access.authorize_body,
+        limiter=RateLimiter(stores.redis.connection_pool, rates=rates),
+        trusted=settings.trusted_proxies,
+    )
+
+
+async def close_hasher(app: web.Application) -> AsyncIterator[None]:
+    yield
+    app[auth.HASHER].close()
+
+
+def allow_origins(app: web.Application, origins: Iterable[str]) -> None:
+    """CORS by aiohttp-cors; it does not look at WebSockets, the socket's door does."""
+    options = aiohttp_cors.ResourceOptions(allow_headers="*", allow_methods="*", expose_headers="*", max_age=3600)
+    cors = aiohttp_cors.setup(app, defaults=dict.fromkeys(origins, options))
+    for route in list(app.router.routes()):
+        if route.resource is not None and route.resource.canonical.startswith("/api/"):
+            cors.add(route)
+
+
+def run(settings: Settings) -> None:
+    """One server process, until SIGTERM or SIGINT."""
+    uvloop.run(serve(settings))
+
+
+async def serve(settings: Settings) -> None:
+    """Open the stores, listen, and stop gently when told to.
+
+    Raises:
+        StoreDownError: a store cannot be used.
+        SettingsError: the address cannot be listened on.
+    """
+    stop = stop_signal()
+    async with resources.connect(settings) as stores:
+        app = create_app(settings, stores)
+        runner = web.AppRunner(
+            app, access_log=None, keepalive_timeout=KEEPALIVE_SECONDS, shutdown_timeout=settings.drain_seconds
+        )
+        await runner.setup()
+        try:
+            await listen(runner, settings)
+            await stop.wait()
+            log.info("server stopping")
+            app[ops.DRAINING].begun = True
+        finally:
+            await runner.cleanup()
+    log.info("server stopped")
+
+
+async def listen(runner: web.AppRunner, settings: Settings) -> None:
+    site = web.TCPSite(runner, settings.host, settings.port, backlog=BACKLOG)
+    try:
+        await site.start()
+    except OSError as error:
+        raise SettingsError(f"Cannot listen on {settings.host}:{settings.port}: {error.strerror}") from error
+    host, port = runner.addresses[0][:2]
+    log.info("server ready", address=f"http://{host}:{port}")
+
+
+def stop_signal() -> asyncio.Event:
+    """Set at the first SIGTERM or SIGINT."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    return stop

@@ -1,0 +1,94 @@
+"""The commands of ``run.py``."""
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Callable
+
+from server import app, json, logs, migrations, settings
+from server.migrations import MigrationError
+from server.resources import StoreDownError
+from server.settings import SettingsError
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    try:
+        sys.exit(arguments.run(arguments))
+    except (SettingsError, StoreDownError, MigrationError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def serve(_: argparse.Namespace) -> int:
+    loaded = settings.load()
+    logs.configure(loaded)
+    _refuse_pending(loaded.database_url)
+    app.run(loaded)
+    return 0
+
+
+def work(_: argparse.Namespace) -> int:
+    from server import worker
+
+    loaded = settings.load()
+    logs.configure(loaded)
+    worker.run(loaded)
+    return 0
+
+
+def develop(_: argparse.Namespace) -> int:
+    from server.devstack import dev
+    from server.devstack.process import StackError
+
+    try:
+        asyncio.run(dev.run(settings.load_stack()))
+    except StackError as error:
+        sys.exit(f"error: {error}")
+    return 0
+
+
+def migrate(arguments: argparse.Namespace) -> int:
+    url = settings.load().database_url
+    if arguments.check:
+        waiting = migrations.pending(url)
+        print("\n".join(f"pending: {name}" for name in waiting) or "nothing is pending")
+        return 1 if waiting else 0
+    print("\n".join(f"applied: {name}" for name in migrations.apply(url)) or "nothing to apply")
+    return 0
+
+
+def print_openapi(_: argparse.Namespace) -> int:
+    sys.stdout.buffer.write(json.dumps(app.swagger_document()) + b"\n")
+    return 0
+
+
+def _refuse_pending(url: str) -> None:
+    waiting = migrations.pending(url)
+    if waiting:
+        raise MigrationError(f"{len(waiting)} migrations are pending; run: python run.py migrate")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="run.py", description="Collaborative Workspace Backend")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _command(commands, serve, "server", "serve REST and WebSockets on HOST:PORT")
+    _command(commands, work, "worker", "run queued jobs")
+    _command(commands, develop, "dev", "embedded stores, migrations, one server and one worker")
+    check = _command(commands, migrate, "migrate", "apply what is pending in sql/migrations")
+    check.add_argument("--check", action="store_true", help="apply nothing; exit 1 when something is pending")
+    _command(commands, print_openapi, "openapi", "print the OpenAPI document")
+    return parser
+
+
+def _command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    run: Callable[[argparse.Namespace], int],
+    name: str,
+    summary: str,
+) -> argparse.ArgumentParser:
+    epilog = "Settings come from the environment; .env.example lists them all."
+    command = commands.add_parser(name, help=summary, description=summary, epilog=epilog)
+    command.set_defaults(run=run)
+    return command

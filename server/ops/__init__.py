@@ -1,0 +1,1 @@
+"""For operators: whether the process lives, whether it is ready, what it does."""

@@ -1,0 +1,85 @@
+"""Health, readiness and metrics."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Mapping
+from typing import Any
+
+import prometheus_client
+from aiohttp import web
+
+from server import __version__
+from server.ratelimit import limit
+from server.resources import ping
+from server.rest import answers
+from server.rest.keys import RESOURCES
+from server.rest.marks import public
+
+routes = web.RouteTableDef()
+CHECK_SECONDS = 1.0
+STARTED = web.AppKey("started", float)
+
+
+class Draining:
+    """Set once, when the process begins to stop."""
+
+    def __init__(self) -> None:
+        self.begun = False
+
+
+DRAINING = web.AppKey("draining", Draining)
+
+
+@routes.get("/health")
+@limit(None)
+@public
+async def health(request: web.Request) -> web.Response:
+    """The process lives."""
+    uptime = round(time.monotonic() - request.app[STARTED], 3)
+    return answers.json({"status": "ok", "uptime": uptime, "version": __version__})
+
+
+@routes.get("/health/ready")
+@limit(None)
+@public
+async def ready(request: web.Request) -> web.Response:
+    """Whether requests should be sent here: every store answers, and the process is not stopping."""
+    resources = request.app[RESOURCES]
+    stores = await check_stores(
+        {
+            "postgresql": resources.db.ping(),
+            "redis": ping(resources.redis),
+            "mongodb": resources.mongo.command("ping"),
+        }
+    )
+    draining = request.app[DRAINING].begun
+    up = not draining and all(store["status"] == "up" for store in stores.values())
+    status = "draining" if draining else "ready" if up else "unavailable"
+    body = {"status": status, "version": __version__, "stores": stores}
+    return answers.json(body, status=200 if up else 503, headers=None if up else {"Retry-After": "2"})
+
+
+@routes.get("/metrics")
+@limit(None)
+@public
+async def metrics(_: web.Request) -> web.Response:
+    return web.Response(
+        body=prometheus_client.generate_latest(),
+        headers={"Content-Type": prometheus_client.CONTENT_TYPE_LATEST},
+    )
+
+
+async def check_stores(pings: Mapping[str, Awaitable[Any]]) -> dict[str, dict[str, Any]]:
+    """State and latency in milliseconds of each store, asked at once."""
+    states = await asyncio.gather(*(_check(ping) for ping in pings.values()))
+    return dict(zip(pings, states, strict=True))
+
+
+async def _check(ping: Awaitable[Any]) -> dict[str, Any]:
+    started = time.perf_counter()
+    try:
+        async with asyncio.timeout(CHECK_SECONDS):
+            await ping
+    except Exception as error:  # noqa: BLE001 - whatever it is, the store is not usable; the kind is told
+        return {"status": "down", "error": type(error).__name__}
+    return {"status": "up", "latencyMs": round((time.perf_counter() - started) * 1000, 2)}

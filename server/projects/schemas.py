@@ -1,0 +1,135 @@
+"""What projects and their people look like from outside."""
+
+from typing import Any
+
+from marshmallow import fields, validate
+
+from server.auth.schemas import Person, email, secret
+from server.fields import Id, JsonObject, Schema, Text, Time
+from server.rest.pages import PageQuery
+
+ROLES = ("OWNER", "COLLABORATOR", "VIEWER")
+SORTS = ("updatedAt", "-updatedAt", "createdAt", "-createdAt", "name", "-name")
+
+
+def project_name(**options: Any) -> Text:
+    return Text(1, 100, trim=True, metadata={"example": "Analytical Engine"}, **options)
+
+
+def description(**options: Any) -> fields.String:
+    return fields.String(validate=validate.Length(max=500), **options)
+
+
+def given_role(**options: Any) -> fields.String:
+    return fields.String(validate=validate.OneOf(ROLES[1:]), **options)
+
+
+class NewProject(Schema):
+    name = project_name(required=True)
+    description = description(load_default="")
+    settings = JsonObject(load_default=dict)
+
+
+class ProjectChange(Schema):
+    name = project_name()
+    description = description()
+    settings = JsonObject()
+
+
+class ProjectQuery(PageQuery):
+    role = fields.String(load_default=None, validate=validate.OneOf(("owned", "collaborating")))
+    q = fields.String(
+        load_default=None,
+        validate=validate.Length(max=100),
+        metadata={"description": "in name or description"},
+    )
+    sort = fields.String(load_default="-updatedAt", validate=validate.OneOf(SORTS))
+
+
+class Counts(Schema):
+    workspaces = fields.Integer()
+    collaborators = fields.Integer(metadata={"description": "members, the owner among them"})
+
+
+class Project(Schema):
+    id = Id()
+    name = fields.String()
+    description = fields.String()
+    settings = fields.Dict()
+    owner = fields.Nested(Person)
+    role = fields.String(metadata={"enum": list(ROLES), "description": "the caller's"})
+    counts = fields.Nested(Counts)
+    created_at = Time()
+    updated_at = Time()
+
+
+class Collaborator(Schema):
+    id = Id()
+    user = fields.Nested(Person)
+    role = fields.String(metadata={"enum": list(ROLES)})
+    joined_at = Time()
+
+
+class Workspace(Schema):
+    """Here, not in ``workspaces``, because a project shows its own."""
+
+    id = Id()
+    project_id = Id()
+    name = fields.String()
+    description = fields.String()
+    meta = fields.Dict()
+    created_at = Time()
+    updated_at = Time()
+
+
+class ProjectWithMembers(Project):
+    """The single project also shows the first 100 of each."""
+
+    workspaces = fields.List(fields.Nested(Workspace))
+    collaborators = fields.List(fields.Nested(Collaborator))
+
+
+class NewCollaborator(Schema):
+    email = email(required=True)
+    role = given_role(load_default="COLLABORATOR")
+
+
+class RoleChange(Schema):
+    role = given_role(required=True)
+
+
+class Invitation(Schema):
+    id = Id()
+    project_id = Id()
+    email = fields.String()
+    role = fields.String(metadata={"enum": list(ROLES[1:])})
+    expires_at = Time()
+    created_at = Time()
+    invited_by = fields.Nested(Person, allow_none=True)
+
+
+class NewInvitation(Invitation):
+    token = fields.String(metadata={"description": "shown this once"})
+
+
+class CollaboratorOrInvitation(Schema):
+    """One of the two: a known user was added, or an unknown address was invited."""
+
+    collaborator = fields.Nested(Collaborator)
+    invitation = fields.Nested(NewInvitation)
+
+
+class Acceptance(Schema):
+    token = secret(required=True)
+
+
+class Transfer(Schema):
+    user_id = Id(required=True)
+
+
+class Activity(Schema):
+    id = fields.String()
+    action = fields.String(metadata={"example": "workspace.created"})
+    actor = fields.Nested(Person, allow_none=True)
+    subject = fields.Dict()
+    at = Time()

@@ -1,0 +1,292 @@
+"""The way of every request: trace → render errors → admit → validate → authorize what the body names → handler.
+
+Decorators have marked the handlers; here the marks are acted on. Closed by default: without ``@public`` a
+route needs a signed-in user, and a route with an id of ours in its path needs a declared role.
+"""
+
+import asyncio
+import re
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Any
+from uuid import uuid4
+
+import structlog
+from aiohttp import hdrs, web
+from aiohttp.typedefs import Handler, Middleware
+
+from server import errors, fields, json, metrics
+from server.errors import ServiceError, Unauthenticated
+from server.ratelimit import RateLimiter, limit_of
+from server.rest.keys import BODY, CLIENT, HEADERS, QUERY, REQUEST_ID, USER, User
+from server.rest.marks import is_public
+from server.settings import Network
+
+log = structlog.get_logger()
+
+BODY_SECONDS = 10.0
+_SANE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "cross-origin",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cache-Control": "private, no-cache",
+}
+
+
+@dataclass(frozen=True)
+class Admission:
+    """What the application hands in; the doors know no feature."""
+
+    identify: Callable[[web.Request], User | None]
+    """The user of the request's token, by the token alone. Raises Unauthenticated."""
+    confirm: Callable[[User], Awaitable[None]]
+    """Returns where that user's session lives. Raises Unauthenticated or Unavailable."""
+    authorize: Callable[[web.Request], Awaitable[None]]
+    """Checks the role for what the path names. Raises NotFound, Forbidden or Unavailable."""
+    authorize_body: Callable[[web.Request], Awaitable[None]]
+    """The same for what the body names."""
+    limiter: RateLimiter
+    trusted: Sequence[Network]
+
+
+def middlewares(admission: Admission) -> list[Middleware]:
+    return [trace(admission.trusted), render, admit(admission), validate, authorize_body(admission)]
+
+
+def trace(trusted: Sequence[Network]) -> Middleware:
+    """A request id, the client's address, the log line and the metrics."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        started = time.perf_counter()
+        request[REQUEST_ID] = _request_id(request)
+        request[CLIENT] = client_address(request, trusted)
+        request[HEADERS] = {}
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(request_id=request[REQUEST_ID])
+        response = await handler(request)
+        _record(request, response.status, time.perf_counter() - started)
+        return response
+
+    return middleware
+
+
+@web.middleware
+async def render(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Every refusal as a problem body (RFC 9457); what is not foreseen as a 500 that tells nothing."""
+    try:
+        return await handler(request)
+    except ServiceError as error:
+        return problem(request, error)
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        return problem(request, _translated(error))
+    except Exception:
+        log.exception("request failed", method=request.method, path=request.path)
+        return problem(request, ServiceError("Something went wrong on our side"))
+
+
+def admit(admission: Admission) -> Middleware:
+    """Signed in, within the limit, allowed: asked of the stores at once."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        target = request.match_info.handler
+        if request.match_info.http_exception is not None or request.method == hdrs.METH_OPTIONS:
+            return await handler(request)
+        identified = _identified(admission, request, public=is_public(target))
+        user = identified if isinstance(identified, User) else None
+        if user is not None:
+            request[USER] = user
+        who = f"user:{user.id}" if user else f"address:{request[CLIENT]}"
+        session, budget, access = await asyncio.gather(
+            admission.confirm(user) if user else _nothing(),
+            admission.limiter.hit(name, who) if (name := limit_of(target)) else _nothing(),
+            admission.authorize(request) if user else _nothing(),
+            return_exceptions=True,
+        )
+        if isinstance(budget, BaseException):
+            raise budget
+        if budget is not None:
+            request[HEADERS].update(budget.headers())
+        for refusal in (identified, session):
+            if isinstance(refusal, BaseException):
+                raise refusal
+        if budget is not None and not budget.passed:
+            raise errors.RateLimited("Too many requests", retry_after=max(1, budget.reset))
+        if isinstance(access, BaseException):
+            raise access
+        return await handler(request)
+
+    return middleware
+
+
+@web.middleware
+async def validate(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Body and query through the schemas that the handler declares, into typed request keys."""
+    for declared in getattr(request.match_info.handler, "__schemas__", ()):
+        if declared["location"] == "json":
+            request[BODY] = fields.load(declared["schema"], await _json_body(request))
+        elif declared["location"] == "querystring":
+            request[QUERY] = _query(declared["schema"], request)
+    return await handler(request)
+
+
+def authorize_body(admission: Admission) -> Middleware:
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if BODY in request:
+            await admission.authorize_body(request)
+        return await handler(request)
+
+    return middleware
+
+
+async def dress(request: web.Request, response: web.StreamResponse) -> None:
+    """Signal: the headers that every answer carries, whatever its kind."""
+    for name, value in _HEADERS.items():
+        response.headers.setdefault(name, value)
+    # Absent where aiohttp itself answers, before any middleware.
+    if REQUEST_ID in request:
+        response.headers["X-Request-Id"] = request[REQUEST_ID]
+        response.headers.update(request[HEADERS])
+    response.headers.popall(hdrs.SERVER, None)
+
+
+def problem(request: web.Request, error: ServiceError) -> web.Response:
+    headers: dict[str, str] = {}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = 'Bearer error="invalid_token"'
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(error.retry_after)
+    if isinstance(error, errors.MethodNotAllowed):
+        headers["Allow"] = ", ".join(error.allowed)
+    body = json.dumps(errors.problem(error, request_id=request.get(REQUEST_ID, "")))
+    return web.Response(status=error.status, body=body, content_type="application/problem+json", headers=headers)
+
+
+def client_address(request: web.Request, trusted: Sequence[Network]) -> str:
+    """The peer's address or, behind trusted proxies, the last forwarded one that is not such a proxy."""
+    hops = [request.remote or "unknown"]
+    forwarded = ",".join(request.headers.getall("X-Forwarded-For", ()))
+    hops += [hop.strip() for hop in reversed(forwarded.split(",")) if hop.strip()]
+    for hop in hops:
+        if not _is_trusted(hop, trusted):
+            return hop if hop == hops[0] or _is_address(hop) else hops[0]
+    return hops[-1]
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_trusted(hop: str, trusted: Sequence[Network]) -> bool:
+    return bool(trusted) and _is_address(hop) and any(ip_address(hop) in network for network in trusted)
+
+
+def _request_id(request: web.Request) -> str:
+    given = request.headers.get("X-Request-Id", "")
+    return given if _SANE_ID.fullmatch(given) else uuid4().hex
+
+
+def _record(request: web.Request, status: int, seconds: float) -> None:
+    resource = request.match_info.route.resource
+    route = resource.canonical if resource else "unmatched"
+    metrics.REQUESTS.labels(request.method, route, str(status)).observe(seconds)
+    user = request.get(USER)
+    log.info(
+        "request",
+        method=request.method,
+        path=request.path,
+        status=status,
+        ms=round(seconds * 1000, 1),
+        client=request[CLIENT],
+        user=str(user.id) if user else None,
+    )
+
+
+def _identified(admission: Admission, request: web.Request, *, public: bool) -> User | Unauthenticated | None:
+    """The user, a refusal to raise after the limiter has counted the request, or None on a public route."""
+    if public:
+        return None
+    try:
+        user = admission.identify(request)
+    except Unauthenticated as refusal:
+        return refusal
+    return user or Unauthenticated("Sign in: send Authorization: Bearer <access token>")
+
+
+async def _nothing() -> None:
+    return None
+
+
+async def _json_body(request: web.Request) -> Any:
+    if not request.body_exists:
+        return {}
+    raw = await read_body(request)
+    if not raw:
+        return {}
+    if request.content_type != "application/json" and not request.content_type.endswith("+json"):
+        raise errors.UnsupportedMediaType("The body must be application/json")
+    if (request.charset or "utf-8").lower() not in ("utf-8", "utf8"):
+        raise errors.UnsupportedMediaType("JSON must be UTF-8")
+    return json.loads(raw)
+
+
+async def read_body(request: web.Request) -> bytes:
+    """The whole body, within its size and time limits.
+
+    Raises:
+        TooLarge, BadRequest: it is larger, or slower, or not encoded as it says.
+    """
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            return await request.read()
+    except TimeoutError:
+        request.protocol.force_close()
+        raise errors.BadRequest("The body came too slowly") from None
+    except web.HTTPRequestEntityTooLarge:
+        request.protocol.force_close()
+        raise errors.TooLarge("The body is larger than this path takes") from None
+    except (web.RequestPayloadError, ValueError):
+        request.protocol.force_close()
+        raise errors.BadRequest("The body cannot be read") from None
+
+
+def _query(schema: Any, request: web.Request) -> dict[str, Any]:
+    known = {field.data_key or name for name, field in schema.fields.items()}
+    given = {key: value for key, value in request.query.items() if key in known}
+    for key, value in given.items():
+        if "\0" in value or (not value.isprintable() and _has_surrogate(value)):
+            raise errors.invalid(key, json.NUL_MESSAGE)
+    return fields.load(schema, given)
+
+
+def _has_surrogate(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _translated(error: web.HTTPException) -> ServiceError:
+    """aiohttp's own refusals in our words."""
+    match error:
+        case web.HTTPMethodNotAllowed():
+            return errors.MethodNotAllowed("This path does not know that method", allowed=sorted(error.allowed_methods))
+        case web.HTTPNotFound():
+            return errors.NotFound("No such path")
+        case web.HTTPRequestEntityTooLarge():
+            return errors.TooLarge("The body is too large")
+        case web.HTTPServiceUnavailable():
+            return errors.Unavailable()
+        case web.HTTPServerError():
+            return ServiceError()
+    return errors.BadRequest(error.reason)

@@ -1,0 +1,182 @@
+"""The OpenAPI document and Swagger UI.
+
+Built by aiohttp-apispec from its own decorators, and from our marks: what every route of a kind can answer
+is derived, never written twice. aiohttp-apispec consumes its decorators' data, so it is given copies.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp_apispec
+from aiohttp import hdrs, web
+from aiohttp_apispec import AiohttpApiSpec
+from marshmallow import fields
+
+from server import __version__, errors, json
+from server.errors import CODES
+from server.fields import Schema
+from server.ratelimit import limit_of
+from server.rest.marks import is_public, public, refusals_of
+
+STATIC = Path(aiohttp_apispec.__file__).parent / "static"
+DOCUMENT = "/api-docs/swagger.json"
+_METHODS = {hdrs.METH_GET, hdrs.METH_POST, hdrs.METH_PUT, hdrs.METH_PATCH, hdrs.METH_DELETE}
+
+
+class FieldProblem(Schema):
+    field = fields.String(metadata={"example": "email"})
+    message = fields.String(metadata={"example": "Not a valid email address."})
+
+
+class Problem(Schema):
+    """RFC 9457 problem details."""
+
+    type = fields.String(metadata={"example": "about:blank"})
+    title = fields.String(metadata={"example": "Conflict"})
+    status = fields.Integer(metadata={"example": 409})
+    detail = fields.String(metadata={"example": "Email already registered"})
+    code = fields.String(metadata={"enum": sorted(code for code, (status, _) in CODES.items() if status)})
+    error = fields.String(metadata={"description": "repeats detail, for older clients"})
+    details = fields.List(fields.Nested(FieldProblem), metadata={"description": "validation errors only"})
+    request_id = fields.String()
+
+
+PROBLEM = Problem()
+NeedsRole = Callable[[Callable[..., Any]], bool]
+
+
+def document(routes: Iterable[web.AbstractRouteDef], *, needs_role: NeedsRole) -> dict[str, Any]:
+    """The OpenAPI 2 document of these routes, in their order."""
+    spec = AiohttpApiSpec(
+        url=None,
+        app=None,
+        title="Collaborative Workspace Backend",
+        version=__version__,
+        info={"description": _DESCRIPTION},
+        securityDefinitions={
+            "bearer": {
+                "type": "apiKey",
+                "in": "header",
+                "name": "Authorization",
+                "description": "Bearer <accessToken>, from register or login",
+            }
+        },
+        consumes=["application/json"],
+        produces=["application/json"],
+    )
+    for route in routes:
+        if isinstance(route, web.RouteDef) and route.method in _METHODS:
+            described = _described(route.handler, needs_role=needs_role)
+            if described is not None:
+                spec._update_paths(described, route.method.lower(), route.path)
+    made: dict[str, Any] = spec.swagger_dict()
+    return made
+
+
+def _described(handler: Any, *, needs_role: NeedsRole) -> dict[str, Any] | None:
+    data: dict[str, Any] | None = copy.deepcopy(getattr(handler, "__apispec__", None))
+    if data is None:
+        return None
+    data["operationId"] = handler.__name__
+    data["security"] = [] if is_public(handler) else [{"bearer": []}]
+    for declared in data["schemas"]:
+        if declared["location"] == "json":
+            declared["options"]["required"] = any(f.required for f in declared["schema"].fields.values())
+    for status, described in _refusals(handler, needs_role=needs_role):
+        data["responses"].setdefault(status, {"schema": PROBLEM, "description": described})
+    return data
+
+
+def _refusals(handler: Any, *, needs_role: NeedsRole) -> Iterator[tuple[str, str]]:
+    """Status and meaning of what this route can refuse, from its marks."""
+    codes = list(refusals_of(handler))
+    if not is_public(handler):
+        codes.append("unauthenticated")
+    if needs_role(handler):
+        codes += ["forbidden", "not_found"]
+    locations = {each["location"] for each in getattr(handler, "__schemas__", ())}
+    if "json" in locations:
+        codes += ["bad_request", "too_large", "unsupported_media_type", "validation_failed"]
+    elif "querystring" in locations:
+        codes.append("validation_failed")
+    if limit_of(handler):
+        codes.append("rate_limited")
+    codes.append("unavailable")
+    by_status: dict[int, list[str]] = {}
+    for code in dict.fromkeys(codes):
+        status, meaning = errors.CODES[code]
+        assert status is not None
+        by_status.setdefault(status, []).append(f"`{code}`: {meaning}")
+    for status, meanings in sorted(by_status.items()):
+        yield str(status), "; ".join(meanings)
+
+
+def add_swagger(app: web.Application, swagger: dict[str, Any]) -> None:
+    """Serve the document and the page that shows it."""
+    raw = json.dumps(swagger)
+
+    @public
+    async def serve_document(_: web.Request) -> web.Response:
+        return web.Response(body=raw, content_type="application/json", headers=_OPEN)
+
+    @public
+    async def serve_page(_: web.Request) -> web.Response:
+        return web.Response(text=_page(), content_type="text/html", headers=_OPEN | _PAGE_POLICY)
+
+    for handler in (serve_document, serve_page):
+        handler.__limit__ = None  # type: ignore[attr-defined]
+    app.router.add_get(DOCUMENT, serve_document)
+    app.router.add_get("/api-docs", serve_page)
+    app.router.add_get("/api-docs/", serve_page)
+    for name in _ASSETS:
+        app.router.add_get(f"/api-docs/static/{name}", _asset(STATIC / name))
+
+
+def _asset(path: Path) -> Callable[[web.Request], Any]:
+    @public
+    async def serve(_: web.Request) -> web.FileResponse:
+        return web.FileResponse(path, headers={"Cache-Control": "public, max-age=31536000, immutable"})
+
+    serve.__limit__ = None  # type: ignore[attr-defined]
+    return serve
+
+
+def _page() -> str:
+    """aiohttp-apispec's page, whose requests get the word Bearer where one pasted the bare token."""
+    page = (STATIC / "index.html").read_text()
+    for old, new in (
+        ("{{ path }}", DOCUMENT),
+        ("{{ static }}", "/api-docs/static"),
+        ("<title>Swagger UI</title>", "<title>Collaborative Workspace Backend: API</title>"),
+        ("dom_id: '#swagger-ui',", "dom_id: '#swagger-ui',\n" + _BEARER),
+    ):
+        assert old in page, old  # aiohttp-apispec is pinned; a new page must be looked at
+        page = page.replace(old, new)
+    return page
+
+
+_ASSETS = (
+    "favicon-16x16.png",
+    "favicon-32x32.png",
+    "swagger-ui.css",
+    "swagger-ui-bundle.js",
+    "swagger-ui-standalone-preset.js",
+)
+_OPEN = {"Cache-Control": "public, max-age=60"}
+_PAGE_POLICY = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; "
+    "script-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
+}
+_BEARER = """        persistAuthorization: true,
+        requestInterceptor: request => {
+          const token = request.headers.Authorization;
+          if (token && !/^bearer /i.test(token)) request.headers.Authorization = "Bearer " + token.trim();
+          return request;
+        },"""
+_DESCRIPTION = """The server behind collaborative coding platforms.
+
+Sign in with **POST /api/v1/auth/login**, press *Authorize* and paste the `accessToken`.
+Errors are problem details (RFC 9457); their `code` is stable. Lists are `{items, nextCursor}`.
+Live collaboration runs over WebSockets at `/ws`."""

@@ -1,0 +1,7 @@
+"""The worker process, put together on one page."""
+
+from server.settings import Settings
+
+
+def run(settings: Settings) -> None:
+    raise NotImplementedError

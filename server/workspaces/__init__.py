@@ -1,0 +1,1 @@
+"""Workspaces: the rooms of a project in which people see each other live."""

@@ -1,0 +1,103 @@
+"""Workspaces over REST."""
+
+from datetime import datetime
+from uuid import UUID
+
+from aiohttp import web
+from aiohttp_apispec import docs, json_schema, querystring_schema, response_schema
+
+from server.errors import NotFound
+from server.projects.access import ACCESS, Role, body_field, requires
+from server.rest import answers
+from server.rest.etags import etag, expected_revisions, lost
+from server.rest.keys import BODY, QUERY, RESOURCES, USER
+from server.rest.pages import PageQuery, keys_of, page, page_of
+from server.workspaces import schemas, store
+
+routes = web.RouteTableDef()
+WORKSPACE = schemas.Workspace()
+
+
+@routes.post("/api/v1/workspaces")
+@docs(tags=["workspaces"], summary="Create a workspace in a project")
+@json_schema(schemas.NewWorkspace)
+@response_schema(schemas.Workspace, 201)
+@requires(Role.COLLABORATOR, of=body_field("projectId"))
+async def create_workspace(request: web.Request) -> web.Response:
+    body = request[BODY]
+    made = await store.create_workspace(
+        request.app[RESOURCES].db,
+        project=body["project_id"],
+        actor=request[USER].id,
+        name=body["name"],
+        description=body["description"],
+        meta=body["meta"],
+    )
+    tag = etag(made["revision"], request[ACCESS].role.name)
+    return answers.created(f"/api/v1/workspaces/{made['id']}", WORKSPACE.dump(made), tag=tag)
+
+
+@routes.get("/api/v1/workspaces/project/{projectId}")
+@docs(tags=["workspaces"], summary="The workspaces of a project, oldest first")
+@querystring_schema(PageQuery)
+@response_schema(page_of(schemas.Workspace), 200)
+@requires(Role.VIEWER)
+async def list_workspaces(request: web.Request) -> web.Response:
+    query = request[QUERY]
+    rows = await store.list_workspaces(
+        request.app[RESOURCES].db,
+        project=request[ACCESS].project,
+        limit=query["limit"],
+        after=keys_of(query["cursor"], datetime, UUID),
+    )
+    return answers.page(WORKSPACE, *page(rows, query["limit"], "created_at", "id"))
+
+
+@routes.get("/api/v1/workspaces/{workspaceId}")
+@docs(tags=["workspaces"], summary="One workspace")
+@response_schema(schemas.Workspace, 200)
+@requires(Role.VIEWER)
+async def read_workspace(request: web.Request) -> web.Response:
+    found = await store.read_workspace(request.app[RESOURCES].db, workspace=_id(request))
+    if found is None:
+        raise NotFound("No such workspace")
+    return answers.entity(request, WORKSPACE, found, role=request[ACCESS].role.name)
+
+
+@routes.patch("/api/v1/workspaces/{workspaceId}")
+@docs(tags=["workspaces"], summary="Change a workspace")
+@json_schema(schemas.WorkspaceChange)
+@response_schema(schemas.Workspace, 200)
+@requires(Role.COLLABORATOR)
+async def change_workspace(request: web.Request) -> web.Response:
+    role, given = request[ACCESS].role.name, request[BODY]
+    revisions = expected_revisions(request, role)
+    made = await store.change_workspace(
+        request.app[RESOURCES].db,
+        workspace=_id(request),
+        actor=request[USER].id,
+        name=given.get("name"),
+        description=given.get("description"),
+        meta=given.get("meta"),
+        revisions=revisions,
+    )
+    if made is None:
+        raise lost(revisions)
+    return answers.entity(request, WORKSPACE, made, role=role)
+
+
+@routes.delete("/api/v1/workspaces/{workspaceId}")
+@docs(tags=["workspaces"], summary="Delete a workspace and all that is in it")
+@requires(Role.COLLABORATOR)
+async def delete_workspace(request: web.Request) -> web.Response:
+    revisions = expected_revisions(request, request[ACCESS].role.name)
+    gone = await store.delete_workspace(
+        request.app[RESOURCES].db, workspace=_id(request), actor=request[USER].id, revisions=revisions
+    )
+    if not gone:
+        raise lost(revisions)
+    return answers.nothing()
+
+
+def _id(request: web.Request) -> UUID:
+    return UUID(request.match_info["workspaceId"])

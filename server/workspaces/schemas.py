@@ -1,0 +1,27 @@
+"""What workspaces look like from outside."""
+
+from typing import Any
+
+from marshmallow import fields, validate
+
+from server.fields import Id, JsonObject, Schema, Text
+from server.projects.schemas import Workspace
+
+__all__ = ["NewWorkspace", "Workspace", "WorkspaceChange"]
+
+
+def workspace_name(**options: Any) -> Text:
+    return Text(1, 100, trim=True, metadata={"example": "Number crunching"}, **options)
+
+
+class NewWorkspace(Schema):
+    project_id = Id(required=True)
+    name = workspace_name(required=True)
+    description = fields.String(load_default="", validate=validate.Length(max=500))
+    meta = JsonObject(load_default=dict)
+
+
+class WorkspaceChange(Schema):
+    name = workspace_name()
+    description = fields.String(validate=validate.Length(max=500))
+    meta = JsonObject()

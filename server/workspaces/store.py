@@ -1,0 +1,104 @@
+"""SQL of workspaces."""
+
+from typing import Any
+from uuid import UUID
+
+from asyncpg import Record
+
+from server.postgres import Executor
+
+
+async def create_workspace(
+    db: Executor, *, project: UUID, actor: UUID, name: str, description: str, meta: dict[str, Any]
+) -> Record:
+    row = await db.fetchrow(
+        """
+        WITH made AS (
+            INSERT INTO workspaces (project_id, name, description, meta) VALUES ($1, $3, $4, $5) RETURNING *
+        ), noted AS (
+            INSERT INTO activity (project_id, actor_id, action, subject)
+            SELECT $1, $2, 'workspace.created', jsonb_build_object('workspaceId', id, 'name', name) FROM made
+        )
+        SELECT * FROM made
+        """,
+        project,
+        actor,
+        name,
+        description,
+        meta,
+    )
+    assert row is not None
+    return row
+
+
+async def read_workspace(db: Executor, *, workspace: UUID) -> Record | None:
+    return await db.fetchrow("SELECT * FROM workspaces WHERE id = $1", workspace)
+
+
+async def list_workspaces(
+    db: Executor, *, project: UUID, limit: int, after: tuple[Any, Any] = (None, None)
+) -> list[Record]:
+    """Oldest first; one more than ``limit``."""
+    return await db.fetch(
+        """
+        SELECT * FROM workspaces
+        WHERE project_id = $1 AND ($3::timestamptz IS NULL OR (created_at, id) > ($3, $4::uuid))
+        ORDER BY created_at, id LIMIT $2 + 1
+        """,
+        project,
+        limit,
+        *after,
+    )
+
+
+async def change_workspace(
+    db: Executor,
+    *,
+    workspace: UUID,
+    actor: UUID,
+    name: str | None,
+    description: str | None,
+    meta: dict[str, Any] | None,
+    revisions: list[int] | None,
+) -> Record | None:
+    """The changed workspace; None where it is gone or its revision is none of these."""
+    return await db.fetchrow(
+        """
+        WITH changed AS (
+            UPDATE workspaces SET name = COALESCE($3, name), description = COALESCE($4, description),
+                                  meta = COALESCE($5, meta), revision = revision + 1, updated_at = now()
+            WHERE id = $1 AND ($6::bigint[] IS NULL OR revision = ANY ($6)) RETURNING *
+        ), noted AS (
+            INSERT INTO activity (project_id, actor_id, action, subject)
+            SELECT project_id, $2, 'workspace.updated', jsonb_build_object('workspaceId', id, 'name', name)
+            FROM changed
+        )
+        SELECT * FROM changed
+        """,
+        workspace,
+        actor,
+        name,
+        description,
+        meta,
+        revisions,
+    )
+
+
+async def delete_workspace(db: Executor, *, workspace: UUID, actor: UUID, revisions: list[int] | None) -> bool:
+    return bool(
+        await db.fetchval(
+            """
+            WITH gone AS (
+                DELETE FROM workspaces WHERE id = $1 AND ($3::bigint[] IS NULL OR revision = ANY ($3)) RETURNING *
+            ), noted AS (
+                INSERT INTO activity (project_id, actor_id, action, subject)
+                SELECT project_id, $2, 'workspace.deleted', jsonb_build_object('workspaceId', id, 'name', name)
+                FROM gone
+            )
+            SELECT true FROM gone
+            """,
+            workspace,
+            actor,
+            revisions,
+        )
+    )
