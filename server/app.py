@@ -1,7 +1,5 @@
 """The web process, put together on one page."""
 
-import asyncio
-import signal
 import time
 from collections.abc import AsyncIterator, Iterable
 from itertools import chain
@@ -19,16 +17,25 @@ from server.auth.blacklist import Blacklist
 from server.auth.passwords import Hasher
 from server.auth.sessions import Issuer
 from server.auth.tokens import Keys
+from server.errors import Unauthenticated
+from server.jobs import handlers as jobs
+from server.jobs import queue, store
 from server.ops import handlers as ops
 from server.projects import access
 from server.projects import handlers as projects
-from server.ratelimit import RateLimiter
+from server.ratelimit import RateLimiter, limit
+from server.realtime.endpoint import REALTIME, Authenticate, websocket
+from server.realtime.hub import Realtime
+from server.realtime.table import MessageTable, merge
 from server.resources import Resources
 from server.rest import openapi
 from server.rest.keys import RESOURCES, User
+from server.rest.marks import public
 from server.rest.middlewares import Admission, dress, middlewares
 from server.settings import Settings, SettingsError
+from server.signals import stop_signal
 from server.workspaces import handlers as workspaces
+from server.workspaces.messages import messages as workspace_messages
 
 log = structlog.get_logger()
 
@@ -42,6 +49,8 @@ API: tuple[Iterable[web.AbstractRouteDef], ...] = (
     ops.routes,
 )
 
+MESSAGES: tuple[MessageTable, ...] = (workspace_messages,)
+
 
 def create_app(settings: Settings, stores: Resources) -> web.Application:
     """The application over open stores. The caller owns the stores and closes them afterwards."""
@@ -50,14 +59,17 @@ def create_app(settings: Settings, stores: Resources) -> web.Application:
     app[RESOURCES] = stores
     app[auth.ISSUER] = issuer
     app[auth.HASHER] = Hasher(rounds=settings.bcrypt_rounds)
+    app[REALTIME] = Realtime(settings, stores.db, stores.redis, stores.blocking_redis, merge(MESSAGES))
+    app[jobs.QUEUE] = queue.open_queue(stores.redis)
     app[ops.STARTED] = time.monotonic()
     app[ops.DRAINING] = ops.Draining()
     app.on_response_prepare.append(dress)
     for routes in API:
         access.assemble(routes)
         app.router.add_routes(routes)
+    app.router.add_get("/ws", limit(None)(public(websocket(socket_user(stores, issuer), access.authorize_message))))
     openapi.add_swagger(app, swagger_document())
-    app.cleanup_ctx.append(close_hasher)
+    app.cleanup_ctx.extend((close_hasher, run_realtime))
     allow_origins(app, settings.cors_origin)
     return app
 
@@ -97,6 +109,23 @@ def admission(settings: Settings, stores: Resources, issuer: Issuer) -> Admissio
     )
 
 
+def socket_user(stores: Resources, issuer: Issuer) -> Authenticate:
+    async def authenticate(request: web.Request) -> tuple[User, str]:
+        token = guard.bearer(request.headers.get("Authorization"))
+        if token is None:
+            raise Unauthenticated("Sign in: send Authorization: Bearer <access token>")
+        user = guard.identify(issuer, token)
+        return user, await guard.confirm_with_name(stores.db, user)
+
+    return authenticate
+
+
+async def run_realtime(app: web.Application) -> AsyncIterator[None]:
+    app[REALTIME].start()
+    yield
+    await app[REALTIME].stop()
+
+
 async def close_hasher(app: web.Application) -> AsyncIterator[None]:
     yield
     app[auth.HASHER].close()
@@ -125,6 +154,7 @@ async def serve(settings: Settings) -> None:
     """
     stop = stop_signal()
     async with resources.connect(settings) as stores:
+        await store.prepare(stores.mongo)
         app = create_app(settings, stores)
         runner = web.AppRunner(
             app, access_log=None, keepalive_timeout=KEEPALIVE_SECONDS, shutdown_timeout=settings.drain_seconds
@@ -148,11 +178,3 @@ async def listen(runner: web.AppRunner, settings: Settings) -> None:
         raise SettingsError(f"Cannot listen on {settings.host}:{settings.port}: {error.strerror}") from error
     host, port = runner.addresses[0][:2]
     log.info("server ready", address=f"http://{host}:{port}")
-
-
-def stop_signal() -> asyncio.Event:
-    """Set at the first SIGTERM or SIGINT."""
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    return stop

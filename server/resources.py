@@ -37,6 +37,7 @@ class Resources:
     settings: Settings
     db: postgres.Database
     redis: Redis
+    blocking_redis: Redis
     mongo: Any  # AsyncIOMotorDatabase, which carries no types
 
 
@@ -53,10 +54,14 @@ async def connect(settings: Settings) -> AsyncIterator[Resources]:
         redis = redis_client(settings.redis_url)
         stack.push_async_callback(redis.aclose)
         await _started("Redis", settings.redis_url, ping(redis))
+        blocking = blocking_redis_client(settings.redis_url)
+        stack.push_async_callback(blocking.aclose)
         client: Any = mongo_client(settings.mongodb_uri)
         stack.callback(client.close)
         await _started("MongoDB", settings.mongodb_uri, client.admin.command("ping"))
-        yield Resources(settings=settings, db=db, redis=redis, mongo=client.get_default_database())
+        yield Resources(
+            settings=settings, db=db, redis=redis, blocking_redis=blocking, mongo=client.get_default_database()
+        )
 
 
 def redis_client(url: str) -> Redis:
@@ -74,6 +79,18 @@ def redis_client(url: str) -> Redis:
         retry=Retry(NoBackoff(), 0),
     )
     return Redis.from_pool(pool)
+
+
+def blocking_redis_client(url: str) -> Redis:
+    """For connections that wait for Redis to speak: no read timeout; keepalive and PINGs notice a dead peer."""
+    return Redis.from_url(
+        url,
+        socket_timeout=None,
+        socket_connect_timeout=REDIS_SECONDS,
+        socket_keepalive=True,
+        health_check_interval=5,
+        retry=Retry(NoBackoff(), 0),
+    )
 
 
 async def ping(redis: Redis) -> None:

@@ -34,6 +34,18 @@ async def confirm(db: Executor, issuer: Issuer, user: User) -> None:
         raise Unauthenticated("The session has ended")
 
 
+async def confirm_with_name(db: Executor, user: User) -> str:
+    """The user's name, for a socket, whose session lives as its row says.
+
+    Raises:
+        Unauthenticated: it has ended.
+    """
+    name = await store.name_of_session(db, session=user.session, user=user.id)
+    if name is None:
+        raise Unauthenticated("The session has ended")
+    return name
+
+
 def bearer(header: str | None) -> str | None:
     """The token of an Authorization header (RFC 6750); None where there is no such header.
 

@@ -213,6 +213,19 @@ async def session_alive(db: Executor, *, session: UUID, user: UUID) -> bool:
     )
 
 
+async def name_of_session(db: Executor, *, session: UUID, user: UUID) -> str | None:
+    """The user's name, or None where the session has ended."""
+    name: str | None = await db.fetchval(
+        """
+        SELECT u.name FROM sessions s JOIN users u ON u.id = s.user_id
+        WHERE s.id = $1 AND s.user_id = $2 AND s.ended_at IS NULL AND s.expires_at > now()
+        """,
+        session,
+        user,
+    )
+    return name
+
+
 async def end_session(db: Executor, *, user: UUID, session: UUID) -> bool:
     """Whether that session of the user was alive."""
     return bool(

@@ -15,6 +15,8 @@ from aiohttp import web
 from server.errors import Forbidden, NotFound
 from server.fields import parse_id
 from server.postgres import Executor
+from server.realtime.connection import Connection
+from server.realtime.table import Message
 from server.rest.keys import BODY, RESOURCES, USER
 
 H = TypeVar("H", bound=Callable[..., Any])
@@ -144,6 +146,20 @@ async def authorize_body(request: web.Request) -> None:
     if requirement is not None and requirement.of is not None:
         kind = requirement.of.kind
         await _grant(request, kind, request[BODY][f"{kind.value}_id"], requirement.role)
+
+
+async def authorize_message(connection: Connection, message: Message, data: dict[str, Any]) -> None:
+    """The socket's question: may this user use what the message names?"""
+    requirement = requirement_of(message.handler)
+    if requirement is not None and requirement.of is not None:
+        kind = requirement.of.kind
+        connection.access = await check(
+            connection.realtime.db,
+            user=connection.user.id,
+            kind=kind,
+            id=data[f"{kind.value}_id"],
+            role=requirement.role,
+        )
 
 
 async def _grant(request: web.Request, kind: Kind, id: UUID, role: Role) -> None:

@@ -1,0 +1,6 @@
+"""What jobs can do, one type a file."""
+
+from server.jobs.table import JobType, merge
+from server.jobs.types import code_execution
+
+JOB_TYPES: dict[str, JobType] = merge([code_execution.jobs])

@@ -1,0 +1,41 @@
+"""CODE_EXECUTION: a team's program, in the sandbox."""
+
+import dataclasses
+from typing import Any
+
+from marshmallow import fields, validate
+
+from server.fields import Schema, camel
+from server.jobs.sandbox import Limits
+from server.jobs.table import Attempt, JobTable
+
+jobs = JobTable()
+LONGEST_CODE = 256 * 1024
+LONGEST_INPUT = 256 * 1024
+MOST_ARGUMENTS = 64
+
+
+class CodeExecution(Schema):
+    language = fields.String(required=True, validate=validate.OneOf(("python", "javascript", "bash")))
+    code = fields.String(required=True, validate=validate.Length(1, LONGEST_CODE))
+    stdin = fields.String(load_default="", validate=validate.Length(max=LONGEST_INPUT))
+    args = fields.List(
+        fields.String(validate=validate.Length(max=4096)),
+        load_default=list,
+        validate=validate.Length(max=MOST_ARGUMENTS),
+    )
+    timeout_seconds = fields.Integer(load_default=10, strict=True, validate=validate.Range(1, 60))
+    memory_mb = fields.Integer(load_default=128, strict=True, validate=validate.Range(16, 512))
+
+
+@jobs.on("CODE_EXECUTION", CodeExecution, timeout=90)
+async def execute(attempt: Attempt, payload: dict[str, Any]) -> dict[str, Any]:
+    """Run a program. One that exits non-zero, or hits a limit, is a completed job that says so."""
+    outcome = await attempt.sandbox.run(
+        payload["language"],
+        payload["code"],
+        stdin=payload["stdin"],
+        args=payload["args"],
+        limits=Limits(timeout_seconds=payload["timeout_seconds"], memory_mb=payload["memory_mb"]),
+    )
+    return {camel(name): value for name, value in dataclasses.asdict(outcome).items()}

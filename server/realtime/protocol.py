@@ -1,0 +1,85 @@
+"""Frames to values and back: JSON text frames ``{event, data, id?}``; pure, without I/O."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from server import json
+from server.errors import BadRequest, ServiceError
+
+SUBPROTOCOL = "collab.v1"
+LONGEST_EVENT = 64
+LONGEST_ID = 128
+
+
+@dataclass(frozen=True)
+class Frame:
+    event: str
+    data: dict[str, Any]
+    id: str | int | float | None = None
+
+
+def parse(raw: bytes | str) -> Frame:
+    """A client's frame.
+
+    Raises:
+        ServiceError: ``malformed``; with the frame's id where one can be read.
+    """
+    try:
+        value = json.loads(raw)
+    except ServiceError as error:
+        raise malformed(error.detail) from None
+    if not isinstance(value, dict):
+        raise malformed("A frame is a JSON object")
+    event, data, id = value.get("event"), value.get("data", {}), value.get("id")
+    if id is not None and (isinstance(id, bool) or not isinstance(id, str | int | float)):
+        raise malformed("id must be a string or a number")
+    if isinstance(id, str) and len(id) > LONGEST_ID:
+        raise malformed(f"id may have at most {LONGEST_ID} characters")
+    if not isinstance(event, str) or len(event) > LONGEST_EVENT:
+        raise malformed("event must be a string", id=id)
+    if data is None:
+        data = {}
+    if not isinstance(data, dict) or value.keys() - {"event", "data", "id"}:
+        raise malformed("A frame is {event, data, id?}, data an object", id=id)
+    return Frame(event, data, id)
+
+
+class MalformedFrame(BadRequest):
+    """``id`` is the frame's, where it could be read."""
+
+    id: str | int | float | None = None
+
+
+def malformed(detail: str, *, id: str | int | float | None = None) -> MalformedFrame:
+    error = MalformedFrame(detail, code="malformed")
+    error.id = id
+    return error
+
+
+def encode(event: str, data: Any, *, id: str | int | float | None = None) -> bytes:
+    """The text of one of our frames."""
+    value = {"event": event, "data": data}
+    return json.dumps(value if id is None else {**value, "id": id})
+
+
+def ack(id: str | int | float, data: Any) -> bytes:
+    return encode("ack", data, id=id)
+
+
+def refusal(error: ServiceError, *, id: str | int | float | None = None) -> bytes:
+    data: dict[str, Any] = {"code": error.code, "message": error.detail}
+    if error.details:
+        data["details"] = error.details
+    if error.retry_after is not None:
+        data["retryAfter"] = error.retry_after
+    return encode("error", data, id=id)
+
+
+def websocket_frame(payload: bytes) -> bytes:
+    """An unmasked, final text frame (RFC 6455, section 5.2), to be written to any number of transports."""
+    size = len(payload)
+    if size < 126:
+        return b"\x81" + size.to_bytes(1, "big") + payload
+    if size < 1 << 16:
+        return b"\x81\x7e" + size.to_bytes(2, "big") + payload
+    return b"\x81\x7f" + size.to_bytes(8, "big") + payload

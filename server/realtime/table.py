@@ -1,0 +1,53 @@
+"""MessageTable: the idiom of ``RouteTableDef`` for messages.
+
+``@messages.on("cursor:update", CursorUpdate)`` over ``async def update_cursor(socket, data) -> ack``; what the
+function returns is the ack's data, and a refusal is raised.
+"""
+
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from marshmallow import Schema
+
+if TYPE_CHECKING:
+    from server.realtime.connection import Connection
+
+Handler = Callable[["Connection", dict[str, Any]], Awaitable[dict[str, Any] | None]]
+
+
+@dataclass(frozen=True)
+class Message:
+    event: str
+    schema: Schema
+    handler: Handler
+    summary: str
+
+
+class MessageTable:
+    def __init__(self) -> None:
+        self._messages: list[Message] = []
+
+    def on(self, event: str, schema: type[Schema]) -> Callable[[Handler], Handler]:
+        def add(handler: Handler) -> Handler:
+            self._messages.append(Message(event, schema(), handler, (handler.__doc__ or "").strip()))
+            return handler
+
+        return add
+
+    def __iter__(self) -> Iterator[Message]:
+        return iter(self._messages)
+
+
+def merge(tables: Iterable[MessageTable]) -> dict[str, Message]:
+    """All messages by event.
+
+    Raises:
+        RuntimeError: two tables know the same event.
+    """
+    merged: dict[str, Message] = {}
+    for message in (each for table in tables for each in table):
+        if message.event in merged:
+            raise RuntimeError(f"two handlers for {message.event}")
+        merged[message.event] = message
+    return merged

@@ -1,0 +1,118 @@
+"""Users as tests speak of them: ``await alice.post("/projects", {"name": "Engine"})``."""
+
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+import aiohttp
+import orjson
+
+from tests.sockets import Socket
+
+PASSWORD = "Lovelace1815"
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    body: Any
+    headers: Any
+
+    def __getitem__(self, key: str) -> Any:
+        return self.body[key]
+
+    @property
+    def code(self) -> str:
+        """The problem's code, or the answer itself where it is none."""
+        return self.body.get("code", f"no problem: {self.body}")
+
+
+class Actor:
+    """A user who speaks to one server; ``at`` gives the same user at another."""
+
+    def __init__(self, http: aiohttp.ClientSession, base: str, name: str) -> None:
+        self.http, self.base, self.name = http, str(base).rstrip("/"), name
+        self.email = f"{name.lower()}-{uuid4().hex[:12]}@example.org"
+        self.password = PASSWORD
+        self.id = ""
+        self.access_token = ""
+        self.refresh_token = ""
+        self.sockets: list[Socket] = []
+
+    def at(self, base: str) -> "Actor":
+        twin = Actor(self.http, base, self.name)
+        twin.email, twin.id, twin.sockets = self.email, self.id, self.sockets
+        twin.access_token, twin.refresh_token = self.access_token, self.refresh_token
+        return twin
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.access_token}"} if self.access_token else {}
+
+    async def call(self, method: str, path: str, body: Any = None, **options: Any) -> Answer:
+        url = self.base + (path if path.startswith(("/api", "/health", "/ws", "/metrics")) else f"/api/v1{path}")
+        headers = self.headers | options.pop("headers", {})
+        if body is not None:
+            options["json"] = body
+        async with self.http.request(method, url, headers=headers, **options) as answer:
+            raw = await answer.read()
+            is_json = answer.content_type.endswith("json")
+            return Answer(answer.status, orjson.loads(raw) if is_json and raw else raw.decode(), answer.headers)
+
+    async def get(self, path: str, **options: Any) -> Answer:
+        return await self.call("GET", path, **options)
+
+    async def post(self, path: str, body: Any = None, **options: Any) -> Answer:
+        return await self.call("POST", path, body, **options)
+
+    async def patch(self, path: str, body: Any = None, **options: Any) -> Answer:
+        return await self.call("PATCH", path, body, **options)
+
+    async def put(self, path: str, body: Any = None, **options: Any) -> Answer:
+        return await self.call("PUT", path, body, **options)
+
+    async def delete(self, path: str, body: Any = None, **options: Any) -> Answer:
+        return await self.call("DELETE", path, body, **options)
+
+    async def register(self) -> "Actor":
+        body = {"email": self.email, "password": self.password, "name": self.name}
+        return self._signed_in(await self.post("/auth/register", body), 201)
+
+    async def log_in(self) -> "Actor":
+        self.access_token = ""
+        return self._signed_in(await self.post("/auth/login", {"email": self.email, "password": self.password}), 200)
+
+    def _signed_in(self, answer: Answer, status: int) -> "Actor":
+        assert answer.status == status, answer
+        self.id = answer["user"]["id"]
+        self.access_token, self.refresh_token = answer["accessToken"], answer["refreshToken"]
+        return self
+
+    async def make_project(self, *members: "Actor", role: str = "COLLABORATOR", name: str = "Engine") -> str:
+        made = await self.post("/projects", {"name": name})
+        assert made.status == 201, made
+        for member in members:
+            await self.add(member, made["id"], role=role)
+        return made["id"]
+
+    async def add(self, member: "Actor", project: str, *, role: str = "COLLABORATOR") -> str:
+        """The collaborator's id."""
+        added = await self.post(f"/projects/{project}/collaborators", {"email": member.email, "role": role})
+        assert added.status == 201, added
+        return added["collaborator"]["id"]
+
+    async def make_workspace(self, project: str | None = None, *members: "Actor", role: str = "COLLABORATOR") -> str:
+        project = project or await self.make_project(*members, role=role)
+        made = await self.post("/workspaces", {"projectId": project, "name": "Numbers"})
+        assert made.status == 201, made
+        return made["id"]
+
+    async def connect(self, workspace: str | None = None, **options: Any) -> Socket:
+        """A socket, in the workspace where one is named."""
+        raw = await self.http.ws_connect(f"{self.base}/ws", headers=self.headers, max_msg_size=0, **options)
+        socket = Socket(raw)
+        self.sockets.append(socket)
+        socket.welcome = (await socket.next())["data"]
+        if workspace:
+            socket.joined = await socket.push("join:workspace", workspaceId=workspace)
+        return socket

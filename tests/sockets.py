@@ -1,0 +1,99 @@
+"""A socket as tests speak of it: ``push`` sends and returns the ack, ``assert_push`` and ``refute_push`` listen."""
+
+import asyncio
+import itertools
+from collections import deque
+from typing import Any
+
+import aiohttp
+import orjson
+
+PATIENCE_SECONDS = 5.0
+
+
+class Refused(Exception):
+    """The server answered with an error frame."""
+
+    def __init__(self, data: dict[str, Any]) -> None:
+        self.code, self.data = data["code"], data
+        super().__init__(str(data))
+
+
+class Closed(Exception):
+    def __init__(self, code: int | None) -> None:
+        self.code = code
+        super().__init__(f"closed with {code}")
+
+
+class Socket:
+    def __init__(self, raw: aiohttp.ClientWebSocketResponse) -> None:
+        self.raw = raw
+        self.welcome: dict[str, Any] = {}
+        self.joined: dict[str, Any] = {}
+        self.heard: deque[dict[str, Any]] = deque()  # pushes that arrived while something else was awaited
+        self._ids = itertools.count(1)
+
+    async def next(self, *, seconds: float = PATIENCE_SECONDS) -> dict[str, Any]:
+        """The next frame, in the order of arrival."""
+        if self.heard:
+            return self.heard.popleft()
+        return await self._receive(seconds)
+
+    async def push(self, event: str, **data: Any) -> dict[str, Any]:
+        """Send with an id; the ack's data.
+
+        Raises:
+            Refused: the answer is an error.
+        """
+        id = next(self._ids)
+        await self.send(event, data, id=id)
+        return await self.reply(id)
+
+    async def reply(self, id: Any) -> dict[str, Any]:
+        while True:
+            frame = await self._receive(PATIENCE_SECONDS)
+            if frame.get("id") != id:
+                self.heard.append(frame)
+            elif frame["event"] == "error":
+                raise Refused(frame["data"])
+            else:
+                assert frame["event"] == "ack", frame
+                return frame["data"]
+
+    async def send(self, event: str, data: Any = None, **more: Any) -> None:
+        await self.raw.send_str(orjson.dumps({"event": event, "data": data or {}, **more}).decode())
+
+    async def assert_push(self, kind: str, *, seconds: float = PATIENCE_SECONDS, **fields: Any) -> dict[str, Any]:
+        """The data of the next push, which must be of this kind (an event, or a type of collaboration event)."""
+        frame = await self.next(seconds=seconds)
+        heard = frame["data"].get("type", frame["event"])
+        assert heard == kind, frame
+        assert fields.items() <= frame["data"].items(), frame
+        return frame["data"]
+
+    async def refute_push(self, *, seconds: float = 0.3) -> None:
+        """Nothing arrives."""
+        try:
+            frame = await self.next(seconds=seconds)
+        except TimeoutError:
+            return
+        raise AssertionError(f"heard {frame}")
+
+    async def closed(self, *, seconds: float = PATIENCE_SECONDS) -> int | None:
+        """The close code, once the server has closed."""
+        try:
+            async with asyncio.timeout(seconds):
+                while True:
+                    self.heard.append(await self._receive(seconds))
+        except Closed as closed:
+            return closed.code
+
+    async def close(self) -> None:
+        await self.raw.close()
+
+    async def _receive(self, seconds: float) -> dict[str, Any]:
+        message = await self.raw.receive(timeout=seconds)
+        if message.type in (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.CLOSING):
+            raise Closed(self.raw.close_code)
+        assert message.type is aiohttp.WSMsgType.TEXT, message
+        return orjson.loads(message.data)

@@ -1,0 +1,51 @@
+"""Each decision has one home: what may be imported where (layers are import-linter's, in setup.cfg)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SERVER = Path(__file__).parent.parent / "server"
+HOMES = {
+    "saq": {"jobs", "worker.py"},
+    "pycrdt": {"documents"},
+    "motor": {"resources.py", "jobs"},
+    "bcrypt": {"auth"},
+    "jwt": {"auth"},
+    "yoyo": {"migrations.py"},
+    "structlog": None,
+}
+
+
+def imports(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    return {name.partition(".")[0] for name in names}
+
+
+def home_of(path: Path) -> str:
+    return path.relative_to(SERVER).parts[0]
+
+
+@pytest.mark.parametrize("library", [name for name, homes in HOMES.items() if homes])
+def test_a_library_is_known_in_its_own_rooms_only(library: str) -> None:
+    users = {home_of(path) for path in SERVER.rglob("*.py") if library in imports(path)}
+    assert users <= HOMES[library]
+    assert users or library == "pycrdt", f"nobody imports {library}: the table is out of date"
+
+
+def test_the_environment_is_read_in_settings_only() -> None:
+    readers = {path.name for path in SERVER.rglob("*.py") if reads_environment(path)}
+    assert readers == {"settings.py"}
+
+
+def reads_environment(path: Path) -> bool:
+    return any(
+        isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv") for node in ast.walk(ast.parse(path.read_text()))
+    )
+
+
+def test_every_room_has_a_door_plate() -> None:
+    plates = {path.parent.name: ast.get_docstring(ast.parse(path.read_text())) for path in SERVER.rglob("__init__.py")}
+    assert [room for room, plate in plates.items() if not plate] == []

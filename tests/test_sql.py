@@ -1,0 +1,82 @@
+"""The SQL of every store is literal, and PostgreSQL accepts it; migrations can be climbed up, down and up again."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from server import migrations
+
+ROOT = Path(__file__).parent.parent
+CALLS = {"fetch", "fetchrow", "fetchval", "execute"}
+STORES = sorted((ROOT / "server").glob("*/store.py")) + [ROOT / "server/projects/access.py"]
+
+
+def queries(path: Path) -> Iterator[tuple[int, ast.expr]]:
+    """The first argument of every call that asks PostgreSQL, names of module constants resolved."""
+    tree = ast.parse(path.read_text())
+    constants = {
+        target.id: node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CALLS:
+            query = node.args[0]
+            yield node.lineno, constants.get(query.id, query) if isinstance(query, ast.Name) else query
+
+
+def is_literal(query: ast.expr) -> bool:
+    return isinstance(query, ast.Constant) and isinstance(query.value, str)
+
+
+@pytest.mark.parametrize("path", STORES, ids=lambda path: str(path.relative_to(ROOT)))
+async def test_every_statement_is_a_literal_that_postgresql_accepts(path: Path, database_url: str) -> None:
+    connection = await asyncpg.connect(database_url)
+    try:
+        for line, query in queries(path):
+            assert is_literal(query), f"{path}:{line} is not a literal"
+            try:
+                await connection.prepare(query.value)
+            except asyncpg.PostgresError as error:
+                raise AssertionError(f"{path}:{line}: {error}") from error
+    finally:
+        await connection.close()
+
+
+def test_the_check_sees_a_statement_that_is_no_literal(tmp_path: Path) -> None:
+    bad = tmp_path / "store.py"
+    bad.write_text("async def f(db, table):\n    await db.fetch(f'SELECT * FROM {table}')\n")
+    assert [is_literal(query) for _, query in queries(bad)] == [False]
+
+
+async def test_migrations_go_up_down_and_up_again(empty_database_url: str) -> None:
+    names = sorted(path.stem for path in migrations.FOLDER.glob("*.sql") if ".rollback" not in path.name)
+    assert migrations.pending(empty_database_url) == names
+    assert migrations.apply(empty_database_url) == names
+    first = await objects(empty_database_url)
+    migrations.roll_back(empty_database_url)
+    assert await objects(empty_database_url) == []
+    assert migrations.apply(empty_database_url) == names
+    assert await objects(empty_database_url) == first
+    assert migrations.pending(empty_database_url) == []
+
+
+async def objects(url: str) -> list[str]:
+    """Tables, views, indexes and functions that are ours, not yoyo's."""
+    connection = await asyncpg.connect(url)
+    try:
+        rows = await connection.fetch(
+            """
+            SELECT relname AS name FROM pg_class
+            WHERE relnamespace = 'public'::regnamespace AND relname !~ 'yoyo'
+            UNION SELECT proname FROM pg_proc WHERE pronamespace = 'public'::regnamespace ORDER BY name
+            """
+        )
+        return [row["name"] for row in rows]
+    finally:
+        await connection.close()
