@@ -3,7 +3,7 @@
 import asyncio
 import os
 import socket
-from typing import Any, ClassVar
+from typing import Any
 from uuid import uuid4
 
 import structlog
@@ -47,7 +47,9 @@ async def work(settings: Settings) -> None:
         )
         worker = JobWorker(bench.queue, bench, concurrency=settings.worker_concurrency)
         running = asyncio.ensure_future(worker.start())
-        log.info("worker ready", worker=bench.worker, sandbox=bench.sandbox.tier, languages=bench.sandbox.languages)
+        log.info(
+            "worker ready", worker=bench.worker, sandbox=bench.sandbox.tier.name, languages=bench.sandbox.languages
+        )
         await asyncio.wait({running, asyncio.ensure_future(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
         log.info("worker stopping")
         await worker.drain()
@@ -58,7 +60,7 @@ async def work(settings: Settings) -> None:
 class JobWorker(Worker[Any]):
     """SAQ's worker, which leaves the signals to us and stops taking messages before it waits for running ones."""
 
-    SIGNALS: ClassVar[list[Any]] = []
+    SIGNALS = []  # noqa: RUF012 - SAQ's name and shape
 
     def __init__(self, messages: RedisQueue, bench: Bench, *, concurrency: int) -> None:
         self._bench = bench

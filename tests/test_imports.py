@@ -42,7 +42,8 @@ def test_the_environment_is_read_in_settings_only() -> None:
 
 def reads_environment(path: Path) -> bool:
     return any(
-        isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv") for node in ast.walk(ast.parse(path.read_text()))
+        isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")
+        for node in ast.walk(ast.parse(path.read_text()))
     )
 
 

@@ -11,7 +11,7 @@ from server import migrations
 
 ROOT = Path(__file__).parent.parent
 CALLS = {"fetch", "fetchrow", "fetchval", "execute"}
-STORES = sorted((ROOT / "server").glob("*/store.py")) + [ROOT / "server/projects/access.py"]
+STORES = [*sorted((ROOT / "server").glob("*/store.py")), ROOT / "server/projects/access.py"]
 
 
 def queries(path: Path) -> Iterator[tuple[int, ast.expr]]:

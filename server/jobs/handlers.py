@@ -10,7 +10,7 @@ from redis.exceptions import RedisError
 from saq.queue.redis import RedisQueue
 
 from server import fields
-from server.errors import NotFound, ServiceError, ValidationFailed, invalid
+from server.errors import FieldError, NotFound, ServiceError, ValidationFailed, invalid
 from server.jobs import queue, schemas, store
 from server.jobs.types import JOB_TYPES
 from server.projects import access
@@ -97,7 +97,9 @@ def _checked_payload(type: str, payload: dict[str, Any]) -> dict[str, Any]:
     try:
         fields.load(JOB_TYPES[type].schema, payload)
     except ValidationFailed as error:
-        details = [{**each, "field": f"payload.{each['field']}".rstrip(".")} for each in error.details]
+        details = [
+            FieldError(field=f"payload.{each['field']}".rstrip("."), message=each["message"]) for each in error.details
+        ]
         raise ValidationFailed("Validation failed", details=details) from None
     return payload
 

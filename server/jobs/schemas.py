@@ -31,7 +31,7 @@ class Job(Schema):
     payload = fields.Dict()
     result = fields.Dict(allow_none=True)
     error = fields.Dict(allow_none=True)
-    progress = fields.Number(metadata={"description": "0–100"})
+    progress = fields.Float(metadata={"description": "0–100"})
     priority = fields.Integer()
     attempts = fields.Integer()
     max_attempts = fields.Integer()

@@ -51,7 +51,7 @@ async def create(
         ValidationFailed: ``idempotency_key_reused``: that key came with another body.
     """
     asked = [type, payload, priority, project, workspace, run_at]
-    job = {
+    job: dict[str, Any] = {
         "_id": str(uuid4()),
         "type": type,
         "status": PENDING,

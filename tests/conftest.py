@@ -1,0 +1,172 @@
+"""Fixtures. All stores are real; nothing of the product is replaced.
+
+Stores
+    stack               one PostgreSQL, Valkey and MongoDB stand-in for the whole run, in a throw-away directory
+    own_stack           the same, for one test alone that kills them
+    database_url        a migrated database on ``stack``
+    empty_database_url  one without a table
+Servers
+    settings            of an application in this process: cheap passwords, no limits; ``override`` changes some
+    make_server         starts applications in this process: ``await make_server(**settings)`` → its address
+    server              one such application
+    processes           starts real processes: ``processes.server()``, ``processes.worker()``
+People
+    make_actor          registers users: ``await make_actor("Ada", server)``
+    alice, bob, carol   three of them on ``server``
+"""
+
+import dataclasses
+import re
+import secrets
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psycopg
+import pytest
+from aiohttp.test_utils import TestServer
+
+from server import migrations, resources
+from server.app import create_app
+from server.devstack.stack import Stack
+from server.settings import Settings, load
+from tests.actors import Actor
+from tests.processes import Processes
+
+MakeServer = Callable[..., Awaitable[str]]
+MakeActor = Callable[..., Awaitable[Actor]]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="the full form of the tests that have a short one")
+
+
+@pytest.fixture(scope="session")
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether the full forms are asked for."""
+    return bool(request.config.getoption("--full"))
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    with Stack(_folder(tmp_path_factory)) as running:
+        yield running
+
+
+@pytest.fixture
+def own_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    with Stack(_folder(tmp_path_factory)) as running:
+        migrations.apply(running.postgres.url)
+        yield running
+
+
+def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """pytest's directories are for our user alone; PostgreSQL may run as another."""
+    folder = tmp_path_factory.mktemp("stack")
+    for each in (folder, folder.parent, folder.parent.parent):
+        if each.owner() == folder.owner():
+            each.chmod(0o711)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def database_url(stack: Stack) -> str:
+    migrations.apply(stack.postgres.url)
+    return stack.postgres.url
+
+
+@pytest.fixture
+def empty_database_url(stack: Stack) -> Iterator[str]:
+    name = f"test_{secrets.token_hex(6)}"
+    with psycopg.connect(stack.postgres.url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+        yield re.sub(r"/[^/]*$", f"/{name}", stack.postgres.url)
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+TEST_SETTINGS = {
+    "APP_ENV": "test",
+    "HOST": "127.0.0.1",
+    "PORT": "0",
+    "BCRYPT_ROUNDS": "4",
+    "RATE_LIMIT_AUTH": "off",
+    "RATE_LIMIT_DEFAULT": "off",
+    "LOG_LEVEL": "warning",
+    "DRAIN_SECONDS": "2",
+}
+
+
+@pytest.fixture
+def settings(stack: Stack, database_url: str, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    for name, value in {**TEST_SETTINGS, **stack.environment}.items():
+        monkeypatch.setenv(name, value)
+    return load()
+
+
+@pytest.fixture
+async def make_server(settings: Settings) -> AsyncIterator[MakeServer]:
+    running: list[tuple[TestServer, Any]] = []
+
+    async def make(**override: Any) -> str:
+        chosen = dataclasses.replace(settings, **override)
+        stores = resources.connect(chosen)
+        server = TestServer(create_app(chosen, await stores.__aenter__()))
+        await server.start_server(access_log=None)
+        running.append((server, stores))
+        return str(server.make_url("")).rstrip("/")
+
+    yield make
+    for server, stores in reversed(running):
+        await server.close()
+        await stores.__aexit__(None, None, None)
+
+
+@pytest.fixture
+async def server(make_server: MakeServer) -> str:
+    return await make_server()
+
+
+@pytest.fixture
+async def http() -> AsyncIterator[aiohttp.ClientSession]:
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, auto_decompress=True) as session:
+        yield session
+
+
+@pytest.fixture
+async def make_actor(http: aiohttp.ClientSession) -> MakeActor:
+    async def make(name: str, base: str) -> Actor:
+        return await Actor(http, base, name).register()
+
+    return make
+
+
+@pytest.fixture
+async def alice(make_actor: MakeActor, server: str) -> Actor:
+    return await make_actor("Alice", server)
+
+
+@pytest.fixture
+async def bob(make_actor: MakeActor, server: str) -> Actor:
+    return await make_actor("Bob", server)
+
+
+@pytest.fixture
+async def carol(make_actor: MakeActor, server: str) -> Actor:
+    return await make_actor("Carol", server)
+
+
+@pytest.fixture
+def processes(stack: Stack, database_url: str, tmp_path: Path) -> Iterator[Processes]:
+    with Processes(TEST_SETTINGS | stack.environment, tmp_path) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def node() -> str:
+    found = shutil.which("node")
+    if found is None:
+        pytest.skip("Node is missing: apt-get install nodejs")
+    return found

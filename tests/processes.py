@@ -1,0 +1,104 @@
+"""Real server and worker processes, as an operator starts them."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+READY_SECONDS = 20.0
+
+
+class Process:
+    def __init__(self, command: str, *arguments: str, environment: dict[str, str], log: Path, **settings: str) -> None:
+        self.log = log
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, str(ROOT / "run.py"), command, *arguments],
+                env={**os.environ, **environment, "LOG_LEVEL": "info", "LOG_FORMAT": "json", **settings},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=log.parent,  # away from any .env
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def until(self, pattern: str, *, seconds: float = READY_SECONDS) -> re.Match[str]:
+        """The first match in what it prints."""
+        deadline = time.monotonic() + seconds
+        while (found := re.search(pattern, self.output)) is None:
+            if self._process.poll() is not None:
+                raise AssertionError(f"ended with {self._process.returncode}:\n{self.output}")
+            if time.monotonic() > deadline:
+                raise AssertionError(f"no {pattern!r} in time:\n{self.output}")
+            time.sleep(0.02)
+        return found
+
+    def terminate(self, *, seconds: float = 30, number: int = signal.SIGTERM) -> int:
+        """Ask it to stop; its exit code."""
+        self._process.send_signal(number)
+        return self._process.wait(timeout=seconds)
+
+    def wait(self, *, seconds: float = 30) -> int:
+        return self._process.wait(timeout=seconds)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+class Server(Process):
+    @property
+    def base(self) -> str:
+        """Its address, once it is ready."""
+        return self.until(r'"address":"(http://[^"]+)"').group(1)
+
+
+class Worker(Process):
+    def ready(self) -> "Worker":
+        self.until("worker ready")
+        return self
+
+
+class Processes:
+    """Ends what it started, whatever a test did with it."""
+
+    def __init__(self, environment: dict[str, str], folder: Path) -> None:
+        self._environment = environment
+        self._folder = folder
+        self._running: list[Process] = []
+
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._running:
+            if process._process.poll() is None:
+                process.kill()
+
+    def server(self, *arguments: str, **settings: str) -> Server:
+        made = Server("server", *arguments, environment=self._environment, log=self._log(), **settings)
+        self._running.append(made)
+        return made
+
+    def worker(self, *arguments: str, **settings: str) -> Worker:
+        made = Worker("worker", *arguments, environment=self._environment, log=self._log(), **settings)
+        self._running.append(made)
+        return made
+
+    def command(self, command: str, *arguments: str, **settings: str) -> Process:
+        made = Process(command, *arguments, environment=self._environment, log=self._log(), **settings)
+        self._running.append(made)
+        return made
+
+    def _log(self) -> Path:
+        return self._folder / f"process-{len(self._running)}.log"
