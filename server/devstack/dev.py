@@ -2,6 +2,9 @@
 
 import asyncio
 import contextlib
+import dataclasses
+import ipaddress
+import shlex
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -12,16 +15,18 @@ import aiohttp
 
 from server import settings
 from server.devstack.process import Child, StackError
-from server.devstack.stack import Stack, is_free
-from server.devstack.stores import Store
+from server.devstack.stack import Stack, check_address, free_port
+from server.devstack.store import Store
 from server.settings import StackSettings
 from server.signals import stop_signal
 
 READY_SECONDS = 30.0
 WATCH_SECONDS = 0.5
+STOP_SECONDS = 30.0  # more than a worker's grace and a server's drain
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 LONG_LIFE = 60.0  # what lived this long has earned a quick restart
-RUN = Path(__file__).parent.parent.parent / "run.py"
+ROOT = Path(__file__).parent.parent.parent
+RUN = ROOT / "run.py"
 
 
 async def run(wanted: StackSettings) -> None:
@@ -30,28 +35,42 @@ async def run(wanted: StackSettings) -> None:
     Raises:
         StackError: something cannot be started at all.
     """
-    if not is_free(wanted.host, wanted.port):
-        raise StackError(f"port {wanted.port} on {wanted.host} is taken; set PORT to another")
+    wanted = dataclasses.replace(wanted, port=wanted.port or free_port())
+    check_address(wanted.host, wanted.port)
     stop = stop_signal()
+    say("starting the stores")
     with Stack(wanted.data_dir, say=say) as stack:
-        env_file = stack.write_env(port=wanted.port)
-        environment = settings.child_environment(**stack.environment, HOST=wanted.host, PORT=str(wanted.port))
-        await migrate(environment)
-        programs = [program(name, environment) for name in ("server", "worker")]
-        async with started(programs, stop):
-            await until_ready(f"http://{wanted.host}:{wanted.port}", programs, stop)
-            if not stop.is_set():
-                say(summary(wanted, stack, env_file))
-                await keep_alive([*map(Watched.store, stack.stores), *map(Watched.program, programs)], stop)
-            say("stopping")
+        try:
+            await serve(wanted, stack, stop)
+        finally:
+            say("stopping the stores")
+            await end([store.child for store in stack.stores], stop)
     say(f"stopped; the data stays in {wanted.data_dir}")
 
 
+async def serve(wanted: StackSettings, stack: Stack, stop: asyncio.Event) -> None:
+    """The programs on top of running stores, until ``stop``."""
+    env_file = stack.write_env(port=wanted.port)
+    environment = settings.child_environment(**stack.environment, HOST=wanted.host, PORT=str(wanted.port))
+    await migrate(environment, stop)
+    if stop.is_set():
+        return
+    programs = [program(name, environment) for name in ("server", "worker")]
+    async with started(programs, stop):
+        await until_ready(base_url(wanted), programs, stop)
+        if not stop.is_set():
+            say(summary(wanted, stack, env_file))
+            await keep_alive([*map(Watched.store, stack.stores), *map(Watched.program, programs)], stop)
+        say("stopping the server and the worker")
+
+
 def program(name: str, environment: dict[str, str]) -> Child:
-    return Child(name, [sys.executable, str(RUN), name], log=None, environment=environment)
+    """One of ours, which writes to our terminal."""
+    return Child(name, [sys.executable, str(RUN), name], environment=environment)
 
 
-async def migrate(environment: dict[str, str]) -> None:
+async def migrate(environment: dict[str, str], stop: asyncio.Event) -> None:
+    """Raises StackError where it fails, unless because we are told to stop."""
     child = await asyncio.create_subprocess_exec(
         sys.executable,
         str(RUN),
@@ -59,35 +78,43 @@ async def migrate(environment: dict[str, str]) -> None:
         env=environment,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
+        start_new_session=True,  # Ctrl-C is for us: a migration is not cut in two
     )
     output, _ = await child.communicate()
-    if child.returncode:
-        raise StackError(f"the migrations failed: {output.decode().strip()}")
+    if child.returncode and not stop.is_set():
+        lines = output.decode(errors="replace").strip().splitlines() or [f"they ended with {child.returncode}"]
+        raise StackError(f"the migrations failed: {lines[-1]}")
 
 
 @contextlib.asynccontextmanager
 async def started(programs: Sequence[Child], stop: asyncio.Event) -> AsyncIterator[None]:
-    """The server and the worker; at the end both are asked to stop, and killed at the second signal."""
     try:
         for each in programs:
             each.start()
         yield
     finally:
-        for each in programs:
-            each.ask_to_stop()
-        stop.clear()
-        gone = asyncio.ensure_future(asyncio.to_thread(_wait_all, programs))
-        impatient = asyncio.ensure_future(stop.wait())
-        await asyncio.wait({gone, impatient}, return_when=asyncio.FIRST_COMPLETED)
-        impatient.cancel()
-        for each in programs:
+        await end(programs, stop)
+
+
+async def end(children: Sequence[Child], stop: asyncio.Event) -> None:
+    """Ask them all to stop and wait for them; one more signal, and they are killed."""
+    stop.clear()
+    for each in children:
+        each.ask_to_stop()
+    gone = asyncio.ensure_future(asyncio.to_thread(_wait_all, children))
+    impatient = asyncio.ensure_future(stop.wait())
+    await asyncio.wait({gone, impatient}, return_when=asyncio.FIRST_COMPLETED)
+    impatient.cancel()
+    if not gone.done():
+        for each in children:
             each.kill()
-        await gone
+    await gone
 
 
-def _wait_all(programs: Sequence[Child]) -> None:
-    for each in programs:
-        each.wait(seconds=30)
+def _wait_all(children: Sequence[Child]) -> None:
+    deadline = time.monotonic() + STOP_SECONDS
+    for each in children:
+        each.wait(seconds=max(0, deadline - time.monotonic()))
 
 
 async def until_ready(base: str, programs: Sequence[Child], stop: asyncio.Event) -> None:
@@ -131,13 +158,20 @@ class Watched:
         if self.child.alive:
             return
         if self.due is None:
-            self.pause = FIRST_PAUSE if now - self.started_at > LONG_LIFE else self.pause
-            self.due = now + self.pause
-            say(f"{self.name} ended with {self.child.exit_code}; starting it again in {self.pause:.0f} s")
-            self.pause = min(self.pause * 2, LONGEST_PAUSE)
+            self._wait(now, f"ended with {self.child.exit_code}")
         elif now >= self.due:
             self.started_at, self.due = now, None
-            self.start()
+            try:
+                self.start()
+            except StackError as error:
+                self._wait(now, str(error))
+
+    def _wait(self, now: float, why: str) -> None:
+        if now - self.started_at > LONG_LIFE:
+            self.pause = FIRST_PAUSE
+        self.due = now + self.pause
+        say(f"{self.name}: {why}; starting it again in {self.pause:.0f} s")
+        self.pause = min(self.pause * 2, LONGEST_PAUSE)
 
 
 async def keep_alive(watched: Sequence[Watched], stop: asyncio.Event) -> None:
@@ -150,20 +184,37 @@ async def keep_alive(watched: Sequence[Watched], stop: asyncio.Event) -> None:
 
 
 def summary(wanted: StackSettings, stack: Stack, env_file: Path) -> str:
-    base = f"http://{wanted.host}:{wanted.port}"
+    base = base_url(wanted)
     rows = {
         "API": f"{base}/api/v1",
         "Swagger": f"{base}/api-docs",
-        "Sockets": f"ws://{wanted.host}:{wanted.port}/ws",
+        "Realtime": f"ws{base.removeprefix('http')}/ws",
         "PostgreSQL": stack.postgres.url,
-        "Valkey": stack.valkey.url,
-        "MongoDB": stack.mongo.url,
-        "Settings": f"{env_file} (to join: set -a; . {env_file}; PORT=3001 {sys.executable} run.py server)",
+        "Redis": f"{stack.valkey.url} ({stack.valkey.name})",
+        "MongoDB": f"{stack.mongo.url} ({stack.mongo.name})",
+        "stack.env": f"{env_file}: a second server or worker joins with",
+        "": f"set -a; . {shlex.quote(str(env_file))}; PORT={wanted.port + 1} {sys.executable} {RUN} server",
     }
     lines = [f"  {name:<11} {value}" for name, value in rows.items()]
     return "\n".join(
-        ["ready", *lines, "  scripts/demo in a second terminal plays a session; Ctrl-C stops, the data stays."]
+        [
+            "ready",
+            *lines,
+            "  scripts/demo in a second terminal plays a short session.",
+            f"  Ctrl-C stops everything; the data stays in {wanted.data_dir}.",
+        ]
     )
+
+
+def base_url(wanted: StackSettings) -> str:
+    """Where we reach the server: to listen everywhere (0.0.0.0, ::) is no address to call."""
+    host = wanted.host
+    with contextlib.suppress(ValueError):  # a name
+        address = ipaddress.ip_address(host)
+        if address.is_unspecified:
+            address = ipaddress.ip_address("127.0.0.1" if address.version == 4 else "::1")
+        host = f"[{address}]" if address.version == 6 else str(address)
+    return f"http://{host}:{wanted.port}"
 
 
 def say(text: str) -> None:

@@ -1,19 +1,21 @@
-"""A child process in a session of its own, which cannot outlive us."""
+"""A child process in a session of its own, which cannot outlive us unnoticed."""
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 START_SECONDS = 30.0
 STOP_SECONDS = 15.0
 POLL_SECONDS = 0.02
+LOG_BYTES = 16 << 20  # of one log; the one before it is kept as well
 _PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True)
+_prctl = ctypes.CDLL(None).prctl  # looked up here: between fork and exec nothing may wait for a lock
 
 
 class StackError(Exception):
@@ -24,6 +26,8 @@ class Child:
     """Started from the main thread only: the kernel ends a child with the *thread* that made it.
 
     ``goodbye`` is the signal that asks it to stop in order; it gets the same when we are killed.
+    ``lock`` is a file whose lock the program and all its processes inherit: as long as one of them lives,
+    whoever started it, the next start waits. Two of a store on one directory would ruin the data.
     """
 
     def __init__(
@@ -31,7 +35,8 @@ class Child:
         name: str,
         command: Sequence[str],
         *,
-        log: Path | None,
+        log: Path | None = None,
+        lock: Path | None = None,
         goodbye: signal.Signals = signal.SIGTERM,
         user: int | None = None,
         environment: dict[str, str] | None = None,
@@ -39,6 +44,8 @@ class Child:
         self.name = name
         self._command = list(command)
         self._log = log
+        self._log_begin = 0
+        self._lock = lock
         self._goodbye = goodbye
         self._user = user
         self._environment = environment
@@ -56,28 +63,31 @@ class Child:
     def exit_code(self) -> int | None:
         return self._process.poll() if self._process else None
 
-    def start(self) -> None:
-        """Raises StackError where the program cannot be executed."""
-        output = self._log.open("ab") if self._log else None
-        try:
-            self._process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT if output else None,
-                env=self._environment,
-                start_new_session=True,
-                user=self._user,
-                group=self._user,
-                extra_groups=None if self._user is None else [],
-                # After the change of user, which would clear it.
-                preexec_fn=_dies_with_us(self._goodbye, os.getpid()),
-            )
-        except OSError as error:
-            raise StackError(f"{self.name} cannot be started: {error}") from error
-        finally:
-            if output:
-                output.close()
+    def start(self, prepare: Callable[[], None] = lambda: None) -> None:
+        """Call ``prepare`` once nothing of an earlier life is left, then start.
+
+        Raises:
+            StackError: an earlier life does not end, or the program cannot be executed.
+        """
+        with self._alone() as inherited, self._output() as output:
+            prepare()
+            try:
+                self._process = subprocess.Popen(
+                    self._command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output if output is None else subprocess.STDOUT,
+                    env=self._environment,
+                    pass_fds=inherited,
+                    start_new_session=True,
+                    user=self._user,
+                    group=self._user,
+                    extra_groups=None if self._user is None else [],
+                    # After the change of user, which would clear it.
+                    preexec_fn=_dies_with_us(self._goodbye, os.getpid()),
+                )
+            except OSError as error:
+                raise StackError(f"{self.name} cannot be started: {error}") from error
 
     def wait_until(self, ready: Callable[[], bool], *, seconds: float = START_SECONDS) -> None:
         """Raises StackError with the last line of its log where it ends or is not ready in time."""
@@ -87,6 +97,14 @@ class Child:
                 raise StackError(f"{self.name} ended with {self.exit_code} at its start: {self._last_words()}")
             if time.monotonic() > deadline:
                 raise StackError(f"{self.name} was not ready within {seconds:.0f} s: {self._last_words()}")
+            time.sleep(POLL_SECONDS)
+
+    def wait_until_gone(self, *, seconds: float = STOP_SECONDS) -> None:
+        """Raises StackError where processes of an earlier life, ours or a killed parent's, do not end in time."""
+        deadline = time.monotonic() + seconds
+        while not self._gone():
+            if time.monotonic() > deadline:
+                raise StackError(f"{self.name} of an earlier run has not ended yet (it holds {self._lock})")
             time.sleep(POLL_SECONDS)
 
     def ask_to_stop(self) -> None:
@@ -108,22 +126,62 @@ class Child:
 
     def kill(self) -> None:
         """SIGKILL to the whole session, at once."""
-        if self._process is None:
-            return
+        if self._process is None or not self.alive:
+            return  # the number may be another's by now
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[tuple[int, ...]]:
+        """The lock, ours until the child has it; nothing where it has none."""
+        if self._lock is None:
+            yield ()
+            return
+        self.wait_until_gone()
+        with self._lock.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield (lock.fileno(),)
+
+    def _gone(self) -> bool:
+        if self._lock is None:
+            return not self.alive
+        with self._lock.open("w") as lock:
+            return try_lock(lock.fileno())
+
+    @contextlib.contextmanager
+    def _output(self) -> Iterator[int | None]:
+        """The log; nothing where it writes to our own terminal."""
+        if self._log is None:
+            yield None
+            return
+        if self._log.exists() and self._log.stat().st_size > LOG_BYTES:
+            self._log.replace(self._log.with_suffix(".old.log"))
+        with self._log.open("ab") as output:
+            self._log_begin = output.tell()
+            yield output.fileno()
+
     def _last_words(self) -> str:
-        if self._log is None or not self._log.exists():
+        if self._log is None:
             return "see above"
-        lines = self._log.read_text(errors="replace").strip().splitlines()
+        with self._log.open("rb") as log:
+            log.seek(self._log_begin)
+            lines = log.read().decode(errors="replace").strip().splitlines()
         return f"{lines[-1].strip()} ({self._log})" if lines else f"it wrote nothing ({self._log})"
+
+
+def try_lock(file: int) -> bool:
+    """Whether the lock is ours now; it ends when the last holder of this open file is gone."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _dies_with_us(goodbye: signal.Signals, parent: int) -> Callable[[], None]:
     def prepare() -> None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, int(goodbye), 0, 0, 0)
+        _prctl(_PR_SET_PDEATHSIG, int(goodbye), 0, 0, 0)
         if os.getppid() != parent:  # we died in between
             os._exit(1)
 

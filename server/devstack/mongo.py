@@ -1,0 +1,52 @@
+"""SecantusDB, which speaks MongoDB's protocol: a program beside ours, never imported (GPL-2.0)."""
+
+from typing import Any
+
+import pymongo
+from pymongo.errors import PyMongoError
+
+from server.devstack.process import Child
+from server.devstack.store import DATABASE, HOST, Place, Store, script
+
+OPTIONS = (
+    *("--log-level", "WARNING"),
+    *("--cache-size", "256M"),
+    # Without it a killed server loses the last writes that it acknowledged (23 of 2,512); the price is a fifth.
+    "--sync-on-commit",
+)
+
+
+class Mongo(Store):
+    """A stand-in for MongoDB 7/8."""
+
+    name = "MongoDB stand-in"
+
+    def __init__(self, place: Place) -> None:
+        self._data = place.folder / "mongo"
+        self._file = place.folder / "mongo.toml"
+        self.url = f"mongodb://{HOST}:{place.port}/{DATABASE}?directConnection=true"
+        self.child = Child(
+            self.name,
+            [
+                str(script("secantusd-py")),
+                *("--config", str(self._file)),
+                *("--host", HOST),
+                *("--port", str(place.port)),
+                *("--storage-path", str(self._data)),
+                *OPTIONS,
+            ],
+            log=place.log("mongo"),
+            lock=place.lock("mongo"),
+        )
+
+    def prepare(self) -> None:
+        self._data.mkdir(mode=0o700, exist_ok=True)
+        self._file.touch()  # empty: else it takes the settings that it finds in the home directory or in /etc
+
+    def answers(self) -> bool:
+        try:
+            with pymongo.MongoClient[dict[str, Any]](self.url, serverSelectionTimeoutMS=300) as client:
+                client.admin.command("ping")
+        except PyMongoError:
+            return False
+        return True

