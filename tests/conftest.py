@@ -2,7 +2,7 @@
 
 Stores
     stack               one PostgreSQL, Valkey and MongoDB stand-in for the whole run, in a throw-away directory
-    own_stack           the same, for one test alone that kills them
+    own_stack           the same and migrated, for one test alone that kills them: ``own_stack.valkey.kill()``
     database_url        a migrated database on ``stack``
     empty_database_url  one without a table
 Servers
@@ -15,10 +15,12 @@ People
     alice, bob, carol   three of them on ``server``
 """
 
+import contextlib
 import dataclasses
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,25 +52,25 @@ def full(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with Stack(_folder(tmp_path_factory)) as running:
+def stack() -> Iterator[Stack]:
+    with throw_away_stack() as running:
         yield running
 
 
 @pytest.fixture
-def own_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with Stack(_folder(tmp_path_factory)) as running:
+def own_stack() -> Iterator[Stack]:
+    with throw_away_stack() as running:
         migrations.apply(running.postgres.url)
         yield running
 
 
-def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """pytest's directories are for our user alone; PostgreSQL may run as another."""
-    folder = tmp_path_factory.mktemp("stack")
-    for each in (folder, folder.parent, folder.parent.parent):
-        if each.owner() == folder.owner():
-            each.chmod(0o711)
-    return folder
+@contextlib.contextmanager
+def throw_away_stack() -> Iterator[Stack]:
+    """Not in pytest's directories: every session closes these to other users, of whom PostgreSQL may be one."""
+    with tempfile.TemporaryDirectory(prefix="stack-", ignore_cleanup_errors=True) as folder:
+        with Stack(Path(folder) / "data") as running:
+            yield running
+            running.kill()  # nobody will miss the data
 
 
 @pytest.fixture(scope="session")
