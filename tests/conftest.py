@@ -67,10 +67,12 @@ def own_stack() -> Iterator[Stack]:
 @contextlib.contextmanager
 def throw_away_stack() -> Iterator[Stack]:
     """Not in pytest's directories: every session closes these to other users, of whom PostgreSQL may be one."""
-    with tempfile.TemporaryDirectory(prefix="stack-", ignore_cleanup_errors=True) as folder:
-        with Stack(Path(folder) / "data") as running:
-            yield running
-            running.kill()  # nobody will miss the data
+    with (
+        tempfile.TemporaryDirectory(prefix="stack-", ignore_cleanup_errors=True) as folder,
+        Stack(Path(folder) / "data") as running,
+    ):
+        yield running
+        running.kill()  # nobody will miss the data
 
 
 @pytest.fixture(scope="session")
