@@ -1,0 +1,118 @@
+# Sourced by the scripts beside it: `prepare_venv EXTRA` makes $ROOT/.venv with the package and that extra.
+# Sets ROOT and PYTHON. Needs Python and nothing else; prefers uv where there is one.
+
+ROOT=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd -P)
+VENV=$ROOT/.venv
+PYTHON=$VENV/bin/python
+
+# For machines without ensurepip (Debian without python3-venv).
+PIP_WHEEL_URL=https://files.pythonhosted.org/packages/07/25/ee8c38ae72d66b844ce8eb9711ba905dba21ca1a8a0c960057c41cd23337/pip-26.3-py3-none-any.whl
+PIP_WHEEL_SHA256=f3b60b20ffaadd4415ed7957212a38ac63fa4c5fa375bd0f4a797777940fad13
+
+say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
+
+fail() {
+    say "error: $*"
+    exit 1
+}
+
+# The comment at the head of the script is its help.
+help_if_asked() {
+    case ${1-} in
+    -h | --help)
+        sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+        exit
+        ;;
+    esac
+}
+
+# Python 3.14 waits for wheels of the MongoDB stand-in.
+suits() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; }
+
+find_python() {
+    for candidate in python3.13 python3.12 python3.11 python3 python; do
+        if suits "$candidate"; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    fail "no Python 3.11, 3.12 or 3.13 found; install one of them, or uv (https://docs.astral.sh/uv)"
+}
+
+# quietly WHAT COMMAND...: one line; the command's own words only when it fails.
+quietly() {
+    say "$1"
+    shift
+    if output=$("$@" 2>&1); then return 0; fi
+    printf '%s\n' "$output" >&2
+    return 1
+}
+
+have_uv() { command -v uv >/dev/null 2>&1; }
+
+make_venv() {
+    if have_uv && quietly "making .venv with uv" uv venv --quiet --python '>=3.11,<3.14' "$VENV"; then return; fi
+    rm -rf "$VENV"
+    python=$(find_python) || exit 1
+    if "$python" -c 'import ensurepip, venv' 2>/dev/null; then
+        quietly "making .venv with $python" "$python" -m venv "$VENV" || fail "$python cannot make a venv"
+    else
+        quietly "making .venv with $python" "$python" -m venv --without-pip "$VENV" || fail "$python cannot make a venv"
+    fi
+}
+
+add_pip() {
+    quietly "fetching pip" "$PYTHON" - "$PIP_WHEEL_URL" "$PIP_WHEEL_SHA256" "$VENV" <<'PYTHON' || fail "pip could not be fetched"
+import hashlib, pathlib, subprocess, sys, urllib.request
+
+url, expected, venv = sys.argv[1:]
+content = urllib.request.urlopen(url, timeout=60).read()
+if hashlib.sha256(content).hexdigest() != expected:
+    sys.exit(f"{url} does not have the expected sha256")
+wheel = pathlib.Path(venv, url.rpartition("/")[2])
+wheel.write_bytes(content)
+sys.exit(subprocess.call([sys.executable, f"{wheel}/pip", "install", "--no-index", "--no-deps", str(wheel)]))
+PYTHON
+}
+
+# uv does not read pip's configuration (mirrors, certificates): where it fails, pip may not.
+install() {
+    if have_uv && quietly "installing the package and its extra '$1' with uv" \
+        uv pip install --quiet --python "$PYTHON" --editable "$ROOT[$1]"; then return; fi
+    "$PYTHON" -c 'import pip' 2>/dev/null || add_pip
+    quietly "installing the package and its extra '$1' (a minute or two the first time)" \
+        "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable "$ROOT[$1]" ||
+        fail "the installation failed"
+}
+
+# What an installation depends on. A venv does not survive being moved, hence the path.
+fingerprint() { { printf '%s\n' "$VENV" && cat "$ROOT/setup.cfg" "$ROOT/pyproject.toml"; } | cksum; }
+
+# is_installed EXTRA: the extra 'test' contains 'embedded'.
+is_installed() {
+    for extra in "$1" test; do
+        if [ "$(cat "$VENV/installed-$extra" 2>/dev/null)" = "$wanted" ]; then return 0; fi
+    done
+    return 1
+}
+
+is_ours() { [ "$(cat "$VENV/made-at" 2>/dev/null)" = "$VENV" ] && suits "$PYTHON"; }
+
+prepare_venv() {
+    wanted=$(fingerprint)
+    if is_ours && is_installed "$1"; then return; fi
+    (
+        # Two scripts at once on a fresh checkout: the second waits.
+        exec 9<"$ROOT/scripts"
+        if command -v flock >/dev/null 2>&1; then flock 9; fi
+        if is_ours && is_installed "$1"; then exit; fi
+        umask 022 # root's PostgreSQL runs as another user, who must be able to read it
+        if ! is_ours; then
+            rm -rf "$VENV"
+            make_venv
+            printf '%s\n' "$VENV" >"$VENV/made-at"
+        fi
+        install "$1"
+        printf '%s\n' "$wanted" >"$VENV/installed-$1"
+    ) || exit 1
+}
