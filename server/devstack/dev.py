@@ -16,7 +16,7 @@ import aiohttp
 from server import settings
 from server.devstack.process import Child, StackError
 from server.devstack.stack import Stack, check_address, free_port
-from server.devstack.store import Store
+from server.devstack.stores import Store
 from server.settings import StackSettings
 from server.signals import stop_signal
 

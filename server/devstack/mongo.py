@@ -6,7 +6,7 @@ import pymongo
 from pymongo.errors import PyMongoError
 
 from server.devstack.process import Child
-from server.devstack.store import DATABASE, HOST, Place, Store, script
+from server.devstack.stores import DATABASE, HOST, Place, Store, script
 
 OPTIONS = (
     *("--log-level", "WARNING"),

@@ -15,7 +15,7 @@ from typing import Any
 import psycopg
 
 from server.devstack.process import Child, StackError
-from server.devstack.store import DATABASE, HOST, Place, Store, package
+from server.devstack.stores import DATABASE, HOST, Place, Store, package
 
 OWNER = "workspace"
 UNPRIVILEGED = "nobody"

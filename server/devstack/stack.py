@@ -13,7 +13,7 @@ from typing import Any
 from server.devstack.mongo import Mongo
 from server.devstack.postgres import Postgres
 from server.devstack.process import StackError, try_lock
-from server.devstack.store import HOST, Place, Say, Store
+from server.devstack.stores import HOST, Place, Say, Store
 from server.devstack.valkey import Valkey
 
 FOLDER_MODE, PRIVATE_MODE, SECRET_MODE = 0o711, 0o700, 0o600

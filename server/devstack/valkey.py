@@ -8,7 +8,7 @@ from pathlib import Path
 import redis
 
 from server.devstack.process import Child
-from server.devstack.store import HOST, Place, Store, missing, package
+from server.devstack.stores import HOST, Place, Store, missing, package
 
 
 class Valkey(Store):
