@@ -1,0 +1,169 @@
+"""``run.py dev``: everything with one command, kept alive, and nothing left behind."""
+
+import asyncio
+import os
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from server.devstack import dev
+from server.devstack.dev import Watched
+from server.devstack.process import Child, StackError
+from server.devstack.stack import Stack, free_port, read_env
+from server.settings import StackSettings
+from tests.devstack.pids import children_of, gone
+from tests.processes import Process
+
+READY = "Ctrl-C stops everything"
+
+
+class Dev(Process):
+    """As a user starts it."""
+
+    def __init__(self, folder: Path, **settings: str) -> None:
+        self.port = int(settings.setdefault("PORT", str(free_port())))
+        self.data_dir = Path(settings.setdefault("DATA_DIR", str(folder / "data")))
+        super().__init__("dev", environment={"HOST": "127.0.0.1"}, log=folder / f"dev-{self.port}.log", **settings)
+
+    def children(self) -> dict[str, int]:
+        return children_of(self.pid)
+
+    async def is_ready(self) -> bool:
+        url = f"http://127.0.0.1:{self.port}/health/ready"
+        try:
+            async with aiohttp.ClientSession() as http, http.get(url) as answer:
+                return answer.status == 200
+        except aiohttp.ClientError:
+            return False
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="dev-", ignore_cleanup_errors=True) as path:
+        yield Path(path)
+
+
+@pytest.fixture
+def running(folder: Path) -> Iterator[Dev]:
+    started = Dev(folder)
+    try:
+        started.until(READY, seconds=30)
+        yield started
+    finally:
+        started.kill()
+
+
+async def until_ready(running: Dev, *, seconds: float = 15) -> None:
+    deadline = time.monotonic() + seconds
+    while not await running.is_ready():
+        assert time.monotonic() < deadline, running.output
+        await asyncio.sleep(0.05)
+
+
+async def test_dev_tells_its_addresses_restarts_what_dies_and_leaves_nothing_behind(running: Dev) -> None:
+    stack = read_env(running.data_dir / "stack.env")
+    base = f"127.0.0.1:{running.port}"
+    stores = (stack["DATABASE_URL"], stack["REDIS_URL"], stack["MONGODB_URI"])
+    for address in (f"http://{base}/api/v1", f"http://{base}/api-docs", f"ws://{base}/ws", *stores):
+        assert address in running.output
+    assert stack["JWT_SECRET"] not in running.output
+    assert await running.is_ready()
+
+    first = running.children()
+    assert first.keys() == {"postgres", "valkey-server", "secantusd-py", "server", "worker"}
+    for name in ("server", "valkey-server"):
+        os.kill(first[name], signal.SIGKILL)
+    running.until("server: ended with -9; starting it again in 1 s")
+    running.until("Valkey: ended with -9; starting it again in 1 s")
+    await asyncio.sleep(1.5)
+    await until_ready(running)
+
+    second = running.children()
+    assert second.keys() == first.keys()
+    assert {name for name in first if first[name] != second[name]} == {"server", "valkey-server"}
+    assert read_env(running.data_dir / "stack.env") == stack
+
+    assert running.terminate(number=signal.SIGINT, seconds=40) == 0
+    assert "the data stays in" in running.output.splitlines()[-1]
+    assert gone(second.values())
+
+
+def test_a_second_interrupt_kills(running: Dev) -> None:
+    children = running.children()
+    os.kill(children["worker"], signal.SIGSTOP)  # it will not stop by itself
+    os.kill(running.pid, signal.SIGINT)
+    running.until("stopping the server")
+    time.sleep(0.3)
+    assert running.terminate(number=signal.SIGINT, seconds=10) == 0
+    assert gone(children.values())
+
+
+def test_all_die_with_dev(running: Dev) -> None:
+    children = running.children()
+    running.kill()
+    assert gone(children.values(), seconds=30)
+
+
+def test_a_taken_port_ends_dev_before_anything_is_started(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        started = Dev(folder, PORT=str(port))
+        assert started.wait() == 1
+    assert started.output == f"error: Port {port} on 127.0.0.1 is taken; set PORT to another\n"
+    assert not started.data_dir.exists()
+
+
+def test_a_folder_in_use_ends_a_second_dev(stack: Stack, folder: Path) -> None:
+    started = Dev(folder, DATA_DIR=str(stack.data_dir))
+    assert started.wait() == 1
+    assert started.output.splitlines()[-1] == f"error: DATA_DIR {stack.data_dir} is in use by another `run.py dev`"
+
+
+class Dying(Child):
+    """It never lives."""
+
+    def __init__(self) -> None:
+        super().__init__("program", [])
+        self.starts = 0
+
+    def begin(self) -> None:
+        self.starts += 1
+        if self.starts == 2:
+            raise StackError("it cannot be started")
+
+
+def test_the_pause_before_a_restart_doubles_up_to_a_bound_and_shrinks_after_a_long_life() -> None:
+    child = Dying()
+    watched = Watched("program", child, child.begin, started_at=0)
+    now, pauses = 0.0, []
+    for starts in range(1, 8):
+        watched.look(now)
+        assert watched.due is not None
+        pauses.append(watched.due - now)
+        now = watched.due
+        watched.look(now - 0.1)
+        assert child.starts == starts - 1
+        watched.look(now)
+    assert pauses == [1, 2, 4, 8, 16, 30, 30]
+    now += 61
+    watched.look(now)
+    assert watched.due == now + 1
+
+
+@pytest.mark.parametrize(
+    ("host", "base"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:3000"),
+        ("0.0.0.0", "http://127.0.0.1:3000"),
+        ("::", "http://[::1]:3000"),
+        ("dev.example", "http://dev.example:3000"),
+    ],
+)
+def test_the_address_that_dev_prints_can_be_called(host: str, base: str) -> None:
+    assert dev.base_url(StackSettings(data_dir=Path(), host=host, port=3000)) == base

@@ -1,0 +1,229 @@
+"""The embedded stores keep what they acknowledged, their addresses and their hands off what is not theirs."""
+
+import contextlib
+import os
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psycopg
+import pymongo
+import pytest
+import redis
+
+from server.devstack.process import StackError
+from server.devstack.stack import Stack, check_address, read_env
+from tests.devstack.pids import gone
+from tests.processes import ROOT
+
+Insert = Callable[[int], None]
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Open to other users, as PostgreSQL may be one; with a space, as a user's may have one."""
+    with tempfile.TemporaryDirectory(prefix="a stack ", ignore_cleanup_errors=True) as path:
+        yield Path(path)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@contextlib.contextmanager
+def postgres_rows(stack: Stack) -> Iterator[Insert]:
+    with psycopg.connect(stack.postgres.url, autocommit=True) as connection:
+        connection.execute("CREATE TABLE IF NOT EXISTS numbers (n int)")
+        yield lambda n: connection.execute("INSERT INTO numbers VALUES (%s)", (n,)) and None
+
+
+@contextlib.contextmanager
+def valkey_members(stack: Stack) -> Iterator[Insert]:
+    with redis.Redis.from_url(stack.valkey.url) as client:
+        yield lambda n: client.sadd("numbers", n) and None
+
+
+@contextlib.contextmanager
+def mongo_documents(stack: Stack) -> Iterator[Insert]:
+    with pymongo.MongoClient(stack.mongo.url, serverSelectionTimeoutMS=2000, retryWrites=False) as client:
+        yield lambda n: client.get_default_database().numbers.insert_one({"n": n}) and None
+
+
+WRITERS: dict[str, Callable[[Stack], contextlib.AbstractContextManager[Insert]]] = {
+    "postgres": postgres_rows,
+    "valkey": valkey_members,
+    "mongo": mongo_documents,
+}
+
+
+def numbers_in(stack: Stack, name: str) -> set[int]:
+    match name:
+        case "postgres":
+            with psycopg.connect(stack.postgres.url) as connection:
+                return {n for (n,) in connection.execute("SELECT n FROM numbers")}
+        case "valkey":
+            with redis.Redis.from_url(stack.valkey.url) as client:
+                return {int(n) for n in client.smembers("numbers")}
+        case _:
+            with pymongo.MongoClient(stack.mongo.url, serverSelectionTimeoutMS=2000) as client:
+                return {each["n"] for each in client.get_default_database().numbers.find()}
+
+
+def write_until_it_fails(writing: contextlib.AbstractContextManager[Insert], acknowledged: list[int]) -> None:
+    with contextlib.suppress(psycopg.Error, redis.RedisError, pymongo.errors.PyMongoError), writing as insert:
+        for n in range(1_000_000):
+            insert(n)
+            acknowledged.append(n)
+
+
+def test_killed_stores_come_back_where_they_were_with_all_they_acknowledged(own_stack: Stack) -> None:
+    before = own_stack.urls, {store.pid for store in own_stack.stores}
+    acknowledged: dict[str, list[int]] = {name: [] for name in WRITERS}
+    writers = [
+        threading.Thread(target=write_until_it_fails, args=(WRITERS[name](own_stack), written))
+        for name, written in acknowledged.items()
+    ]
+    for each in writers:
+        each.start()
+    time.sleep(0.5)
+    own_stack.kill()  # in the middle of the writing
+    assert [(store.alive, store.pid, store.answers()) for store in own_stack.stores] == [(False, None, False)] * 3
+    for each in writers:
+        each.join(timeout=10)
+    for store in own_stack.stores:
+        store.start()
+    assert own_stack.urls == before[0]
+    assert before[1].isdisjoint(store.pid for store in own_stack.stores)
+    for name, written in acknowledged.items():
+        assert len(written) > 10, name
+        assert set(written) - numbers_in(own_stack, name) == set(), name
+
+
+def test_a_store_restarts_at_its_address(stack: Stack) -> None:
+    url, pid = stack.valkey.url, stack.valkey.pid
+    stack.valkey.restart()
+    assert stack.valkey.url == url
+    assert stack.valkey.pid != pid
+    assert stack.valkey.answers()
+
+
+def test_a_stack_keeps_its_addresses_and_secrets_and_only_a_taken_port_changes(folder: Path) -> None:
+    with Stack(folder / "data") as first:
+        before = first.environment
+        first.kill()
+    with Stack(folder / "data") as second:
+        assert second.environment == before
+        second.kill()
+    port = int(before["REDIS_URL"].rpartition(":")[2].removesuffix("/0"))
+    with socket.create_server(("127.0.0.1", port)), Stack(folder / "data") as third:
+        changed = {name for name, value in third.environment.items() if value != before[name]}
+        assert changed == {"REDIS_URL"}
+        third.kill()
+
+
+def test_the_folder_is_passable_and_everything_in_it_private(stack: Stack) -> None:
+    stack.write_env(port=3000)
+    assert mode(stack.data_dir) == 0o711
+    assert {path.name: oct(mode(path)) for path in stack.data_dir.iterdir() if mode(path) & 0o077} == {
+        "mongo.toml": oct(mode(stack.data_dir / "mongo.toml"))  # empty
+    }
+    assert mode(stack.data_dir / "stack.env") == 0o600
+
+
+def test_stack_env_is_readable_by_a_shell_and_by_us(stack: Stack) -> None:
+    path = stack.write_env(port=3456)
+    shell = subprocess.run(
+        ["sh", "-c", 'set -a; . "$0"; env', str(path)], env={}, capture_output=True, text=True, check=True
+    )
+    seen = dict(line.split("=", 1) for line in shell.stdout.splitlines())
+    expected = {**stack.environment, "PORT": "3456"}
+    assert {name: seen[name] for name in expected} == expected
+    assert read_env(path) == expected
+
+
+def test_a_second_stack_in_the_same_folder_is_refused(stack: Stack) -> None:
+    with pytest.raises(StackError, match=f"^DATA_DIR {stack.data_dir} is in use by another `run.py dev`$"):
+        Stack(stack.data_dir).__enter__()
+    assert all(store.answers() for store in stack.stores)
+
+
+@pytest.mark.parametrize("below", ["file", "file/data"])
+def test_a_folder_that_cannot_be_written_is_named(folder: Path, below: str) -> None:
+    (folder / "file").touch()
+    with pytest.raises(StackError) as caught:
+        Stack(folder / below).__enter__()
+    assert str(caught.value).startswith(f"DATA_DIR {folder / below} cannot be written: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_record_of_the_passwords_is_named(folder: Path) -> None:
+    (folder / "stack.json").write_text("{")
+    with pytest.raises(StackError, match=r"stack\.json is damaged"):
+        Stack(folder).__enter__()
+
+
+def test_a_folder_that_somebody_else_made_keeps_its_mode_and_an_interrupted_initdb_is_forgotten(folder: Path) -> None:
+    data = folder / "data"
+    half = data / "postgres.new"
+    half.mkdir(parents=True)
+    data.chmod(0o755)
+    (half / "PG_VERSION").write_text("18\n")  # the first thing that initdb writes
+    with Stack(data) as stack:
+        assert stack.postgres.answers()
+        stack.kill()
+    assert mode(data) == 0o755
+    assert not half.exists()
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from server.devstack.stack import Stack
+
+with Stack(Path(sys.argv[1])) as stack:
+    print(*(store.pid for store in stack.stores), stack.valkey.url, flush=True)
+    time.sleep(60)
+"""
+
+
+def hold(folder: Path) -> tuple["subprocess.Popen[str]", list[int], str]:
+    """A process with a stack of its own: it, its stores' process numbers, the address of one of them."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=-1, text=True
+    )
+    assert process.stdout
+    *pids, url = process.stdout.readline().split()
+    return process, [int(pid) for pid in pids], url
+
+
+def test_stores_die_with_their_parent_and_the_next_one_waits_for_their_end(folder: Path) -> None:
+    with contextlib.ExitStack() as ends:
+        first, old, url = hold(folder / "data")
+        ends.callback(first.wait)
+        ends.callback(first.kill)
+        assert first.stdout
+        ends.enter_context(first.stdout)
+        first.kill()
+        first.wait()
+        with Stack(folder / "data") as second:  # at once: the old ones are still writing
+            assert second.valkey.url == url
+            assert gone(old)
+            second.kill()
+
+
+def test_a_taken_port_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(StackError, match=f"^Port {port} on 127.0.0.1 is taken; set PORT to another$"):
+            check_address("127.0.0.1", port)
+
+
+def test_an_address_that_is_not_ours_is_named() -> None:
+    with pytest.raises(StackError, match=r"^Cannot listen on 192\.0\.2\.1:3000: "):
+        check_address("192.0.2.1", 3000)
