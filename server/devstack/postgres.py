@@ -58,6 +58,7 @@ class Postgres(Store):
             log=place.log("postgres"),
             lock=place.lock("postgres"),
             goodbye=signal.SIGINT,  # a fast shutdown: open connections do not hold it up
+            orphaned=signal.SIGINT,  # killed, it would leave its shared memory behind until its next start
             user=self._user,
         )
 

@@ -1,4 +1,4 @@
-"""A child process in a session of its own, which cannot outlive us unnoticed."""
+"""A child process in a session of its own, which does not outlive us."""
 
 import contextlib
 import ctypes
@@ -25,7 +25,8 @@ class StackError(Exception):
 class Child:
     """Started from the main thread only: the kernel ends a child with the *thread* that made it.
 
-    ``goodbye`` is the signal that asks it to stop in order; it gets the same when we are killed.
+    ``goodbye`` is the signal that asks it to stop in order; ``orphaned`` is what the kernel sends it when we are
+    killed: SIGKILL is certain, while a Python program that waits in its main thread may sleep through another.
     ``lock`` is a file whose lock the program and all its processes inherit: as long as one of them lives,
     whoever started it, the next start waits. Two of a store on one directory would ruin the data.
     """
@@ -38,6 +39,7 @@ class Child:
         log: Path | None = None,
         lock: Path | None = None,
         goodbye: signal.Signals = signal.SIGTERM,
+        orphaned: signal.Signals = signal.SIGKILL,
         user: int | None = None,
         environment: dict[str, str] | None = None,
     ) -> None:
@@ -47,6 +49,7 @@ class Child:
         self._log_begin = 0
         self._lock = lock
         self._goodbye = goodbye
+        self._orphaned = orphaned
         self._user = user
         self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
@@ -84,13 +87,13 @@ class Child:
                     group=self._user,
                     extra_groups=None if self._user is None else [],
                     # After the change of user, which would clear it.
-                    preexec_fn=_dies_with_us(self._goodbye, os.getpid()),
+                    preexec_fn=_dies_with_us(self._orphaned, os.getpid()),
                 )
             except OSError as error:
                 raise StackError(f"{self.name} cannot be started: {error}") from error
 
     def wait_until(self, ready: Callable[[], bool], *, seconds: float = START_SECONDS) -> None:
-        """Raises StackError with the last line of its log where it ends or is not ready in time."""
+        """Raises StackError with what its log tells where it ends or is not ready in time."""
         deadline = time.monotonic() + seconds
         while not ready():
             if not self.alive:
@@ -104,7 +107,9 @@ class Child:
         deadline = time.monotonic() + seconds
         while not self._gone():
             if time.monotonic() > deadline:
-                raise StackError(f"{self.name} of an earlier run has not ended yet (it holds {self._lock})")
+                assert self._lock
+                holder = self._lock.read_text() or "unknown"
+                raise StackError(f"{self.name} of an earlier run has not ended yet; end its process {holder}")
             time.sleep(POLL_SECONDS)
 
     def ask_to_stop(self) -> None:
@@ -142,11 +147,12 @@ class Child:
         with self._lock.open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield (lock.fileno(),)
+            lock.write(f"{self.pid}")
 
     def _gone(self) -> bool:
         if self._lock is None:
             return not self.alive
-        with self._lock.open("w") as lock:
+        with self._lock.open("a") as lock:
             return try_lock(lock.fileno())
 
     @contextlib.contextmanager
@@ -167,7 +173,9 @@ class Child:
         with self._log.open("rb") as log:
             log.seek(self._log_begin)
             lines = log.read().decode(errors="replace").strip().splitlines()
-        return f"{lines[-1].strip()} ({self._log})" if lines else f"it wrote nothing ({self._log})"
+        # PostgreSQL's last line is only that it has shut down.
+        telling = [line for line in lines if "FATAL" in line or "rror" in line] or lines or ["it wrote nothing"]
+        return f"{telling[-1].strip()} ({self._log})"
 
 
 def try_lock(file: int) -> bool:
@@ -179,9 +187,9 @@ def try_lock(file: int) -> bool:
     return True
 
 
-def _dies_with_us(goodbye: signal.Signals, parent: int) -> Callable[[], None]:
+def _dies_with_us(orphaned: signal.Signals, parent: int) -> Callable[[], None]:
     def prepare() -> None:
-        _prctl(_PR_SET_PDEATHSIG, int(goodbye), 0, 0, 0)
+        _prctl(_PR_SET_PDEATHSIG, int(orphaned), 0, 0, 0)
         if os.getppid() != parent:  # we died in between
             os._exit(1)
 

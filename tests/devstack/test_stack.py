@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -17,7 +18,7 @@ import pymongo
 import pytest
 import redis
 
-from server.devstack.process import StackError
+from server.devstack.process import Child, StackError
 from server.devstack.stack import Stack, check_address, read_env
 from tests.devstack.pids import gone
 from tests.processes import ROOT
@@ -116,15 +117,15 @@ def test_a_store_restarts_at_its_address(stack: Stack) -> None:
 def test_a_stack_keeps_its_addresses_and_secrets_and_only_a_taken_port_changes(folder: Path) -> None:
     with Stack(folder / "data") as first:
         before = first.environment
-        first.kill()
+        first.mongo.kill()
     with Stack(folder / "data") as second:
         assert second.environment == before
-        second.kill()
+        second.mongo.kill()
     port = int(before["REDIS_URL"].rpartition(":")[2].removesuffix("/0"))
     with socket.create_server(("127.0.0.1", port)), Stack(folder / "data") as third:
         changed = {name for name, value in third.environment.items() if value != before[name]}
         assert changed == {"REDIS_URL"}
-        third.kill()
+        third.mongo.kill()
 
 
 def test_the_folder_is_passable_and_everything_in_it_private(stack: Stack) -> None:
@@ -176,7 +177,7 @@ def test_a_folder_that_somebody_else_made_keeps_its_mode_and_an_interrupted_init
     (half / "PG_VERSION").write_text("18\n")  # the first thing that initdb writes
     with Stack(data) as stack:
         assert stack.postgres.answers()
-        stack.kill()
+        stack.mongo.kill()
     assert mode(data) == 0o755
     assert not half.exists()
 
@@ -187,34 +188,44 @@ from pathlib import Path
 from server.devstack.stack import Stack
 
 with Stack(Path(sys.argv[1])) as stack:
-    print(*(store.pid for store in stack.stores), stack.valkey.url, flush=True)
+    print(*(store.pid for store in stack.stores), *stack.urls.values(), flush=True)
     time.sleep(60)
 """
 
 
-def hold(folder: Path) -> tuple["subprocess.Popen[str]", list[int], str]:
-    """A process with a stack of its own: it, its stores' process numbers, the address of one of them."""
+def hold(folder: Path) -> tuple["subprocess.Popen[str]", list[int], list[str]]:
+    """A process with a stack of its own: it, its stores' process numbers and addresses."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder)], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=-1, text=True
     )
     assert process.stdout
-    *pids, url = process.stdout.readline().split()
-    return process, [int(pid) for pid in pids], url
+    words = process.stdout.readline().split()
+    return process, [int(pid) for pid in words[:3]], words[3:]
 
 
-def test_stores_die_with_their_parent_and_the_next_one_waits_for_their_end(folder: Path) -> None:
-    with contextlib.ExitStack() as ends:
-        first, old, url = hold(folder / "data")
-        ends.callback(first.wait)
-        ends.callback(first.kill)
-        assert first.stdout
-        ends.enter_context(first.stdout)
+def test_stores_die_with_their_parent_and_the_next_stack_waits_for_their_end(folder: Path) -> None:
+    first, old, urls = hold(folder / "data")
+    os.kill(old[0], signal.SIGSTOP)  # PostgreSQL takes its time, its port still in its hands
+    thaw = threading.Timer(1, os.kill, (old[0], signal.SIGCONT))
+    first.kill()
+    first.communicate()
+    thaw.start()
+    with Stack(folder / "data") as second:
+        assert gone(old)
+        assert list(second.urls.values()) == urls
+        second.mongo.kill()
+
+
+def test_a_process_of_an_earlier_run_that_does_not_end_is_named(tmp_path: Path) -> None:
+    first = Child("store", ["sleep", "60"], lock=tmp_path / "lock")
+    first.start()
+    try:
+        with pytest.raises(
+            StackError, match=f"^store of an earlier run has not ended yet; end its process {first.pid}$"
+        ):
+            Child("store", [], lock=tmp_path / "lock").wait_until_gone(seconds=0)
+    finally:
         first.kill()
-        first.wait()
-        with Stack(folder / "data") as second:  # at once: the old ones are still writing
-            assert second.valkey.url == url
-            assert gone(old)
-            second.kill()
 
 
 def test_a_taken_port_is_named() -> None:
