@@ -71,7 +71,9 @@ if hashlib.sha256(content).hexdigest() != expected:
     sys.exit(f"{url} does not have the expected sha256")
 wheel = pathlib.Path(venv, url.rpartition("/")[2])
 wheel.write_bytes(content)
-sys.exit(subprocess.call([sys.executable, f"{wheel}/pip", "install", "--no-index", "--no-deps", str(wheel)]))
+code = subprocess.call([sys.executable, f"{wheel}/pip", "install", "--no-index", "--no-deps", str(wheel)])
+wheel.unlink()
+sys.exit(code)
 PYTHON
 }
 
