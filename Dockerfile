@@ -1,0 +1,39 @@
+# One image for every command of run.py: docker run IMAGE server | worker | migrate | …
+FROM python:3.11-slim-bookworm AS builder
+WORKDIR /build
+# Only what the dependencies depend on, so that a change of the code does not install them again. Without
+# server/ beside it, `pip install .` adds the package's metadata (its version) and all it requires.
+COPY setup.cfg pyproject.toml ./
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python -m venv --without-pip /venv && pip --python /venv/bin/python install .
+WORKDIR /app
+COPY run.py ./
+COPY sql ./sql
+COPY server ./server
+# Readable whatever the umask of the checkout was; compiled here, because it cannot be where it runs.
+RUN chmod -R u=rwX,go=rX /app && python -m compileall -q /app
+
+FROM python:3.11-slim-bookworm
+# For jobs: a sandbox (where the container may make namespaces; elsewhere Landlock does it) and JavaScript.
+# No pinned versions: a rebuild is meant to bring Debian's security updates.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends bubblewrap nodejs \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --system --uid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin app
+COPY --from=builder /venv /venv
+COPY --from=builder /app /app
+WORKDIR /app
+# Whoever runs the image gets what production refuses and allows, unless they say otherwise.
+ENV APP_ENV=production \
+    PATH=/venv/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1
+USER 10001:10001
+EXPOSE 3000
+# For the server; a worker listens on nothing and is checked otherwise (docker-compose.yml).
+HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --start-interval=1s --retries=3 \
+    CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen(f\"http://127.0.0.1:{os.environ.get('PORT') or 3000}/health\", timeout=2)"]
+# Exec form: SIGTERM reaches Python itself, which drains.
+ENTRYPOINT ["python", "run.py"]
+CMD ["server"]

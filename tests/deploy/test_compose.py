@@ -1,0 +1,209 @@
+"""What ``docker compose up`` promises, as far as it can be told without Docker.
+
+compose-spec.json is the Compose Specification's own schema (Apache-2.0, compose-spec.LICENSE), unchanged as
+check-jsonschema 0.39.0 carries it.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+from urllib.parse import urlsplit
+
+import jsonschema
+import pytest
+import yaml
+
+from server import settings
+from server.settings import Settings, SettingsError
+from tests.processes import ROOT
+
+TEXT = (ROOT / "docker-compose.yml").read_text()
+FILE: dict[str, Any] = yaml.safe_load(TEXT)
+SERVICES: dict[str, dict[str, Any]] = FILE["services"]
+SCHEMA = json.loads((Path(__file__).parent / "compose-spec.json").read_text())
+OURS = {name: service for name, service in SERVICES.items() if "build" in service}
+SERVERS = {name for name, service in OURS.items() if service["command"] == ["server"]}
+ONE_SHOT = {name for name, service in SERVICES.items() if service["restart"] == "no"}
+LASTING = set(SERVICES) - ONE_SHOT
+STORES = {"postgres", "valkey", "mongo"}
+SECRETS = {
+    "JWT_SECRET": "an-operators-own-access-secret-ABCDEF",
+    "JWT_REFRESH_SECRET": "an-operators-own-refresh-secret-ABCDE",
+}
+
+
+def interpolated(text: str, variables: Mapping[str, str]) -> str:
+    """As Compose does it, the forms that the file uses: ``${NAME:-default}``."""
+    return re.sub(r"\$\{(\w+):-([^}]*)\}", lambda found: variables.get(found[1]) or found[2], text)
+
+
+def environment(service: str, **variables: str) -> dict[str, str]:
+    """What a container is told where ``.env`` holds these variables."""
+    told = SERVICES[service].get("environment", {})
+    return variables | {name: interpolated(value, variables) for name, value in told.items()}
+
+
+def loaded(service: str, **variables: str) -> Settings:
+    with mock.patch.dict(os.environ, environment(service, **variables), clear=True):
+        return settings.load()
+
+
+@pytest.fixture(autouse=True)
+def away_from_any_env_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_it_fits_the_compose_specification() -> None:
+    validator = jsonschema.validators.validator_for(SCHEMA)(SCHEMA)
+    assert [error.message for error in validator.iter_errors(FILE)] == []
+    misspelt = {"services": {"nginx": {"image": "nginx", "helthcheck": {}}}}
+    assert not validator.is_valid(misspelt)
+
+
+def test_nothing_but_known_forms_is_interpolated() -> None:
+    values = re.sub(r"^\s*#.*|\$\$", "", TEXT, flags=re.MULTILINE)
+    assert re.findall(r"\$(?!\{\w+:-[^}]*\}).{,20}", values) == []
+
+
+@pytest.mark.parametrize(
+    ("service", "image"), [("postgres", "postgres:17"), ("valkey", "valkey/valkey:8"), ("mongo", "mongo:8")]
+)
+def test_the_stores_are_the_real_ones(service: str, image: str) -> None:
+    assert SERVICES[service]["image"] == image
+
+
+def test_there_are_two_servers_one_worker_and_one_migration() -> None:
+    assert sorted(tuple(service["command"]) for service in OURS.values()) == [
+        ("migrate",),
+        ("server",),
+        ("server",),
+        ("worker",),
+    ]
+    assert {"migrate"} == ONE_SHOT
+
+
+@pytest.mark.parametrize("service", OURS)
+def test_a_plain_up_needs_no_configuration(service: str) -> None:
+    development = loaded(service)
+    assert development.app_env == "development"
+    assert (development.host, development.port) == ("0.0.0.0", 3000)
+
+
+@pytest.mark.parametrize("service", OURS)
+def test_production_starts_with_secrets_of_its_own_only(service: str) -> None:
+    with pytest.raises(SettingsError, match="JWT_SECRET"):
+        loaded(service, APP_ENV="production")
+    assert loaded(service, APP_ENV="production", **SECRETS).production
+
+
+@pytest.mark.parametrize("service", OURS)
+def test_an_env_file_for_development_cannot_move_the_stores(service: str) -> None:
+    elsewhere = {"DATABASE_URL": "postgresql://localhost/app", "REDIS_HOST": "localhost", "HOST": "127.0.0.1"}
+    assert loaded(service, **elsewhere) == loaded(service)
+
+
+@pytest.mark.parametrize("service", OURS)
+def test_containers_are_told_known_settings_only(service: str) -> None:
+    assert set(SERVICES[service]["environment"]) <= {name for name, _, _ in settings.table()}
+
+
+@pytest.mark.parametrize("service", OURS)
+def test_the_stores_are_asked_with_the_names_and_the_password_they_have(service: str) -> None:
+    told = loaded(service, STORES_PASSWORD="changed")
+    postgres, mongo, valkey = (environment(name, STORES_PASSWORD="changed") for name in ("postgres", "mongo", "valkey"))
+    urls = [urlsplit(url) for url in (told.database_url, told.mongodb_uri, told.redis_url)]
+    assert [url.hostname for url in urls] == ["postgres", "mongo", "valkey"]
+    assert [url.username for url in urls] == [postgres["POSTGRES_USER"], mongo["MONGO_INITDB_ROOT_USERNAME"], ""]
+    assert {url.password for url in urls} == {"changed"}
+    assert postgres["POSTGRES_PASSWORD"] == mongo["MONGO_INITDB_ROOT_PASSWORD"] == valkey["PASSWORD"] == "changed"
+    command = [interpolated(word, {"STORES_PASSWORD": "changed"}) for word in SERVICES["valkey"]["command"]]
+    assert command[command.index("--requirepass") + 1] == "changed"
+    assert urls[0].path == f"/{postgres['POSTGRES_DB']}"
+
+
+@pytest.mark.parametrize("service", LASTING)
+def test_every_service_that_stays_is_watched(service: str) -> None:
+    check = SERVICES[service].get("healthcheck")
+    if service in SERVERS:
+        assert check is None  # the image's own
+    else:
+        assert check["test"][0] in ("CMD", "CMD-SHELL")
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_nothing_starts_before_what_it_needs_is_well(service: str) -> None:
+    for needed, how in SERVICES[service].get("depends_on", {}).items():
+        assert how["condition"] == ("service_completed_successfully" if needed in ONE_SHOT else "service_healthy")
+
+
+def test_servers_and_worker_wait_for_the_stores_and_the_migrations() -> None:
+    for service in OURS.keys() - ONE_SHOT:
+        assert set(SERVICES[service]["depends_on"]) == STORES | ONE_SHOT
+    assert set(SERVICES["migrate"]["depends_on"]) == {"postgres"}
+    assert set(SERVICES["nginx"]["depends_on"]) == SERVERS
+
+
+def test_port_3000_is_the_only_door_and_open_to_this_machine_only() -> None:
+    doors = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
+    assert [interpolated(port, {}) for port in doors.pop("nginx")] == ["127.0.0.1:3000:3000"]
+    assert doors == {}
+
+
+def test_nginx_finds_every_server() -> None:
+    conf = (ROOT / "scripts/deploy/nginx.conf").read_text()
+    assert "./scripts/deploy/nginx.conf:/etc/nginx/nginx.conf:ro" in SERVICES["nginx"]["volumes"]
+    upstreams = dict(re.findall(r"^\s+server ([\w-]+):(\d+) resolve", conf, re.MULTILINE))
+    assert upstreams == {name: environment(name)["PORT"] for name in SERVERS}
+    for name in SERVERS:
+        assert set(SERVICES[name]["networks"]) & set(SERVICES["nginx"]["networks"])
+    assert re.findall(r"^\s+listen (\d+)", conf, re.MULTILINE) == ["3000"]
+
+
+def test_a_client_is_known_by_its_own_address() -> None:
+    trusted = loaded("server-1").trusted_proxies
+    assert trusted
+    assert all(network.is_private for network in trusted)
+
+
+@pytest.mark.parametrize("service", OURS)
+def test_what_runs_our_code_may_do_nothing_else(service: str) -> None:
+    it = SERVICES[service]
+    assert it["read_only"] is True
+    assert it["cap_drop"] == ["ALL"]
+    assert it["security_opt"] == ["no-new-privileges:true"]
+    assert not {"privileged", "cap_add", "user", "pid", "network_mode", "volumes"} & set(it)
+
+
+def test_the_worker_and_the_stores_have_no_way_out() -> None:
+    for service in ("worker", "migrate", *STORES):
+        assert all(FILE["networks"][name]["internal"] for name in SERVICES[service]["networks"])
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_everything_is_bounded(service: str) -> None:
+    limits = SERVICES[service]["deploy"]["resources"]["limits"]
+    assert set(limits) == {"memory", "pids"}
+    assert SERVICES[service]["logging"] == {"driver": "local"}
+    assert SERVICES[service]["restart"] in ("unless-stopped", "no")
+
+
+@pytest.mark.parametrize("service", OURS)
+def test_a_stop_leaves_time_to_drain(service: str) -> None:
+    if service in SERVERS:
+        assert int(SERVICES[service]["stop_grace_period"].removesuffix("s")) > loaded(service).drain_seconds
+
+
+def test_the_stores_keep_their_data_in_named_volumes() -> None:
+    kept = {name: SERVICES[name]["volumes"] for name in STORES}
+    assert kept == {
+        "postgres": ["postgres:/var/lib/postgresql/data"],
+        "valkey": ["valkey:/data"],
+        "mongo": ["mongo:/data/db"],
+    }
+    assert set(FILE["volumes"]) == STORES
+    command = SERVICES["valkey"]["command"]
+    assert command[command.index("--appendonly") + 1] == "yes"

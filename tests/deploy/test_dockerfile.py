@@ -1,0 +1,148 @@
+"""What the image promises, as far as it can be told without Docker."""
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.conftest import TEST_SETTINGS
+from tests.processes import ROOT
+
+
+@dataclass(frozen=True)
+class Instruction:
+    name: str
+    rest: str
+
+    @property
+    def words(self) -> list[str]:
+        return [word for word in self.rest.split() if not word.startswith("--")]
+
+
+def instructions(text: str) -> list[Instruction]:
+    lines = re.sub(r"^\s*#.*\n", "", text, flags=re.MULTILINE).replace("\\\n", " ").splitlines()
+    return [Instruction(*line.split(maxsplit=1)) for line in lines if line.strip()]
+
+
+FILE = instructions((ROOT / "Dockerfile").read_text())
+LAST_STAGE = FILE[max(place for place, each in enumerate(FILE) if each.name == "FROM") :]
+COPIED = [
+    source
+    for each in FILE
+    if each.name == "COPY" and "--from=" not in each.rest
+    for source in each.words[:-1]
+]  # fmt: skip
+IGNORED = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+
+
+def only(name: str) -> Instruction:
+    (found,) = (each for each in LAST_STAGE if each.name == name)
+    return found
+
+
+def is_ignored(path: str) -> bool:
+    """As Docker has it: the last pattern that fits the path or a directory above it decides."""
+    above = [path, *map(str, Path(path).parents)][:-1]
+    ignored = False
+    for line in IGNORED:
+        pattern = line.removeprefix("!")
+        patterns = {pattern, pattern.removeprefix("**/")}
+        if any(fnmatch(each, one) for each in above for one in patterns):
+            ignored = not line.startswith("!")
+    return ignored
+
+
+@pytest.mark.parametrize("source", COPIED)
+def test_what_is_copied_exists_and_is_not_ignored(source: str) -> None:
+    assert (ROOT / source).exists()
+    assert not is_ignored(source)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ".env",
+        ".git",
+        ".data/postgres",
+        ".venv/bin/python",
+        "tests/conftest.py",
+        "server/__pycache__/app.pyc",
+    ],
+)
+def test_secrets_data_and_tests_stay_out(path: str) -> None:
+    assert is_ignored(path)
+
+
+def test_what_is_built_with_and_what_runs_is_the_same_python() -> None:
+    bases = [each.words[0] for each in FILE if each.name == "FROM"]
+    assert len(bases) == 2
+    assert set(bases) == {"python:3.11-slim-bookworm"}
+
+
+def test_it_does_not_run_as_root() -> None:
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", only("USER").rest)
+    after = LAST_STAGE[LAST_STAGE.index(only("USER")) :]
+    assert not {"RUN", "COPY"} & {each.name for each in after}
+
+
+def test_it_is_production_unless_told_otherwise() -> None:
+    assert "APP_ENV=production" in only("ENV").words
+
+
+def test_a_signal_reaches_python_itself() -> None:
+    assert json.loads(only("ENTRYPOINT").rest) == ["python", "run.py"]
+    assert json.loads(only("CMD").rest) == ["server"]
+
+
+def test_the_copied_files_are_enough_to_migrate_and_describe(tmp_path: Path, empty_database_url: str) -> None:
+    for source in COPIED:
+        if (ROOT / source).is_dir():
+            shutil.copytree(ROOT / source, tmp_path / source)
+        else:
+            shutil.copy(ROOT / source, tmp_path)
+    stores = {
+        "DATABASE_URL": empty_database_url,
+        "MONGODB_URI": "mongodb://localhost/app",
+        "REDIS_URL": "redis://localhost/0",
+        "JWT_SECRET": "a" * 32,
+        "JWT_REFRESH_SECRET": "b" * 32,
+    }
+
+    def run(*arguments: str) -> str:
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            env={**os.environ, **TEST_SETTINGS, **stores},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    assert Path(run("-c", "import server; print(server.__file__)").strip()).is_relative_to(tmp_path)
+    assert "applied: 0001" in run("run.py", "migrate")
+    assert "/api/v1/projects" in run("run.py", "openapi")
+
+
+def health_check(port: int) -> int:
+    """The exit code of the image's own check where a server should listen on that port."""
+    command = json.loads(only("HEALTHCHECK").rest.partition("CMD")[2])
+    assert command[0] == "python"
+    environment = {**os.environ, "PORT": str(port)}
+    return subprocess.run([sys.executable, *command[1:]], env=environment, stderr=subprocess.DEVNULL).returncode
+
+
+async def test_a_server_that_answers_is_healthy(server: str) -> None:
+    assert await asyncio.to_thread(health_check, urlsplit(server).port) == 0
+
+
+def test_a_server_that_does_not_is_not(unused_tcp_port: int) -> None:
+    assert health_check(unused_tcp_port) == 1

@@ -1,0 +1,318 @@
+"""What nginx may do between clients and servers: its real configuration in a real nginx, on other ports.
+
+Two upstreams that do as they are told show what it passes on; the product's own servers, that it fits them.
+"""
+
+import asyncio
+import contextlib
+import io
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from server.devstack.stack import free_port
+from tests.actors import Actor
+from tests.conftest import MakeActor, MakeServer
+from tests.processes import ROOT
+
+PROGRAM = shutil.which("nginx", path=os.environ["PATH"] + ":/usr/sbin")
+pytestmark = pytest.mark.skipif(PROGRAM is None, reason="nginx is missing: apt-get install nginx-light")
+START_SECONDS = 10.0
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Nginx = Callable[..., Awaitable[str]]
+
+
+def here(ports: tuple[int, int], listen: int, folder: Path) -> str:
+    """The configuration with addresses and paths of this machine.
+
+    Without ``resolve``, which Debian's nginx is too old for and which needs Docker's DNS.
+    """
+    text = (ROOT / "scripts/deploy/nginx.conf").read_text()
+    for name, port in zip(("server-1", "server-2"), ports, strict=True):
+        text = text.replace(f"{name}:3000 resolve", f"127.0.0.1:{port}")
+    text = text.replace("listen 3000", f"listen 127.0.0.1:{listen}")
+    return text.replace(" /tmp/", f" {folder}/").replace("/dev/stdout", f"{folder}/log")
+
+
+def program(conf: Path, *arguments: str) -> list[str]:
+    assert PROGRAM is not None
+    root = " user root;" if os.geteuid() == 0 else ""  # else its workers could not enter the test's directory
+    return [PROGRAM, "-e", "stderr", "-c", str(conf), "-g", f"daemon off;{root}", *arguments]
+
+
+@pytest.fixture
+async def nginx(tmp_path: Path) -> AsyncIterator[Nginx]:
+    """Starts it before two ports: ``await nginx(port, port)`` → its address."""
+    running: list[asyncio.subprocess.Process] = []
+
+    async def start(*ports: int) -> str:
+        listen = free_port()
+        conf = tmp_path / "nginx.conf"
+        conf.write_text(here((ports[0], ports[1]), listen, tmp_path))
+        running.append(await asyncio.create_subprocess_exec(*program(conf)))
+        await listening(listen)
+        return f"http://127.0.0.1:{listen}"
+
+    yield start
+    for process in running:
+        process.terminate()
+        await process.wait()
+
+
+async def listening(port: int) -> None:
+    async with asyncio.timeout(START_SECONDS):
+        while True:
+            with contextlib.suppress(OSError):
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.close()
+                return
+            await asyncio.sleep(0.02)
+
+
+class Upstream:
+    """A server that does as it is told, and remembers who asked what."""
+
+    def __init__(self) -> None:
+        self.asked: list[web.Request] = []
+        self.answer: Handler = self.ok
+
+    async def hear(self, request: web.Request) -> web.StreamResponse:
+        self.asked.append(request)
+        return await self.answer(request)
+
+    async def ok(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response({"bytes": len(await request.read())})
+
+    async def away(self, _: web.Request) -> web.StreamResponse:
+        body = {"status": 503, "code": "unavailable", "detail": "draining"}
+        return web.json_response(body, status=503, content_type="application/problem+json")
+
+    async def dead(self, request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        request.transport.abort()
+        return web.Response()
+
+
+@pytest.fixture
+def upstreams() -> tuple[Upstream, Upstream]:
+    return Upstream(), Upstream()
+
+
+@pytest.fixture
+async def door(nginx: Nginx, upstreams: tuple[Upstream, Upstream]) -> AsyncIterator[str]:
+    """nginx before the two upstreams."""
+    async with contextlib.AsyncExitStack() as stack:
+        ports = []
+        for upstream in upstreams:
+            app = web.Application(client_max_size=16 << 20)
+            app.router.add_route("*", "/{path:.*}", upstream.hear)
+            server = await stack.enter_async_context(TestServer(app))
+            ports.append(server.port)
+        yield await nginx(*ports)
+
+
+async def ask(http: aiohttp.ClientSession, method: str, url: str, **options: Any) -> tuple[int, Any, Mapping[str, str]]:
+    async with http.request(method, url, **options) as answer:
+        return answer.status, await answer.json(content_type=None), answer.headers
+
+
+def test_nginx_accepts_its_configuration(tmp_path: Path) -> None:
+    conf = tmp_path / "nginx.conf"
+    conf.write_text(here((3001, 3002), 3003, tmp_path))
+    tested = subprocess.run(program(conf, "-t"), capture_output=True, text=True)
+    assert tested.returncode == 0, tested.stderr
+
+
+def test_what_it_writes_is_all_in_tmp() -> None:
+    """Its file system is read-only in docker-compose.yml."""
+    text = re.sub(r"#.*", "", (ROOT / "scripts/deploy/nginx.conf").read_text())
+    written = re.findall(r"^\s*(pid|\w+_temp_path|error_log|access_log)\s+([^\s;]+)", text, re.MULTILINE)
+    assert {name for name, _ in written} >= {"pid", "client_body_temp_path", "proxy_temp_path"}
+    assert [path for _, path in written if not path.startswith(("/tmp/", "/dev/stdout", "stderr"))] == []
+
+
+async def test_both_servers_get_their_share(
+    door: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession
+) -> None:
+    for _ in range(8):
+        assert (await ask(http, "GET", f"{door}/api/v1/projects"))[0] == 200
+    assert all(len(upstream.asked) >= 2 for upstream in upstreams)
+
+
+@pytest.mark.parametrize("how", ["away", "dead"])
+async def test_a_get_that_meets_a_leaving_server_is_served_by_the_other(
+    door: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession, how: str
+) -> None:
+    upstreams[0].answer = getattr(upstreams[0], how)
+    statuses = [(await ask(http, "GET", f"{door}/health"))[0] for _ in range(8)]
+    assert statuses == [200] * 8
+    assert upstreams[0].asked
+
+
+async def test_a_post_is_never_sent_twice(
+    door: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession
+) -> None:
+    for upstream in upstreams:
+        upstream.answer = upstream.dead
+    assert (await ask(http, "POST", f"{door}/api/v1/projects", json={}))[0] == 503
+    assert sum(len(upstream.asked) for upstream in upstreams) == 1
+
+
+async def test_a_post_goes_to_the_server_that_still_listens(
+    nginx: Nginx, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession
+) -> None:
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", upstreams[0].hear)
+    async with TestServer(app) as server:
+        door = await nginx(free_port(), server.port)
+        for _ in range(4):
+            assert (await ask(http, "POST", f"{door}/api/v1/projects", json={}))[0] == 200
+
+
+async def test_when_both_refuse_the_client_hears_the_server_and_not_nginx(
+    door: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession
+) -> None:
+    for upstream in upstreams:
+        upstream.answer = upstream.away
+    for _ in range(5):
+        status, body, _ = await ask(http, "GET", f"{door}/health/ready")
+        assert (status, body["detail"]) == (503, "draining")
+
+
+async def test_when_nobody_answers_nginx_says_so_as_the_servers_would(
+    nginx: Nginx, http: aiohttp.ClientSession
+) -> None:
+    door = await nginx(free_port(), free_port())
+    status, body, headers = await ask(http, "GET", f"{door}/api/v1/projects", headers={"X-Request-Id": "mine-1"})
+    assert status == body["status"] == 503
+    assert (body["code"], body["type"], body["error"]) == ("unavailable", "about:blank", body["detail"])
+    assert headers["Content-Type"] == "application/problem+json"
+    assert headers["Retry-After"] == "2"
+    assert headers["X-Request-Id"] == body["requestId"] == "mine-1"
+
+
+async def test_the_largest_document_passes_and_a_larger_body_does_not(
+    door: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession
+) -> None:
+    url = f"{door}/api/v1/documents/1/content"
+    status, body, _ = await ask(http, "PUT", url, data=io.BytesIO(b"x" * (10 << 20)))
+    assert (status, body["bytes"]) == (200, 10 << 20)
+    status, body, headers = await ask(http, "PUT", url, data=io.BytesIO(b"x" * (12 << 20)))
+    assert (status, body["status"], body["code"]) == (413, 413, "too_large")
+    assert headers["Content-Type"] == "application/problem+json"
+    assert "Retry-After" not in headers
+
+
+@pytest.mark.parametrize(
+    ("request_line", "status", "code"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n", 400, "bad_request"),
+        (b"TRACE / HTTP/1.1\r\nHost: a\r\n", 405, "method_not_allowed"),
+        (b"GET /" + b"x" * 40_000 + b" HTTP/1.1\r\nHost: a\r\n", 400, "bad_request"),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 40_000 + b"\r\n", 400, "bad_request"),
+        (b"GET /.problem HTTP/1.1\r\nHost: a\r\n", 404, "not_found"),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: magic\r\n", 400, "bad_request"),
+    ],
+    ids=["two hosts", "method", "long path", "long header", "its own path", "encoding"],
+)
+async def test_what_nginx_refuses_itself_is_a_problem_body(
+    door: str, request_line: bytes, status: int, code: str
+) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", urlsplit(door).port)
+    writer.write(request_line + b"Connection: close\r\n\r\n")
+    answer = (await reader.read()).decode()
+    writer.close()
+    assert answer.startswith(f"HTTP/1.1 {status} "), answer
+    assert "Content-Type: application/problem+json" in answer
+    assert f'"status":{status}' in answer
+    assert f'"code":"{code}"' in answer
+
+
+@pytest.mark.parametrize("given", ["trace-1", None, "not sane\t{}"])
+async def test_a_request_has_one_id_on_its_whole_way(
+    door: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession, given: str | None
+) -> None:
+    await ask(http, "GET", f"{door}/api/v1/projects", headers={"X-Request-Id": given} if given else {})
+    (asked,) = (request for upstream in upstreams for request in upstream.asked)
+    if given == "trace-1":
+        assert asked.headers["X-Request-Id"] == "trace-1"
+    else:
+        assert re.fullmatch(r"[0-9a-f]{32}", asked.headers["X-Request-Id"])
+
+
+async def test_nobody_can_claim_another_address(
+    door: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession
+) -> None:
+    await ask(http, "GET", f"{door}/health", headers={"X-Forwarded-For": "198.51.100.7"})
+    (asked,) = (request for upstream in upstreams for request in upstream.asked)
+    assert asked.headers.getall("X-Forwarded-For") == ["127.0.0.1"]
+    assert asked.headers["Host"] == urlsplit(door).netloc
+
+
+async def test_an_artifact_arrives_while_it_is_being_sent(
+    door: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession
+) -> None:
+    first_arrived = asyncio.Event()
+
+    async def in_two_parts(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"first")
+        async with asyncio.timeout(5):
+            await first_arrived.wait()
+        await response.write(b"second")
+        return response
+
+    for upstream in upstreams:
+        upstream.answer = in_two_parts
+    async with http.get(f"{door}/api/v1/jobs/1/artifacts/export.zip") as answer:
+        assert await answer.content.readany() == b"first"
+        first_arrived.set()
+        assert await answer.content.read() == b"second"
+
+
+@pytest.mark.parametrize("path", ["/ws", "/yjs/0b8a"])
+async def test_sockets_pass_with_their_subprotocol_and_large_frames(
+    door: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession, path: str
+) -> None:
+    async def echo(request: web.Request) -> web.StreamResponse:
+        socket = web.WebSocketResponse(protocols=["collab.v1"], max_msg_size=16 << 20)
+        await socket.prepare(request)
+        async for message in socket:
+            await socket.send_bytes(message.data)
+        return socket
+
+    upstreams[0].answer, upstreams[1].answer = echo, upstreams[1].away  # a new socket finds the one that takes it
+    for _ in range(4):
+        protocols = ("collab.v1", "bearer.token")
+        async with http.ws_connect(door + path, protocols=protocols, max_msg_size=16 << 20) as socket:
+            assert socket.protocol == "collab.v1"
+            await socket.send_bytes(b"x" * (10 << 20))
+            assert len((await socket.receive()).data) == 10 << 20
+
+
+async def test_the_product_is_whole_behind_it(
+    nginx: Nginx, make_server: MakeServer, make_actor: MakeActor, tmp_path: Path
+) -> None:
+    servers = [await make_server() for _ in range(2)]
+    door = await nginx(*(urlsplit(server).port for server in servers))
+    ada: Actor = await make_actor("Ada", door)
+    bob: Actor = await make_actor("Bob", door)
+    workspace = await ada.make_workspace(None, bob)
+    # Alternately on the one server and on the other.
+    hearing, speaking = await bob.connect(workspace), await ada.connect(workspace)
+    await hearing.assert_push("USER_JOIN", userId=ada.id)
+    await speaking.push("file:change", workspaceId=workspace, path="main.py", change="+1")
+    await hearing.assert_push("FILE_CHANGE", path="main.py")
+    assert (tmp_path / "log").read_text() == ""  # no news: every request was served at once
