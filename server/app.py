@@ -46,6 +46,7 @@ API: tuple[Iterable[web.AbstractRouteDef], ...] = (
     auth.routes,
     projects.routes,
     workspaces.routes,
+    jobs.routes,
     ops.routes,
 )
 

@@ -303,9 +303,10 @@ def _written(each: Field[Any]) -> str:
 
 
 def _environment() -> Env:
+    env = Env()
     if os.environ.get("APP_ENV", DEVELOPMENT) == DEVELOPMENT and Path(".env").is_file():
-        Env().read_env(".env", recurse=False)  # adds what is not set: the environment wins
-    return Env()
+        env.read_env(".env", recurse=False)  # seen by this reader only; the environment wins
+    return env
 
 
 def _field(name: str) -> Field[Any]:

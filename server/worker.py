@@ -64,7 +64,8 @@ class JobWorker(Worker[Any]):
 
     def __init__(self, messages: RedisQueue, bench: Bench, *, concurrency: int) -> None:
         self._bench = bench
-        self._idle: set[asyncio.Task[Any]] = set()
+        self._idle: set[asyncio.Task[Any]] = set()  # waiting for a message
+        self._upkeep: list[asyncio.Task[None]] = []
         super().__init__(
             messages,
             functions=[("attempt", self._attempt)],
@@ -86,8 +87,13 @@ class JobWorker(Worker[Any]):
     async def drain(self) -> None:
         """No new attempts; those that run may finish within the grace period, then they are handed back."""
         self.event.set()
-        for task in tuple(self._idle):
+        # Upkeep sleeps up to a minute between its turns, and SAQ would wait for it.
+        for task in (*self._idle, *self._upkeep):
             task.cancel()
+
+    async def upkeep(self) -> list[asyncio.Task[None]]:
+        self._upkeep = await super().upkeep()
+        return self._upkeep
 
     async def _busy(self, _: Any) -> None:
         task = asyncio.current_task()

@@ -132,7 +132,6 @@ def test_a_complaint_shows_no_secret() -> None:
     assert "hidden" not in refusal(**GOOD | {"DATABASE_URL": "mysql://user:hidden@db/app"})
 
 
-@pytest.mark.xfail(strict=True, reason="environs 15 reads a file into that one Env; settings throws it away")
 def test_development_reads_a_dotenv_file_and_the_environment_wins(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("PORT=4000\nHOST=10.0.0.1\n")
     loaded = load(**GOOD, PORT="5000")
