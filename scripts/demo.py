@@ -4,7 +4,6 @@ import argparse
 import asyncio
 import contextlib
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from typing import Any
 from uuid import uuid4
 
 import aiohttp
+
+from server.devstack.stack import read_env
 
 ROOT = Path(__file__).parent.parent
 START_SECONDS = 60
@@ -195,12 +196,9 @@ async def started(base: str, dev: "subprocess.Popen[bytes]", log: Path) -> str:
 def address_of(data_dir: Path) -> str | None:
     """Where the stack of this data directory serves, from its stack.env."""
     try:
-        lines = (data_dir / "stack.env").read_text().splitlines()
-    except OSError:
+        return f"http://127.0.0.1:{read_env(data_dir / 'stack.env')['PORT']}"
+    except (OSError, KeyError):
         return None
-    pairs = (shlex.split(line.removeprefix("export "))[0].partition("=") for line in lines if "=" in line)
-    port = {key: value for key, _, value in pairs}.get("PORT")
-    return f"http://127.0.0.1:{port}" if port else None
 
 
 async def main() -> None:

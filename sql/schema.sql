@@ -1,0 +1,151 @@
+-- What the migrations add up to, to be read. Never applied: sql/migrations is. A test compares the two.
+
+-- People, their sessions (devices) and the refresh tokens of each session.
+
+CREATE TABLE users (
+    id            uuid PRIMARY KEY DEFAULT gen_random_uuid(),
+    email         text NOT NULL CHECK (length(email) <= 254),
+    name          text NOT NULL CHECK (length(name) BETWEEN 2 AND 100),
+    avatar_url    text CHECK (length(avatar_url) <= 2048),
+    password_hash text NOT NULL,
+    revision      bigint NOT NULL DEFAULT 1,
+    created_at    timestamptz NOT NULL DEFAULT now(),
+    updated_at    timestamptz NOT NULL DEFAULT now()
+);
+
+CREATE UNIQUE INDEX users_email_key ON users (lower(email));
+
+-- A session is a family of refresh tokens: what a device holds. Its row is the truth about whether it lives.
+CREATE TABLE sessions (
+    id           uuid PRIMARY KEY DEFAULT gen_random_uuid(),
+    user_id      uuid NOT NULL REFERENCES users ON DELETE CASCADE,
+    user_agent   text NOT NULL DEFAULT '' CHECK (length(user_agent) <= 512),
+    ip           text NOT NULL DEFAULT '' CHECK (length(ip) <= 64),
+    created_at   timestamptz NOT NULL DEFAULT now(),
+    last_used_at timestamptz NOT NULL DEFAULT now(),
+    expires_at   timestamptz NOT NULL,
+    ended_at     timestamptz
+);
+
+CREATE INDEX sessions_user_id ON sessions (user_id, created_at, id) WHERE ended_at IS NULL;
+CREATE INDEX sessions_expires_at ON sessions (expires_at);
+
+-- Only the keyed hash is kept. A spent token stays until its session expires, so that its reuse is noticed.
+CREATE TABLE refresh_tokens (
+    hash       bytea PRIMARY KEY,
+    session_id uuid NOT NULL REFERENCES sessions ON DELETE CASCADE,
+    parent     bytea,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    expires_at timestamptz NOT NULL,
+    spent_at   timestamptz
+);
+
+CREATE INDEX refresh_tokens_session_id ON refresh_tokens (session_id);
+CREATE INDEX refresh_tokens_parent ON refresh_tokens (parent);
+
+-- Projects, who is in them, and what happened in them.
+
+CREATE TABLE projects (
+    id          uuid PRIMARY KEY DEFAULT gen_random_uuid(),
+    name        text NOT NULL CHECK (length(name) BETWEEN 1 AND 100),
+    description text NOT NULL DEFAULT '' CHECK (length(description) <= 500),
+    settings    jsonb NOT NULL DEFAULT '{}',
+    -- Raised by whatever changes what GET shows (the triggers below); the ETag and the cache key.
+    revision    bigint NOT NULL DEFAULT 1,
+    created_at  timestamptz NOT NULL DEFAULT now(),
+    updated_at  timestamptz NOT NULL DEFAULT now()
+);
+
+CREATE TABLE members (
+    id         uuid PRIMARY KEY DEFAULT gen_random_uuid(),
+    project_id uuid NOT NULL REFERENCES projects ON DELETE CASCADE,
+    user_id    uuid NOT NULL REFERENCES users ON DELETE CASCADE,
+    role       text NOT NULL CHECK (role IN ('OWNER', 'COLLABORATOR', 'VIEWER')),
+    joined_at  timestamptz NOT NULL DEFAULT now(),
+    UNIQUE (project_id, user_id)
+);
+
+-- Exactly one owner: this index forbids a second, and no statement removes the first.
+CREATE UNIQUE INDEX members_owner_key ON members (project_id) WHERE role = 'OWNER';
+CREATE INDEX members_user_id ON members (user_id, role);
+
+CREATE TABLE invitations (
+    id         uuid PRIMARY KEY DEFAULT gen_random_uuid(),
+    project_id uuid NOT NULL REFERENCES projects ON DELETE CASCADE,
+    email      text NOT NULL CHECK (length(email) <= 254),
+    role       text NOT NULL CHECK (role IN ('COLLABORATOR', 'VIEWER')),
+    token_hash bytea NOT NULL UNIQUE,
+    invited_by uuid REFERENCES users ON DELETE SET NULL,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    expires_at timestamptz NOT NULL
+);
+
+CREATE UNIQUE INDEX invitations_email_key ON invitations (project_id, lower(email));
+CREATE INDEX invitations_email ON invitations (lower(email));
+
+CREATE TABLE activity (
+    id         bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    project_id uuid NOT NULL REFERENCES projects ON DELETE CASCADE,
+    actor_id   uuid REFERENCES users ON DELETE SET NULL,
+    action     text NOT NULL CHECK (length(action) <= 64),
+    subject    jsonb NOT NULL DEFAULT '{}',
+    at         timestamptz NOT NULL DEFAULT now()
+);
+
+CREATE INDEX activity_project_id ON activity (project_id, id DESC);
+
+-- Workspaces, and the triggers that raise a project's revision when what its GET shows has changed.
+
+CREATE TABLE workspaces (
+    id          uuid PRIMARY KEY DEFAULT gen_random_uuid(),
+    project_id  uuid NOT NULL REFERENCES projects ON DELETE CASCADE,
+    name        text NOT NULL CHECK (length(name) BETWEEN 1 AND 100),
+    description text NOT NULL DEFAULT '' CHECK (length(description) <= 500),
+    meta        jsonb NOT NULL DEFAULT '{}',
+    revision    bigint NOT NULL DEFAULT 1,
+    created_at  timestamptz NOT NULL DEFAULT now(),
+    updated_at  timestamptz NOT NULL DEFAULT now()
+);
+
+CREATE INDEX workspaces_project_id ON workspaces (project_id, created_at, id);
+
+CREATE FUNCTION raise_project_revision() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    UPDATE projects SET revision = revision + 1 WHERE id = COALESCE(NEW.project_id, OLD.project_id);
+    RETURN NULL;
+END $$;
+
+CREATE TRIGGER members_raise_revision AFTER UPDATE OR DELETE ON members
+FOR EACH ROW EXECUTE FUNCTION raise_project_revision();
+
+-- The owner comes with the project itself: its first revision shows them already.
+CREATE TRIGGER new_members_raise_revision AFTER INSERT ON members
+FOR EACH ROW WHEN (NEW.role <> 'OWNER') EXECUTE FUNCTION raise_project_revision();
+
+CREATE TRIGGER workspaces_raise_revision AFTER INSERT OR UPDATE OR DELETE ON workspaces
+FOR EACH ROW EXECUTE FUNCTION raise_project_revision();
+
+-- A member's name and avatar are shown in every project of theirs. Rows are locked in the order of their ids,
+-- so that two renames at once cannot wait for each other.
+CREATE FUNCTION raise_revisions_of_member() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM 1 FROM projects
+    WHERE id IN (SELECT project_id FROM members WHERE user_id = NEW.id) ORDER BY id FOR NO KEY UPDATE;
+    UPDATE projects SET revision = revision + 1
+    WHERE id IN (SELECT project_id FROM members WHERE user_id = NEW.id);
+    RETURN NULL;
+END $$;
+
+CREATE TRIGGER users_raise_revisions AFTER UPDATE OF name, avatar_url, email ON users
+FOR EACH ROW WHEN ((OLD.name, OLD.avatar_url, OLD.email) IS DISTINCT FROM (NEW.name, NEW.avatar_url, NEW.email))
+EXECUTE FUNCTION raise_revisions_of_member();
+
+-- What a project shows besides its own columns.
+CREATE VIEW project_details AS
+SELECT m.project_id,
+       jsonb_build_object('id', u.id, 'email', u.email, 'name', u.name, 'avatar_url', u.avatar_url) AS owner,
+       jsonb_build_object(
+           'workspaces', (SELECT count(*) FROM workspaces w WHERE w.project_id = m.project_id),
+           'collaborators', (SELECT count(*) FROM members c WHERE c.project_id = m.project_id)
+       ) AS counts
+FROM members m JOIN users u ON u.id = m.user_id WHERE m.role = 'OWNER';
