@@ -251,18 +251,21 @@ def start(config: dict) -> "tuple[int, int]":
     status, report = os.pipe()
     ready, refused = os.pipe()
     born, birth = os.pipe()
+    wait, adopted = os.pipe()
     child = os.fork()
     if child == 0:
-        for descriptor in (status, ready, born):
+        for descriptor in (status, ready, born, adopted):
             os.close(descriptor)
-        begin(config, birth, refused, report)
-    for descriptor in (refused, report, birth):
+        begin(config, birth, wait, refused, report)
+    for descriptor in (refused, report, birth, wait):
         os.close(descriptor)
     told = os.read(born, 8)
     init = struct.unpack("=q", told)[0] if len(told) == 8 else 0
     if init:
         os.waitpid(child, 0)
         child = init  # ours by now: we are the subreaper
+        os.write(adopted, b"!")
+    os.close(adopted)
     config["ownPids"] = bool(init)
     problem = b""
     while part := os.read(ready, 1000):  # ends when exec closes the other end
@@ -274,7 +277,7 @@ def start(config: dict) -> "tuple[int, int]":
     return child, status
 
 
-def begin(config: dict, birth: int, refused: int, report: int) -> None:
+def begin(config: dict, birth: int, wait: int, refused: int, report: int) -> None:
     """In the first child: become the program, or make the init of new namespaces and end."""
     config["ownPids"] = config["namespaces"] and own_namespaces()
     if not config["ownPids"]:
@@ -283,13 +286,13 @@ def begin(config: dict, birth: int, refused: int, report: int) -> None:
             config["processes"] += processes_of(os.getuid())
         os.write(birth, struct.pack("=q", 0))
         become_program(config, refused)
-    wait, gate = os.pipe()
     init = os.fork()
     if init:
         os.write(birth, struct.pack("=q", init))
         os._exit(0)
-    os.close(gate)
-    os.read(wait, 1)  # until our parent is gone and the shim has adopted us
+    # Until our parent is gone and the shim has adopted us: the death signal asked for now would be this parent's.
+    os.read(wait, 1)
+    os.close(wait)
     act_as_init(config, refused, report)
 
 
