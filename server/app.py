@@ -1,5 +1,6 @@
 """The web process, put together on one page."""
 
+import os
 import time
 from collections.abc import AsyncIterator, Iterable
 from itertools import chain
@@ -70,7 +71,9 @@ def create_app(settings: Settings, stores: Resources) -> web.Application:
         app.router.add_routes(routes)
     app.router.add_get("/ws", limit(None)(public(websocket(socket_user(stores, issuer), access.authorize_message))))
     openapi.add_swagger(app, swagger_document())
-    app.cleanup_ctx.extend((close_hasher, run_realtime))
+    app.on_startup.append(start_realtime)
+    app.on_shutdown.append(stop_realtime)  # before aiohttp closes the connections that are left
+    app.cleanup_ctx.append(close_hasher)
     allow_origins(app, settings.cors_origin)
     return app
 
@@ -121,9 +124,11 @@ def socket_user(stores: Resources, issuer: Issuer) -> Authenticate:
     return authenticate
 
 
-async def run_realtime(app: web.Application) -> AsyncIterator[None]:
+async def start_realtime(app: web.Application) -> None:
     app[REALTIME].start()
-    yield
+
+
+async def stop_realtime(app: web.Application) -> None:
     await app[REALTIME].stop()
 
 
@@ -176,6 +181,7 @@ async def listen(runner: web.AppRunner, settings: Settings) -> None:
     try:
         await site.start()
     except OSError as error:
-        raise SettingsError(f"Cannot listen on {settings.host}:{settings.port}: {error.strerror}") from error
+        why = os.strerror(error.errno or 0)
+        raise SettingsError(f"Cannot listen on {settings.host}:{settings.port}: {why}") from error
     host, port = runner.addresses[0][:2]
     log.info("server ready", address=f"http://{host}:{port}")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import psycopg
 import yoyo
@@ -59,7 +59,7 @@ def _all() -> Any:
 
 @contextmanager
 def _alone(database_url: str) -> Iterator[None]:
-    with _reported(), psycopg.connect(database_url, autocommit=True, connect_timeout=CONNECT_SECONDS) as lock:
+    with _reported(database_url), psycopg.connect(_bounded(database_url), autocommit=True) as lock:
         lock.execute("SELECT pg_advisory_lock(%s)", (LOCK,))
         yield
 
@@ -67,17 +67,26 @@ def _alone(database_url: str) -> Iterator[None]:
 @contextmanager
 def _backend(database_url: str) -> Iterator[Any]:
     logging.getLogger("yoyo.migrations").setLevel(logging.WARNING)
-    with _reported():
-        backend = yoyo.get_backend(urlunsplit(urlsplit(database_url)._replace(scheme="postgresql+psycopg")))
+    with _reported(database_url):
+        backend = yoyo.get_backend(urlunsplit(urlsplit(_bounded(database_url))._replace(scheme="postgresql+psycopg")))
         try:
             yield backend
         finally:
             backend.connection.close()
 
 
+def _bounded(database_url: str) -> str:
+    """The address with a time limit for connecting."""
+    parts = urlsplit(database_url)
+    options = {"connect_timeout": str(CONNECT_SECONDS), **dict(parse_qsl(parts.query))}
+    return urlunsplit(parts._replace(query=urlencode(options)))
+
+
 @contextmanager
-def _reported() -> Iterator[None]:
+def _reported(database_url: str) -> Iterator[None]:
     try:
         yield
     except psycopg.Error as error:
-        raise MigrationError(" ".join(str(error).split())) from error
+        where = urlsplit(database_url).netloc.rpartition("@")[2]
+        what = "cannot be used" if isinstance(error, psycopg.OperationalError) else "refused a migration"
+        raise MigrationError(f"PostgreSQL at {where} {what}: {' '.join(str(error).split())}") from error

@@ -1,5 +1,6 @@
 """Users as tests speak of them: ``await alice.post("/projects", {"name": "Engine"})``."""
 
+import asyncio
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
@@ -106,6 +107,13 @@ class Actor:
         made = await self.post("/workspaces", {"projectId": project, "name": "Numbers"})
         assert made.status == 201, made
         return made["id"]
+
+    async def finished_job(self, job: str, *, seconds: float = 30) -> dict[str, Any]:
+        """The job, once it is completed, failed or cancelled."""
+        async with asyncio.timeout(seconds):
+            while (read := await self.get(f"/jobs/{job}"))["status"] in ("pending", "processing"):
+                await asyncio.sleep(0.05)
+        return read.body
 
     async def connect(self, workspace: str | None = None, **options: Any) -> Socket:
         """A socket, in the workspace where one is named."""

@@ -120,6 +120,11 @@ def settings(stack: Stack, database_url: str, monkeypatch: pytest.MonkeyPatch) -
     return load()
 
 
+def addresses_of(stack: Stack) -> dict[str, str]:
+    """For ``make_server``: a server on this stack instead."""
+    return {name: stack.environment[name.upper()] for name in ("database_url", "redis_url", "mongodb_uri")}
+
+
 @pytest.fixture
 async def make_server(settings: Settings) -> AsyncIterator[MakeServer]:
     running: list[tuple[TestServer, Any]] = []

@@ -1,0 +1,63 @@
+"""What an operator asks a process."""
+
+import asyncio
+
+import aiohttp
+
+from server.devstack.stack import Stack
+from tests.actors import Actor
+from tests.conftest import MakeServer, addresses_of
+from tests.processes import Processes
+
+
+async def test_health_tells_that_the_process_lives(http: aiohttp.ClientSession, server: str) -> None:
+    answer = await Actor(http, server, "Operator").get("/health")
+    assert (answer.status, answer["status"]) == (200, "ok")
+    assert answer["uptime"] >= 0
+    assert answer["version"]
+
+
+async def test_readiness_names_each_store_with_its_latency(http: aiohttp.ClientSession, server: str) -> None:
+    answer = await Actor(http, server, "Operator").get("/health/ready")
+    assert (answer.status, answer["status"]) == (200, "ready")
+    assert {"postgresql", "redis", "mongodb"} <= answer["stores"].keys()
+    assert all(store["status"] == "up" and store["latencyMs"] > 0 for store in answer["stores"].values())
+
+
+async def test_a_store_that_is_down_is_named_and_the_process_still_lives(
+    http: aiohttp.ClientSession, own_stack: Stack, make_server: MakeServer
+) -> None:
+    base = await make_server(**addresses_of(own_stack))
+    operator = Actor(http, base, "Operator")
+    assert (await operator.get("/health/ready")).status == 200
+    for store, name in (
+        (own_stack.valkey, "redis"),
+        (own_stack.mongo, "mongodb"),
+        (own_stack.postgres, "postgresql"),
+    ):
+        store.kill()
+        async with asyncio.timeout(5):
+            answer = await operator.get("/health/ready")
+        assert (answer.status, answer["status"]) == (503, "unavailable")
+        assert answer["stores"][name]["status"] == "down"
+        assert answer.headers["Retry-After"]
+    assert (await operator.get("/health")).status == 200
+
+
+async def test_metrics_count_requests_by_route_template(http: aiohttp.ClientSession, alice: Actor) -> None:
+    project = await alice.make_project()
+    await alice.get(f"/projects/{project}")
+    metrics = (await alice.get("/metrics")).body
+    assert 'http_request_duration_seconds_count{method="GET",route="/api/v1/projects/{projectId}",status="200"}' in (
+        metrics
+    )
+    assert project not in metrics
+
+
+async def test_every_request_is_one_line_of_json_with_its_id(http: aiohttp.ClientSession, processes: Processes) -> None:
+    server = processes.server()
+    answer = await Actor(http, server.base, "Ada").get("/projects", headers={"X-Request-Id": "mine-1"})
+    assert answer.headers["X-Request-Id"] == answer["requestId"] == "mine-1"
+    line = server.until(r'\{[^\n]*"request_id":"mine-1"[^\n]*\}').group(0)
+    assert '"path":"/api/v1/projects"' in line
+    assert '"status":401' in line
