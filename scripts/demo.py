@@ -137,7 +137,7 @@ async def run_program(bob: Person, workspace: str) -> None:
     shown = ""
     async with asyncio.timeout(60):
         while job["status"] not in ("completed", "failed", "cancelled"):
-            if (state := f"{job['status']}, attempt {job['attempts']}") != shown:
+            if (state := state_of(job)) != shown:
                 tell("job", shown := state)
             await asyncio.sleep(0.1)
             job = await bob.call("GET", f"/jobs/{job['id']}")
@@ -147,6 +147,12 @@ async def run_program(bob: Person, workspace: str) -> None:
         tell("job", f"│ {line}")
     result = job["result"]
     tell("job", f"exit code {result['exitCode']} after {result['durationMs']} ms, sandbox: {result['sandbox']}")
+
+
+def state_of(job: dict[str, Any]) -> str:
+    if job["status"] == "pending" and job["error"]:
+        return f"attempt {job['attempts']} failed ({job['error']['message']}); it is tried again"
+    return f"{job['status']}, attempt {job['attempts']}" if job["attempts"] else str(job["status"])
 
 
 async def is_ready(base: str) -> bool:
