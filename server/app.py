@@ -1,5 +1,6 @@
 """The web process, put together on one page."""
 
+import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Iterable
@@ -12,7 +13,7 @@ import uvloop
 from aiohttp import web
 
 from server import resources
-from server.auth import guard
+from server.auth import guard, upkeep
 from server.auth import handlers as auth
 from server.auth.blacklist import Blacklist
 from server.auth.passwords import Hasher
@@ -22,7 +23,7 @@ from server.errors import Unauthenticated
 from server.jobs import handlers as jobs
 from server.jobs import queue, store
 from server.ops import handlers as ops
-from server.projects import access
+from server.projects import access, invitations
 from server.projects import handlers as projects
 from server.ratelimit import RateLimiter, limit
 from server.realtime.endpoint import REALTIME, Authenticate, websocket
@@ -61,6 +62,7 @@ def create_app(settings: Settings, stores: Resources) -> web.Application:
     app[RESOURCES] = stores
     app[auth.ISSUER] = issuer
     app[auth.HASHER] = Hasher(rounds=settings.bcrypt_rounds)
+    app[auth.ACCEPT] = invitations.accept
     app[REALTIME] = Realtime(settings, stores.db, stores.redis, stores.blocking_redis, merge(MESSAGES))
     app[jobs.QUEUE] = queue.open_queue(stores.redis)
     app[ops.STARTED] = time.monotonic()
@@ -71,9 +73,9 @@ def create_app(settings: Settings, stores: Resources) -> web.Application:
         app.router.add_routes(routes)
     app.router.add_get("/ws", limit(None)(public(websocket(socket_user(stores, issuer), access.authorize_message))))
     openapi.add_swagger(app, swagger_document())
-    app.on_startup.extend((prepare_stores, start_realtime))
+    app.on_startup.append(start_realtime)
     app.on_shutdown.append(stop_realtime)  # before aiohttp closes the connections that are left
-    app.cleanup_ctx.append(close_hasher)
+    app.cleanup_ctx.extend((close_hasher, keep_accounts))
     allow_origins(app, settings.cors_origin)
     return app
 
@@ -108,7 +110,7 @@ def admission(settings: Settings, stores: Resources, issuer: Issuer) -> Admissio
         confirm=confirm,
         authorize=access.authorize,
         authorize_body=access.authorize_body,
-        limiter=RateLimiter(stores.redis.connection_pool, rates=rates),
+        limiter=RateLimiter(stores.redis, rates=rates),
         trusted=settings.trusted_proxies,
     )
 
@@ -124,10 +126,6 @@ def socket_user(stores: Resources, issuer: Issuer) -> Authenticate:
     return authenticate
 
 
-async def prepare_stores(app: web.Application) -> None:
-    await store.prepare(app[RESOURCES].mongo)
-
-
 async def start_realtime(app: web.Application) -> None:
     app[REALTIME].start()
 
@@ -139,6 +137,13 @@ async def stop_realtime(app: web.Application) -> None:
 async def close_hasher(app: web.Application) -> AsyncIterator[None]:
     yield
     app[auth.HASHER].close()
+
+
+async def keep_accounts(app: web.Application) -> AsyncIterator[None]:
+    task = asyncio.ensure_future(upkeep.run(app[RESOURCES].db, app[auth.ISSUER].blacklist))
+    yield
+    task.cancel()
+    await asyncio.wait({task})
 
 
 def allow_origins(app: web.Application, origins: Iterable[str]) -> None:
@@ -164,6 +169,7 @@ async def serve(settings: Settings) -> None:
     """
     stop = stop_signal()
     async with resources.connect(settings) as stores:
+        await store.prepare(stores.mongo)
         app = create_app(settings, stores)
         runner = web.AppRunner(
             app, access_log=None, keepalive_timeout=KEEPALIVE_SECONDS, shutdown_timeout=settings.drain_seconds

@@ -13,12 +13,15 @@ from typing import Any, TypeVar
 
 import limits
 from limits.aio.storage import MemoryStorage, RedisStorage
+from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from server import metrics
 
 H = TypeVar("H", bound=Callable[..., Any])
+SHARED_SECONDS = 0.5  # how long Redis may take before the local count answers
 LOCAL_SECONDS = 5.0  # how long to count locally before Redis is asked again
+BY_ADDRESS = frozenset({"auth"})  # budgets that the users of one address share, signed in or not
 
 
 def limit(name: str | None) -> Callable[[H], H]:
@@ -33,6 +36,11 @@ def limit(name: str | None) -> Callable[[H], H]:
 
 def limit_of(handler: Callable[..., Any]) -> str | None:
     return getattr(handler, "__limit__", "default")
+
+
+def payer(name: str, *, user: object | None, client: str) -> str:
+    """Whose budget a request is taken from: the user's, or the address's where nobody signed in."""
+    return f"address:{client}" if user is None or name in BY_ADDRESS else f"user:{user}"
 
 
 @dataclass(frozen=True)
@@ -55,11 +63,11 @@ class Budget:
 
 
 class RateLimiter:
-    def __init__(
-        self, redis_pool: Any, *, rates: dict[str, limits.RateLimitItem | None], prefix: str = "limit"
-    ) -> None:
+    def __init__(self, redis: Redis, *, rates: dict[str, limits.RateLimitItem | None], prefix: str = "limit") -> None:
         self.rates = rates
-        self._shared = RedisStorage("redis://", implementation="redispy", key_prefix=prefix, connection_pool=redis_pool)
+        self._redis = redis
+        pool: Any = redis.connection_pool  # the library's types know scalar options only
+        self._shared = RedisStorage("redis://", implementation="redispy", key_prefix=prefix, connection_pool=pool)
         self._local = MemoryStorage()
         self._local_until = 0.0
 
@@ -70,25 +78,35 @@ class RateLimiter:
             return None
         key = rate.key_for(name, who)
         if time.monotonic() < self._local_until:
-            return await self._take(self._local, name, rate, key)
+            return await self._hit_local(name, rate, key)
         try:
-            return await self._take(self._shared, name, rate, key)
+            async with asyncio.timeout(SHARED_SECONDS):
+                return await self._hit_shared(name, rate, key)
         except (RedisError, OSError, TimeoutError):
             self._local_until = time.monotonic() + LOCAL_SECONDS
             metrics.LIMITER_FALLBACKS.inc()
-            return await self._take(self._local, name, rate, key)
+            return await self._hit_local(name, rate, key)
 
-    async def _take(
-        self, storage: MemoryStorage | RedisStorage, name: str, rate: limits.RateLimitItem, key: str
-    ) -> Budget:
-        count, expires = await asyncio.gather(storage.incr(key, rate.get_expiry()), storage.get_expiry(key))
-        left = math.ceil(expires - time.time())
-        return Budget(
-            name=name,
-            quota=rate.amount,
-            window=rate.get_expiry(),
-            remaining=max(0, rate.amount - count),
-            # The expiry is read beside the count: before the first hit there is none yet.
-            reset=left if 0 < left <= rate.get_expiry() else rate.get_expiry(),
-            passed=count <= rate.amount,
+    async def _hit_shared(self, name: str, rate: limits.RateLimitItem, key: str) -> Budget:
+        # Not the library's own get_expiry: that rounds to seconds, down too, and Retry-After would be too early.
+        count, left = await asyncio.gather(
+            self._shared.incr(key, rate.get_expiry()), self._redis.pttl(self._shared.bridge.prefixed_key(key))
         )
+        return _budget(name, rate, count, left / 1000)
+
+    async def _hit_local(self, name: str, rate: limits.RateLimitItem, key: str) -> Budget:
+        count = await self._local.incr(key, rate.get_expiry())
+        return _budget(name, rate, count, await self._local.get_expiry(key) - time.time())
+
+
+def _budget(name: str, rate: limits.RateLimitItem, count: int, left: float) -> Budget:
+    window = rate.get_expiry()
+    return Budget(
+        name=name,
+        quota=rate.amount,
+        window=window,
+        remaining=max(0, rate.amount - count),
+        # The expiry is read beside the count: before the first hit there is none yet.
+        reset=math.ceil(left) if 0 < left <= window else window,
+        passed=count <= rate.amount,
+    )

@@ -3,9 +3,12 @@
 The session's row in PostgreSQL is the truth. Redis is trusted only when it has remembered for an access
 token's lifetime: one that was started or emptied since then may have forgotten notes that matter. It cannot
 hide that it was emptied (its own first note is gone) nor that it was started (its script cache is gone, which
-is kept neither on disk nor by replicas).
+is kept neither on disk nor by replicas). A note that could not be made is as good as forgotten: then all
+processes ask the rows, too, until the tokens that it was about have expired.
 """
 
+import asyncio
+import time
 from collections.abc import Iterable
 from typing import Any
 from uuid import UUID
@@ -13,6 +16,9 @@ from uuid import UUID
 from redis.asyncio import Redis
 from redis.exceptions import NoScriptError, RedisError
 
+ANSWER_SECONDS = 0.5  # beyond that the row is quicker
+REST_SECONDS = 2.0  # how long Redis is left alone after it did not answer
+RETRY_SECONDS = 0.5
 # One hash tag: one Lua call asks for all of them.
 _SINCE = "{auth}:remembers-since"
 _MARGIN_SECONDS = 5  # the leeway of expiry, and then some
@@ -26,51 +32,76 @@ if not since then
 end
 return {redis.call('EXISTS', KEYS[2], KEYS[3]), now - tonumber(since)}
 """
+_AWAY = (RedisError, OSError, TimeoutError)
 
 
 class Blacklist:
     def __init__(self, redis: Redis, *, token_ttl: int) -> None:
         self._redis: Any = redis
         self._seconds = token_ttl + _MARGIN_SECONDS
-        self._script: str | None = None
+        self._ask_sha: str = self._redis.register_script(_ASK).sha
+        self._resting_until = 0.0
+        self._missed = False  # a note could not be made
 
     async def add(self, *, sessions: Iterable[UUID] = (), tokens: Iterable[str] = ()) -> None:
         """Note that these ended. That Redis is away does not matter: the rows say so too."""
         keys = [*map(_key, sessions), *map(_key, tokens)]
+        if not keys:
+            return
+        if self._is_resting():
+            self._missed = True
+            return
         try:
-            async with self._redis.pipeline(transaction=False) as pipeline:
+            async with asyncio.timeout(ANSWER_SECONDS), self._redis.pipeline(transaction=False) as pipeline:
                 for key in keys:
                     pipeline.set(key, b"", ex=self._seconds)
-                if keys:
-                    await pipeline.execute()
-        except (RedisError, OSError):
-            return
+                await pipeline.execute()
+        except _AWAY:
+            self._rest()
+            self._missed = True
 
     async def ended(self, *, session: UUID, token: str) -> bool | None:
         """Whether session or token is noted as ended; None when Redis cannot know."""
+        if self._missed or self._is_resting():
+            return None
         try:
-            return await self._ask(_key(session), _key(token))
+            async with asyncio.timeout(ANSWER_SECONDS):
+                return await self._ask(_key(session), _key(token))
         except NoScriptError:
             await self._start_anew()
-            return None
-        except (RedisError, OSError):
-            return None
+        except _AWAY:
+            self._rest()
+        return None
+
+    async def catch_up(self) -> None:
+        """For as long as the process lives: after a missed note, tell all processes to ask the rows."""
+        while True:
+            await asyncio.sleep(RETRY_SECONDS)
+            if self._missed and not self._is_resting():
+                self._missed = False  # before the wait: another may be missed during it
+                await self._start_anew()
 
     async def _ask(self, *keys: str) -> bool | None:
-        if self._script is None:
-            self._script = self._redis.register_script(_ASK).sha
-        noted, remembers = await self._redis.evalsha(self._script, 1 + len(keys), _SINCE, *keys)
+        noted, remembers = await self._redis.evalsha(self._ask_sha, 1 + len(keys), _SINCE, *keys)
         if noted:
             return True
         return False if remembers > self._seconds else None
 
     async def _start_anew(self) -> None:
-        """Redis was started: from now on it remembers; until then the rows decide."""
+        """From now on Redis remembers; until it has done so for long enough the rows decide."""
         try:
-            await self._redis.delete(_SINCE)
-            await self._redis.script_load(_ASK)
-        except (RedisError, OSError):
-            return
+            async with asyncio.timeout(ANSWER_SECONDS):
+                await self._redis.delete(_SINCE)
+                await self._redis.script_load(_ASK)
+        except _AWAY:
+            self._rest()
+            self._missed = True
+
+    def _rest(self) -> None:
+        self._resting_until = time.monotonic() + REST_SECONDS
+
+    def _is_resting(self) -> bool:
+        return time.monotonic() < self._resting_until
 
 
 def _key(ended: UUID | str) -> str:

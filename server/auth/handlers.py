@@ -1,24 +1,30 @@
 """Accounts over REST."""
 
+from datetime import datetime
 from typing import Any
+from uuid import UUID
 
 from aiohttp import web
-from aiohttp_apispec import docs, json_schema, response_schema
+from aiohttp_apispec import docs, json_schema, querystring_schema, response_schema
 from asyncpg import Record
 
-from server.auth import schemas, sessions, store
+from server.auth import accounts, schemas, sessions, store, tickets
+from server.auth.accounts import Accept, wrong_password
 from server.auth.passwords import Hasher
-from server.auth.sessions import Issuer, Pair
-from server.errors import Conflict, Unauthenticated
-from server.postgres import Executor
+from server.auth.sessions import Device, Issuer, Pair
+from server.errors import NotFound, Unauthenticated
+from server.fields import parse_id
 from server.ratelimit import limit
 from server.rest import answers
-from server.rest.keys import BODY, CLIENT, RESOURCES, USER
+from server.rest.etags import expected_revisions, lost
+from server.rest.keys import BODY, CLIENT, QUERY, RESOURCES, USER
 from server.rest.marks import public, refuses
+from server.rest.pages import PageQuery, keys_of, page, page_of
 
 routes = web.RouteTableDef()
 HASHER = web.AppKey("hasher", Hasher)
 ISSUER = web.AppKey("issuer", Issuer)
+ACCEPT: web.AppKey[Accept] = web.AppKey("accept")
 
 USER_ANSWER, SESSION_ANSWER = schemas.User(), schemas.Session()
 
@@ -27,18 +33,22 @@ USER_ANSWER, SESSION_ANSWER = schemas.User(), schemas.Session()
 @docs(tags=["auth"], summary="Create an account")
 @json_schema(schemas.Register)
 @response_schema(schemas.SignedIn, 201)
-@refuses("email_taken")
+@refuses("email_taken", "not_found", "gone", "forbidden")
 @limit("auth")
 @public
 async def register(request: web.Request) -> web.Response:
     body = request[BODY]
-    hashed = await request.app[HASHER].hash(body["password"])
-    async with request.app[RESOURCES].db.transaction() as db:
-        user = await store.create_user(db, email=body["email"], name=body["name"], password_hash=hashed)
-        if user is None:
-            raise Conflict("Email already registered", code="email_taken")
-        pair = await _start_session(request, db, user)
-    return answers.created("/api/v1/auth/profile", _signed_in(user, pair))
+    user, pair = await accounts.create(
+        request.app[RESOURCES].db,
+        request.app[ISSUER],
+        email=body["email"],
+        name=body["name"],
+        password_hash=await request.app[HASHER].hash(body["password"]),
+        device=_device(request),
+        accept=request.app[ACCEPT],
+        invitation_token=body["invitation_token"],
+    )
+    return _secret(answers.created("/api/v1/auth/profile", _signed_in(user, pair)))
 
 
 @routes.post("/api/v1/auth/login")
@@ -53,8 +63,39 @@ async def login(request: web.Request) -> web.Response:
     user = await store.user_by_email(db, email=body["email"])
     fits = await request.app[HASHER].verify(body["password"], user and user["password_hash"])
     if user is None or not fits:
-        raise Unauthenticated("Email or password is wrong", code="invalid_credentials")
-    return answers.json(_signed_in(user, await _start_session(request, db, user)))
+        raise wrong_password()
+    pair = await sessions.start(
+        db,
+        request.app[ISSUER],
+        user=user["id"],
+        password_hash=user["password_hash"],
+        device=_device(request),
+    )
+    if pair is None:
+        raise wrong_password()
+    return _secret(answers.json(_signed_in(user, pair)))
+
+
+@routes.post("/api/v1/auth/refresh")
+@docs(tags=["auth"], summary="Exchange a refresh token for a new pair; it is spent by that")
+@json_schema(schemas.Refresh)
+@response_schema(schemas.TokenPair, 200)
+@refuses("unauthenticated", "refresh_reused")
+@limit("auth")
+@public
+async def refresh(request: web.Request) -> web.Response:
+    db, issuer = request.app[RESOURCES].db, request.app[ISSUER]
+    pair = await sessions.refresh(db, issuer, token=request[BODY]["refresh_token"])
+    return _secret(answers.json(_tokens(pair)))
+
+
+@routes.post("/api/v1/auth/logout")
+@docs(tags=["auth"], summary="End this session, and that of the refresh token where it is another of yours")
+@json_schema(schemas.Logout)
+async def logout(request: web.Request) -> web.Response:
+    db, issuer = request.app[RESOURCES].db, request.app[ISSUER]
+    await sessions.end_current(db, issuer, user=request[USER], refresh_token=request[BODY]["refresh_token"])
+    return answers.nothing()
 
 
 @routes.get("/api/v1/auth/profile")
@@ -64,6 +105,103 @@ async def read_profile(request: web.Request) -> web.Response:
     return answers.entity(request, USER_ANSWER, await _me(request))
 
 
+@routes.patch("/api/v1/auth/profile")
+@docs(tags=["auth"], summary="Change your name or avatar; null removes the avatar")
+@json_schema(schemas.ProfileChange)
+@response_schema(schemas.User, 200)
+@refuses("precondition_failed")
+async def change_profile(request: web.Request) -> web.Response:
+    given, revisions = request[BODY], expected_revisions(request)
+    user = await store.change_user(
+        request.app[RESOURCES].db,
+        user=request[USER].id,
+        name=given.get("name"),
+        avatar_url=given.get("avatar_url"),
+        set_avatar="avatar_url" in given,
+        revisions=revisions,
+    )
+    if user is None:
+        raise lost(revisions)
+    return answers.entity(request, USER_ANSWER, user)
+
+
+@routes.delete("/api/v1/auth/profile")
+@docs(tags=["auth"], summary="Delete your account, with the projects that nobody else is in")
+@json_schema(schemas.AccountDeletion)
+@refuses("invalid_credentials", "conflict", "precondition_failed")
+async def delete_profile(request: web.Request) -> web.Response:
+    revisions = expected_revisions(request)
+    me = await _verified(request, request[BODY]["password"])
+    await accounts.delete(
+        request.app[RESOURCES].db,
+        request.app[ISSUER],
+        user=request[USER],
+        password_hash=me["password_hash"],
+        revisions=revisions,
+    )
+    return answers.nothing()
+
+
+@routes.post("/api/v1/auth/password")
+@docs(tags=["auth"], summary="Change your password; every other session ends")
+@json_schema(schemas.PasswordChange)
+@refuses("invalid_credentials")
+@limit("auth")
+async def change_password(request: web.Request) -> web.Response:
+    me = await _verified(request, request[BODY]["current_password"])
+    await accounts.change_password(
+        request.app[RESOURCES].db,
+        request.app[ISSUER],
+        user=request[USER],
+        old_hash=me["password_hash"],
+        new_hash=await request.app[HASHER].hash(request[BODY]["new_password"]),
+    )
+    return answers.nothing()
+
+
+@routes.get("/api/v1/auth/sessions")
+@docs(tags=["auth"], summary="The devices that you are signed in on, newest first")
+@querystring_schema(PageQuery)
+@response_schema(page_of(schemas.Session), 200)
+async def list_sessions(request: web.Request) -> web.Response:
+    user, query = request[USER], request[QUERY]
+    rows = await store.list_sessions(
+        request.app[RESOURCES].db,
+        user=user.id,
+        current=user.session,
+        limit=query["limit"],
+        after=keys_of(query["cursor"], datetime, UUID),
+    )
+    return answers.page(SESSION_ANSWER, *page(rows, query["limit"], "created_at", "id"))
+
+
+@routes.delete("/api/v1/auth/sessions/{sessionId}")
+@docs(tags=["auth"], summary="Sign a device out")
+@refuses("not_found")
+async def end_session(request: web.Request) -> web.Response:
+    session = parse_id(request.match_info["sessionId"])
+    if session is None:
+        raise NotFound("No such session")
+    db, issuer = request.app[RESOURCES].db, request.app[ISSUER]
+    await sessions.end_one(db, issuer, user=request[USER].id, session=session)
+    return answers.nothing()
+
+
+@routes.delete("/api/v1/auth/sessions")
+@docs(tags=["auth"], summary="Sign all other devices out")
+async def end_other_sessions(request: web.Request) -> web.Response:
+    await sessions.end_others(request.app[RESOURCES].db, request.app[ISSUER], user=request[USER])
+    return answers.nothing()
+
+
+@routes.post("/api/v1/auth/ws-ticket")
+@docs(tags=["auth"], summary="A ticket that opens one WebSocket: /ws?ticket=")
+@response_schema(schemas.Ticket, 201)
+async def issue_ticket(request: web.Request) -> web.Response:
+    ticket = await tickets.issue(request.app[RESOURCES].redis, user=request[USER])
+    return _secret(answers.json({"ticket": ticket, "expiresIn": tickets.TICKET_SECONDS}, status=201))
+
+
 async def _me(request: web.Request) -> Record:
     user = await store.user_by_id(request.app[RESOURCES].db, user=request[USER].id)
     if user is None:
@@ -71,14 +209,22 @@ async def _me(request: web.Request) -> Record:
     return user
 
 
-async def _start_session(request: web.Request, db: Executor, user: Record) -> Pair:
-    return await sessions.start(
-        db,
-        request.app[ISSUER],
-        user=user["id"],
-        user_agent=request.headers.get("User-Agent", ""),
-        ip=request[CLIENT],
-    )
+async def _verified(request: web.Request, password: str) -> Record:
+    """Who asks, once more by their password."""
+    me = await _me(request)
+    if not await request.app[HASHER].verify(password, me["password_hash"]):
+        raise wrong_password()
+    return me
+
+
+def _device(request: web.Request) -> Device:
+    return Device(user_agent=request.headers.get("User-Agent", ""), ip=request[CLIENT])
+
+
+def _secret(response: web.Response) -> web.Response:
+    """An answer with tokens in it: no cache may keep it."""
+    response.headers["Cache-Control"] = "no-store"
+    return response
 
 
 def _signed_in(user: Record, pair: Pair) -> dict[str, Any]:

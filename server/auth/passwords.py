@@ -5,6 +5,7 @@ import base64
 import hashlib
 import hmac
 import os
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -61,5 +62,7 @@ def _digest(password: str) -> bytes:
 
 
 def _give_way() -> None:
-    # On Linux the priority is the thread's own: a storm of logins must not delay the loop.
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+    # On Linux the priority is the thread's own: a storm of logins must not delay the loop. Elsewhere there is
+    # no such thing, and an initializer that raises would break the pool.
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)

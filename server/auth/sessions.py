@@ -1,20 +1,24 @@
 """Sessions: a device that is signed in, as a family of rotating refresh tokens (RFC 9700, section 4.14.2)."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 from server.auth import store, tokens
 from server.auth.blacklist import Blacklist
-from server.errors import Unauthenticated
+from server.errors import NotFound, Unauthenticated
 from server.postgres import Executor
+from server.rest.keys import User
 
 GRACE_SECONDS = 10.0  # two honest requests with one token may race
+KEPT_DAYS = 7  # of sessions that expired, for whoever asks what happened
+LONGEST_USER_AGENT, LONGEST_ADDRESS = 512, 64
 
 
 @dataclass(frozen=True)
 class Issuer:
-    """What issuing tokens takes."""
+    """What issuing tokens takes, and whom to tell of sessions that ended."""
 
     access_keys: tokens.Keys
     refresh_keys: tokens.Keys
@@ -24,25 +28,39 @@ class Issuer:
 
 
 @dataclass(frozen=True)
+class Device:
+    """What a request tells of where it comes from."""
+
+    user_agent: str
+    ip: str
+
+
+@dataclass(frozen=True)
 class Pair:
     access_token: str
     refresh_token: str
     expires_in: int
 
 
-async def start(db: Executor, issuer: Issuer, *, user: UUID, user_agent: str, ip: str) -> Pair:
-    """A new session; the longest unused one gives way where a user has too many."""
+async def start(db: Executor, issuer: Issuer, *, user: UUID, password_hash: str, device: Device) -> Pair | None:
+    """A new session; the longest unused one gives way where a user has too many.
+
+    None where ``password_hash``, against which the password was verified, is the user's no longer.
+    """
     now = datetime.now(UTC)
     refresh = tokens.new_secret()
     started = await store.start_session(
         db,
         user=user,
+        password_hash=password_hash,
         token_hash=tokens.fingerprints(refresh, issuer.refresh_keys)[0],
-        user_agent=user_agent[:512],
-        ip=ip,
+        user_agent=_storable(device.user_agent)[:LONGEST_USER_AGENT],
+        ip=_storable(device.ip)[:LONGEST_ADDRESS],
         expires_at=now + timedelta(seconds=issuer.refresh_ttl),
     )
-    await issuer.blacklist.add(sessions=started["ended"])
+    if started is None:
+        return None
+    await spread(issuer, sessions=started["ended"])
     return _pair(issuer, user=user, session=started["id"], refresh=refresh, now=now)
 
 
@@ -64,19 +82,58 @@ async def refresh(db: Executor, issuer: Issuer, *, token: str) -> Pair:
         grace_seconds=GRACE_SECONDS,
     )
     if rotated is None:
-        await _refuse(db, issuer, hashes)
-    assert rotated is not None
+        raise await _refusal(db, issuer, hashes)
     return _pair(issuer, user=rotated["user_id"], session=rotated["session_id"], refresh=fresh, now=now)
 
 
-async def _refuse(db: Executor, issuer: Issuer, hashes: list[bytes]) -> None:
-    reused = await store.end_session_of_token(db, hashes=hashes, user=None, spent_only=True)
+async def end_current(db: Executor, issuer: Issuer, *, user: User, refresh_token: str | None) -> None:
+    """Log out: the session that asks ends, and that of the refresh token where it is another of theirs."""
+    ended = {user.session}
+    await store.end_session(db, user=user.id, session=user.session)
+    if refresh_token is not None:
+        hashes = tokens.fingerprints(refresh_token, issuer.refresh_keys)
+        other = await store.end_session_of_token(db, hashes=hashes, user=user.id)
+        ended |= {other} if other else set()
+    await spread(issuer, sessions=ended, tokens=[user.token])
+
+
+async def end_one(db: Executor, issuer: Issuer, *, user: UUID, session: UUID) -> None:
+    """
+    Raises:
+        NotFound: the user has no such living session.
+    """
+    if not await store.end_session(db, user=user, session=session):
+        raise NotFound("No such session")
+    await spread(issuer, sessions=[session])
+
+
+async def end_others(db: Executor, issuer: Issuer, *, user: User) -> None:
+    await spread(issuer, sessions=await store.end_sessions(db, user=user.id, keep=user.session))
+
+
+async def spread(issuer: Issuer, *, sessions: Collection[UUID], tokens: Collection[str] = ()) -> None:
+    """Let it be known that these ended. The rows say so already: call it after the commit."""
+    await issuer.blacklist.add(sessions=sessions, tokens=tokens)
+
+
+async def forget_old(db: Executor) -> None:
+    """Once: the rows of sessions that expired long ago."""
+    await store.forget_old_sessions(db, keep_days=KEPT_DAYS)
+
+
+async def _refusal(db: Executor, issuer: Issuer, hashes: list[bytes]) -> Unauthenticated:
+    reused = await store.end_session_of_spent_token(db, hashes=hashes)
     if reused is None:
-        raise Unauthenticated("The refresh token is not valid")
-    await issuer.blacklist.add(sessions=[reused])
-    raise Unauthenticated("The refresh token was used before; sign in again", code="refresh_reused")
+        return Unauthenticated("The refresh token is not valid")
+    await spread(issuer, sessions=[reused])
+    return Unauthenticated("The refresh token was used before; sign in again", code="refresh_reused")
 
 
 def _pair(issuer: Issuer, *, user: UUID, session: UUID, refresh: str, now: datetime) -> Pair:
     access = tokens.issue(user=user, session=session, keys=issuer.access_keys, now=now, ttl=issuer.access_ttl)
     return Pair(access_token=access, refresh_token=refresh, expires_in=issuer.access_ttl)
+
+
+def _storable(header: str) -> str:
+    """Header values may hold bytes that are not UTF-8, as lone surrogates, which no store could keep."""
+    return header.encode("utf-8", "replace").decode().replace("\0", "")

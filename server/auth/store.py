@@ -76,7 +76,7 @@ async def change_password(db: Executor, *, user: UUID, old_hash: str, new_hash: 
     return bool(
         await db.fetchval(
             """
-            UPDATE users SET password_hash = $3, updated_at = now()
+            UPDATE users SET password_hash = $3, revision = revision + 1, updated_at = now()
             WHERE id = $1 AND password_hash = $2 RETURNING true
             """,
             user,
@@ -86,16 +86,39 @@ async def change_password(db: Executor, *, user: UUID, old_hash: str, new_hash: 
     )
 
 
-async def lock_owned_projects(db: Executor, *, user: UUID) -> list[Record]:
-    """The user's own projects and how many others are in each; nobody can join until we are done."""
+async def lock_user(db: Executor, *, user: UUID, password_hash: str, revisions: list[int] | None) -> bool:
+    """Whether the user is there with that password and one of these revisions; if so, until we are done."""
+    return bool(
+        await db.fetchval(
+            """
+            SELECT true FROM users
+            WHERE id = $1 AND password_hash = $2 AND ($3::bigint[] IS NULL OR revision = ANY ($3)) FOR UPDATE
+            """,
+            user,
+            password_hash,
+            revisions,
+        )
+    )
+
+
+async def lock_projects(db: Executor, *, user: UUID) -> None:
+    """Nobody can join a project of the user until we are done; in the order in which all lock them."""
+    await db.execute(
+        """
+        SELECT FROM projects WHERE id IN (SELECT project_id FROM members WHERE user_id = $1)
+        ORDER BY id FOR UPDATE
+        """,
+        user,
+    )
+
+
+async def owned_projects(db: Executor, *, user: UUID) -> list[Record]:
+    """The user's own projects, and how many ``others`` are in each."""
     return await db.fetch(
         """
-        WITH owned AS (
-            SELECT p.id FROM projects p JOIN members m ON m.project_id = p.id
-            WHERE m.user_id = $1 AND m.role = 'OWNER' ORDER BY p.id FOR UPDATE OF p
-        )
-        SELECT owned.id, (SELECT count(*) - 1 FROM members m WHERE m.project_id = owned.id) AS others
-        FROM owned
+        SELECT o.project_id AS id,
+               (SELECT count(*) - 1 FROM members m WHERE m.project_id = o.project_id) AS others
+        FROM members o WHERE o.user_id = $1 AND o.role = 'OWNER'
         """,
         user,
     )
@@ -105,31 +128,29 @@ async def delete_projects(db: Executor, *, projects: list[UUID]) -> None:
     await db.execute("DELETE FROM projects WHERE id = ANY ($1::uuid[])", projects)
 
 
-async def delete_user(db: Executor, *, user: UUID, revisions: list[int] | None) -> bool:
-    return bool(
-        await db.fetchval(
-            """
-            DELETE FROM users WHERE id = $1 AND ($2::bigint[] IS NULL OR revision = ANY ($2)) RETURNING true
-            """,
-            user,
-            revisions,
-        )
-    )
+async def delete_user(db: Executor, *, user: UUID) -> None:
+    await db.execute("DELETE FROM users WHERE id = $1", user)
 
 
 async def start_session(
-    db: Executor, *, user: UUID, token_hash: bytes, user_agent: str, ip: str, expires_at: datetime
-) -> Record:
-    """``id`` of the new session, and ``ended``: the ids of those that had to give way."""
-    row = await db.fetchrow(
+    db: Executor, *, user: UUID, password_hash: str, token_hash: bytes, user_agent: str, ip: str, expires_at: datetime
+) -> Record | None:
+    """``id`` of the new session, and ``ended``: the ids of those that had to give way.
+
+    None where the password is no longer the one that was verified: who changes it ends all sessions, and
+    waits for one that is being started.
+    """
+    return await db.fetchrow(
         """
-        WITH ended AS (
+        WITH holder AS (
+            SELECT id FROM users WHERE id = $1 AND password_hash = $7 FOR SHARE
+        ), ended AS (
             UPDATE sessions SET ended_at = now() WHERE id IN (
-                SELECT id FROM sessions WHERE user_id = $1 AND ended_at IS NULL
-                ORDER BY last_used_at DESC OFFSET $6 - 1
+                SELECT s.id FROM sessions s JOIN holder ON holder.id = s.user_id WHERE s.ended_at IS NULL
+                ORDER BY s.last_used_at DESC OFFSET $6 - 1
             ) RETURNING id
         ), started AS (
-            INSERT INTO sessions (user_id, user_agent, ip, expires_at) VALUES ($1, $3, $4, $5) RETURNING id
+            INSERT INTO sessions (user_id, user_agent, ip, expires_at) SELECT id, $3, $4, $5 FROM holder RETURNING id
         ), token AS (
             INSERT INTO refresh_tokens (hash, session_id, expires_at) SELECT $2, id, $5 FROM started
         )
@@ -141,9 +162,8 @@ async def start_session(
         ip,
         expires_at,
         SESSIONS_KEPT,
+        password_hash,
     )
-    assert row is not None
-    return row
 
 
 async def rotate(
@@ -152,7 +172,8 @@ async def rotate(
     """Spend a refresh token and give its session a new one, in one statement.
 
     A token spent less than ``grace_seconds`` ago still counts, as long as none of its successors was spent:
-    then two honest requests raced. None where the token cannot be spent.
+    then two honest requests raced. None where the token cannot be spent. Tokens of the session that have
+    expired are forgotten on the way.
     """
     return await db.fetchrow(
         """
@@ -172,6 +193,8 @@ async def rotate(
         ), used AS (
             UPDATE sessions SET last_used_at = now(), expires_at = GREATEST(sessions.expires_at, $3)
             FROM spent WHERE id = spent.session_id
+        ), forgotten AS (
+            DELETE FROM refresh_tokens o USING spent WHERE o.session_id = spent.session_id AND o.expires_at < now()
         )
         SELECT session_id, user_id FROM spent
         """,
@@ -182,20 +205,32 @@ async def rotate(
     )
 
 
-async def end_session_of_token(
-    db: Executor, *, hashes: list[bytes], user: UUID | None, spent_only: bool
-) -> UUID | None:
-    """End the session a refresh token belongs to; its id, or None where there was none alive."""
+async def end_session_of_spent_token(db: Executor, *, hashes: list[bytes]) -> UUID | None:
+    """End the session that a spent refresh token belongs to; its id, or None where there is no such token."""
+    ended: UUID | None = await db.fetchval(
+        """
+        WITH reused AS (
+            SELECT session_id FROM refresh_tokens WHERE hash = ANY ($1::bytea[]) AND spent_at IS NOT NULL
+        ), ended AS (
+            UPDATE sessions SET ended_at = now() FROM reused WHERE id = reused.session_id AND ended_at IS NULL
+        )
+        SELECT session_id FROM reused
+        """,
+        hashes,
+    )
+    return ended
+
+
+async def end_session_of_token(db: Executor, *, hashes: list[bytes], user: UUID) -> UUID | None:
+    """End the session that a refresh token of the user belongs to; its id, or None where none was alive."""
     ended: UUID | None = await db.fetchval(
         """
         UPDATE sessions s SET ended_at = now() FROM refresh_tokens t
-        WHERE t.hash = ANY ($1::bytea[]) AND s.id = t.session_id AND s.ended_at IS NULL
-          AND ($2::uuid IS NULL OR s.user_id = $2) AND (t.spent_at IS NOT NULL OR NOT $3)
+        WHERE t.hash = ANY ($1::bytea[]) AND s.id = t.session_id AND s.user_id = $2 AND s.ended_at IS NULL
         RETURNING s.id
         """,
         hashes,
         user,
-        spent_only,
     )
     return ended
 

@@ -1,7 +1,9 @@
 """Tokens: access tokens are JWTs (RFC 7519, HS256), refresh tokens are random and stored as a keyed hash."""
 
+import base64
 import hashlib
 import hmac
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ ISSUER = "collaborative-workspace"
 AUDIENCE = "collaborative-workspace/api"
 LEEWAY_SECONDS = 2
 LARGEST_TOKEN = 4096
+_THREE_PARTS = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.([A-Za-z0-9_-]+)")
 _REQUIRED = ["exp", "iat", "iss", "aud", "sub", "sid", "jti", "typ"]
 
 
@@ -62,8 +65,8 @@ def verify(token: str, *, keys: Keys) -> Claims:
         Unauthenticated: it is anything else.
     """
     try:
-        if len(token) > LARGEST_TOKEN:
-            raise jwt.InvalidTokenError("too long")
+        if len(token) > LARGEST_TOKEN or not _is_canonical(token):
+            raise jwt.InvalidTokenError("not as we write them")
         key = keys.accepted.get(str(jwt.get_unverified_header(token).get("kid")))
         if key is None:
             raise jwt.InvalidKeyError("unknown key")
@@ -79,12 +82,13 @@ def verify(token: str, *, keys: Keys) -> Claims:
         if claims["typ"] != "access":
             raise jwt.InvalidTokenError("not an access token")
         return Claims(
-            user=UUID(claims["sub"]),
-            session=UUID(claims["sid"]),
+            user=UUID(str(claims["sub"])),
+            session=UUID(str(claims["sid"])),
             token=str(claims["jti"]),
             expires_at=datetime.fromtimestamp(claims["exp"], UTC),
         )
-    except (jwt.PyJWTError, ValueError, TypeError, OverflowError):
+    # RecursionError: a header of nothing but brackets.
+    except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError):
         raise Unauthenticated("The access token is not valid") from None
 
 
@@ -97,6 +101,16 @@ def fingerprints(secret: str, keys: Keys) -> list[bytes]:
     """What is stored of a secret, by every accepted key; the signing key's first."""
     ordered = [keys.signing_id, *(key for key in keys.accepted if key != keys.signing_id)]
     return [hmac.digest(keys.accepted[key].encode(), secret.encode(), hashlib.sha256) for key in ordered]
+
+
+def _is_canonical(token: str) -> bool:
+    """Base64 has several spellings of one signature (padding, unused last bits); only ours is accepted."""
+    parts = _THREE_PARTS.fullmatch(token)
+    if parts is None:
+        return False
+    signature = parts.group(1)
+    decoded = base64.urlsafe_b64decode(signature + "=" * (-len(signature) % 4))
+    return base64.urlsafe_b64encode(decoded).decode().rstrip("=") == signature
 
 
 def _key_id(secret: str) -> str:

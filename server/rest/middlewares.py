@@ -19,7 +19,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from server import errors, fields, json, metrics
 from server.errors import ServiceError, Unauthenticated
-from server.ratelimit import RateLimiter, limit_of
+from server.ratelimit import RateLimiter, limit_of, payer
 from server.rest.keys import BODY, CLIENT, HEADERS, QUERY, REQUEST_ID, USER, User
 from server.rest.marks import is_public
 from server.settings import Network
@@ -104,10 +104,11 @@ def admit(admission: Admission) -> Middleware:
         user = identified if isinstance(identified, User) else None
         if user is not None:
             request[USER] = user
-        who = f"user:{user.id}" if user else f"address:{request[CLIENT]}"
+        name = limit_of(target)
+        who = payer(name, user=user and user.id, client=request[CLIENT]) if name else ""
         session, budget, access = await asyncio.gather(
             admission.confirm(user) if user else _nothing(),
-            admission.limiter.hit(name, who) if (name := limit_of(target)) else _nothing(),
+            admission.limiter.hit(name, who) if name else _nothing(),
             admission.authorize(request) if user else _nothing(),
             return_exceptions=True,
         )

@@ -1,0 +1,85 @@
+"""What changes an account as a whole: each in one transaction, and known everywhere afterwards."""
+
+from collections.abc import Awaitable, Callable
+from uuid import UUID
+
+from asyncpg import Record
+
+from server.auth import sessions, store
+from server.auth.sessions import Device, Issuer, Pair
+from server.errors import Conflict, Unauthenticated
+from server.postgres import Database, Executor
+from server.rest.etags import lost
+from server.rest.keys import User
+
+Accept = Callable[[Executor, UUID, str], Awaitable[UUID]]
+"""Accept the invitation with this token for this user; the project. Raises NotFound, Gone or Forbidden.
+
+Projects are a higher room, so ``app.py`` hands it in.
+"""
+
+
+async def create(
+    db: Database,
+    issuer: Issuer,
+    *,
+    email: str,
+    name: str,
+    password_hash: str,
+    device: Device,
+    accept: Accept,
+    invitation_token: str | None,
+) -> tuple[Record, Pair]:
+    """The user, signed in; who comes with an invitation gets both, account and membership, or neither.
+
+    Raises:
+        Conflict: ``email_taken``.
+        NotFound, Gone, Forbidden: the invitation is unknown, has expired, or was sent to another address.
+    """
+    async with db.transaction() as transaction:
+        user = await store.create_user(transaction, email=email, name=name, password_hash=password_hash)
+        if user is None:
+            raise Conflict("Email already registered", code="email_taken")
+        if invitation_token is not None:
+            await accept(transaction, user["id"], invitation_token)
+        pair = await sessions.start(transaction, issuer, user=user["id"], password_hash=password_hash, device=device)
+        assert pair is not None
+    return user, pair
+
+
+async def change_password(db: Database, issuer: Issuer, *, user: User, old_hash: str, new_hash: str) -> None:
+    """Every other session ends; the one that asks goes on.
+
+    Raises:
+        Unauthenticated: ``invalid_credentials``: the password was changed since ``old_hash`` was read.
+    """
+    async with db.transaction() as transaction:
+        if not await store.change_password(transaction, user=user.id, old_hash=old_hash, new_hash=new_hash):
+            raise wrong_password()
+        ended = await store.end_sessions(transaction, user=user.id, keep=user.session)
+    await sessions.spread(issuer, sessions=ended)
+
+
+async def delete(db: Database, issuer: Issuer, *, user: User, password_hash: str, revisions: list[int] | None) -> None:
+    """The account with its sessions, and the projects that nobody else is in.
+
+    Raises:
+        Conflict: the user owns projects with other members.
+        PreconditionFailed, NotFound: it is not of these revisions, or gone.
+    """
+    async with db.transaction() as transaction:
+        if not await store.lock_user(transaction, user=user.id, password_hash=password_hash, revisions=revisions):
+            raise lost(revisions)
+        await store.lock_projects(transaction, user=user.id)
+        # Read after the lock: someone may have joined while we waited for it.
+        owned = await store.owned_projects(transaction, user=user.id)
+        if any(project["others"] for project in owned):
+            raise Conflict("You own projects with other members: transfer or delete them first")
+        await store.delete_projects(transaction, projects=[project["id"] for project in owned])
+        ended = await store.end_sessions(transaction, user=user.id, keep=None)
+        await store.delete_user(transaction, user=user.id)
+    await sessions.spread(issuer, sessions=ended)
+
+
+def wrong_password() -> Unauthenticated:
+    return Unauthenticated("Email or password is wrong", code="invalid_credentials")

@@ -1,0 +1,36 @@
+"""Invitations: whoever holds the token and has the address it was sent to may join."""
+
+import hashlib
+from uuid import UUID
+
+from server.errors import Forbidden, Gone, NotFound
+from server.postgres import Executor
+from server.projects import store
+
+
+def token_hash(token: str) -> bytes:
+    """What is stored of a token: 256 random bits need neither salt nor key."""
+    return hashlib.sha256(token.encode("utf-8", "replace")).digest()
+
+
+async def accept(db: Executor, user: UUID, token: str) -> UUID:
+    """Use up the invitation with this token; the project that the user is a member of now.
+
+    Raises:
+        NotFound, Gone, Forbidden: it is unknown or used, has expired, or was sent to another address.
+    """
+    hashed = token_hash(token)
+    accepted = await store.accept_invitation(db, user=user, token_hash=hashed)
+    if accepted is None:
+        raise await _refusal(db, hashed)
+    project: UUID = accepted["project_id"]
+    return project
+
+
+async def _refusal(db: Executor, hashed: bytes) -> NotFound | Gone | Forbidden:
+    state = await store.invitation_state(db, token_hash=hashed)
+    if state is None:
+        return NotFound("No such invitation")
+    if state["expired"]:
+        return Gone("The invitation has expired")
+    return Forbidden("The invitation was sent to another address")
