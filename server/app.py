@@ -73,7 +73,7 @@ def create_app(settings: Settings, stores: Resources) -> web.Application:
         app.router.add_routes(routes)
     app.router.add_get("/ws", limit(None)(public(websocket(socket_user(stores, issuer), access.authorize_message))))
     openapi.add_swagger(app, swagger_document())
-    app.on_startup.append(start_realtime)
+    app.on_startup.extend((prepare_stores, start_realtime))
     app.on_shutdown.append(stop_realtime)  # before aiohttp closes the connections that are left
     app.cleanup_ctx.extend((close_hasher, keep_accounts))
     allow_origins(app, settings.cors_origin)
@@ -126,6 +126,10 @@ def socket_user(stores: Resources, issuer: Issuer) -> Authenticate:
     return authenticate
 
 
+async def prepare_stores(app: web.Application) -> None:
+    await store.prepare(app[RESOURCES].mongo)
+
+
 async def start_realtime(app: web.Application) -> None:
     app[REALTIME].start()
 
@@ -169,7 +173,6 @@ async def serve(settings: Settings) -> None:
     """
     stop = stop_signal()
     async with resources.connect(settings) as stores:
-        await store.prepare(stores.mongo)
         app = create_app(settings, stores)
         runner = web.AppRunner(
             app, access_log=None, keepalive_timeout=KEEPALIVE_SECONDS, shutdown_timeout=settings.drain_seconds

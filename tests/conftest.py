@@ -5,6 +5,8 @@ Stores
     own_stack           the same and migrated, for one test alone that kills them: ``own_stack.valkey.kill()``
     database_url        a migrated database on ``stack``
     empty_database_url  one without a table; ``make_database()`` makes several
+    quiet               settings of records and queues apart from all others, on ``stack``: ``make_server(**quiet)``,
+                        ``processes.worker(**environment(quiet))``
 Servers
     settings            of an application in this process: cheap passwords, no limits; ``override`` changes some
     make_server         starts applications in this process: ``await make_server(**settings)`` → its address
@@ -17,6 +19,7 @@ People
 
 import contextlib
 import dataclasses
+import itertools
 import re
 import secrets
 import shutil
@@ -118,6 +121,22 @@ def settings(stack: Stack, database_url: str, monkeypatch: pytest.MonkeyPatch) -
     for name, value in {**TEST_SETTINGS, **stack.environment}.items():
         monkeypatch.setenv(name, value)
     return load()
+
+
+_REDIS_DATABASES = itertools.cycle(range(1, 16))
+
+
+@pytest.fixture
+def quiet(stack: Stack) -> dict[str, str]:
+    return {
+        "redis_url": f"{stack.valkey.url.rpartition('/')[0]}/{next(_REDIS_DATABASES)}",
+        "mongodb_uri": stack.mongo.url.replace("/workspace?", f"/quiet_{secrets.token_hex(4)}?"),
+    }
+
+
+def environment(settings: dict[str, str]) -> dict[str, str]:
+    """Settings of ``make_server`` as a process takes them."""
+    return {name.upper(): value for name, value in settings.items()}
 
 
 def addresses_of(stack: Stack) -> dict[str, str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import prometheus_client
 from aiohttp import web
+from aiohttp_apispec import docs
 
 from server import __version__
 from server.ratelimit import limit
@@ -28,9 +29,18 @@ class Draining:
 
 
 DRAINING = web.AppKey("draining", Draining)
+_ANSWERS = {
+    "health": {200: {"description": "with the version, and the seconds since the start"}},
+    "ready": {
+        200: {"description": "every store answers"},
+        503: {"description": "one does not, or the process is stopping; with each store's state and latency"},
+    },
+    "metrics": {200: {"description": "the text format"}},
+}
 
 
 @routes.get("/health")
+@docs(tags=["operations"], summary="The process lives", responses=_ANSWERS["health"])
 @limit(None)
 @public
 async def health(request: web.Request) -> web.Response:
@@ -40,6 +50,7 @@ async def health(request: web.Request) -> web.Response:
 
 
 @routes.get("/health/ready")
+@docs(tags=["operations"], summary="Whether requests should be sent here", responses=_ANSWERS["ready"])
 @limit(None)
 @public
 async def ready(request: web.Request) -> web.Response:
@@ -60,6 +71,7 @@ async def ready(request: web.Request) -> web.Response:
 
 
 @routes.get("/metrics")
+@docs(tags=["operations"], summary="For Prometheus", produces=["text/plain"], responses=_ANSWERS["metrics"])
 @limit(None)
 @public
 async def metrics(_: web.Request) -> web.Response:

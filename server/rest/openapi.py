@@ -84,6 +84,7 @@ def _described(handler: Any, *, needs_role: NeedsRole) -> dict[str, Any] | None:
     for declared in data["schemas"]:
         if declared["location"] == "json":
             declared["options"]["required"] = any(f.required for f in declared["schema"].fields.values())
+    data["responses"] = {str(status): answer for status, answer in data["responses"].items()}
     for status, described in _refusals(handler, needs_role=needs_role):
         data["responses"].setdefault(status, {"schema": PROBLEM, "description": described})
     return data
@@ -101,9 +102,8 @@ def _refusals(handler: Any, *, needs_role: NeedsRole) -> Iterator[tuple[str, str
         codes += ["bad_request", "too_large", "unsupported_media_type", "validation_failed"]
     elif "querystring" in locations:
         codes.append("validation_failed")
-    if limit_of(handler):
-        codes.append("rate_limited")
-    codes.append("unavailable")
+    if limit_of(handler):  # the others are for operators, and ask no store to let somebody in
+        codes += ["rate_limited", "unavailable"]
     by_status: dict[int, list[str]] = {}
     for code in dict.fromkeys(codes):
         status, meaning = errors.CODES[code]

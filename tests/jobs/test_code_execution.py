@@ -1,0 +1,64 @@
+"""CODE_EXECUTION, end to end: a server, a queue, a real worker process and its sandbox."""
+
+import pytest
+
+from tests.actors import Actor
+from tests.jobs.asking import program, run
+
+pytestmark = pytest.mark.usefixtures("worker")
+
+
+async def test_a_program_runs_and_its_output_is_in_the_record(alice: Actor) -> None:
+    code = "import sys\nprint(sys.argv[1:], input())\nprint('oh', file=sys.stderr)"
+    done = await run(alice, code, stdin="héllo\n", args=["a", "b c"])
+    assert (done["status"], done["attempts"], done["progress"], done["error"]) == ("completed", 1, 100, None)
+    result = done["result"]
+    assert (result["stdout"], result["stderr"]) == ("['a', 'b c'] héllo\n", "oh\n")
+    assert (result["exitCode"], result["signal"], result["timedOut"], result["truncated"]) == (0, None, False, False)
+    assert result["sandbox"] != "none"
+    assert done["createdAt"] <= done["startedAt"] <= done["completedAt"]
+    [attempt] = done["history"]
+    assert (attempt["attempt"], attempt["error"]) == (1, None)
+    assert attempt["workerId"]
+
+
+async def test_a_program_that_exits_non_zero_is_a_completed_job(alice: Actor) -> None:
+    done = await run(alice, "raise SystemExit(3)")
+    assert (done["status"], done["result"]["exitCode"]) == ("completed", 3)
+
+
+async def test_a_program_that_takes_too_long_is_a_completed_job_with_its_flag_set(alice: Actor) -> None:
+    done = await run(alice, "print('begun', flush=True)\nwhile True: pass", timeoutSeconds=1)
+    assert (done["status"], done["result"]["timedOut"], done["result"]["stdout"]) == ("completed", True, "begun\n")
+
+
+async def test_output_is_cut_at_a_mebibyte(alice: Actor) -> None:
+    done = await run(alice, "print('x' * (3 << 20))")
+    assert (len(done["result"]["stdout"]), done["result"]["truncated"]) == (1 << 20, True)
+
+
+@pytest.mark.parametrize(
+    ("payload", "field"),
+    [
+        ({"language": "cobol", "code": "x"}, "payload.language"),
+        ({"language": "python"}, "payload.code"),
+        ({"language": "python", "code": 1}, "payload.code"),
+        ({"language": "python", "code": "x", "timeoutSeconds": 61}, "payload.timeoutSeconds"),
+        ({"language": "python", "code": "x", "memoryMb": 513}, "payload.memoryMb"),
+        ({"language": "python", "code": "x", "shell": True}, "payload.shell"),
+        ({"language": "python", "code": "x", "args": [1]}, "payload.args.0"),
+    ],
+)
+async def test_a_payload_that_does_not_fit_is_refused_at_the_door(alice: Actor, payload: dict, field: str) -> None:
+    refused = await alice.post("/jobs", {"type": "CODE_EXECUTION", "payload": payload})
+    assert (refused.status, refused.code) == (422, "validation_failed")
+    assert [each["field"] for each in refused["details"]] == [field]
+
+
+@pytest.mark.parametrize(
+    "change", [{"type": "MINING"}, {"priority": 0}, {"priority": 11}, {"priority": "5"}, {"runAt": "soon"}, {"more": 1}]
+)
+async def test_a_request_that_does_not_fit_is_refused(alice: Actor, change: dict) -> None:
+    refused = await alice.post("/jobs", program() | change)
+    assert (refused.status, refused.code) == (422, "validation_failed")
+    assert [each["field"] for each in refused["details"]] == list(change)

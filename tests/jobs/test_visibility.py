@@ -1,0 +1,42 @@
+"""A job is seen by its owner, and by the members of its project where it has one."""
+
+from uuid import uuid4
+
+from tests.actors import Actor
+from tests.jobs.asking import ask, program
+
+
+async def test_a_job_without_a_project_is_its_owners_alone(alice: Actor, bob: Actor) -> None:
+    job = (await ask(alice))["id"]
+    assert (await alice.get(f"/jobs/{job}"))["id"] == job
+    refused = await bob.get(f"/jobs/{job}")
+    assert (refused.status, refused.code) == (404, "not_found")
+
+
+async def test_members_of_its_project_see_a_job_and_strangers_do_not(alice: Actor, bob: Actor, carol: Actor) -> None:
+    project = await alice.make_project()
+    await alice.add(bob, project, role="VIEWER")
+    job = await ask(alice, projectId=project)
+    assert (await bob.get(f"/jobs/{job['id']}"))["projectId"] == project
+    assert (await carol.get(f"/jobs/{job['id']}")).status == 404
+
+
+async def test_a_job_in_a_project_needs_the_collaborators_role(alice: Actor, bob: Actor, carol: Actor) -> None:
+    project = await alice.make_project()
+    await alice.add(bob, project, role="VIEWER")
+    workspace = await alice.make_workspace(project)
+    for place in ({"projectId": project}, {"workspaceId": workspace}):
+        assert (await bob.post("/jobs", program() | place)).code == "forbidden"
+        assert (await carol.post("/jobs", program() | place)).code == "not_found"
+        assert (await alice.post("/jobs", program() | place))["job"]["projectId"] == project
+
+
+async def test_a_workspace_of_another_project_is_a_contradiction(alice: Actor) -> None:
+    workspace, other = await alice.make_workspace(), await alice.make_project()
+    refused = await alice.post("/jobs", program() | {"workspaceId": workspace, "projectId": other})
+    assert (refused.status, refused.code) == (422, "validation_failed")
+
+
+async def test_an_unknown_or_malformed_id_is_not_found(alice: Actor) -> None:
+    for id in (uuid4(), "nonsense"):
+        assert (await alice.get(f"/jobs/{id}")).status == 404
