@@ -109,7 +109,7 @@ def admission(settings: Settings, stores: Resources, issuer: Issuer) -> Admissio
         identify=identify,
         confirm=confirm,
         authorize=access.authorize,
-        authorize_body=access.authorize_body,
+        authorize_named=access.authorize_named,
         limiter=RateLimiter(stores.redis, rates=rates),
         trusted=settings.trusted_proxies,
     )

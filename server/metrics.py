@@ -4,6 +4,7 @@ from prometheus_client import Counter, Histogram
 
 REQUESTS = Histogram("http_request_duration_seconds", "Requests by route template", ["method", "route", "status"])
 LIMITER_FALLBACKS = Counter("rate_limiter_fallbacks_total", "Checks that a local limiter answered while Redis was away")
+PROJECT_CACHE = Counter("project_cache_total", "Projects looked up in the cache", ["outcome"])
 FRAMES_IN = Counter("websocket_frames_received_total", "Frames from clients")
 FRAMES_OUT = Counter("websocket_frames_sent_total", "Frames to clients")
 FRAMES_DROPPED = Counter("websocket_frames_dropped_total", "Frames that a full outbox dropped", ["delivery"])

@@ -48,7 +48,7 @@ async def register(request: web.Request) -> web.Response:
         accept=request.app[ACCEPT],
         invitation_token=body["invitation_token"],
     )
-    return _secret(answers.created("/api/v1/auth/profile", _signed_in(user, pair)))
+    return answers.secret(answers.created("/api/v1/auth/profile", _signed_in(user, pair)))
 
 
 @routes.post("/api/v1/auth/login")
@@ -73,7 +73,7 @@ async def login(request: web.Request) -> web.Response:
     )
     if pair is None:
         raise wrong_password()
-    return _secret(answers.json(_signed_in(user, pair)))
+    return answers.secret(answers.json(_signed_in(user, pair)))
 
 
 @routes.post("/api/v1/auth/refresh")
@@ -86,7 +86,7 @@ async def login(request: web.Request) -> web.Response:
 async def refresh(request: web.Request) -> web.Response:
     db, issuer = request.app[RESOURCES].db, request.app[ISSUER]
     pair = await sessions.refresh(db, issuer, token=request[BODY]["refresh_token"])
-    return _secret(answers.json(_tokens(pair)))
+    return answers.secret(answers.json(_tokens(pair)))
 
 
 @routes.post("/api/v1/auth/logout")
@@ -199,7 +199,7 @@ async def end_other_sessions(request: web.Request) -> web.Response:
 @response_schema(schemas.Ticket, 201)
 async def issue_ticket(request: web.Request) -> web.Response:
     ticket = await tickets.issue(request.app[RESOURCES].redis, user=request[USER])
-    return _secret(answers.json({"ticket": ticket, "expiresIn": tickets.TICKET_SECONDS}, status=201))
+    return answers.secret(answers.json({"ticket": ticket, "expiresIn": tickets.TICKET_SECONDS}, status=201))
 
 
 async def _me(request: web.Request) -> Record:
@@ -219,12 +219,6 @@ async def _verified(request: web.Request, password: str) -> Record:
 
 def _device(request: web.Request) -> Device:
     return Device(user_agent=request.headers.get("User-Agent", ""), ip=request[CLIENT])
-
-
-def _secret(response: web.Response) -> web.Response:
-    """An answer with tokens in it: no cache may keep it."""
-    response.headers["Cache-Control"] = "no-store"
-    return response
 
 
 def _signed_in(user: Record, pair: Pair) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from server.errors import FieldError, NotFound, ServiceError, ValidationFailed, 
 from server.jobs import queue, schemas, store
 from server.jobs.types import JOB_TYPES
 from server.projects import access
-from server.projects.access import Kind, Role
+from server.projects.access import ACCESS, Kind, Role, named, requires
 from server.resources import reported
 from server.rest import answers
 from server.rest.keys import BODY, RESOURCES, USER
@@ -29,11 +29,12 @@ log = structlog.get_logger()
 @docs(tags=["jobs"], summary="Ask for a job")
 @json_schema(schemas.NewJob)
 @response_schema(schemas.JobAnswer, 201)
-@refuses("forbidden", "not_found", "idempotency_key_reused")
+@refuses("idempotency_key_reused")
+@requires(Role.COLLABORATOR, of=named("workspaceId", "projectId"))
 async def create_job(request: web.Request) -> web.Response:
     body = request[BODY]
     payload = _checked_payload(body["type"], body["payload"])
-    project, workspace = await _place(request, body)
+    project = request[ACCESS].project if ACCESS in request else None
     with reported():
         job, duplicate = await store.create(
             request.app[RESOURCES].mongo,
@@ -42,7 +43,7 @@ async def create_job(request: web.Request) -> web.Response:
             payload=payload,
             priority=body["priority"],
             project=project,
-            workspace=workspace,
+            workspace=body["workspace_id"],
             run_at=body["run_at"],
             idempotency_key=_idempotency_key(request, body),
             now=store.moment(),
@@ -77,19 +78,6 @@ async def _visible(request: web.Request) -> dict[str, Any]:
 
 async def _check(request: web.Request, kind: Kind, id: UUID, role: Role) -> access.Access:
     return await access.check(request.app[RESOURCES].db, user=request[USER].id, kind=kind, id=id, role=role)
-
-
-async def _place(request: web.Request, body: dict[str, Any]) -> tuple[UUID | None, UUID | None]:
-    """Project and workspace of the job; naming one needs the collaborator's role there."""
-    project, workspace = body["project_id"], body["workspace_id"]
-    if workspace is not None:
-        owner = (await _check(request, Kind.WORKSPACE, workspace, Role.COLLABORATOR)).project
-        if project not in (None, owner):
-            raise invalid("projectId", "Not the project of that workspace.")
-        return owner, workspace
-    if project is not None:
-        await _check(request, Kind.PROJECT, project, Role.COLLABORATOR)
-    return project, None
 
 
 def _checked_payload(type: str, payload: dict[str, Any]) -> dict[str, Any]:

@@ -5,19 +5,19 @@ thing exists for this user, which project it belongs to and what role they have 
 """
 
 import enum
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from uuid import UUID
 
 from aiohttp import web
 
-from server.errors import Forbidden, NotFound
+from server.errors import Forbidden, NotFound, invalid
 from server.fields import parse_id
 from server.postgres import Executor
 from server.realtime.connection import Connection
 from server.realtime.table import Message
-from server.rest.keys import BODY, RESOURCES, USER
+from server.rest.keys import BODY, QUERY, RESOURCES, USER
 
 H = TypeVar("H", bound=Callable[..., Any])
 
@@ -40,24 +40,22 @@ class Kind(enum.StrEnum):
 
 
 @dataclass(frozen=True)
-class Body:
-    """The thing is named by this field of the body."""
-
-    kind: Kind
-
-
-@dataclass(frozen=True)
 class Requirement:
     role: Role
-    of: Body | None  # None: the id in the path
+    of: tuple[Kind, ...]  # what a body, query or message names; empty: the id in the path
 
 
-def body_field(parameter: str) -> Body:
-    return Body(next(kind for kind in Kind if kind.parameter == parameter))
+def named(*parameters: str) -> tuple[Kind, ...]:
+    """Things that a body, a query or a message names by these fields, the most particular first."""
+    return tuple(next(kind for kind in Kind if kind.parameter == parameter) for parameter in parameters)
 
 
-def requires(role: Role, *, of: Body | None = None) -> Callable[[H], H]:
-    """Mark a handler: the least role in the project of the thing that it is about."""
+def requires(role: Role, *, of: tuple[Kind, ...] = ()) -> Callable[[H], H]:
+    """Mark a handler: the least role in the project of the thing that it is about.
+
+    Of several things that are named, each needs the role, and all must be of one project; of optional ones that
+    are not there, none is asked for.
+    """
 
     def mark(handler: H) -> H:
         handler.__requires__ = Requirement(role, of)  # type: ignore[attr-defined]
@@ -119,49 +117,70 @@ def assemble(routes: Iterable[web.AbstractRouteDef]) -> None:
         RuntimeError: at start, with the route's name.
     """
     for route in routes:
-        if isinstance(route, web.RouteDef) and requirement_of(route.handler) is None and in_path(route.path):
-            raise RuntimeError(f"{route.method} {route.path} names a {in_path(route.path)} but has no @requires")
+        if not isinstance(route, web.RouteDef):
+            continue
+        requirement = requirement_of(route.handler)
+        in_path = [kind for kind in Kind if f"{{{kind.parameter}}}" in route.path]
+        if in_path and (requirement is None or requirement.of):
+            raise RuntimeError(f"{route.method} {route.path} names a {in_path[0]} but has no @requires for it")
+        for kind in _in_schemas(route.handler):
+            if requirement is None or kind not in (requirement.of or in_path):
+                raise RuntimeError(f"{route.method} {route.path} takes a {kind.parameter} but has no @requires for it")
 
 
-def in_path(path: str) -> Kind | None:
-    """The kind of thing that a route's path names."""
-    return next((kind for kind in Kind if f"{{{kind.parameter}}}" in path), None)
+def _in_schemas(handler: Callable[..., Any]) -> Iterator[Kind]:
+    for declared in getattr(handler, "__schemas__", ()):
+        names = {field.data_key or name for name, field in declared["schema"].fields.items()}
+        yield from (kind for kind in Kind if kind.parameter in names)
 
 
 async def authorize(request: web.Request) -> None:
     """Middleware's question: may this user use what the path names?"""
     requirement = requirement_of(request.match_info.handler)
-    if requirement is None or requirement.of is not None:
+    if requirement is None or requirement.of:
         return
     kind = next(kind for kind in Kind if kind.parameter in request.match_info)
     id = parse_id(request.match_info[kind.parameter])
     if id is None:
         raise NotFound(f"No such {kind.value}")
-    await _grant(request, kind, id, requirement.role)
+    db = request.app[RESOURCES].db
+    request[ACCESS] = await check(db, user=request[USER].id, kind=kind, id=id, role=requirement.role)
 
 
-async def authorize_body(request: web.Request) -> None:
-    """Middleware's question: may this user use what the body names?"""
+async def authorize_named(request: web.Request) -> None:
+    """Middleware's question: may this user use what the body or the query names?"""
     requirement = requirement_of(request.match_info.handler)
-    if requirement is not None and requirement.of is not None:
-        kind = requirement.of.kind
-        await _grant(request, kind, request[BODY][f"{kind.value}_id"], requirement.role)
+    if requirement is not None and requirement.of:
+        values = request[BODY] if BODY in request else request.get(QUERY, {})
+        granted = await check_named(request.app[RESOURCES].db, requirement, user=request[USER].id, values=values)
+        if granted is not None:
+            request[ACCESS] = granted
 
 
 async def authorize_message(connection: Connection, message: Message, data: dict[str, Any]) -> None:
     """The socket's question: may this user use what the message names?"""
     requirement = requirement_of(message.handler)
-    if requirement is not None and requirement.of is not None:
-        kind = requirement.of.kind
-        connection.access = await check(
-            connection.realtime.db,
-            user=connection.user.id,
-            kind=kind,
-            id=data[f"{kind.value}_id"],
-            role=requirement.role,
-        )
+    if requirement is not None and requirement.of:
+        db = connection.realtime.db
+        connection.access = await check_named(db, requirement, user=connection.user.id, values=data)
 
 
-async def _grant(request: web.Request, kind: Kind, id: UUID, role: Role) -> None:
-    db = request.app[RESOURCES].db
-    request[ACCESS] = await check(db, user=request[USER].id, kind=kind, id=id, role=role)
+async def check_named(
+    db: Executor, requirement: Requirement, *, user: UUID, values: Mapping[str, Any]
+) -> Access | None:
+    """The access to what ``values`` (a validated body, query or message) name; None where they name nothing.
+
+    Raises:
+        NotFound, Forbidden: as ``check`` does.
+        ValidationFailed: they name things of different projects.
+    """
+    granted: Access | None = None
+    for kind in requirement.of:
+        id = values.get(f"{kind.value}_id")
+        if id is None:
+            continue
+        access = await check(db, user=user, kind=kind, id=id, role=requirement.role)
+        if granted is not None and access.project != granted.project:
+            raise invalid(kind.parameter, "Of another project than the rest.")
+        granted = access
+    return granted

@@ -1,23 +1,28 @@
-"""Projects over REST."""
+"""Projects over REST: the project itself, its people, the invitations to it, and what happened in it."""
 
+from datetime import UTC, datetime
+from typing import Any
 from uuid import UUID
 
 from aiohttp import web
 from aiohttp_apispec import docs, json_schema, querystring_schema, response_schema
 
+from server import json
 from server.errors import Conflict, NotFound
-from server.projects import schemas, store
-from server.projects.access import ACCESS, Role, requires
+from server.fields import parse_id
+from server.projects import access, cache, invitations, members, schemas, store
+from server.projects.access import ACCESS, Kind, Role, requires
 from server.rest import answers
-from server.rest.etags import etag
+from server.rest.etags import etag, expected_revisions, lost, unchanged, untagged
 from server.rest.keys import BODY, QUERY, RESOURCES, USER
 from server.rest.marks import refuses
-from server.rest.pages import keys_of, page, page_of
+from server.rest.pages import PageQuery, keys_of, page, page_of
 
 routes = web.RouteTableDef()
 SHOWN_MEMBERS = 100
 PROJECT, PROJECT_WITH_MEMBERS = schemas.Project(), schemas.ProjectWithMembers()
-COLLABORATOR = schemas.Collaborator()
+COLLABORATOR, ACTIVITY = schemas.Collaborator(), schemas.Activity()
+INVITATION, NEW_INVITATION = schemas.Invitation(), schemas.NewInvitation()
 
 
 @routes.post("/api/v1/projects")
@@ -57,26 +62,219 @@ async def list_projects(request: web.Request) -> web.Response:
 @response_schema(schemas.ProjectWithMembers, 200)
 @requires(Role.VIEWER)
 async def read_project(request: web.Request) -> web.Response:
-    access = request[ACCESS]
-    found = await store.read_project_with_members(request.app[RESOURCES].db, project=access.project, most=SHOWN_MEMBERS)
-    if found is None:
-        raise NotFound("No such project")
-    return answers.entity(request, PROJECT_WITH_MEMBERS, {**found, "role": access.role.name}, role=access.role.name)
+    stores, project, role = request.app[RESOURCES], request[ACCESS].project, request[ACCESS].role.name
+    revision = request[ACCESS].revision
+    tag = etag(revision, role)
+    if unchanged(request, tag):
+        return answers.tagged(request, b"", tag=tag)
+    body = await cache.find(stores.redis, project=project, revision=revision, role=role)
+    if body is None:
+        found = await store.read_project_with_members(stores.db, project=project, most=SHOWN_MEMBERS)
+        if found is None:
+            raise NotFound("No such project")
+        # It may have changed since the access query: what is kept and tagged is what was read.
+        revision, body = found["revision"], json.dumps(PROJECT_WITH_MEMBERS.dump({**found, "role": role}))
+        await cache.keep(stores.redis, body, project=project, revision=revision, role=role)
+    return answers.tagged(request, body, tag=etag(revision, role))
+
+
+@routes.patch("/api/v1/projects/{projectId}")
+@docs(tags=["projects"], summary="Change a project")
+@json_schema(schemas.ProjectChange)
+@response_schema(schemas.Project, 200)
+@refuses("precondition_failed")
+@requires(Role.COLLABORATOR)
+async def change_project(request: web.Request) -> web.Response:
+    role, given = request[ACCESS].role.name, request[BODY]
+    revisions = expected_revisions(request, role)
+    changed = await store.change_project(
+        request.app[RESOURCES].db,
+        project=request[ACCESS].project,
+        actor=request[USER].id,
+        name=given.get("name"),
+        description=given.get("description"),
+        settings=given.get("settings"),
+        revisions=revisions,
+    )
+    if changed is None:
+        raise lost(revisions)
+    return answers.entity(request, PROJECT, {**changed, "role": role}, role=role)
+
+
+@routes.delete("/api/v1/projects/{projectId}")
+@docs(tags=["projects"], summary="Delete a project and all that is in it")
+@refuses("precondition_failed")
+@requires(Role.OWNER)
+async def delete_project(request: web.Request) -> web.Response:
+    revisions = expected_revisions(request, request[ACCESS].role.name)
+    gone = await store.delete_project(request.app[RESOURCES].db, project=request[ACCESS].project, revisions=revisions)
+    if not gone:
+        raise lost(revisions)
+    return answers.nothing()
+
+
+@routes.get("/api/v1/projects/{projectId}/activity")
+@docs(tags=["projects"], summary="Who did what when, newest first")
+@querystring_schema(PageQuery)
+@response_schema(page_of(schemas.Activity), 200)
+@requires(Role.VIEWER)
+async def list_activity(request: web.Request) -> web.Response:
+    query = request[QUERY]
+    (before,) = keys_of(query["cursor"], int)
+    rows = await store.list_activity(
+        request.app[RESOURCES].db, project=request[ACCESS].project, limit=query["limit"], before=before
+    )
+    return answers.page(ACTIVITY, *page(rows, query["limit"], "id"))
+
+
+@routes.post("/api/v1/projects/{projectId}/transfer")
+@docs(tags=["projects"], summary="Make another member the owner; you become a collaborator")
+@json_schema(schemas.Transfer)
+@response_schema(schemas.Project, 200)
+@requires(Role.OWNER)
+async def transfer_project(request: web.Request) -> web.Response:
+    db, project, user = request.app[RESOURCES].db, request[ACCESS].project, request[USER].id
+    await members.transfer(db, project=project, owner=user, to=request[BODY]["user_id"])
+    return await _shown_anew(request, project)
+
+
+@routes.get("/api/v1/projects/{projectId}/collaborators")
+@docs(tags=["collaborators"], summary="The members, the owner among them, in the order in which they joined")
+@querystring_schema(PageQuery)
+@response_schema(page_of(schemas.Collaborator), 200)
+@requires(Role.VIEWER)
+async def list_collaborators(request: web.Request) -> web.Response:
+    query = request[QUERY]
+    rows = await store.list_members(
+        request.app[RESOURCES].db,
+        project=request[ACCESS].project,
+        limit=query["limit"],
+        after=keys_of(query["cursor"], datetime, UUID),
+    )
+    return answers.page(COLLABORATOR, *page(rows, query["limit"], "joined_at", "id"))
 
 
 @routes.post("/api/v1/projects/{projectId}/collaborators")
-@docs(tags=["collaborators"], summary="Add a known user")
+@docs(tags=["collaborators"], summary="Add a known user at once, or invite an unknown address")
 @json_schema(schemas.NewCollaborator)
 @response_schema(schemas.CollaboratorOrInvitation, 201)
 @refuses("already_collaborator")
 @requires(Role.OWNER)
 async def add_collaborator(request: web.Request) -> web.Response:
-    db, project, body = request.app[RESOURCES].db, request[ACCESS].project, request[BODY]
+    db, project, actor, body = request.app[RESOURCES].db, request[ACCESS].project, request[USER].id, request[BODY]
     user = await store.user_id_by_email(db, email=body["email"])
+    here = f"/api/v1/projects/{project}"
     if user is None:
-        raise NotFound("Nobody has that address")
-    added = await store.add_member(db, project=project, actor=request[USER].id, user=user, role=body["role"])
+        invited = await invitations.invite(db, project=project, actor=actor, now=datetime.now(UTC), **body)
+        shown: dict[str, Any] = {"invitation": NEW_INVITATION.dump(invited)}
+        return answers.secret(answers.created(f"{here}/invitations/{invited['id']}", shown))
+    added = await store.add_member(db, project=project, actor=actor, user=user, role=body["role"])
     if added is None:
         raise Conflict("They are a collaborator already", code="already_collaborator")
-    location = f"/api/v1/projects/{project}/collaborators/{added['id']}"
-    return answers.created(location, {"collaborator": COLLABORATOR.dump(added)})
+    return answers.created(f"{here}/collaborators/{added['id']}", {"collaborator": COLLABORATOR.dump(added)})
+
+
+@routes.patch("/api/v1/projects/{projectId}/collaborators/{collaboratorId}")
+@docs(tags=["collaborators"], summary="Change a collaborator's role")
+@json_schema(schemas.RoleChange)
+@response_schema(schemas.Collaborator, 200)
+@refuses("owner_immutable", "precondition_failed")
+@requires(Role.OWNER)
+async def change_role(request: web.Request) -> web.Response:
+    untagged(request)
+    changed = await members.change_role(
+        request.app[RESOURCES].db,
+        project=request[ACCESS].project,
+        actor=request[USER].id,
+        member=_id(request, "collaboratorId"),
+        role=request[BODY]["role"],
+    )
+    return answers.json(COLLABORATOR.dump(changed))
+
+
+@routes.delete("/api/v1/projects/{projectId}/collaborators/{collaboratorId}")
+@docs(tags=["collaborators"], summary="Remove a collaborator, or leave: everybody may remove themselves")
+@refuses("owner_immutable", "precondition_failed")
+@requires(Role.VIEWER)
+async def remove_collaborator(request: web.Request) -> web.Response:
+    untagged(request)
+    await members.remove(
+        request.app[RESOURCES].db,
+        access=request[ACCESS],
+        actor=request[USER].id,
+        member=_id(request, "collaboratorId"),
+    )
+    return answers.nothing()
+
+
+@routes.get("/api/v1/projects/{projectId}/invitations")
+@docs(tags=["invitations"], summary="Pending invitations to a project, newest first")
+@querystring_schema(PageQuery)
+@response_schema(page_of(schemas.Invitation), 200)
+@requires(Role.OWNER)
+async def list_invitations(request: web.Request) -> web.Response:
+    return await _invitations(request, project=request[ACCESS].project)
+
+
+@routes.delete("/api/v1/projects/{projectId}/invitations/{invitationId}")
+@docs(tags=["invitations"], summary="Withdraw an invitation")
+@refuses("precondition_failed")
+@requires(Role.OWNER)
+async def withdraw_invitation(request: web.Request) -> web.Response:
+    untagged(request)
+    withdrawn = await store.withdraw_invitation(
+        request.app[RESOURCES].db,
+        project=request[ACCESS].project,
+        actor=request[USER].id,
+        invitation=_id(request, "invitationId"),
+    )
+    if not withdrawn:
+        raise NotFound("No such invitation")
+    return answers.nothing()
+
+
+@routes.get("/api/v1/invitations")
+@docs(tags=["invitations"], summary="Pending invitations to your address, newest first")
+@querystring_schema(PageQuery)
+@response_schema(page_of(schemas.Invitation), 200)
+async def list_my_invitations(request: web.Request) -> web.Response:
+    return await _invitations(request, user=request[USER].id)
+
+
+@routes.post("/api/v1/invitations/accept")
+@docs(tags=["invitations"], summary="Join a project by the token of an invitation to your address")
+@json_schema(schemas.Acceptance)
+@response_schema(schemas.Project, 200)
+@refuses("not_found", "gone", "forbidden")
+async def accept_invitation(request: web.Request) -> web.Response:
+    project = await invitations.accept(request.app[RESOURCES].db, request[USER].id, request[BODY]["token"])
+    return await _shown_anew(request, project)
+
+
+async def _invitations(request: web.Request, *, project: UUID | None = None, user: UUID | None = None) -> web.Response:
+    query = request[QUERY]
+    rows = await store.list_invitations(
+        request.app[RESOURCES].db,
+        project=project,
+        user=user,
+        limit=query["limit"],
+        after=keys_of(query["cursor"], datetime, UUID),
+    )
+    return answers.page(INVITATION, *page(rows, query["limit"], "created_at", "id"))
+
+
+async def _shown_anew(request: web.Request, project: UUID) -> web.Response:
+    """The project, as the user whose role has just changed sees it now."""
+    db, user = request.app[RESOURCES].db, request[USER].id
+    role = (await access.check(db, user=user, kind=Kind.PROJECT, id=project, role=Role.VIEWER)).role.name
+    found = await store.read_project(db, project=project)
+    if found is None:
+        raise NotFound("No such project")
+    return answers.entity(request, PROJECT, {**found, "role": role}, role=role)
+
+
+def _id(request: web.Request, parameter: str) -> UUID:
+    id = parse_id(request.match_info[parameter])
+    if id is None:
+        raise NotFound(f"No such {parameter.removesuffix('Id')}")
+    return id

@@ -1,16 +1,36 @@
 """Invitations: whoever holds the token and has the address it was sent to may join."""
 
 import hashlib
+import secrets
+from datetime import datetime, timedelta
+from typing import Any
 from uuid import UUID
 
 from server.errors import Forbidden, Gone, NotFound
 from server.postgres import Executor
 from server.projects import store
 
+LIFETIME = timedelta(days=7)
+
 
 def token_hash(token: str) -> bytes:
     """What is stored of a token: 256 random bits need neither salt nor key."""
     return hashlib.sha256(token.encode("utf-8", "replace")).digest()
+
+
+async def invite(db: Executor, *, project: UUID, actor: UUID, email: str, role: str, now: datetime) -> dict[str, Any]:
+    """The pending invitation of that address, with its ``token``; inviting again renews it."""
+    token = secrets.token_urlsafe(32)
+    invited = await store.invite(
+        db,
+        project=project,
+        actor=actor,
+        email=email,
+        role=role,
+        token_hash=token_hash(token),
+        expires_at=now + LIFETIME,
+    )
+    return {**invited, "token": token}
 
 
 async def accept(db: Executor, user: UUID, token: str) -> UUID:

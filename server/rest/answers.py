@@ -38,5 +38,11 @@ def page(schema: Schema, rows: Sequence[Any], next_cursor: str | None, **beside:
     return json({"items": schema.dump(rows, many=True), "nextCursor": next_cursor, **beside})
 
 
+def secret(response: web.Response) -> web.Response:
+    """An answer with a token in it: no cache may keep it."""
+    response.headers["Cache-Control"] = "no-store"
+    return response
+
+
 def nothing() -> web.Response:
     return web.Response(status=204)

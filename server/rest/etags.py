@@ -30,6 +30,16 @@ def expected_revisions(request: web.Request, role: str = "") -> list[int] | None
     return accepted
 
 
+def untagged(request: web.Request) -> None:
+    """For a thing that has no ETag: no tag in ``If-Match`` can be its own.
+
+    Raises:
+        PreconditionFailed: the header names one.
+    """
+    if expected_revisions(request) is not None:
+        raise changed()
+
+
 def changed() -> PreconditionFailed:
     return PreconditionFailed("It has changed since you read it")
 

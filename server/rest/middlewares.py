@@ -48,14 +48,14 @@ class Admission:
     """Returns where that user's session lives. Raises Unauthenticated or Unavailable."""
     authorize: Callable[[web.Request], Awaitable[None]]
     """Checks the role for what the path names. Raises NotFound, Forbidden or Unavailable."""
-    authorize_body: Callable[[web.Request], Awaitable[None]]
-    """The same for what the body names."""
+    authorize_named: Callable[[web.Request], Awaitable[None]]
+    """The same for what the body or the query names."""
     limiter: RateLimiter
     trusted: Sequence[Network]
 
 
 def middlewares(admission: Admission) -> list[Middleware]:
-    return [trace(admission.trusted), render, admit(admission), validate, authorize_body(admission)]
+    return [trace(admission.trusted), render, admit(admission), validate, authorize_named(admission)]
 
 
 def trace(trusted: Sequence[Network]) -> Middleware:
@@ -139,11 +139,11 @@ async def validate(request: web.Request, handler: Handler) -> web.StreamResponse
     return await handler(request)
 
 
-def authorize_body(admission: Admission) -> Middleware:
+def authorize_named(admission: Admission) -> Middleware:
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if BODY in request:
-            await admission.authorize_body(request)
+        if BODY in request or QUERY in request:
+            await admission.authorize_named(request)
         return await handler(request)
 
     return middleware

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,7 +46,10 @@ def keys_of(cursor: str | None, *kinds: type) -> tuple[Any, ...]:
 def _parse(kind: type, key: Any) -> Any:
     if not isinstance(key, str):
         raise TypeError("cursors hold strings")
-    return kind.fromisoformat(key) if hasattr(kind, "fromisoformat") else kind(key)
+    value = kind.fromisoformat(key) if hasattr(kind, "fromisoformat") else kind(key)
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        raise OverflowError("beyond a bigint")
+    return value
 
 
 def page(rows: Sequence[Any], limit: int, *keys: str) -> tuple[Sequence[Any], str | None]:
@@ -61,6 +65,7 @@ def _written(key: Any) -> str:
     return str(key.isoformat()) if hasattr(key, "isoformat") else str(key)
 
 
+@functools.cache  # one name in the document, one class
 def page_of(item: type[Schema], **beside: fields.Field[Any]) -> type[MarshmallowSchema]:
     """The schema of a page of these, for the document."""
     shape: dict[str, Any] = {

@@ -7,7 +7,7 @@ from aiohttp import web
 from aiohttp_apispec import docs, json_schema, querystring_schema, response_schema
 
 from server.errors import NotFound
-from server.projects.access import ACCESS, Role, body_field, requires
+from server.projects.access import ACCESS, Role, named, requires
 from server.rest import answers
 from server.rest.etags import etag, expected_revisions, lost
 from server.rest.keys import BODY, QUERY, RESOURCES, USER
@@ -22,7 +22,7 @@ WORKSPACE = schemas.Workspace()
 @docs(tags=["workspaces"], summary="Create a workspace in a project")
 @json_schema(schemas.NewWorkspace)
 @response_schema(schemas.Workspace, 201)
-@requires(Role.COLLABORATOR, of=body_field("projectId"))
+@requires(Role.COLLABORATOR, of=named("projectId"))
 async def create_workspace(request: web.Request) -> web.Response:
     body = request[BODY]
     made = await store.create_workspace(

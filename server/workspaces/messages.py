@@ -6,7 +6,7 @@ from marshmallow import fields
 
 from server.errors import ServiceError
 from server.fields import Id, Schema, Text
-from server.projects.access import Role, body_field, requires
+from server.projects.access import Role, named, requires
 from server.realtime.connection import Connection
 from server.realtime.table import MessageTable
 from server.resources import reported
@@ -30,7 +30,7 @@ class FileChange(Schema):
 
 
 @messages.on("join:workspace", JoinWorkspace)
-@requires(Role.VIEWER, of=body_field("workspaceId"))
+@requires(Role.VIEWER, of=named("workspaceId"))
 async def join_workspace(socket: Connection, data: dict[str, Any]) -> dict[str, Any]:
     """Enter a workspace: see who is there and hear its events."""
     online, last = await socket.realtime.join(socket, data["workspace_id"])
@@ -52,7 +52,7 @@ async def leave_workspace(socket: Connection, data: dict[str, Any]) -> None:
 
 
 @messages.on("file:change", FileChange)
-@requires(Role.COLLABORATOR, of=body_field("workspaceId"))
+@requires(Role.COLLABORATOR, of=named("workspaceId"))
 async def change_file(socket: Connection, data: dict[str, Any]) -> dict[str, Any]:
     """Tell the others about a change; acknowledged when it is in the workspace's history."""
     workspace = data["workspace_id"]

@@ -1,0 +1,71 @@
+"""The cache of projects: quick, in no process ever stale, and nothing that anybody depends on."""
+
+import asyncio
+
+import aiohttp
+import pytest
+
+from server import postgres
+from server.devstack.stack import Stack
+from tests.actors import Actor
+from tests.conftest import MakeServer, addresses_of
+
+
+async def test_what_one_server_changes_no_other_shows_old(alice: Actor, bob: Actor, make_server: MakeServer) -> None:
+    project = await alice.make_project(bob)
+    there = alice.at(await make_server())
+    for number in range(20):
+        await there.get(f"/projects/{project}")  # cached, there
+        await alice.patch(f"/projects/{project}", {"name": f"name {number}"})
+        assert (await there.get(f"/projects/{project}"))["name"] == f"name {number}"
+        assert (await bob.at(there.base).get(f"/projects/{project}"))["role"] == "COLLABORATOR"
+
+
+async def test_readers_beside_a_writer_never_see_time_run_backwards(alice: Actor, make_server: MakeServer) -> None:
+    project = await alice.make_project(name="0")
+    there = alice.at(await make_server())
+    written = 0
+
+    async def read() -> None:
+        last = 0
+        while written < 40:
+            known = written
+            name = int((await there.get(f"/projects/{project}"))["name"])
+            assert name >= max(known, last)
+            last = name
+
+    async def write() -> None:
+        nonlocal written
+        for number in range(1, 41):
+            await alice.patch(f"/projects/{project}", {"name": str(number)})
+            written = number
+
+    await asyncio.gather(write(), *(read() for _ in range(4)))
+
+
+async def test_a_second_reader_costs_one_statement(alice: Actor, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = await alice.make_project()
+    statements: list[str] = []
+    run = postgres.Database.fetchrow
+
+    async def counted(self: postgres.Database, query: str, *args: object) -> object:
+        statements.append(query)
+        return await run(self, query, *args)
+
+    monkeypatch.setattr(postgres.Database, "fetchrow", counted)
+    first = await alice.get(f"/projects/{project}")
+    assert len(statements) == 2
+    second = await alice.get(f"/projects/{project}")
+    assert len(statements) == 3  # who may see it, and which revision there is
+    assert second.body == first.body
+
+
+async def test_without_redis_projects_are_read_all_the_same(
+    http: aiohttp.ClientSession, own_stack: Stack, make_server: MakeServer
+) -> None:
+    ada = await Actor(http, await make_server(**addresses_of(own_stack)), "Ada").register()
+    project = await ada.make_project()
+    own_stack.valkey.kill()
+    for _ in range(3):
+        async with asyncio.timeout(2):
+            assert (await ada.get(f"/projects/{project}")).status == 200

@@ -1,0 +1,170 @@
+"""Projects: made, found, changed, deleted."""
+
+import asyncio
+
+from tests.actors import Actor
+from tests.conftest import MakeServer
+
+
+async def test_a_project_shows_its_owner_its_counts_and_the_role_of_who_asks(alice: Actor, bob: Actor) -> None:
+    made = await alice.post("/projects", {"name": "  Engine  ", "description": "d", "settings": {"tabs": 4}})
+    assert made.status == 201
+    assert made.headers["Location"] == f"/api/v1/projects/{made['id']}"
+    person = {"id": alice.id, "email": alice.email, "name": "Alice", "avatarUrl": None}
+    shown = {"name": "Engine", "description": "d", "settings": {"tabs": 4}, "owner": person, "role": "OWNER"}
+    assert shown.items() <= made.body.items()
+    assert made["counts"] == {"workspaces": 0, "collaborators": 1}
+    await alice.add(bob, made["id"], role="VIEWER")
+    workspace = await alice.make_workspace(made["id"])
+    seen = await bob.get(f"/projects/{made['id']}")
+    assert (seen["role"], seen["counts"]) == ("VIEWER", {"workspaces": 1, "collaborators": 2})
+    assert [each["id"] for each in seen["workspaces"]] == [workspace]
+    assert [(each["user"]["id"], each["role"]) for each in seen["collaborators"]] == [
+        (alice.id, "OWNER"),
+        (bob.id, "VIEWER"),
+    ]
+
+
+async def test_the_single_project_shows_the_first_hundred_of_each(alice: Actor) -> None:
+    project = await alice.make_project()
+    await asyncio.gather(*(alice.make_workspace(project) for _ in range(101)))
+    seen = await alice.get(f"/projects/{project}")
+    assert len(seen["workspaces"]) == 100
+    assert seen["counts"]["workspaces"] == 101
+
+
+async def test_a_change_sets_what_is_given_and_nothing_else(alice: Actor) -> None:
+    project = (await alice.post("/projects", {"name": "Engine", "description": "old", "settings": {"a": 1}})).body
+    changed = await alice.patch(f"/projects/{project['id']}", {"name": "Engines"})
+    assert changed.status == 200
+    kept = project | {"name": "Engines", "updatedAt": changed["updatedAt"]}
+    assert changed.body == kept
+    assert changed["updatedAt"] > project["updatedAt"]
+    assert (await alice.patch(f"/projects/{project['id']}")).status == 200  # no body means {}
+
+
+async def test_a_deleted_project_is_gone_with_all_that_was_in_it(alice: Actor, bob: Actor) -> None:
+    project = await alice.make_project(bob)
+    workspace = await alice.make_workspace(project)
+    assert (await alice.delete(f"/projects/{project}")).status == 204
+    for path in (f"/projects/{project}", f"/workspaces/{workspace}", f"/projects/{project}/activity"):
+        for actor in (alice, bob):
+            assert (await actor.get(path)).status == 404
+    assert (await bob.get("/projects"))["items"] == []
+
+
+async def test_projects_are_listed_page_by_page_each_once(alice: Actor, bob: Actor) -> None:
+    names = [f"project {number:02}" for number in range(7)]
+    for name in names:
+        await alice.make_project(name=name)
+    await bob.make_project(name="not mine")
+    seen, cursor = [], {}
+    for _ in range(4):
+        page = await alice.get("/projects", params={"limit": "2", "sort": "name"} | cursor)
+        seen += [project["name"] for project in page["items"]]
+        cursor = {"cursor": page["nextCursor"]}
+    assert page["nextCursor"] is None
+    assert seen == names
+    newest_first = await alice.get("/projects", params={"sort": "-createdAt"})
+    assert [project["name"] for project in newest_first["items"]] == names[::-1]
+
+
+async def test_a_page_holds_its_place_while_projects_come_and_go(alice: Actor) -> None:
+    ids = [await alice.make_project(name=f"p{number}") for number in range(6)]
+    first = await alice.get("/projects", params={"limit": "3", "sort": "createdAt"})
+    await alice.delete(f"/projects/{ids[0]}")
+    await alice.delete(f"/projects/{ids[2]}")  # the very one that the cursor points at
+    rest = await alice.get("/projects", params={"limit": "3", "sort": "createdAt", "cursor": first["nextCursor"]})
+    assert [project["id"] for project in rest["items"]] == ids[3:]
+
+
+async def test_a_cursor_is_of_its_list_only(alice: Actor) -> None:
+    for name in ("a", "b"):
+        await alice.make_project(name=name)
+    cursor = (await alice.get("/projects", params={"limit": "1", "sort": "name"}))["nextCursor"]
+    project = (await alice.get("/projects"))["items"][0]["id"]
+    for path, bad in (
+        (f"/projects/{project}/collaborators", cursor),
+        (f"/projects/{project}/activity", "WyI5OTk5OTk5OTk5OTk5OTk5OTk5OTkiXQ"),  # beyond a bigint
+        ("/projects", "nonsense"),
+        ("/projects", cursor[:-2] + "!!"),
+    ):
+        answer = await alice.get(path, params={"cursor": bad})
+        assert (answer.status, answer.code) == (422, "validation_failed"), path
+        assert answer["details"][0]["field"] == "cursor"
+
+
+async def test_projects_are_found_by_role_and_words(alice: Actor, bob: Actor) -> None:
+    await alice.make_project(bob, name="Difference Engine")
+    await bob.make_project(name="Loom")
+
+    async def found(**params: str) -> list[str]:
+        return sorted(project["name"] for project in (await bob.get("/projects", params=params))["items"])
+
+    assert await found() == ["Difference Engine", "Loom"]
+    assert await found(role="owned") == ["Loom"]
+    assert await found(role="collaborating") == ["Difference Engine"]
+    assert await found(q="ENGINE") == ["Difference Engine"]
+    assert await found(q="%") == []  # words, not patterns
+
+
+async def test_an_etag_names_revision_and_role(alice: Actor, bob: Actor) -> None:
+    project = await alice.make_project(bob)
+    path = f"/projects/{project}"
+    seen = await alice.get(path)
+    tag = seen.headers["ETag"]
+    assert (await alice.get(path, headers={"If-None-Match": tag})).status == 304
+    assert (await alice.get(path, headers={"If-None-Match": f'W/{tag}, "other"'})).status == 304
+    assert (await bob.get(path, headers={"If-None-Match": tag})).status == 200  # another role, another body
+    refused = await alice.patch(path, {"name": "x"}, headers={"If-Match": '"1-owner"'})
+    assert (refused.status, refused.code) == (412, "precondition_failed")
+    changed = await alice.patch(path, {"name": "x"}, headers={"If-Match": tag})
+    assert changed.status == 200
+    assert changed.headers["ETag"] != tag
+    assert (await alice.get(path)).headers["ETag"] == changed.headers["ETag"]
+    assert (await alice.delete(path, headers={"If-Match": tag})).status == 412
+    assert (await alice.delete(path, headers={"If-Match": "*"})).status == 204
+
+
+async def test_whatever_changes_what_is_shown_raises_the_revision(alice: Actor, bob: Actor, carol: Actor) -> None:
+    project = await alice.make_project(bob)
+    path, tags = f"/projects/{project}", set()
+
+    async def note() -> None:
+        tags.add((await alice.get(path)).headers["ETag"])
+
+    await note()
+    workspace = await alice.make_workspace(project)
+    await note()
+    await alice.patch(f"/workspaces/{workspace}", {"name": "other"})
+    await note()
+    await alice.delete(f"/workspaces/{workspace}")
+    await note()
+    member = await alice.add(carol, project, role="VIEWER")
+    await note()
+    await alice.patch(f"{path}/collaborators/{member}", {"role": "COLLABORATOR"})
+    await note()
+    await carol.patch("/auth/profile", {"name": "Caroline"})
+    await note()
+    await carol.patch("/auth/profile", {"avatarUrl": "https://example.org/c.png"})
+    await note()
+    await alice.delete(f"{path}/collaborators/{member}")
+    await note()
+    await bob.delete("/auth/profile", {"password": bob.password})
+    await note()
+    assert len(tags) == 10
+
+
+async def test_fifty_changes_on_one_etag_have_one_winner(alice: Actor, make_server: MakeServer) -> None:
+    project = await alice.make_project()
+    both = [alice, alice.at(await make_server())]
+    tag = (await alice.get(f"/projects/{project}")).headers["ETag"]
+    answers = await asyncio.gather(
+        *(
+            both[number % 2].patch(f"/projects/{project}", {"name": f"n{number}"}, headers={"If-Match": tag})
+            for number in range(50)
+        )
+    )
+    assert sorted(answer.status for answer in answers) == [200] + [412] * 49
+    winner = next(answer for answer in answers if answer.status == 200)
+    assert (await alice.get(f"/projects/{project}"))["name"] == winner["name"]
