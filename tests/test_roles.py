@@ -1,0 +1,179 @@
+"""The role matrix, made from the router itself: every route × everybody × every id.
+
+A route that is added is tested without being named here, but for what its body must name (``BODIES``) and the ids
+of new kinds of things (``World.ids``).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from aiohttp import web
+
+from server.app import API
+from server.projects.access import Kind, Role, requirement_of
+from server.rest.marks import is_public
+from tests.actors import Actor, Answer
+from tests.conftest import MakeActor
+
+# Whoever is let in gets no further than this: no revision of anything has such a tag, no body is a list.
+HARMLESS = {"If-Match": '"0-nobody"'}
+SELF_OR_OWNER = {"remove_collaborator"}  # its @requires is the least; the rest is tests/projects/test_collaborators.py
+
+
+def workspace_body(world: "World", where: dict[str, str]) -> dict[str, Any]:
+    return {"projectId": where["projectId"], "name": "x"}
+
+
+def job_body(world: "World", where: dict[str, str]) -> dict[str, Any]:
+    payload = {"language": "python", "code": "print()"}
+    return {"type": "CODE_EXECUTION", "payload": payload, "workspaceId": where["workspaceId"]}
+
+
+BODIES = {"create_workspace": workspace_body, "create_job": job_body}
+
+
+@dataclass
+class World:
+    """One project with everybody in it, and another one of a stranger."""
+
+    people: dict[str, Actor]
+    ids: dict[str, str]
+    foreign: dict[str, str]
+
+    def path(self, route: web.RouteDef, **other: str) -> str:
+        return fill(route.path, {**self.ids, **other})
+
+
+def fill(path: str, ids: dict[str, str]) -> str:
+    return path.format_map(ids)
+
+
+def routes() -> Iterator[web.RouteDef]:
+    for route in (route for table in API for route in table):
+        assert isinstance(route, web.RouteDef)
+        if route.path.startswith("/api/") and not is_public(route.handler):
+            yield route
+
+
+def slots(route: web.RouteDef) -> list[str]:
+    return [part.strip("{}") for part in route.path.split("/") if part.startswith("{")]
+
+
+def route_id(route: web.RouteDef) -> str:
+    return f"{route.method} {route.path.removeprefix('/api/v1')}"
+
+
+ROUTES = list(routes())
+IN_PATH = [route for route in ROUTES if (needed := requirement_of(route.handler)) and not needed.of]
+NAMED = [route for route in ROUTES if (needed := requirement_of(route.handler)) and needed.of]
+
+
+@pytest.fixture
+async def world(server: str, make_actor: MakeActor) -> World:
+    people = {
+        name: await make_actor(name, server) for name in ("Owner", "Collaborator", "Viewer", "Removed", "Stranger")
+    }
+    owner, stranger = people["Owner"], people["Stranger"]
+    ids, foreign = await things_of(owner), await things_of(stranger)
+    for name, role in (("Collaborator", "COLLABORATOR"), ("Viewer", "VIEWER"), ("Removed", "COLLABORATOR")):
+        member = await owner.add(people[name], ids["projectId"], role=role)
+    await owner.delete(f"/projects/{ids['projectId']}/collaborators/{member}")
+    people["Revoked"] = revoked = owner.at(server)
+    revoked.password = owner.password
+    await revoked.log_in()
+    assert (await revoked.post("/auth/logout")).status == 204
+    people["Anonymous"] = Actor(owner.http, server, "Anonymous")
+    return World(people, ids, foreign)
+
+
+async def things_of(owner: Actor) -> dict[str, str]:
+    """One of each kind, by the name of its slot."""
+    project = await owner.make_project()
+    member = (await owner.get(f"/projects/{project}/collaborators"))["items"][0]["id"]
+    invited = await owner.post(f"/projects/{project}/collaborators", {"email": f"{uuid4().hex}@example.org"})
+    return {
+        "projectId": project,
+        "workspaceId": await owner.make_workspace(project),
+        "collaboratorId": member,
+        "invitationId": invited["invitation"]["id"],
+        "sessionId": (await owner.get("/auth/sessions"))["items"][0]["id"],
+        "jobId": (await owner.post("/jobs", job_of()))["job"]["id"],
+    }
+
+
+def job_of() -> dict[str, Any]:
+    return {"type": "CODE_EXECUTION", "payload": {"language": "python", "code": "print()"}}
+
+
+async def ask(actor: Actor, route: web.RouteDef, path: str, body: Any = None) -> Answer:
+    """So that nothing comes of it even where it is allowed."""
+    if body is None and route.method in ("POST", "PUT", "PATCH"):
+        body = []
+    return await actor.call(route.method, path, body, headers=HARMLESS)
+
+
+def expected(name: str, needed: Role) -> int | None:
+    """The status of a refusal, None where they are let in."""
+    if name in ("Anonymous", "Revoked"):
+        return 401
+    if name in ("Stranger", "Removed"):
+        return 404
+    return None if Role[name.upper()] >= needed else 403
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=route_id)
+async def test_nobody_without_a_living_session_gets_in(route: web.RouteDef, world: World) -> None:
+    for name in ("Anonymous", "Revoked"):
+        answer = await ask(world.people[name], route, world.path(route))
+        assert (answer.status, answer.code) == (401, "unauthenticated"), name
+
+
+@pytest.mark.parametrize("route", IN_PATH, ids=route_id)
+async def test_each_gets_what_their_role_allows(route: web.RouteDef, world: World) -> None:
+    needed = requirement_of(route.handler)
+    assert needed is not None
+    for name, actor in world.people.items():
+        answer = await ask(actor, route, world.path(route))
+        refusal = expected(name, needed.role)
+        if refusal is None:
+            assert answer.status not in (401, 403, 404) or route.handler.__name__ in SELF_OR_OWNER, (name, answer)
+        else:
+            assert answer.status == refusal, (name, answer)
+
+
+@pytest.mark.parametrize("route", NAMED, ids=route_id)
+async def test_each_gets_what_their_role_allows_where_the_body_names_it(route: web.RouteDef, world: World) -> None:
+    needed, body = requirement_of(route.handler), BODIES[route.handler.__name__]
+    assert needed is not None
+    for name, actor in world.people.items():
+        answer = await ask(actor, route, world.path(route), body(world, world.ids))
+        refusal = expected(name, needed.role)
+        assert answer.status == refusal if refusal else answer.status == 201, (name, answer)
+    for ids in (world.foreign, dict.fromkeys(world.ids, str(uuid4()))):
+        assert (await ask(world.people["Owner"], route, world.path(route), body(world, ids))).status == 404
+
+
+@pytest.mark.parametrize("route", [route for route in ROUTES if slots(route)], ids=route_id)
+async def test_an_id_that_is_foreign_unknown_or_malformed_is_not_found_in_any_slot(
+    route: web.RouteDef, world: World
+) -> None:
+    owner = world.people["Owner"]
+    for slot in slots(route):
+        for other in (world.foreign[slot], str(uuid4()), "1%20OR%201=1", "%00", "a" * 2000, "..%2f..", "null"):
+            answer = await ask(owner, route, world.path(route, **{slot: other}))
+            # What the thing itself refuses comes after the thing is found.
+            allowed = (404,) if slot in {kind.parameter for kind in Kind} else (404, 412, 422)
+            assert answer.status in allowed, (slot, other, answer)
+            assert answer.status != 200
+
+
+async def test_what_is_refused_changes_nothing(world: World) -> None:
+    owner = world.people["Owner"]
+    before = (await owner.get(f"/projects/{world.ids['projectId']}")).headers["ETag"]
+    for route in IN_PATH:
+        for name in ("Stranger", "Removed", "Anonymous", "Revoked"):
+            await ask(world.people[name], route, world.path(route))
+    assert (await owner.get(f"/projects/{world.ids['projectId']}")).headers["ETag"] == before
