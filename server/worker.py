@@ -54,6 +54,7 @@ async def work(settings: Settings) -> None:
         log.info("worker stopping")
         await worker.drain()
         await running
+        await bench.sandbox.close()
     log.info("worker stopped")
 
 

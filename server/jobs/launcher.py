@@ -1,41 +1,48 @@
-"""Runs one program confined: a program of its own, with the standard library only and nothing of ours.
+"""Runs programs confined: a program of its own, with the standard library only and nothing of ours.
 
-``python -I -S launcher.py CONFIG STATUS_FD``. This process is the shim. It stays outside the confinement, forks
-the program, watches time, memory and disk, and at the end (also when the worker dies or cancels: SIGTERM) kills
-every process of the job and removes its directory. What happened is written to STATUS_FD as JSON.
+``python -I -S launcher.py CONTROL LOCK DIRECTORY``, started once per worker, so that no job waits for an interpreter.
+LOCK is a descriptor that locks DIRECTORY, where jobs have theirs, for as long as one of us lives. CONTROL is a
+socket: a message is the path of a job's ``config.json`` and brings three descriptors: the program's stdout and stderr,
+and the channel on which the outcome is told as JSON. For each it forks a *shim*. That stays outside the confinement,
+forks the program, watches time, memory and disk, and at the end kills every process of the job and removes its
+directory. The channel's other end closing, be it a cancel or the worker's death, is an end too.
 
-The confinement, applied in the forked child in this order: namespaces (where allowed), a uid of its own (where
-we are root), rlimits, no_new_privs, Landlock, seccomp. Landlock and seccomp must succeed, or nothing runs.
+The walls, put up in the forked child: namespaces, a user of its own (where we are root), rlimits, no new privileges,
+Landlock, seccomp; or bubblewrap in place of namespaces and Landlock, and ``inside.py`` within it. Each that a tier
+is made of must stand, or nothing runs.
 """
 
 import ctypes
 import errno
+import fcntl
+import gc
 import json
 import os
 import resource
+import select
 import signal
+import socket
 import struct
 import sys
 import time
 
 WATCH_SECONDS = 0.05
-DISK_EVERY = 5  # watches
+DISK_SHARE = 10  # at most a tenth of the time goes into looking at the disk
 MOST_FILES = 10_000
+LONGEST_MESSAGE = 4096
+STALE_SECONDS = 60.0
+MEGABYTE = 1 << 20
 LIBC = ctypes.CDLL(None, use_errno=True)
 
-PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 1, 38, 36
-CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET, CLONE_NEWIPC, CLONE_NEWUTS = (
-    0x10000000,
-    0x20000000,
-    0x40000000,
-    0x08000000,
-    0x04000000,
-)
-ANY_NAMESPACE = 0x7E020080  # CLONE_NEW{NS,CGROUP,UTS,IPC,USER,PID,NET} and CLONE_NEWTIME
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
+# What comes over a program's status pipe: that it has a guardian who will tell of its end, or has none; a wall that
+# cannot be put up; the end.
+GUARDED, ALONE, FAILED, ENDED = b"+", b"-", b"!", b"="
+ENDING = struct.Struct("=iq")  # wait status, peak kilobytes
 
 
 class ConfinementError(Exception):
-    pass
+    """A wall cannot be put up; the program must not start."""
 
 
 def check(result: int, what: str) -> int:
@@ -47,30 +54,35 @@ def check(result: int, what: str) -> int:
 # Landlock (Documentation/userspace-api/landlock.rst)
 
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446  # the same on x86_64 and aarch64
-FS_EXECUTE, FS_WRITE_FILE, FS_READ_FILE, FS_READ_DIR = 1, 2, 4, 8
-FS_BITS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # rights that each ABI knows
-READ = FS_EXECUTE | FS_READ_FILE | FS_READ_DIR
-DEVICE = FS_READ_FILE | FS_WRITE_FILE
-FILE_ONLY = FS_EXECUTE | FS_WRITE_FILE | FS_READ_FILE | 1 << 14 | 1 << 15
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, TRUNCATE, IOCTL_DEVICE = 1, 2, 4, 8, 1 << 14, 1 << 15
+RIGHTS_OF_ABI = (0, 13, 14, 15, 15, 16)  # how many rights to files each version knows; later ones: the last
+TRUNCATE_ABI, NETWORK_ABI, SCOPE_ABI = 3, 4, 6
+FOR_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEVICE
+RIGHTS = {
+    "look": READ_FILE | READ_DIR,
+    "read": READ_FILE | READ_DIR | EXECUTE,
+    "device": READ_FILE | WRITE_FILE,
+    "write": (1 << RIGHTS_OF_ABI[-1]) - 1,
+}
 
 
 def landlock_abi() -> int:
-    return int(LIBC.syscall(LANDLOCK_CREATE, None, 0, 1))
+    """Zero where the kernel has no Landlock."""
+    return max(0, int(LIBC.syscall(LANDLOCK_CREATE, None, 0, 1)))
 
 
-def landlock(rules: "list[tuple[str, str]]") -> None:
-    """Refuse every file but those beneath the given paths; refuse TCP, and signals to outsiders where known."""
-    abi = check(landlock_abi(), "this kernel has no Landlock")
-    all_rights = (1 << FS_BITS.get(abi, 16)) - 1
-    attributes = struct.pack("=Q", all_rights)
-    if abi >= 4:
-        attributes += struct.pack("=Q", 3)  # bind and connect TCP
-    if abi >= 6:
-        attributes += struct.pack("=Q", 3)  # abstract sockets and signals: inside only
+def landlock(rules: "list[list[str]]", abi: int) -> None:
+    """Nothing can be opened but what is beneath the given paths; no TCP, and signals and abstract sockets reach
+    nobody outside, where the kernel's version knows these."""
+    if abi < 1:
+        raise ConfinementError("this kernel has no Landlock")
+    known = (1 << RIGHTS_OF_ABI[min(abi, len(RIGHTS_OF_ABI) - 1)]) - 1
+    attributes = struct.pack("=Q", known)
+    attributes += struct.pack("=Q", 0b11) if abi >= NETWORK_ABI else b""
+    attributes += struct.pack("=Q", 0b11) if abi >= SCOPE_ABI else b""
     ruleset = check(LIBC.syscall(LANDLOCK_CREATE, attributes, len(attributes), 0), "landlock_create_ruleset")
     for path, kind in rules:
-        rights = {"read": READ, "device": DEVICE, "write": all_rights}[kind] & all_rights
-        allow(ruleset, path, rights)
+        allow(ruleset, path, RIGHTS[kind] & known)
     check(LIBC.syscall(LANDLOCK_RESTRICT, ruleset, 0), "landlock_restrict_self")
     os.close(ruleset)
 
@@ -78,240 +90,323 @@ def landlock(rules: "list[tuple[str, str]]") -> None:
 def allow(ruleset: int, path: str, rights: int) -> None:
     try:
         beneath = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return
-    if not os.path.isdir(path):
-        rights &= FILE_ONLY
+    except (FileNotFoundError, PermissionError):
+        return  # what is not there, or cannot be reached, needs no rule
     try:
+        if not os.path.isdir(path):
+            rights &= FOR_FILES
         rule = struct.pack("=Qi", rights, beneath)
         check(LIBC.syscall(LANDLOCK_ADD, ruleset, 1, rule, 0), f"landlock_add_rule {path}")
     finally:
         os.close(beneath)
 
 
-# seccomp (linux/seccomp.h, linux/bpf_common.h)
+# seccomp (seccomp(2), linux/bpf_common.h)
 
-X86_64, AARCH64 = 0xC000003E, 0xC00000B7
-ALLOW, KILL, REFUSE = 0x7FFF0000, 0x80000000, 0x00050000
-# name: (x86_64, aarch64); None where the architecture lacks it.
-SYSCALLS = {
-    "socket": (41, 198), "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
-    "kcmp": (312, 272), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51),
-    "unshare": (272, 97), "setns": (308, 268), "open_tree": (428, 428), "move_mount": (429, 429),
-    "fsopen": (430, 430), "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433),
-    "mount_setattr": (442, 442), "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
-    "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),
-    "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219), "init_module": (175, 105),
-    "finit_module": (313, 273), "delete_module": (176, 106), "kexec_load": (246, 104), "kexec_file_load": (320, 294),
-    "reboot": (169, 142), "swapon": (167, 224), "swapoff": (168, 225), "sethostname": (170, 161),
-    "setdomainname": (171, 162), "iopl": (172, None), "ioperm": (173, None), "modify_ldt": (154, None),
-    "acct": (163, 89), "quotactl": (179, 60), "open_by_handle_at": (304, 265), "name_to_handle_at": (303, 264),
-    "fanotify_init": (300, 262), "settimeofday": (164, 170), "clock_settime": (227, 112), "clock_adjtime": (305, 266),
-    "adjtimex": (159, 171), "syslog": (103, 116), "vhangup": (153, 58), "personality": (135, 92),
-    "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "msgget": (68, 186),
-    "semget": (64, 190), "mq_open": (240, 180), "chown": (92, None), "lchown": (94, None), "fchown": (93, 55),
-    "fchownat": (260, 54), "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7),
-    "pidfd_getfd": (438, 438), "pidfd_open": (434, 434), "pidfd_send_signal": (424, 424), "prlimit64": (302, 261),
-    "process_madvise": (440, 440), "set_mempolicy": (238, 237), "migrate_pages": (256, 238), "move_pages": (279, 239),
+CLONE_NEWTIME, CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS = 0x80, 0x20000, 0x02000000, 0x04000000
+CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x08000000, 0x10000000, 0x20000000, 0x40000000
+ANY_NAMESPACE = (
+    CLONE_NEWTIME | CLONE_NEWNS | CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER | CLONE_NEWPID
+) | CLONE_NEWNET
+
+# Each with its number on (x86_64, aarch64), None where it lacks it.
+FORBIDDEN = {
+    # network; sockets that come in pairs are looked at below
+    "socket": (41, 198), "connect": (42, 203), "bind": (49, 200), "listen": (50, 201), "accept": (43, 202),
+    "accept4": (288, 242),
+    # other processes
+    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kcmp": (312, 272),
+    "pidfd_open": (434, 434), "pidfd_getfd": (438, 438), "pidfd_send_signal": (424, 424),
+    "process_madvise": (440, 440), "process_mrelease": (448, 448), "migrate_pages": (256, 238),
+    "move_pages": (279, 239),
+    # namespaces and mounts
+    "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41),
+    "chroot": (161, 51), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430),
+    "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433), "mount_setattr": (442, 442),
+    "statmount": (457, 457), "listmount": (458, 458), "name_to_handle_at": (303, 264),
+    "open_by_handle_at": (304, 265), "quotactl": (179, 60), "quotactl_fd": (443, 443),
+    # large parts of the kernel that no such program needs
+    "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282), "io_uring_setup": (425, 425),
+    "io_uring_enter": (426, 426), "io_uring_register": (427, 427), "io_setup": (206, 0), "add_key": (248, 217),
+    "request_key": (249, 218), "keyctl": (250, 219), "personality": (135, 92), "modify_ldt": (154, None),
+    "set_mempolicy": (238, 237), "lookup_dcookie": (212, 18), "uselib": (134, None), "vhangup": (153, 58),
+    # events of files and directories that the program may not read
+    "inotify_init": (253, None), "inotify_init1": (294, 26), "inotify_add_watch": (254, 27),
+    "fanotify_init": (300, 262),
+    # memory that no limit counts, and what outlives a process
+    "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "shmat": (30, 196),
+    "shmctl": (31, 195), "semget": (64, 190), "semop": (65, 193), "semctl": (66, 191), "semtimedop": (220, 192),
+    "msgget": (68, 186), "msgsnd": (69, 189), "msgrcv": (70, 188), "msgctl": (71, 187), "mq_open": (240, 180),
+    "mq_unlink": (241, 181), "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7),
+    "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16),
+    # the machine
+    "init_module": (175, 105), "finit_module": (313, 273), "delete_module": (176, 106), "kexec_load": (246, 104),
+    "kexec_file_load": (320, 294), "reboot": (169, 142), "swapon": (167, 224), "swapoff": (168, 225),
+    "sethostname": (170, 161), "setdomainname": (171, 162), "iopl": (172, None), "ioperm": (173, None),
+    "acct": (163, 89), "settimeofday": (164, 170), "clock_settime": (227, 112), "clock_adjtime": (305, 266),
+    "adjtimex": (159, 171), "syslog": (103, 116),
 }  # fmt: skip
-# Landlock does not see these, so where the uid is shared with others they are refused too.
-SHARED_UID = {
-    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "utime": (132, None),
-    "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88), "setpriority": (141, 140),
-    "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119), "sched_setparam": (142, 118),
-    "sched_setattr": (314, 274), "ioprio_set": (251, 30),
+# Landlock does not see these. They answer that they are done, and do nothing: a program that copies a file must not
+# fail because it copies the mode too.
+PRETENDED = {
+    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, None),
+    "lchown": (94, None), "fchown": (93, 55), "fchownat": (260, 54), "utime": (132, None), "utimes": (235, None),
+    "futimesat": (261, None), "utimensat": (280, 88),
 }  # fmt: skip
-SIGNALLING = {"kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138),
-              "rt_tgsigqueueinfo": (297, 240)}  # fmt: skip
-CLONE, CLONE3, IOCTL = (56, 220), (435, 435), (16, 29)
-TIOCSTI, TIOCLINUX = 0x5412, 0x541C
-LOAD, JUMP_EQUAL, JUMP_SET, JUMP_GE, RETURN = 0x20, 0x15, 0x45, 0x35, 0x06
-NUMBER, ARCHITECTURE, ARGUMENT0, ARGUMENT1 = 0, 4, 16, 24
+# Their first argument is whom they are about: oneself, where the uid is that of others too.
+ABOUT_A_PROCESS = {
+    "prlimit64": (302, 261), "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119),
+    "sched_setparam": (142, 118), "sched_setattr": (314, 274),
+}  # fmt: skip
+SIGNALS = {
+    "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240),
+}  # fmt: skip
+SETPRIORITY, IOPRIO_SET, TRUNCATE_PATH = (141, 140), (251, 30), (76, 45)
+CLONE, CLONE3, SOCKETPAIR, IOCTL, FCNTL, PRCTL = (56, 220), (435, 435), (53, 199), (16, 29), (72, 25), (157, 167)
+LAST_KNOWN = 462  # mseal; what came after Linux 6.10 is answered as an older kernel would
+
+TIOCSTI, TIOCLINUX, FIOSETOWN, SIOCSPGRP = 0x5412, 0x541C, 0x8901, 0x8902
+F_SETOWN, F_SETOWN_EX = 8, 15  # who gets SIGIO, or any signal that F_SETSIG names
+AF_UNIX, SOCK_STREAM, SOCK_TYPES = 1, 1, 0xF
+
+MACHINES = ("x86_64", "aarch64")
+AUDIT_ARCH = (0xC000003E, 0xC00000B7)
+X32_BIT = 0x40000000
+ALLOW, KILL_PROCESS, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
+REFUSE, UNKNOWN, PRETEND = ERRNO | errno.EPERM, ERRNO | errno.ENOSYS, ERRNO
+LOAD, AND, EQUAL, GREATER, GREATER_OR_EQUAL, RETURN = 0x20, 0x54, 0x15, 0x25, 0x35, 0x06
+NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16
+ALL_BITS = 0xFFFFFFFF
 
 
-def seccomp(*, shared_uid: bool, refuse_signals: bool) -> None:
-    """Refuse (EPERM) what no program of a user needs and what could reach outside."""
-    machine = os.uname().machine
-    column = {"x86_64": 0, "aarch64": 1}.get(machine)
-    if column is None:
-        raise ConfinementError(f"no seccomp filter for {machine}")
-    refused = dict(SYSCALLS)
-    if shared_uid:
-        refused.update(SHARED_UID)
-    if refuse_signals:
-        refused.update(SIGNALLING)
-    numbers = sorted(number for pair in refused.values() if (number := pair[column]) is not None)
-    program = filter_program(numbers, column)
-    code = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
-    buffer = ctypes.create_string_buffer(code, len(code))
-    filter = struct.pack("@HxxxxxxP", len(program), ctypes.addressof(buffer))
-    check(LIBC.prctl(22, 2, filter, 0, 0), "seccomp")
+def give(verdict: int) -> "tuple[int, int, int, int]":
+    return (RETURN, 0, 0, verdict)
 
 
-def filter_program(numbers: "list[int]", column: int) -> "list[tuple[int, int, int, int]]":
-    refuse, nothing = REFUSE | errno.EPERM, REFUSE | errno.ENOSYS
+def on(number: "int | None", body: list) -> list:
+    """``body``, which ends by a verdict, where that system call is made."""
+    return [] if number is None else [(EQUAL, 0, len(body), number), *body]
+
+
+def need(argument: int, *values: int, mask: int = ALL_BITS) -> list:
+    """Refuse unless an argument, masked, has one of the values. The lower half decides: all of these are ints to
+    the kernel."""
+    tests = [(EQUAL, len(values) - index, 0, value) for index, value in enumerate(values)]
+    return [(LOAD, 0, 0, ARGUMENTS + 8 * argument), (AND, 0, 0, mask), *tests, give(REFUSE)]
+
+
+def refuse_if(argument: int, *values: int) -> list:
+    tests = [step for value in values for step in ((EQUAL, 0, 1, value), give(REFUSE))]
+    return [(LOAD, 0, 0, ARGUMENTS + 8 * argument), *tests, give(ALLOW)]
+
+
+def filter_program(*, truncate: bool, others: list) -> bytes:
+    """The whole filter. ``truncate`` tells that files are guarded from it otherwise; ``others`` is for where the
+    program's user is that of others too."""
+    arch = machine()
     program = [
         (LOAD, 0, 0, ARCHITECTURE),
-        (JUMP_EQUAL, 1, 0, (X86_64, AARCH64)[column]),
-        (RETURN, 0, 0, KILL),
+        (EQUAL, 1, 0, AUDIT_ARCH[arch]),
+        give(KILL_PROCESS),
         (LOAD, 0, 0, NUMBER),
+        (GREATER_OR_EQUAL, 0, 1, X32_BIT),
+        give(KILL_PROCESS),  # x86-64's other numbering would pass every rule by
+        (GREATER, 0, 1, LAST_KNOWN),
+        give(UNKNOWN),
     ]
-    if column == 0:  # the x32 ABI would pass all numbers by
-        program += [(JUMP_GE, 0, 1, 0x40000000), (RETURN, 0, 0, KILL)]
-    for number in numbers:
-        program += [(JUMP_EQUAL, 0, 1, number), (RETURN, 0, 0, refuse)]
-    program += [(JUMP_EQUAL, 0, 1, CLONE3[column]), (RETURN, 0, 0, nothing)]
-    program += [
-        (JUMP_EQUAL, 0, 3, CLONE[column]),
-        (LOAD, 0, 0, ARGUMENT0),
-        (JUMP_SET, 0, 1, ANY_NAMESPACE),
-        (RETURN, 0, 0, refuse),
-        (LOAD, 0, 0, NUMBER),
-        (JUMP_EQUAL, 0, 4, IOCTL[column]),
-        (LOAD, 0, 0, ARGUMENT1),
-        (JUMP_EQUAL, 1, 0, TIOCSTI),
-        (JUMP_EQUAL, 0, 1, TIOCLINUX),
-        (RETURN, 0, 0, refuse),
-        (RETURN, 0, 0, ALLOW),
-    ]
+    for numbers in FORBIDDEN.values():
+        program += on(numbers[arch], [give(REFUSE)])
+    # Its flags are in memory, where no filter can look; libraries then take clone.
+    program += on(CLONE3[arch], [give(UNKNOWN)])
+    program += on(CLONE[arch], [*need(0, 0, mask=ANY_NAMESPACE), give(ALLOW)])
+    # A pair of datagram sockets could be sent to any socket of the host that has a name.
+    program += on(SOCKETPAIR[arch], [*need(0, AF_UNIX), *need(1, SOCK_STREAM, mask=SOCK_TYPES), give(ALLOW)])
+    program += on(IOCTL[arch], refuse_if(1, TIOCSTI, TIOCLINUX, FIOSETOWN, SIOCSPGRP))
+    program += on(FCNTL[arch], refuse_if(1, F_SETOWN, F_SETOWN_EX))
+    program += on(PRCTL[arch], refuse_if(0, PR_SET_DUMPABLE))  # or the watch could no longer measure it
+    if not truncate:
+        program += on(TRUNCATE_PATH[arch], [give(REFUSE)])
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in [*program, *others, give(ALLOW)])
+
+
+def among_others(*, signals: bool) -> list:
+    """What the program's user could do to other processes and files of that user. ``signals`` tells that these are
+    shut in otherwise."""
+    arch, pid = machine(), os.getpid()
+    program: list = []
+    for numbers in PRETENDED.values():
+        program += on(numbers[arch], [give(PRETEND)])
+    for numbers in ABOUT_A_PROCESS.values():
+        program += on(numbers[arch], [*need(0, 0, pid), give(ALLOW)])
+    program += on(SETPRIORITY[arch], [*need(0, 0), *need(1, 0, pid), give(ALLOW)])
+    program += on(IOPRIO_SET[arch], [give(REFUSE)])
+    if not signals:
+        for numbers in SIGNALS.values():
+            program += on(numbers[arch], [*need(0, pid), give(ALLOW)])
     return program
 
 
-# The child
+def machine() -> int:
+    """Which of a pair (x86_64, aarch64) is ours."""
+    name = os.uname().machine
+    if name not in MACHINES:
+        raise ConfinementError(f"no seccomp filter for {name}")
+    return MACHINES.index(name)
 
 
-def limit(config: dict) -> None:
-    megabyte = 1 << 20
-    limits = {
-        resource.RLIMIT_CPU: config["timeout"] + 1,
-        resource.RLIMIT_AS: config["addressSpaceMb"] * megabyte,
-        resource.RLIMIT_FSIZE: config["fileMb"] * megabyte,
-        resource.RLIMIT_NOFILE: config["openFiles"],
-        resource.RLIMIT_NPROC: config["processes"],
-        resource.RLIMIT_STACK: 8 * megabyte,
-        resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_MEMLOCK: 0,
-        resource.RLIMIT_MSGQUEUE: 0,
-    }
-    for what, value in limits.items():
-        hard = resource.getrlimit(what)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(what, (value, value))
+def seccomp(code: bytes) -> None:
+    buffer = ctypes.create_string_buffer(code, len(code))
+    header = struct.pack("@HxxxxxxP", len(code) // 8, ctypes.addressof(buffer))
+    check(LIBC.prctl(PR_SET_SECCOMP, 2, header, 0, 0), "seccomp")
 
 
-def confine(config: dict) -> None:
-    """In the child; what remains to be done is exec."""
-    os.umask(0o077)
-    os.chdir(config["directory"])
-    if config["uid"] is not None:
-        os.setgroups([])
-        os.setresgid(config["uid"], config["uid"], config["uid"])
-        os.setresuid(config["uid"], config["uid"], config["uid"])
-    # The uid's change clears it. The shim outlives all; should it be killed all the same, so are we.
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    limit(config)
-    check(LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
-    landlock([tuple(rule) for rule in config["rules"]])
-    shared = config["uid"] is None
-    seccomp(shared_uid=shared, refuse_signals=shared and not config["ownPids"] and landlock_abi() < 6)
+# Namespaces (unshare(2))
 
 
-def become_program(config: dict, ready: int) -> None:
-    try:
-        confine(config)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
-            signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, [])
-        os.execve(config["command"][0], config["command"], config["environment"])
-    except BaseException as error:  # noqa: BLE001 - it is told, and nothing has run
-        os.write(ready, f"{type(error).__name__}: {error}".encode()[:1000])
-    finally:
-        os._exit(125)
-
-
-def own_namespaces() -> bool:
-    """Of processes, network and IPC, where the kernel lets us; whether it did. Forks go into the new one."""
-    spaces = CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS
-    uid, gid = os.getuid(), os.getgid()
-    if uid == 0:
+def own_namespaces(uid: "int | None") -> bool:
+    """Of processes, network, IPC, host name and cgroups, for the children to come; whether the kernel lets us.
+    Without root it takes a user namespace, in which we stay who we are."""
+    spaces = CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP
+    if uid is not None:
         return bool(LIBC.unshare(spaces) == 0)
+    me, mine = os.getuid(), os.getgid()
     if LIBC.unshare(spaces | CLONE_NEWUSER) != 0:
         return False
-    for name, line in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+    for name, line in (("setgroups", "deny"), ("uid_map", f"{me} {me} 1"), ("gid_map", f"{mine} {mine} 1")):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(line)
     return True
 
 
-def start(config: dict) -> "tuple[int, int]":
-    """The pid of the program, or of its init where it has pids of its own, and a pipe for its status.
-
-    Namespaces are made in a child, which then ends: the shim itself must stay able to fork.
-    """
-    status, report = os.pipe()
-    ready, refused = os.pipe()
-    born, birth = os.pipe()
-    wait, adopted = os.pipe()
-    child = os.fork()
-    if child == 0:
-        for descriptor in (status, ready, born, adopted):
-            os.close(descriptor)
-        begin(config, birth, wait, refused, report)
-    for descriptor in (refused, report, birth, wait):
-        os.close(descriptor)
-    told = os.read(born, 8)
-    init = struct.unpack("=q", told)[0] if len(told) == 8 else 0
-    if init:
-        os.waitpid(child, 0)
-        child = init  # ours by now: we are the subreaper
-        os.write(adopted, b"!")
-    os.close(adopted)
-    config["ownPids"] = bool(init)
-    problem = b""
-    while part := os.read(ready, 1000):  # ends when exec closes the other end
-        problem += part
-    for descriptor in (born, ready):
-        os.close(descriptor)
-    if problem:
-        raise ConfinementError(problem.decode(errors="replace"))
-    return child, status
+# The child
 
 
-def begin(config: dict, birth: int, wait: int, refused: int, report: int) -> None:
-    """In the first child: become the program, or make the init of new namespaces and end."""
-    config["ownPids"] = config["namespaces"] and own_namespaces()
-    if not config["ownPids"]:
-        if config["uid"] is None:
-            # The limit counts all processes of the uid: leave room for those that are there already.
-            config["processes"] += processes_of(os.getuid())
-        os.write(birth, struct.pack("=q", 0))
-        become_program(config, refused)
-    init = os.fork()
-    if init:
-        os.write(birth, struct.pack("=q", init))
-        os._exit(0)
-    # Until our parent is gone and the shim has adopted us: the death signal asked for now would be this parent's.
-    os.read(wait, 1)
-    os.close(wait)
-    act_as_init(config, refused, report)
+def limits(config: dict, processes: int) -> "list[tuple[int, int]]":
+    return [
+        (resource.RLIMIT_CPU, config["cpuSeconds"]),
+        (resource.RLIMIT_AS, config["addressSpaceMb"] * MEGABYTE),
+        (resource.RLIMIT_FSIZE, config["fileMb"] * MEGABYTE),
+        (resource.RLIMIT_NOFILE, config["openFiles"]),
+        (resource.RLIMIT_STACK, 8 * MEGABYTE),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_MEMLOCK, 0),
+        (resource.RLIMIT_MSGQUEUE, 0),
+        (resource.RLIMIT_NPROC, processes),
+    ]
 
 
-def act_as_init(config: dict, refused: int, report: int) -> None:
-    """Process 1 of the namespace: reaps, tells how the program ended, and ends with everything in it."""
+def limit(wanted: "list[tuple[int, int]]") -> None:
+    for what, value in wanted:
+        hard = resource.getrlimit(what)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(what, (value, value))
+
+
+def change_user(uid: int) -> None:
+    """To a user and group that own nothing. It cannot be undone: all three ids change."""
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+
+
+def die_with_parent() -> None:
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    child = os.fork()
-    if child == 0:
-        os.close(report)
-        become_program(config, refused)
-    os.close(refused)
+
+
+def become_program(config: dict, own_pids: bool) -> None:
+    """All walls that are left, then exec."""
+    uid, processes = config["uid"], config["processes"]
+    os.umask(0o077)
+    os.chdir(config["directory"])
+    if uid is not None:
+        change_user(uid)
+    elif not own_pids:
+        processes += processes_of(os.getuid())  # the limit counts those too that are there already
+    die_with_parent()  # asked for once more: the change of user clears it
+    limit(limits(config, processes))
+    check(LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+    abi = landlock_abi()
+    others = [] if uid is not None else among_others(signals=own_pids or abi >= SCOPE_ABI)
+    code = filter_program(truncate=uid is not None or abi >= TRUNCATE_ABI, others=others)
+    landlock(config["rules"], abi)
+    seccomp(code)
+    for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+    os.execve(config["command"][0], config["command"], config["environment"])
+
+
+def act_as_init(config: dict, report: int) -> None:
+    """Process 1 of new namespaces: reaps, tells how the program ended, and ends with everything in it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent()
+    program = os.fork()
+    if program == 0:
+        os.setsid()
+        become_program(config, own_pids=True)
     for descriptor in (0, 1, 2):  # or a reader of the output would wait for us
         os.close(descriptor)
     while True:
         pid, status, usage = os.wait4(-1, 0)
-        if pid == child:
-            os.write(report, struct.pack("=iq", status, usage.ru_maxrss))
-            os._exit(0)
+        if pid == program:
+            os.write(report, ENDED + ENDING.pack(status, usage.ru_maxrss))
+            return
+
+
+def become_bubblewrap(config: dict, report: int) -> None:
+    """``inside.py`` follows within: it needs the rest of the limits, and where to report."""
+    if config["uid"] is not None:
+        change_user(config["uid"])
+    die_with_parent()
+    filter, source = os.pipe()
+    os.write(source, filter_program(truncate=True, others=[]))
+    os.close(source)
+    for descriptor in (filter, report):
+        os.set_inheritable(descriptor, True)
+    inside = [str(report), json.dumps([limits(config, config["processes"]), config["command"], config["environment"]])]
+    bubblewrap = [*config["bubblewrap"], "--seccomp", str(filter), "--", *config["inside"], *inside]
+    os.execve(bubblewrap[0], bubblewrap, {})  # an empty environment: process 1's can be read within
+
+
+def become(config: dict, report: int) -> None:
+    """In the first child: the program, or its parent where it is to have pids of its own."""
+    os.setsid()  # a signal to its process group is none to ours
+    if config["bubblewrap"]:
+        become_bubblewrap(config, report)
+    die_with_parent()
+    if config["namespaces"] and own_namespaces(config["uid"]):
+        init = os.fork()
+        if init == 0:
+            os.write(report, GUARDED)
+            act_as_init(config, report)
+            return
+        for descriptor in (0, 1, 2, report):
+            os.close(descriptor)
+        os.waitpid(init, 0)
+    elif config["namespaces"] and config["uid"] is None:
+        raise ConfinementError("no namespaces for this user")
+    else:
+        os.write(report, ALONE)
+        become_program(config, own_pids=False)
+
+
+def start(config: dict, stdout: int, stderr: int) -> "tuple[int, int]":
+    """The pid of the program or of its guardian, and the pipe on which is told how it went."""
+    status, report = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            for number, descriptor in enumerate((os.open(config["stdin"], os.O_RDONLY), stdout, stderr)):
+                os.dup2(descriptor, number)
+            become(config, report)
+        except BaseException as error:  # noqa: BLE001 - it is told, and nothing has run
+            os.write(report, FAILED + f" {type(error).__name__}: {error}".encode()[:1000])
+        finally:
+            os._exit(125)
+    for descriptor in (report, stdout, stderr):
+        os.close(descriptor)
+    return child, status
 
 
 # The shim
@@ -328,31 +423,35 @@ def processes_of(uid: int) -> int:
     return count
 
 
-def descendants() -> "list[int]":
-    """Pids below this process, children first; daemons too, for we are their subreaper."""
-    found, ahead = [], [os.getpid()]
+def children_of(pid: int) -> "list[int]":
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
+            return [int(child) for child in file.read().split()]
+    except OSError:
+        return []
+
+
+def below(ahead: "list[int]") -> "list[int]":
+    """These and all their descendants; daemons too, for the shim is their subreaper."""
+    found = []
     while ahead:
         pid = ahead.pop()
-        try:
-            with open(f"/proc/{pid}/task/{pid}/children") as file:
-                children = [int(child) for child in file.read().split()]
-        except OSError:
-            children = []
-        found += children
-        ahead += children
+        found.append(pid)
+        ahead += children_of(pid)
     return found
 
 
 def memory_of(pids: "list[int]") -> int:
     """Resident bytes."""
-    pages = 0
-    for pid in pids:
-        try:
-            with open(f"/proc/{pid}/statm") as file:
-                pages += int(file.read().split()[1])
-        except (OSError, IndexError):
-            continue
-    return pages * resource.getpagesize()
+    return sum(resident(pid) for pid in pids)
+
+
+def resident(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except (OSError, IndexError):
+        return 0
 
 
 def proportional_memory_of(pids: "list[int]") -> int:
@@ -363,7 +462,7 @@ def proportional_memory_of(pids: "list[int]") -> int:
             with open(f"/proc/{pid}/smaps_rollup") as file:
                 total += next(int(line.split()[1]) << 10 for line in file if line.startswith("Pss:"))
         except (OSError, StopIteration):
-            continue
+            total += resident(pid)
     return total
 
 
@@ -387,17 +486,13 @@ def disk_exceeded(directory: str, most_bytes: int) -> bool:
 def kill_all() -> None:
     """Kill and reap until nothing is left; first no more forks, so that a fork bomb cannot outrun us."""
     while True:
-        pids = descendants()
+        pids = below(children_of(os.getpid()))
         for pid in pids:
             try:
                 resource.prlimit(pid, resource.RLIMIT_NPROC, (0, 0))
             except (OSError, ValueError):
                 continue
-        for pid in pids:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except OSError:
-                continue
+        kill(pids)
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
@@ -406,64 +501,76 @@ def kill_all() -> None:
         time.sleep(0.001)
 
 
+def kill(pids: "list[int]") -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except OSError:
+            continue
+
+
 class Watch:
     """Waits for the end of the program, and brings it about where a limit is passed."""
 
-    def __init__(self, config: dict, child: int, status: int) -> None:
-        self.config, self.child, self.status = config, child, status
-        self.began = time.monotonic()
+    def __init__(self, config: dict, child: int, status: int, channel: int) -> None:
+        self.config, self.child, self.status, self.channel = config, child, status, channel
+        self.began = self.looked = time.monotonic()
+        self.look_again = 0.0
         self.peak = 0
         self.why: str | None = None
 
     def until_end(self) -> "tuple[int, int]":
         """Wait status and peak kilobytes of the program."""
-        ticks = 0
-        pause = 0.002
+        poll = select.poll()
+        ended = os.pidfd_open(self.child)
+        poll.register(ended, select.POLLIN)
+        poll.register(self.channel, select.POLLIN)
         while True:
-            ended = self.ended()
-            if ended is not None:
-                return ended
-            self.why = self.passed_limit(ticks)
+            events = dict(poll.poll(WATCH_SECONDS * 1000))
+            if ended in events:
+                return self.ended()
+            self.why = "cancelled" if events else self.passed_limit()
             if self.why:
                 return signal.SIGKILL, 0
-            time.sleep(pause)
-            pause = min(pause * 1.5, WATCH_SECONDS)
-            ticks += 1
 
-    def ended(self) -> "tuple[int, int] | None":
-        pid, status, usage = os.wait4(self.child, os.WNOHANG)
-        if pid == 0:
-            return None
-        if not self.config["ownPids"]:
+    def ended(self) -> "tuple[int, int]":
+        _, status, usage = os.wait4(self.child, 0)
+        os.set_blocking(self.status, False)
+        try:
+            told = os.read(self.status, 4096)
+        except BlockingIOError:
+            told = b""
+        if told == ALONE:
             return status, usage.ru_maxrss
-        told = os.read(self.status, 12)
-        return struct.unpack("=iq", told) if len(told) == 12 else (signal.SIGKILL, 0)
+        if told == GUARDED:
+            return signal.SIGKILL, 0  # its guardian was killed
+        if told.startswith(GUARDED + ENDED):
+            return ENDING.unpack(told[2 : 2 + ENDING.size])
+        raise ConfinementError(told[2:].decode(errors="replace") or "the confinement does not start")
 
-    def passed_limit(self, ticks: int) -> "str | None":
-        if CANCELLED:
-            return "cancelled"
-        if time.monotonic() - self.began > self.config["timeout"]:
+    def passed_limit(self) -> "str | None":
+        now = time.monotonic()
+        if now - self.began > self.config["timeout"]:
             return "time"
-        pids = descendants()
+        most = self.config["memoryMb"] * MEGABYTE
+        pids = below(children_of(os.getpid()))
         memory = memory_of(pids)
-        if memory > self.config["memoryMb"] << 20:  # pages that forks share are counted once only here
+        if memory > most:  # pages that forks share are counted once only here
             memory = min(memory, proportional_memory_of(pids))
         self.peak = max(self.peak, memory)
-        if memory > self.config["memoryMb"] << 20:
+        if memory > most:
             return "memory"
-        if ticks % DISK_EVERY == 0 and disk_exceeded(self.config["directory"], self.config["diskMb"] << 20):
-            return "disk"
+        if now >= self.look_again:
+            if disk_exceeded(self.config["work"], self.config["diskMb"] * MEGABYTE):
+                return "disk"
+            self.look_again = now + DISK_SHARE * (time.monotonic() - now)
         return None
 
 
-CANCELLED: "list[bool]" = []
-
-
-def run(config: dict) -> dict:
+def run(config: dict, stdout: int, stderr: int, channel: int) -> dict:
     began = time.monotonic()
-    child, status = start(config)
-    os.close(0)
-    watch = Watch(config, child, status)
+    child, status = start(config, stdout, stderr)
+    watch = Watch(config, child, status, channel)
     try:
         ended, kilobytes = watch.until_end()
     finally:
@@ -474,12 +581,13 @@ def run(config: dict) -> dict:
         "why": watch.why,
         "durationMs": round((time.monotonic() - began) * 1000),
         "maxRssKb": max(kilobytes, watch.peak >> 10),
-        "ownPids": config["ownPids"],
     }
 
 
 def remove(root: str) -> None:
-    """``rm`` can remove trees of any depth; first the rights that the program may have taken away."""
+    """Of what a job leaves. ``rm`` can remove trees of any depth; first the rights the program may have taken away."""
+    if removed_at_once(root):
+        return
     for command in (["/bin/rm", "-rf", root], ["/bin/chmod", "-R", "u+rwx", root], ["/bin/rm", "-rf", root]):
         if not os.path.lexists(root):
             return
@@ -487,21 +595,118 @@ def remove(root: str) -> None:
         os.waitpid(os.posix_spawn(command[0], command, {}, file_actions=null), 0)
 
 
-def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: CANCELLED.append(True))
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    with open(sys.argv[1]) as file:
-        config = json.load(file)
-    if os.getppid() != config["worker"]:  # it died before we could ask to be told
-        CANCELLED.append(True)
+def removed_at_once(root: str) -> bool:
+    """Whether it was as flat as most are: then no other program is needed."""
     try:
-        outcome = run(config)
+        for name in os.listdir(root):
+            path = f"{root}/{name}"
+            if not os.path.isdir(path):
+                os.unlink(path)
+                continue
+            for below in os.listdir(path):
+                os.unlink(f"{path}/{below}")
+            os.rmdir(path)
+        os.rmdir(root)
+    except OSError:
+        return False
+    return True
+
+
+def act_as_shim(path: str, stdout: int, stderr: int, channel: int) -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setsid()
+    LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        with open(path) as file:
+            config = json.load(file)
+        outcome = run(config, stdout, stderr, channel)
     except (ConfinementError, OSError) as error:
         outcome = {"error": str(error)}
     finally:
-        remove(config["root"])
-    os.write(int(sys.argv[2]), json.dumps(outcome).encode())
+        remove(os.path.dirname(path))
+    try:
+        os.write(channel, json.dumps(outcome).encode())
+    except OSError:
+        return  # nobody waits for it any more
+
+
+# The process that forks the shims
+
+
+class Launcher:
+    def __init__(self, control: socket.socket, directory: str) -> None:
+        self.control, self.directory = control, directory
+        self.shims: set[int] = set()
+
+    def serve(self) -> None:
+        """Until the worker closes the control socket, or dies; then until the last shim is done."""
+        remove_stale(self.directory)
+        LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # a killed shim's programs become ours, to be killed
+        signal.signal(signal.SIGCHLD, lambda *_: self.reap())
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # the worker decides when we end, and our end is bound to its
+        gc.freeze()
+        while True:
+            message, descriptors, _, _ = socket.recv_fds(self.control, LONGEST_MESSAGE, 3)
+            if not message:
+                break
+            self.launch(message.decode(), descriptors)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        while self.shims:
+            self.reap()
+            time.sleep(0.01)
+        remove(self.directory)
+
+    def launch(self, path: str, descriptors: "list[int]") -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # it is ours only when it stands in the set
+        shim = os.fork()
+        if shim == 0:
+            try:
+                self.control.close()
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+                act_as_shim(path, *descriptors)
+            finally:
+                os._exit(0)
+        self.shims.add(shim)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+    def reap(self) -> None:
+        try:
+            while (pid := os.waitpid(-1, os.WNOHANG)[0]) != 0:
+                self.shims.discard(pid)
+        except ChildProcessError:
+            self.shims.clear()
+        for orphan in set(children_of(os.getpid())) - self.shims:
+            kill(below([orphan]))
+
+
+def remove_stale(directory: str) -> None:
+    """What workers left that were killed together with their launchers: directories like ours that nobody locks."""
+    parent, name = os.path.split(directory)
+    for entry in os.scandir(parent):
+        if not entry.name.startswith(name.partition("-")[0] + "-") or not entry.is_dir(follow_symlinks=False):
+            continue
+        try:
+            found = entry.stat(follow_symlinks=False)
+            if found.st_uid != os.geteuid() or time.time() - found.st_ctime < STALE_SECONDS:
+                continue
+            opened = os.open(entry.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove(entry.path)
+            finally:
+                os.close(opened)
+        except OSError:
+            continue
+
+
+def main() -> None:
+    control, lock, directory = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    for descriptor in (control, lock):  # held by us, and by no program
+        os.set_inheritable(descriptor, False)
+    Launcher(socket.socket(fileno=control), directory).serve()
 
 
 if __name__ == "__main__":

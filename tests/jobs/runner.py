@@ -1,0 +1,237 @@
+"""A worker of sandboxes only, in a process and with a user of its own: what the tests confine programs with.
+
+``python -m tests.jobs.runner TIER UID`` reads requests from stdin and answers on stdout, a line of JSON each. Root
+becomes UID first, so that one run of the tests sees the tiers of root and those of everybody.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from server.jobs import sandbox
+from server.jobs.sandbox import Limits, Outcome, Sandbox, SandboxError
+from tests.devstack.pids import gone
+
+ROOT = Path(__file__).parents[2]
+SECRET = "a-secret-of-the-worker"
+SYSTEM_PYTHON = "/usr/bin/python3"
+
+
+class Job:
+    """A program that runs, or ran."""
+
+    def __init__(self, runner: "Runner", number: int) -> None:
+        self._runner, self._number = runner, number
+
+    def outcome(self) -> Outcome:
+        """Waits for its end.
+
+        Raises:
+            SandboxError: it was not run.
+        """
+        answer = self._runner.until(self._number, "outcome", "error", "cancelled")
+        if "outcome" not in answer:
+            raise SandboxError(answer.get("error", "cancelled"))
+        return Outcome(**answer["outcome"])
+
+    def until_output(self) -> str:
+        """Some output, as it appears."""
+        text: str = self._runner.until(self._number, "text")["text"]
+        return text
+
+    def cancel(self) -> None:
+        """Returns when the sandbox says that it is over."""
+        self._runner.say(id=self._number, cancel=True)
+        self._runner.until(self._number, "cancelled")
+
+
+class Runner:
+    """The process, as its users see it."""
+
+    def __init__(self, tier: str, uid: int, folder: Path) -> None:
+        self.folder = folder
+        self._numbers = iter(range(1 << 30))
+        self._answers: list[dict[str, Any]] = []
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.jobs.runner", tier, str(uid)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=ROOT,
+            env={**os.environ, "TMPDIR": str(folder), "WORKER_SECRET": SECRET},
+        )
+        try:
+            hello = self._hear()
+        except AssertionError:
+            self.close()
+            raise
+        self.tier: str = hello["tier"]
+        self.languages: list[str] = hello["languages"]
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def start(
+        self,
+        code: str,
+        language: str = "python",
+        *,
+        stdin: str = "",
+        args: Sequence[str] = (),
+        files: Mapping[str, str] | None = None,
+        **limits: int,
+    ) -> Job:
+        number = next(self._numbers)
+        self.say(
+            id=number,
+            language=language,
+            code=code,
+            stdin=stdin,
+            args=list(args),
+            files=dict(files or {}),
+            limits=limits,
+        )
+        return Job(self, number)
+
+    def run(self, code: str, language: str = "python", **options: Any) -> Outcome:
+        return self.start(code, language, **options).outcome()
+
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        """As the kernel would: nothing can be put in order."""
+        self._process.kill()
+        self._process.wait()
+
+    def close(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._process.communicate(timeout=30)
+
+    def say(self, **message: Any) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(message).encode() + b"\n")
+        self._process.stdin.flush()
+
+    def until(self, number: int, *what: str) -> dict[str, Any]:
+        """The first answer to a request that says one of these."""
+        seen = 0
+        while True:
+            for index in range(seen, len(self._answers)):
+                answer = self._answers[index]
+                if answer["id"] == number and any(name in answer for name in what):
+                    return self._answers.pop(index)
+            seen = len(self._answers)
+            self._answers.append(self._hear())
+
+    def _hear(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise AssertionError("the runner has ended")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def processes_with(word: str) -> list[int]:
+    """Processes that have it among their arguments or in their environment."""
+    found = []
+    for path in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if path.name.isdigit() and word.encode() in (path / "cmdline").read_bytes():
+                found.append(int(path.name))
+    return found
+
+
+def leaves_no_process(word: str, *, seconds: float = 2) -> bool:
+    """The dead are collected by others, who may be slow at it."""
+    return gone(processes_with(word), seconds=seconds) and not processes_with(word)
+
+
+# The process itself
+
+
+async def serve(tier: str) -> None:
+    jobs: dict[int, asyncio.Task[None]] = {}
+    box = await Sandbox.detect([each for each in sandbox.TIERS if each.name == tier])
+    tell(tier=box.tier.name, languages=box.languages)
+    reader = asyncio.StreamReader(limit=1 << 24)
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    async for line in reader:
+        request = json.loads(line)
+        if "cancel" in request:
+            jobs[request["id"]].cancel()
+        else:
+            number = request["id"]
+            jobs[number] = asyncio.create_task(answer(box, request))
+            jobs[number].add_done_callback(lambda job, number=number: tell_if_cancelled(number, job))
+    for job in jobs.values():
+        job.cancel()
+    await asyncio.gather(*jobs.values(), return_exceptions=True)
+    await box.close()
+
+
+async def answer(box: Sandbox, request: dict[str, Any]) -> None:
+    number = request["id"]
+    try:
+        outcome = await box.run(
+            request["language"],
+            request["code"],
+            stdin=request["stdin"],
+            args=request["args"],
+            files={name: content.encode() for name, content in request["files"].items()},
+            limits=Limits(**request["limits"]),
+            on_output=lambda stream, offset, text: tell(id=number, stream=stream, offset=offset, text=text[:100]),
+        )
+    except SandboxError as error:
+        tell(id=number, error=str(error))
+    else:
+        tell(id=number, outcome=dataclasses.asdict(outcome))
+
+
+def tell_if_cancelled(number: int, job: asyncio.Task[None]) -> None:
+    if job.cancelled():
+        tell(id=number, cancelled=True)
+
+
+def tell(**message: Any) -> None:
+    sys.stdout.write(json.dumps(message) + "\n")
+    sys.stdout.flush()
+
+
+def become(uid: int) -> None:
+    """Another user, who may be unable to reach our interpreter and our files: it is given others."""
+    copies = Path(tempfile.mkdtemp(prefix="copies-"))
+    copies.chmod(0o755)
+    sandbox.LAUNCHER = Path(shutil.copy(sandbox.LAUNCHER, copies))
+    sandbox.INSIDE = Path(shutil.copy(sandbox.INSIDE, copies))
+    asyncio.run(asyncio.to_thread(os.getpid))  # imports what it will need, while it may
+    asyncio.run(Sandbox.detect([]))
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+    if not os.access(sys.executable, os.X_OK):
+        sys.executable = SYSTEM_PYTHON
+
+
+def main() -> None:
+    tier, uid = sys.argv[1], int(sys.argv[2])
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    if uid != os.geteuid():
+        become(uid)
+    asyncio.run(serve(tier))
+
+
+if __name__ == "__main__":
+    main()
