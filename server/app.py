@@ -43,7 +43,7 @@ log = structlog.get_logger()
 
 BODY_BYTES = 1 << 20
 BACKLOG = 1024
-KEEPALIVE_SECONDS = 75.0
+KEEPALIVE_SECONDS = 12.0  # also what a client may take for its headers: aiohttp knows no other limit
 API: tuple[Iterable[web.AbstractRouteDef], ...] = (
     auth.routes,
     projects.routes,
@@ -157,6 +157,13 @@ def allow_origins(app: web.Application, origins: Iterable[str]) -> None:
     for route in list(app.router.routes()):
         if route.resource is not None and route.resource.canonical.startswith("/api/"):
             cors.add(route)
+    if "*" not in origins:
+        app.on_response_prepare.append(vary_by_origin)
+
+
+async def vary_by_origin(_: web.Request, response: web.StreamResponse) -> None:
+    """Signal: aiohttp-cors answers each origin differently, and does not say so to caches."""
+    response.headers.add("Vary", "Origin")
 
 
 def run(settings: Settings) -> None:

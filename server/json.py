@@ -27,6 +27,8 @@ def loads(raw: bytes | str) -> Any:
     try:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
+        if not _is_utf8(raw):
+            raise BadRequest("JSON must be UTF-8") from None
         if "surrogate" in str(error):
             raise ValidationFailed(SURROGATE_MESSAGE) from None
         raise BadRequest(f"Malformed JSON: {error}") from None
@@ -35,6 +37,15 @@ def loads(raw: bytes | str) -> Any:
     if escaped and _has_nul(value):
         raise ValidationFailed(NUL_MESSAGE)
     return value
+
+
+def _is_utf8(raw: bytes | str) -> bool:
+    if isinstance(raw, bytes):
+        try:
+            raw.decode()
+        except UnicodeDecodeError:
+            return False
+    return True
 
 
 def timestamp(moment: datetime) -> str:

@@ -25,6 +25,7 @@ RESOURCES = web.AppKey("resources", Resources)
 REQUEST_ID = web.RequestKey("request_id", str)
 CLIENT = web.RequestKey("client", str)  # address, behind trusted proxies the forwarded one
 USER = web.RequestKey("user", User)
+BROKEN_OFF = web.RequestKey("broken_off", bool)  # the rest of the body is of no interest: close after the answer
 Values = dict[str, Any]
 BODY: web.RequestKey[Values] = web.RequestKey("body", dict)
 QUERY: web.RequestKey[Values] = web.RequestKey("query", dict)

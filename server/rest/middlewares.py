@@ -20,7 +20,7 @@ from aiohttp.typedefs import Handler, Middleware
 from server import errors, fields, json, metrics
 from server.errors import ServiceError, Unauthenticated
 from server.ratelimit import RateLimiter, limit_of, payer
-from server.rest.keys import BODY, CLIENT, HEADERS, QUERY, REQUEST_ID, USER, User
+from server.rest.keys import BODY, BROKEN_OFF, CLIENT, HEADERS, QUERY, REQUEST_ID, USER, User
 from server.rest.marks import is_public
 from server.settings import Network
 
@@ -169,7 +169,10 @@ def problem(request: web.Request, error: ServiceError) -> web.Response:
     if isinstance(error, errors.MethodNotAllowed):
         headers["Allow"] = ", ".join(error.allowed)
     body = json.dumps(errors.problem(error, request_id=request.get(REQUEST_ID, "")))
-    return web.Response(status=error.status, body=body, content_type="application/problem+json", headers=headers)
+    answer = web.Response(status=error.status, body=body, content_type="application/problem+json", headers=headers)
+    if BROKEN_OFF in request:
+        answer.force_close()
+    return answer
 
 
 def client_address(request: web.Request, trusted: Sequence[Network]) -> str:
@@ -254,13 +257,13 @@ async def read_body(request: web.Request) -> bytes:
         async with asyncio.timeout(BODY_SECONDS):
             return await request.read()
     except TimeoutError:
-        request.protocol.force_close()
+        request[BROKEN_OFF] = True
         raise errors.BadRequest("The body came too slowly") from None
     except web.HTTPRequestEntityTooLarge:
-        request.protocol.force_close()
+        request[BROKEN_OFF] = True
         raise errors.TooLarge("The body is larger than this path takes") from None
     except (web.RequestPayloadError, ValueError):
-        request.protocol.force_close()
+        request[BROKEN_OFF] = True
         raise errors.BadRequest("The body cannot be read") from None
 
 
@@ -284,6 +287,8 @@ def _translated(error: web.HTTPException) -> ServiceError:
             return errors.MethodNotAllowed("This path does not know that method", allowed=sorted(error.allowed_methods))
         case web.HTTPNotFound():
             return errors.NotFound("No such path")
+        case web.HTTPForbidden():
+            return errors.Forbidden(error.text)
         case web.HTTPRequestEntityTooLarge():
             return errors.TooLarge("The body is too large")
         case web.HTTPServiceUnavailable():

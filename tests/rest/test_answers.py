@@ -1,0 +1,101 @@
+"""What every answer has, whatever it is."""
+
+import io
+import re
+
+import aiohttp
+import pytest
+
+from server.errors import CODES
+from tests.actors import Actor
+
+
+async def test_an_error_is_a_problem(alice: Actor) -> None:
+    answer = await alice.post("/projects", {"name": "", "colour": "red"})
+    assert answer.headers["Content-Type"].startswith("application/problem+json")
+    assert answer.status == 422
+    problem = answer.body
+    assert problem["type"] == "about:blank"
+    assert (problem["title"], problem["status"], problem["code"]) == ("Unprocessable Content", 422, "validation_failed")
+    assert problem["error"] == problem["detail"]
+    assert {each["field"] for each in problem["details"]} == {"name", "colour"}
+    assert problem["requestId"] == answer.headers["X-Request-Id"]
+
+
+@pytest.mark.parametrize("path", ["/nowhere", "/api/v1/nowhere", "/api/v1/projects/", "/api/v1//projects"])
+async def test_an_unknown_path_is_not_found(path: str, alice: Actor) -> None:
+    async with alice.http.get(alice.base + path, headers={**alice.headers, "Accept": "text/html"}) as answer:
+        assert answer.status == 404
+        assert answer.content_type == "application/problem+json"
+        assert (await answer.json())["code"] == "not_found"
+
+
+async def test_a_wrong_method_is_told_the_right_ones(alice: Actor) -> None:
+    answer = await alice.call("PUT", "/projects")
+    assert (answer.status, answer.code) == (405, "method_not_allowed")
+    assert {"GET", "POST"} <= set(answer.headers["Allow"].split(", "))
+
+
+async def test_a_sane_request_id_is_kept_and_any_other_replaced(alice: Actor) -> None:
+    kept = await alice.get("/projects", headers={"X-Request-Id": "trace-1.2:3"})
+    assert kept.headers["X-Request-Id"] == "trace-1.2:3"
+    for strange in ("", "a" * 129, "with space", 'quote"', "<script>"):
+        replaced = await alice.get("/projects", headers={"X-Request-Id": strange})
+        assert re.fullmatch(r"[0-9a-f]{32}", replaced.headers["X-Request-Id"])
+
+
+async def test_every_answer_has_the_headers_of_a_json_api(alice: Actor, http: aiohttp.ClientSession) -> None:
+    for path in ("/api/v1/projects", "/api/v1/nowhere", "/health", "/api/v1/projects/1"):
+        answer = await alice.get(path)
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert answer.headers["X-Frame-Options"] == "DENY"
+        assert answer.headers["Referrer-Policy"] == "no-referrer"
+        assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+        assert answer.headers["Cache-Control"] == "private, no-cache"
+        assert "Server" not in answer.headers
+
+
+async def test_tokens_are_kept_by_no_cache(alice: Actor) -> None:
+    answer = await alice.post("/auth/refresh", {"refreshToken": alice.refresh_token})
+    assert answer.headers["Cache-Control"] == "no-store"
+
+
+async def test_static_assets_may_be_kept_for_ever(alice: Actor) -> None:
+    async with alice.http.get(f"{alice.base}/api-docs/static/swagger-ui.css") as answer:
+        assert "immutable" in answer.headers["Cache-Control"]
+
+
+def test_every_code_has_one_status_and_a_meaning() -> None:
+    assert all(meaning and (status is None or 400 <= status < 600) for status, meaning in CODES.values())
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "code"),
+    [
+        (b"{", {}, 400, "bad_request"),
+        (b"[]", {}, 422, "validation_failed"),
+        (b"null", {}, 422, "validation_failed"),
+        (b'"text"', {}, 422, "validation_failed"),
+        (b'{"name": "x"}', {"Content-Type": "text/plain"}, 415, "unsupported_media_type"),
+        (b'{"name": "x"}', {"Content-Type": "application/json; charset=nope"}, 415, "unsupported_media_type"),
+        (b'{"name": "x"}', {"Content-Type": "application/json; charset=utf-16"}, 415, "unsupported_media_type"),
+        (b"no gzip", {"Content-Encoding": "gzip"}, 400, "bad_request"),
+        (b'{"name": "\xff"}', {}, 400, "bad_request"),
+        (b"", {}, 422, "validation_failed"),  # no body means {}: the name is missing
+        (b"", {"Content-Type": "text/plain"}, 422, "validation_failed"),
+        (b"{" * 100_000, {}, 400, "bad_request"),
+        (b"[" * 100_000 + b"]" * 100_000, {}, 400, "bad_request"),
+        (b'{"name": ' + b"9" * 5_000 + b"}", {}, 400, "bad_request"),
+        (b'{"name": 1e400}', {}, 400, "bad_request"),
+        (b'{"name": NaN}', {}, 400, "bad_request"),
+        (b'{"name": "x", "name": "\\ud800"}', {}, 422, "validation_failed"),
+        (b" " * (1 << 20) + b"{}", {}, 413, "too_large"),
+    ],
+)
+async def test_a_body_that_cannot_be_is_told_why(
+    body: bytes, headers: dict[str, str], status: int, code: str, alice: Actor
+) -> None:
+    sent = {"Content-Type": "application/json"} | headers
+    answer = await alice.call("POST", "/projects", headers=sent, data=io.BytesIO(body))
+    assert (answer.status, answer.code) == (status, code), answer
+    assert (await alice.get("/projects"))["items"] == []
