@@ -4,6 +4,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Iterable
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -13,21 +14,24 @@ import uvloop
 from aiohttp import web
 
 from server import resources
-from server.auth import guard, upkeep
+from server.auth import guard, tickets, upkeep
 from server.auth import handlers as auth
 from server.auth.blacklist import Blacklist
 from server.auth.passwords import Hasher
 from server.auth.sessions import Issuer
 from server.auth.tokens import Keys
-from server.errors import Unauthenticated
 from server.jobs import handlers as jobs
 from server.jobs import queue, store
 from server.ops import handlers as ops
 from server.projects import access, invitations
 from server.projects import handlers as projects
 from server.ratelimit import RateLimiter, limit
-from server.realtime.endpoint import REALTIME, Authenticate, websocket
-from server.realtime.hub import Realtime
+from server.realtime.channels import Channels
+from server.realtime.doorman import Doorman, Identified
+from server.realtime.endpoint import websocket
+from server.realtime.history import History
+from server.realtime.hub import REALTIME, Realtime
+from server.realtime.messages import messages as socket_messages
 from server.realtime.table import MessageTable, merge
 from server.resources import Resources
 from server.rest import openapi
@@ -52,7 +56,7 @@ API: tuple[Iterable[web.AbstractRouteDef], ...] = (
     ops.routes,
 )
 
-MESSAGES: tuple[MessageTable, ...] = (workspace_messages,)
+MESSAGES: tuple[MessageTable, ...] = (socket_messages, workspace_messages)
 
 
 def create_app(settings: Settings, stores: Resources) -> web.Application:
@@ -63,7 +67,15 @@ def create_app(settings: Settings, stores: Resources) -> web.Application:
     app[auth.ISSUER] = issuer
     app[auth.HASHER] = Hasher(rounds=settings.bcrypt_rounds)
     app[auth.ACCEPT] = invitations.accept
-    app[REALTIME] = Realtime(settings, stores.db, stores.redis, stores.blocking_redis, merge(MESSAGES))
+    app[REALTIME] = Realtime(
+        settings,
+        merge(MESSAGES),
+        db=stores.db,
+        redis=stores.redis,
+        blocking_redis=stores.blocking_redis,
+        channels=issuer.channels,
+        doorman=doorman(stores, issuer),
+    )
     app[jobs.QUEUE] = queue.open_queue(stores.redis)
     app[ops.STARTED] = time.monotonic()
     app[ops.DRAINING] = ops.Draining()
@@ -71,7 +83,7 @@ def create_app(settings: Settings, stores: Resources) -> web.Application:
     for routes in API:
         access.assemble(routes)
         app.router.add_routes(routes)
-    app.router.add_get("/ws", limit(None)(public(websocket(socket_user(stores, issuer), access.authorize_message))))
+    app.router.add_get("/ws", limit(None)(public(websocket)))
     openapi.add_swagger(app, swagger_document())
     app.on_startup.extend((prepare_stores, start_realtime))
     app.on_shutdown.append(stop_realtime)  # before aiohttp closes the connections that are left
@@ -93,7 +105,13 @@ def make_issuer(settings: Settings, stores: Resources) -> Issuer:
         access_ttl=settings.access_token_ttl,
         refresh_ttl=settings.refresh_token_ttl,
         blacklist=Blacklist(stores.redis, token_ttl=settings.access_token_ttl),
+        channels=make_channels(settings, stores),
     )
+
+
+def make_channels(settings: Settings, stores: Resources) -> Channels:
+    history = History(stores.redis, most=settings.history_events, most_bytes=settings.history_bytes)
+    return Channels(stores.redis, history)
 
 
 def admission(settings: Settings, stores: Resources, issuer: Issuer) -> Admission:
@@ -115,15 +133,22 @@ def admission(settings: Settings, stores: Resources, issuer: Issuer) -> Admissio
     )
 
 
-def socket_user(stores: Resources, issuer: Issuer) -> Authenticate:
-    async def authenticate(request: web.Request) -> tuple[User, str]:
-        token = guard.bearer(request.headers.get("Authorization"))
-        if token is None:
-            raise Unauthenticated("Sign in: send Authorization: Bearer <access token>")
+def doorman(stores: Resources, issuer: Issuer) -> Doorman:
+    async def by_token(token: str) -> Identified:
         user = guard.identify(issuer, token)
         return user, await guard.confirm_with_name(stores.db, user)
 
-    return authenticate
+    async def by_ticket(ticket: str) -> Identified:
+        user = await tickets.redeem(stores.redis, ticket=ticket)
+        return user, await guard.confirm_with_name(stores.db, user)
+
+    return Doorman(
+        bearer=guard.bearer,
+        by_token=by_token,
+        by_ticket=by_ticket,
+        authorize=access.authorize_message,
+        recheck=partial(access.recheck, stores.db),
+    )
 
 
 async def prepare_stores(app: web.Application) -> None:
@@ -190,6 +215,7 @@ async def serve(settings: Settings) -> None:
             await stop.wait()
             log.info("server stopping")
             app[ops.DRAINING].begun = True
+            await app[REALTIME].drain()
         finally:
             await runner.cleanup()
     log.info("server stopped")

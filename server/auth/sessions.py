@@ -1,5 +1,6 @@
 """Sessions: a device that is signed in, as a family of rotating refresh tokens (RFC 9700, section 4.14.2)."""
 
+import asyncio
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -9,6 +10,7 @@ from server.auth import store, tokens
 from server.auth.blacklist import Blacklist
 from server.errors import NotFound, Unauthenticated
 from server.postgres import Executor
+from server.realtime.channels import Channels
 from server.rest.keys import User
 
 GRACE_SECONDS = 10.0  # two honest requests with one token may race
@@ -25,6 +27,7 @@ class Issuer:
     access_ttl: int
     refresh_ttl: int
     blacklist: Blacklist
+    channels: Channels
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,9 @@ async def end_others(db: Executor, issuer: Issuer, *, user: User) -> None:
 
 async def spread(issuer: Issuer, *, sessions: Collection[UUID], tokens: Collection[str] = ()) -> None:
     """Let it be known that these ended. The rows say so already: call it after the commit."""
-    await issuer.blacklist.add(sessions=sessions, tokens=tokens)
+    await asyncio.gather(
+        issuer.blacklist.add(sessions=sessions, tokens=tokens), issuer.channels.revoke_sessions(sessions)
+    )
 
 
 async def forget_old(db: Executor) -> None:

@@ -4,8 +4,9 @@
 thing exists for this user, which project it belongs to and what role they have there.
 """
 
+import asyncio
 import enum
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from uuid import UUID
@@ -16,6 +17,7 @@ from server.errors import Forbidden, NotFound, invalid
 from server.fields import parse_id
 from server.postgres import Executor
 from server.realtime.connection import Connection
+from server.realtime.peers import Thing
 from server.realtime.table import Message
 from server.rest.keys import BODY, QUERY, RESOURCES, USER
 
@@ -160,9 +162,50 @@ async def authorize_named(request: web.Request) -> None:
 async def authorize_message(connection: Connection, message: Message, data: dict[str, Any]) -> None:
     """The socket's question: may this user use what the message names?"""
     requirement = requirement_of(message.handler)
-    if requirement is not None and requirement.of:
-        db = connection.realtime.db
-        connection.access = await check_named(db, requirement, user=connection.user.id, values=data)
+    if requirement is None or not requirement.of:
+        return
+    things = [Thing(kind.value, id) for kind in requirement.of if (id := data.get(f"{kind.value}_id")) is not None]
+    known: Access | None = connection.grants.get(things[0]) if len(things) == 1 else None
+    if known is None:
+        db, user = connection.realtime.db, connection.user.id
+        connection.access = await check_named(db, requirement, user=user, values=data)
+    else:
+        known.demand(requirement.role)
+        connection.access = known
+
+
+async def recheck(
+    db: Executor, sessions: Sequence[UUID], asked: Sequence[tuple[UUID, Thing]]
+) -> tuple[set[UUID], dict[tuple[UUID, Thing], Access]]:
+    """The sockets' other question: which of these sessions live, and who of these users still has access?"""
+    alive, rows = await asyncio.gather(
+        db.fetch(_ALIVE, list(sessions)),
+        db.fetch(
+            _STANDING,
+            [user for user, _ in asked],
+            [thing.kind for _, thing in asked],
+            [thing.id for _, thing in asked],
+        ),
+    )
+    found = {
+        (row["user_id"], Thing(row["kind"], row["id"])): Access(
+            project=row["project_id"], role=Role[row["role"]], revision=row["revision"]
+        )
+        for row in rows
+    }
+    return {row["id"] for row in alive}, found
+
+
+_ALIVE = "SELECT id FROM sessions WHERE id = ANY ($1::uuid[]) AND ended_at IS NULL AND expires_at > now()"
+_STANDING = """
+SELECT asked.user_id, asked.kind, asked.id, m.project_id, m.role, p.revision
+FROM unnest($1::uuid[], $2::text[], $3::uuid[]) AS asked (user_id, kind, id)
+JOIN members m ON m.user_id = asked.user_id AND m.project_id = CASE asked.kind
+    WHEN 'project' THEN asked.id
+    WHEN 'workspace' THEN (SELECT project_id FROM workspaces WHERE workspaces.id = asked.id)
+END
+JOIN projects p ON p.id = m.project_id
+"""
 
 
 async def check_named(

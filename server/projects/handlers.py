@@ -10,8 +10,11 @@ from aiohttp_apispec import docs, json_schema, querystring_schema, response_sche
 from server import json
 from server.errors import Conflict, NotFound
 from server.fields import parse_id
-from server.projects import access, cache, invitations, members, schemas, store
+from server.postgres import Database
+from server.projects import access, announcements, cache, invitations, members, schemas, store
 from server.projects.access import ACCESS, Kind, Role, requires
+from server.realtime.channels import Channels
+from server.realtime.hub import REALTIME
 from server.rest import answers
 from server.rest.etags import etag, expected_revisions, lost, unchanged, untagged
 from server.rest.keys import BODY, QUERY, RESOURCES, USER
@@ -98,6 +101,7 @@ async def change_project(request: web.Request) -> web.Response:
     )
     if changed is None:
         raise lost(revisions)
+    await announcements.project_updated(*_told(request))
     return answers.entity(request, PROJECT, {**changed, "role": role}, role=role)
 
 
@@ -107,9 +111,11 @@ async def change_project(request: web.Request) -> web.Response:
 @requires(Role.OWNER)
 async def delete_project(request: web.Request) -> web.Response:
     revisions = expected_revisions(request, request[ACCESS].role.name)
-    gone = await store.delete_project(request.app[RESOURCES].db, project=request[ACCESS].project, revisions=revisions)
-    if not gone:
+    db, project, actor = request.app[RESOURCES].db, request[ACCESS].project, request[USER].id
+    audience = await store.audience(db, project=project, actor=actor)
+    if not await store.delete_project(db, project=project, revisions=revisions):
         raise lost(revisions)
+    await announcements.project_deleted(request.app[REALTIME].channels, audience, actor=actor)
     return answers.nothing()
 
 
@@ -134,7 +140,9 @@ async def list_activity(request: web.Request) -> web.Response:
 @requires(Role.OWNER)
 async def transfer_project(request: web.Request) -> web.Response:
     db, project, user = request.app[RESOURCES].db, request[ACCESS].project, request[USER].id
-    await members.transfer(db, project=project, owner=user, to=request[BODY]["user_id"])
+    to = request[BODY]["user_id"]
+    await members.transfer(db, project=project, owner=user, to=to)
+    await announcements.roles_changed(*_told(request), roles={user: Role.COLLABORATOR.name, to: Role.OWNER.name})
     return await _shown_anew(request, project)
 
 
@@ -189,6 +197,7 @@ async def change_role(request: web.Request) -> web.Response:
         member=_id(request, "collaboratorId"),
         role=request[BODY]["role"],
     )
+    await announcements.roles_changed(*_told(request), roles={changed["user_id"]: changed["role"]})
     return answers.json(COLLABORATOR.dump(changed))
 
 
@@ -198,12 +207,13 @@ async def change_role(request: web.Request) -> web.Response:
 @requires(Role.VIEWER)
 async def remove_collaborator(request: web.Request) -> web.Response:
     untagged(request)
-    await members.remove(
+    removed = await members.remove(
         request.app[RESOURCES].db,
         access=request[ACCESS],
         actor=request[USER].id,
         member=_id(request, "collaboratorId"),
     )
+    await announcements.member_removed(*_told(request), user=removed)
     return answers.nothing()
 
 
@@ -249,6 +259,11 @@ async def list_my_invitations(request: web.Request) -> web.Response:
 async def accept_invitation(request: web.Request) -> web.Response:
     project = await invitations.accept(request.app[RESOURCES].db, request[USER].id, request[BODY]["token"])
     return await _shown_anew(request, project)
+
+
+def _told(request: web.Request) -> tuple[Database, Channels, UUID, UUID]:
+    """What every announcement begins with."""
+    return request.app[RESOURCES].db, request.app[REALTIME].channels, request[ACCESS].project, request[USER].id
 
 
 async def _invitations(request: web.Request, *, project: UUID | None = None, user: UUID | None = None) -> web.Response:

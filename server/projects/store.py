@@ -394,3 +394,17 @@ async def list_activity(db: Executor, *, project: UUID, limit: int, before: int 
         limit,
         before,
     )
+
+
+async def audience(db: Executor, *, project: UUID, actor: UUID) -> Record:
+    """Who tells whom: ``name`` of the actor, and the ``workspaces`` of the project, whose rooms will hear."""
+    row = await db.fetchrow(
+        """
+        SELECT COALESCE((SELECT name FROM users WHERE id = $2), '') AS name,
+               ARRAY(SELECT id FROM workspaces WHERE project_id = $1 ORDER BY created_at, id) AS workspaces
+        """,
+        project,
+        actor,
+    )
+    assert row is not None
+    return row

@@ -1,11 +1,15 @@
-"""Redis pub/sub: one subscription of this process, to the channels of rooms that it has members in.
+"""What this process tells all processes, through Redis pub/sub.
 
-``announce`` is the only way to tell others. A message is ``origin \\n event id or nothing \\n frame``; the
-origin is the connection that caused it, which does not hear its own echo.
+A message is ``origin \\n kind \\n payload``. ``origin`` is the connection that caused it, which does not hear its
+own echo. ``kind`` is the id of a durable event, one of the marks below, or empty for what is neither.
+
+Everything others must hear goes through here: ``announce`` (durable, in order) and ``publish`` where the caller's
+own answer depends on it; ``report``, ``tell_user``, ``revoke_*``, ``access_changed`` and ``gone`` after a change
+that is committed elsewhere: these never raise. While Redis is away they only log, and every process finds lost
+access by itself within RECHECK_SECONDS of ``hub``.
 """
 
-import asyncio
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -16,22 +20,30 @@ from redis.exceptions import RedisError
 
 from server import json
 from server.realtime.history import History
+from server.realtime.protocol import encode
 
 log = structlog.get_logger()
 
-SUBSCRIBE_SECONDS = 2.0
-RECONNECT_SECONDS = 0.2
-LONGEST_RECONNECT_SECONDS = 3.0
-_IDLE = "realtime:idle"  # a subscription needs at least one channel
+CONTROL = "realtime:control"
+MARK = "+"  # not for members: the place in a channel's order at which somebody entered
+NEWEST = "~"  # only the newest of its origin matters: an older one that still waits is replaced
+DROPPABLE = "?"  # may be dropped when a client is slow
+AT_ONCE = 100
 
-Deliver = Callable[[UUID, str, str, bytes], None]
 
-
-def channel_of(workspace: UUID) -> str:
+def room_channel(workspace: UUID) -> str:
     return f"ws:{workspace}"
 
 
-def event_body(type: str, *, workspace: UUID, user: UUID, name: str, **more: Any) -> bytes:
+def user_channel(user: UUID) -> str:
+    return f"user:{user}"
+
+
+def message(payload: bytes, *, origin: str = "", kind: str = "") -> bytes:
+    return f"{origin}\n{kind}\n".encode() + payload
+
+
+def event_body(type: str, *, workspace: UUID, user: UUID | None, name: str, **more: Any) -> bytes:
     """The JSON object of an event, but for its id. What a client sent stands behind our own fields."""
     body = {
         **more,
@@ -48,83 +60,87 @@ def event_frame(body: bytes) -> bytes:
     return b'{"event":"collaboration:event","data":' + body + b"}"
 
 
-def leave_head(workspace: UUID) -> bytes:
-    """A USER_LEAVE frame up to the user's id; the script that counts fills in who it was."""
-    start = json.dumps({"type": "USER_LEAVE", "workspaceId": workspace, "timestamp": datetime.now(UTC)})
-    return b'{"event":"collaboration:event","data":' + start[:-1] + b',"userId":"'
-
-
 class Channels:
-    """``own`` takes tasks under its care; ``deliver`` is told (workspace, origin, event id, frame)."""
+    """Needs no sockets: the worker process has one too."""
 
-    def __init__(self, redis: Redis, history: History, *, deliver: Deliver) -> None:
+    def __init__(self, redis: Redis, history: History) -> None:
+        self.history = history
         self._redis = redis
-        self._history = history
-        self._deliver = deliver
-        self._wanted: dict[str, UUID] = {}
-        self._confirmed: dict[str, asyncio.Future[None]] = {}
-        self._pubsub: Any = None
 
     async def announce(
         self, type: str, *, workspace: UUID, user: UUID, name: str, origin: str = "", **more: Any
     ) -> str:
-        """Tell everybody in the workspace, for good: the event's id, once it is in the history."""
-        body = event_body(type, workspace=workspace, user=user, name=name, **more)
-        return await self._history.append(workspace, channel=channel_of(workspace), origin=origin, body=body)
-
-    async def subscribe(self, workspace: UUID) -> None:
-        """Returns when Redis has confirmed: from now on nothing is missed.
+        """Tell everybody in the workspace, for good: the event's id, once it is in the history.
 
         Raises:
-            TimeoutError, RedisError: it has not in time.
+            RedisError: Redis is away, and it is not known whether the event is in the history.
         """
-        channel = channel_of(workspace)
-        if channel not in self._wanted:
-            self._wanted[channel] = workspace
-            self._confirmed[channel] = asyncio.get_running_loop().create_future()
-            if self._pubsub is not None:
-                await self._pubsub.subscribe(channel)
-        async with asyncio.timeout(SUBSCRIBE_SECONDS):
-            await asyncio.shield(self._confirmed[channel])
+        body = event_body(type, workspace=workspace, user=user, name=name, **more)
+        return await self.history.append(workspace, channel=room_channel(workspace), origin=origin, body=body)
 
-    async def unsubscribe(self, workspace: UUID) -> None:
-        channel = channel_of(workspace)
-        if self._wanted.pop(channel, None) is None:
-            return
-        self._confirmed.pop(channel).cancel()
-        if self._pubsub is not None:
-            await self._pubsub.unsubscribe(channel)
+    async def report(self, type: str, *, workspaces: Sequence[UUID], user: UUID, name: str, **more: Any) -> None:
+        """Announce what is committed elsewhere (a change made over REST) in each of these workspaces.
 
-    async def listen(self) -> None:
-        """Deliver what Redis brings, for as long as the process lives; connects again when Redis was away."""
-        pause = RECONNECT_SECONDS
-        while True:
-            try:
-                async with self._redis.pubsub() as pubsub:
-                    await pubsub.subscribe(_IDLE, *self._wanted)
-                    self._pubsub = pubsub
-                    pause = RECONNECT_SECONDS
-                    await self._read(pubsub)
-            except (RedisError, OSError, TimeoutError) as error:
-                log.warning("events interrupted", error=str(error), retry_in=pause)
-            finally:
-                self._pubsub = None
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, LONGEST_RECONNECT_SECONDS)
+        ``user`` and ``name`` are who did it; ``more`` are further fields of the event, in camelCase.
+        """
+        bodies = [(each, event_body(type, workspace=each, user=user, name=name, **more)) for each in workspaces]
+        try:
+            for start in range(0, len(bodies), AT_ONCE):
+                await self.history.append_all(bodies[start : start + AT_ONCE], channel=room_channel)
+        except (RedisError, OSError) as error:
+            log.warning("event not announced", type=type, error=str(error))
 
-    async def _read(self, pubsub: Any) -> None:
-        while True:
-            message = await pubsub.get_message(timeout=None)
-            if message is None:
-                continue
-            channel = message["channel"].decode()
-            if message["type"] == "subscribe":
-                self._confirm(channel)
-            elif message["type"] == "message" and channel in self._wanted:
-                origin, id, frame = message["data"].split(b"\n", 2)
-                self._deliver(self._wanted[channel], origin.decode(), id.decode(), frame)
+    async def publish(self, channel: str, payload: bytes, *, origin: str = "", kind: str = "") -> None:
+        """Tell the listeners of any channel, see ``Subscriber.subscribe``.
 
-    def _confirm(self, channel: str) -> None:
-        confirmed = self._confirmed.get(channel)
-        if confirmed is not None and not confirmed.done():
-            confirmed.set_result(None)
+        Raises:
+            RedisError: Redis is away.
+        """
+        await self._redis.publish(channel, message(payload, origin=origin, kind=kind))
+
+    async def tell_user(self, user: UUID, event: str, data: Any, *, droppable: bool = False) -> None:
+        """Push a frame to all connections of a user, on whichever process: live only, nothing is kept.
+
+        ``droppable`` for what a slow client need not hear, such as ``job:output``.
+        """
+        kind = DROPPABLE if droppable else ""
+        await self._attempt(user_channel(user), encode(event, data), kind=kind)
+
+    async def revoke_sessions(self, sessions: Iterable[UUID]) -> None:
+        """These sessions have ended (logout, revocation, password change): their sockets close with 4401.
+
+        To be called after their rows say so; every process acts within a second.
+        """
+        if ended := list(sessions):
+            await self._control({"sessions": ended})
+
+    async def revoke_user(self, user: UUID) -> None:
+        """The account is gone: all sockets of the user close with 4401. After the row is deleted."""
+        await self._control({"user": user})
+
+    async def access_changed(
+        self, *, project: UUID, users: Sequence[UUID], actor: UUID, name: str, reason: str = "removed"
+    ) -> None:
+        """These users' roles in a project have changed, or ended: every process asks PostgreSQL anew for them.
+
+        Those who are no members any more leave its rooms and documents and hear ACCESS_REVOKED with ``reason``,
+        from ``actor``. To be called after the commit. (Tell the rooms of ROLE_CHANGED by ``report``.)
+        """
+        await self._control({"project": project, "users": list(users), "reason": reason, "actor": actor, "name": name})
+
+    async def gone(self, kind: str, ids: Sequence[UUID], *, actor: UUID, name: str) -> None:
+        """Workspaces (``kind`` "workspace") or documents ("document") are deleted: whoever is in them leaves.
+
+        To be called after the commit, and after the rooms were told of WORKSPACE_DELETED or DOCUMENT_DELETED.
+        """
+        if ids:
+            await self._control({"kind": kind, "ids": list(ids), "reason": "deleted", "actor": actor, "name": name})
+
+    async def _control(self, notice: dict[str, Any]) -> None:
+        await self._attempt(CONTROL, json.dumps(notice))
+
+    async def _attempt(self, channel: str, payload: bytes, *, kind: str = "") -> None:
+        try:
+            await self.publish(channel, payload, kind=kind)
+        except (RedisError, OSError) as error:
+            log.warning("message not published", channel=channel.partition(":")[0], error=str(error))

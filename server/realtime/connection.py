@@ -1,92 +1,182 @@
-"""One socket: who it is, what it joined, and its bounded outbox with one writer."""
+"""One socket of the JSON door: who it is, where it is, and how frames get out to it."""
 
 import asyncio
-from collections import deque
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
-from aiohttp import WSMsgType, web
+from aiohttp import web
 
 from server import metrics
-from server.realtime.protocol import websocket_frame
+from server.realtime.channels import event_body, event_frame
+from server.realtime.outbox import Delivery, Outbox
+from server.realtime.peers import Revocation, Thing
+from server.realtime.protocol import close_frame, websocket_frame
+from server.realtime.throttle import Throttle
 
 if TYPE_CHECKING:
     from server.realtime.hub import Realtime
 
 DIRECT_BYTES = 64 << 10  # a transport with less than this to send is written to at once
-CLOSE_SECONDS = 2.0
+CLOSE_SECONDS = 2.0  # for a peer to take what waits for it, and again to answer the close frame
+OVERLOADED, GONE = 1013, 1006
+_ECHOED = {*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)}  # codes that may be sent (RFC 6455, 7.4)
 
 
 class Connection:
     """Frames are written straight to the transport while the peer keeps up; when it does not, they wait in
     the outbox, which one task empties and then ends. At the outbox's bound the connection ends."""
 
-    def __init__(
-        self, socket: web.WebSocketResponse, transport: asyncio.Transport, realtime: "Realtime", *, user: Any, name: str
-    ) -> None:
+    __slots__ = (
+        "__weakref__",
+        "_afterwards",
+        "_gone",
+        "_outbox",
+        "_request",
+        "_retire",
+        "_transport",
+        "_writer",
+        "access",
+        "busy",
+        "close_code",
+        "grants",
+        "heard_at",
+        "id",
+        "name",
+        "notices",
+        "pinged_at",
+        "realtime",
+        "throttle",
+        "user",
+        "warned",
+    )
+
+    def __init__(self, request: web.Request, realtime: "Realtime", *, user: Any, name: str, now: float) -> None:
+        assert request.transport is not None
+        settings = realtime.settings
         self.id = uuid4().hex
         self.realtime = realtime
         self.user = user  # rest.keys.User
         self.name = name
-        self.rooms: set[UUID] = set()
+        self.grants: dict[Thing, Any] = {}
         self.access: Any = None  # projects.access.Access, for the message that is being handled
+        self.notices = realtime.standing.notices  # as they were when that access was asked for
         self.close_code: int | None = None
-        self._socket = socket
-        self._transport = transport
-        self._outbox: deque[bytes] = deque()
-        self._outbox_bytes = 0
+        self.busy = False  # a message is being handled
+        self.heard_at = self.pinged_at = now
+        self.warned = False  # that the token expires
+        self.throttle = Throttle(rate=settings.ws_frames_per_second, burst=settings.ws_burst, now=now)
+        self._request = request
+        self._transport = request.transport
+        self._outbox: Outbox | None = None  # most peers never need it
         self._writer: asyncio.Task[None] | None = None
+        self._retire: tuple[int, str] | None = None
+        self._afterwards: list[Callable[[], None]] = []
+        self._gone = asyncio.Event()
 
-    def send(self, payload: bytes, frame: bytes | None = None) -> None:
-        """Send one text frame; ``frame`` is the same, prebuilt, where many get it."""
-        if self.close_code is not None or self._transport.is_closing():
+    def is_in(self, workspace: UUID) -> bool:
+        return Thing("workspace", workspace) in self.grants
+
+    def send(self, payload: bytes, delivery: Delivery = Delivery.DURABLE, key: Hashable = None) -> None:
+        """Send one text frame."""
+        self.write(websocket_frame(payload), delivery, key)
+
+    def write(self, frame: bytes, delivery: Delivery = Delivery.DURABLE, key: Hashable = None) -> None:
+        """Send a prebuilt frame; ``key`` names what a newer one of ``Delivery.NEWEST`` replaces."""
+        if self.close_code is not None:
             return
-        metrics.FRAMES_OUT.inc()
         if self._writer is None and self._transport.get_write_buffer_size() < DIRECT_BYTES:
-            self._transport.write(frame or websocket_frame(payload))
+            self._transport.write(frame)
         else:
-            self._queue(payload)
+            self._wait_in_line(frame, delivery, key)
+
+    def after_answer(self, do: Callable[[], None]) -> None:
+        """Once the message that is being handled has been answered, and before anything else is sent."""
+        self._afterwards.append(do)
+
+    def answered(self) -> None:
+        """The message has been answered, or will not be."""
+        self.busy = False
+        afterwards, self._afterwards = self._afterwards, []
+        for do in afterwards:
+            do()
+        if self._retire is not None:
+            self.close(*self._retire)
 
     def close(self, code: int, reason: str = "") -> None:
-        """End the connection: soon, and aborted when the peer does not read."""
+        """Leave every room at once and end: soon, and aborted when the peer does not read."""
         if self.close_code is None:
             self.close_code = code
             metrics.SOCKETS_CLOSED.labels(str(code)).inc()
-            self._outbox.clear()
-            if self._writer is not None:
-                self._writer.cancel()
+            if code == OVERLOADED and self._outbox is not None:
+                self._outbox.clear()
+            self.realtime.forget(self)
             self.realtime.own(self._end(code, reason))
+
+    def retire(self, code: int, reason: str = "") -> None:
+        """End when the message that is being handled has been answered."""
+        if self.busy:
+            self._retire = (code, reason)
+        else:
+            self.close(code, reason)
+
+    def lose(self, thing: Thing, why: Revocation) -> None:
+        if thing not in self.grants:
+            return
+        del self.grants[thing]
+        self.realtime.evict(self, thing)
+        if thing.kind == "workspace":
+            body = event_body("ACCESS_REVOKED", workspace=thing.id, user=why.actor, name=why.name, reason=why.reason)
+            self.send(event_frame(body))
+
+    def announce_draining(self, frame: bytes) -> None:
+        self.write(frame)
+
+    def closed_by_peer(self, code: int | None) -> None:
+        """The peer has closed, or is gone (None)."""
+        if code is not None and self.close_code is None and not self._transport.is_closing():
+            self._transport.write(close_frame(code if code in _ECHOED else 1000))
+            self._transport.close()
+
+    def ended(self) -> None:
+        """Nothing will be read from the peer any more."""
+        self._gone.set()
+        if self.close_code is None:
+            self.close_code = GONE
+            self.realtime.forget(self)
+
+    def _wait_in_line(self, frame: bytes, delivery: Delivery, key: Hashable) -> None:
+        if self._outbox is None:
+            settings = self.realtime.settings
+            self._outbox = Outbox(most_frames=settings.ws_outbox_frames, most_bytes=settings.ws_outbox_bytes)
+        if not self._outbox.put(frame, delivery, key):
+            self.close(OVERLOADED, "too slow")
+            return
+        if self._outbox.dropped:
+            metrics.FRAMES_DROPPED.labels("ephemeral").inc(self._outbox.dropped)
+        if self._writer is None:
+            self._writer = self.realtime.own(self._empty_outbox(self._outbox))
+
+    async def _empty_outbox(self, outbox: Outbox) -> None:
+        try:
+            while outbox:
+                await self._request.writer.drain()  # waits while the peer does not read
+                self._transport.writelines(outbox.take(DIRECT_BYTES))
+        except ConnectionError:
+            outbox.clear()
+        finally:
+            self._writer = None
 
     async def _end(self, code: int, reason: str) -> None:
         try:
+            if self._writer is not None:
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    await self._writer
+            if not self._transport.is_closing():
+                self._transport.write(close_frame(code, reason))
             async with asyncio.timeout(CLOSE_SECONDS):
-                await self._socket.close(code=code, message=reason.encode())
-        except (TimeoutError, ConnectionError):
+                await self._gone.wait()
+        except TimeoutError:
             pass
         finally:
             self._transport.abort()
-
-    def _queue(self, payload: bytes) -> None:
-        settings = self.realtime.settings
-        if (
-            len(self._outbox) >= settings.ws_outbox_frames
-            or self._outbox_bytes + len(payload) > settings.ws_outbox_bytes
-        ):
-            self.close(1013, "too slow")
-            return
-        self._outbox.append(payload)
-        self._outbox_bytes += len(payload)
-        if self._writer is None:
-            self._writer = self.realtime.own(self._empty_outbox())
-
-    async def _empty_outbox(self) -> None:
-        try:
-            while self._outbox:
-                payload = self._outbox[0]
-                await self._socket.send_frame(payload, WSMsgType.TEXT)  # waits while the peer does not read
-                self._outbox.popleft()
-                self._outbox_bytes -= len(payload)
-        except ConnectionError:
-            self._outbox.clear()
-        finally:
-            self._writer = None

@@ -1,54 +1,168 @@
 """GET /ws: authenticate, read frames, answer each that has an id with exactly one ack or error."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 import structlog
-from aiohttp import WSMsgType, web
+from aiohttp import WSMessage, WSMsgType, hdrs, web
 
 from server import fields, metrics
-from server.errors import ServiceError
-from server.realtime import protocol
+from server.errors import Forbidden, RateLimited, ServiceError, Unauthenticated, Unavailable
+from server.realtime import hub, messages, protocol
 from server.realtime.connection import Connection
-from server.realtime.hub import Authorize, Realtime
-from server.realtime.protocol import MalformedFrame
+from server.realtime.doorman import Doorman, Identified
+from server.realtime.hub import REALTIME, Realtime
+from server.realtime.outbox import Delivery
+from server.realtime.protocol import SUBPROTOCOL, Frame, MalformedFrame
 
 log = structlog.get_logger()
 
-HEARTBEAT_SECONDS = 25.0
-REALTIME = web.AppKey("realtime", Realtime)
-Authenticate = Callable[[web.Request], Awaitable[tuple[Any, str]]]
-"""The user of the request and their name. Raises ServiceError before the upgrade."""
+FIRST_FRAME_SECONDS = 10.0
+FRAMES_AT_ONCE = 16  # of one client, then others have their turn
+REFUSAL_PAUSE_SECONDS = 0.01  # after a refused frame: who floods is read more slowly
+CLOSE_SECONDS = 2.0
+BEARER_PROTOCOL = "bearer."
+_AUTHENTICATE = messages.Authenticate()
+_GONE = {WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR}
 
 
-def websocket(
-    authenticate: Authenticate, authorize: Authorize
-) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-    """The route's handler, over who authenticates and who authorizes."""
-
-    async def handler(request: web.Request) -> web.StreamResponse:
-        realtime = request.app[REALTIME]
-        user, name = await authenticate(request)
-        socket = web.WebSocketResponse(
-            protocols=[protocol.SUBPROTOCOL],
-            heartbeat=HEARTBEAT_SECONDS,
-            compress=False,
-            max_msg_size=realtime.settings.ws_max_message_bytes,
-        )
-        await socket.prepare(request)
-        assert request.transport is not None
-        connection = Connection(socket, request.transport, realtime, user=user, name=name)
-        realtime.connections[connection.id] = connection
+async def websocket(request: web.Request) -> web.StreamResponse:
+    realtime = request.app[REALTIME]
+    refuse_strangers(request, realtime)
+    notices = realtime.standing.notices
+    identified = await identify(request, realtime.doorman)
+    socket = web.WebSocketResponse(
+        protocols=[SUBPROTOCOL],
+        autoping=False,
+        autoclose=False,
+        compress=False,
+        max_msg_size=realtime.settings.ws_max_message_bytes,
+    )
+    await socket.prepare(request)
+    greeting = None
+    if identified is None:
         try:
-            connection.send(_welcome(connection))
-            await _read(connection, socket, authorize)
-        finally:
-            # Shielded: a cancelled handler must not leave a ghost in a room.
-            await asyncio.shield(realtime.own(realtime.forget(connection)))
-        return socket
+            identified, greeting = await _first_frame(socket, realtime)
+        except _TurnedAway as away:
+            await _turn_away(request, socket, away)
+            return socket
+        notices = realtime.standing.notices - 1  # the frame came at some time since: looked up once more
+    await _serve(request, socket, identified, greeting, notices=notices)
+    return socket
 
-    return handler
+
+def refuse_strangers(request: web.Request, realtime: Realtime) -> None:
+    """What every socket door asks before it opens.
+
+    Raises:
+        Unavailable: the process is about to stop.
+        Forbidden: a page of a foreign origin asks.
+    """
+    if realtime.draining:
+        raise Unavailable("This server is restarting")
+    origin = request.headers.get(hdrs.ORIGIN)
+    allowed = realtime.settings.cors_origin
+    if origin is None or "*" in allowed or origin in allowed:
+        return
+    if urlsplit(origin).netloc.lower() != request.host.lower():
+        raise Forbidden("Pages of this origin may not connect")
+
+
+async def identify(request: web.Request, doorman: Doorman) -> Identified | None:
+    """Who the handshake says it is; None where the first frame will.
+
+    Raises:
+        Unauthenticated: it says so badly.
+    """
+    if token := doorman.bearer(request.headers.get(hdrs.AUTHORIZATION)):
+        return await doorman.by_token(token)
+    if (token := subprotocol_token(request)) is not None:
+        return await doorman.by_token(token)
+    if (ticket := request.query.get("ticket")) is not None:
+        return await doorman.by_ticket(ticket)
+    if request.query.keys() & {"token", "access_token", "accessToken"}:
+        raise Unauthenticated("Never a token in the address: it ends in logs. See POST /api/v1/auth/ws-ticket")
+    return None
+
+
+def subprotocol_token(request: web.Request) -> str | None:
+    """The token in ``Sec-WebSocket-Protocol: collab.v1, bearer.<token>``."""
+    offered = ",".join(request.headers.getall(hdrs.SEC_WEBSOCKET_PROTOCOL, ())).split(",")
+    tokens = (each.strip() for each in offered if each.strip().startswith(BEARER_PROTOCOL))
+    return next((token.removeprefix(BEARER_PROTOCOL) for token in tokens), None)
+
+
+class _TurnedAway(Exception):
+    def __init__(self, code: int, reason: str, frame: bytes = b"") -> None:
+        self.code, self.reason, self.frame = code, reason, frame
+
+
+async def _first_frame(socket: web.WebSocketResponse, realtime: Realtime) -> tuple[Identified, Frame]:
+    """Who the first frame says it is, and that frame.
+
+    Raises:
+        _TurnedAway: it does not, or not in time.
+    """
+    try:
+        async with asyncio.timeout(FIRST_FRAME_SECONDS):
+            message = await socket.receive()
+            while message.type in (WSMsgType.PING, WSMsgType.PONG):
+                message = await socket.receive()
+    except TimeoutError:
+        raise _TurnedAway(4408, "no authentication in time") from None
+    if message.type in _GONE:
+        raise _TurnedAway(1000, "")
+    id = None
+    try:
+        frame = _parse(message)
+        id = frame.id
+        if frame.event != "authenticate":
+            raise Unauthenticated("The first frame must be: authenticate")
+        data = fields.load(_AUTHENTICATE, frame.data)
+        return await realtime.doorman.by_token(data["token"]), frame
+    except ServiceError as error:
+        id = error.id if isinstance(error, MalformedFrame) else id
+        code = 1013 if isinstance(error, Unavailable) else 4401
+        raise _TurnedAway(code, error.detail, protocol.websocket_frame(protocol.refusal(error, id=id))) from None
+
+
+async def _turn_away(request: web.Request, socket: web.WebSocketResponse, away: _TurnedAway) -> None:
+    transport = request.transport
+    if transport is None:
+        return
+    metrics.SOCKETS_CLOSED.labels(str(away.code)).inc()
+    transport.write(away.frame + protocol.close_frame(away.code, away.reason))
+    try:
+        async with asyncio.timeout(CLOSE_SECONDS):
+            await _until_closed(socket)
+    except TimeoutError:
+        pass
+    transport.abort()
+
+
+async def _until_closed(socket: web.WebSocketResponse) -> None:
+    while (await socket.receive()).type not in _GONE:
+        continue
+
+
+async def _serve(
+    request: web.Request, socket: web.WebSocketResponse, identified: Identified, greeting: Frame | None, *, notices: int
+) -> None:
+    realtime, (user, name) = request.app[REALTIME], identified
+    if request.transport is None:
+        return
+    now = asyncio.get_running_loop().time()
+    connection = Connection(request, realtime, user=user, name=name, now=now)
+    try:
+        realtime.admit(connection, notices=notices)
+        await realtime.listen_for(connection)
+        connection.send(_welcome(connection))
+        if greeting is not None and greeting.id is not None:
+            connection.send(protocol.ack(greeting.id, {"tokenExpiresAt": user.expires_at}))
+        await _read(connection, socket)
+    finally:
+        connection.ended()
 
 
 def _welcome(connection: Connection) -> bytes:
@@ -58,41 +172,74 @@ def _welcome(connection: Connection) -> bytes:
             "connectionId": connection.id,
             "userId": connection.user.id,
             "userName": connection.name,
-            "heartbeatSeconds": HEARTBEAT_SECONDS,
+            "heartbeatSeconds": hub.HEARTBEAT_SECONDS,
             "maxMessageBytes": connection.realtime.settings.ws_max_message_bytes,
             "tokenExpiresAt": connection.user.expires_at,
         },
     )
 
 
-async def _read(connection: Connection, socket: web.WebSocketResponse, authorize: Authorize) -> None:
-    async for message in socket:
+async def _read(connection: Connection, socket: web.WebSocketResponse) -> None:
+    loop = asyncio.get_running_loop()
+    turn = 0
+    while True:
+        message = await socket.receive()
+        if message.type in _GONE:
+            connection.closed_by_peer(message.data if message.type is WSMsgType.CLOSE else None)
+            return
+        turn += 1
+        if turn % FRAMES_AT_ONCE == 0:
+            await asyncio.sleep(0)
+        if connection.close_code is not None:
+            continue  # what comes between our close frame and theirs
+        connection.heard_at = now = loop.time()
         metrics.FRAMES_IN.inc()
-        if message.type is WSMsgType.TEXT:
-            await _answer(connection, message.data, authorize)
-        elif message.type is WSMsgType.BINARY:
-            connection.send(protocol.refusal(protocol.malformed("Frames are text")))
+        admitted = connection.throttle.admit(now)
+        if message.type is WSMsgType.PING:
+            if admitted:
+                connection.write(protocol.pong_frame(message.data), Delivery.DROPPABLE)
+        elif message.type is not WSMsgType.PONG:
+            await _answer(connection, message, admitted=admitted)
+        if connection.throttle.exhausted(now):
+            connection.close(4400, "over the limit, or malformed, for too long")
+        elif not admitted:
+            await asyncio.sleep(REFUSAL_PAUSE_SECONDS)
 
 
-async def _answer(connection: Connection, raw: str, authorize: Authorize) -> None:
+async def _answer(connection: Connection, message: WSMessage, *, admitted: bool) -> None:
+    connection.busy = True
     id = None
     try:
-        frame = protocol.parse(raw)
+        frame = _parse(message)
         id = frame.id
-        answer = await _handle(connection, frame, authorize)
+        if not admitted:
+            raise RateLimited("Too many frames", retry_after=1)
+        answer = await _handle(connection, frame)
         if id is not None:
             connection.send(protocol.ack(id, answer or {}))
+    except MalformedFrame as error:
+        connection.throttle.note_malformed(connection.heard_at)
+        connection.send(protocol.refusal(error, id=error.id))
     except ServiceError as error:
-        connection.send(protocol.refusal(error, id=error.id if isinstance(error, MalformedFrame) else id))
+        connection.send(protocol.refusal(error, id=id))
     except Exception:
         log.exception("message failed", connection=connection.id)
         connection.send(protocol.refusal(ServiceError("Something went wrong on our side"), id=id))
+    finally:
+        connection.answered()
 
 
-async def _handle(connection: Connection, frame: protocol.Frame, authorize: Authorize) -> dict[str, Any] | None:
+def _parse(message: WSMessage) -> Frame:
+    if message.type is not WSMsgType.TEXT:
+        raise protocol.malformed("Frames are text")
+    return protocol.parse(message.data)
+
+
+async def _handle(connection: Connection, frame: Frame) -> dict[str, Any] | None:
     message = connection.realtime.messages.get(frame.event)
     if message is None:
         raise ServiceError(f"No such event: {frame.event}", code="unknown_event")
     data = fields.load(message.schema, frame.data)
-    await authorize(connection, message, data)
+    connection.notices = connection.realtime.standing.notices
+    await connection.realtime.doorman.authorize(connection, message, data)
     return await message.handler(connection, data)

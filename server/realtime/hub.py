@@ -1,117 +1,325 @@
-"""Who listens to what in this process. A broadcast is encoded and framed once, whatever the number of receivers."""
+"""The sockets of this process: who they are, which rooms they are in, and what is owed to them over time."""
 
 import asyncio
+import random
 from collections.abc import Callable, Coroutine, Mapping
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID, uuid4
 
+import structlog
+from aiohttp import web
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
+from server.errors import Conflict, Unavailable
 from server.postgres import Executor
-from server.realtime.channels import Channels, channel_of, event_body, event_frame, leave_head
-from server.realtime.connection import Connection
-from server.realtime.history import History
-from server.realtime.presence import RENEW_SECONDS, Online, Presence
-from server.realtime.protocol import websocket_frame
+from server.realtime.channels import CONTROL, DROPPABLE, Channels, event_body, event_frame, user_channel
+from server.realtime.connection import CLOSE_SECONDS, Connection
+from server.realtime.cursors import Cursors
+from server.realtime.doorman import Doorman
+from server.realtime.history import Replay
+from server.realtime.outbox import Delivery
+from server.realtime.peers import Peer, Thing
+from server.realtime.presence import RENEW_SECONDS, Member, Online, Presence
+from server.realtime.protocol import PING_FRAME, encode, websocket_frame
+from server.realtime.room import Room
+from server.realtime.standing import Standing
+from server.realtime.subscriber import Subscriber
 from server.realtime.table import Message
 from server.resources import reported
 from server.settings import Settings
 
+log = structlog.get_logger()
+
+HEARTBEAT_SECONDS = 25.0
+WATCH_SECONDS = 0.5
+EXPIRY_WARNING_SECONDS = 60.0
+RENEWED_AT_ONCE = 200
+MOST_ROOMS = 200  # of one connection
+RECONNECT_MILLISECONDS = 3000  # clients of a process that stops come back within this, not all at once
+LAST_WORDS_SECONDS = 0.2  # between server:draining and the first close
+CLOSED_AT_ONCE = 50
+CLOSE_PAUSE_SECONDS = 0.05
+STOP_SECONDS = 2 * CLOSE_SECONDS + 0.5
+
 
 class Realtime:
-    """The sockets of one process and the rooms they are in."""
-
     def __init__(
-        self, settings: Settings, db: Executor, redis: Redis, subscriber: Redis, messages: Mapping[str, Message]
+        self,
+        settings: Settings,
+        messages: Mapping[str, Message],
+        *,
+        db: Executor,
+        redis: Redis,
+        blocking_redis: Redis,
+        channels: Channels,
+        doorman: Doorman,
     ) -> None:
         self.settings = settings
         self.db = db
         self.messages = messages
-        self.connections: dict[str, Connection] = {}
-        self.history = History(redis, most=settings.history_events)
-        self.channels = Channels(subscriber, self.history, deliver=self.deliver)
+        self.doorman = doorman
+        self.draining = False
+        self.channels = channels
         self.presence = Presence(redis, process=uuid4().hex)
-        self._rooms: dict[UUID, set[Connection]] = {}
+        self.cursors = Cursors(redis)
+        self.peers: dict[str, Peer] = {}
+        self.standing = Standing(self.peers, doorman.recheck)
+        self.subscriber = Subscriber(blocking_redis, channel=CONTROL, control=self.standing, vouch=self.standing.vouch)
+        self._rooms: dict[UUID, Room] = {}
+        self._users: dict[UUID, UserPushes] = {}
+        self._evict: dict[str, Callable[[Connection, UUID], None]] = {"workspace": self._turn_out}
+        self._departed: set[tuple[UUID, str]] = set()  # whom Redis has not been told of yet
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._forever: list[asyncio.Task[None]] = []
 
     def own(self, coroutine: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         """Run it in a task that is cancelled, at the latest, when the process stops."""
         task = asyncio.ensure_future(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._finished)
         return task
 
+    def on_evict(self, kind: str, do: Callable[[Connection, UUID], None]) -> None:
+        """``do`` takes a connection out of a thing of this kind, when it closes or its access has ended."""
+        self._evict[kind] = do
+
     def start(self) -> None:
-        self.own(self.channels.listen())
-        self.own(self._renew())
+        for coroutine in (
+            self.subscriber.listen(),
+            self.standing.run(),
+            self.cursors.run(),
+            self._renew(),
+            self._watch(),
+        ):
+            self._forever.append(self.own(coroutine))
+
+    # Sockets
+
+    def admit(self, peer: Peer, *, notices: int) -> None:
+        """A socket is here. ``notices`` is ``standing.notices`` as it was before it was authenticated."""
+        self.peers[peer.id] = peer
+        if notices != self.standing.notices:
+            self.standing.doubt(peer)
+
+    async def listen_for(self, connection: Connection) -> None:
+        """From now on the connection hears what is told to its user."""
+        user = connection.user.id
+        pushes = self._users.setdefault(user, UserPushes())
+        pushes.connections.add(connection)
+        try:
+            await self.subscriber.subscribe(user_channel(user), pushes)
+        except Unavailable:
+            return  # heard as soon as Redis is back
+
+    def forget(self, peer: Peer) -> None:
+        """A socket is gone: out of everything, now."""
+        if self.peers.pop(peer.id, None) is None or not isinstance(peer, Connection):
+            return
+        for thing in list(peer.grants):
+            del peer.grants[thing]
+            self.evict(peer, thing)
+        pushes = self._users.get(peer.user.id)
+        if pushes is not None:
+            pushes.connections.discard(peer)
+            if not pushes.connections:
+                del self._users[peer.user.id]
+                self.subscriber.unsubscribe(user_channel(peer.user.id), pushes)
+
+    def evict(self, connection: Connection, thing: Thing) -> None:
+        self._evict[thing.kind](connection, thing.id)
+
+    async def drain(self) -> None:
+        """Say goodbye to all sockets: within DRAIN_SECONDS each has been closed with 1012."""
+        self.draining = True
+        deadline = asyncio.get_running_loop().time() + self.settings.drain_seconds
+        milliseconds = random.randint(0, RECONNECT_MILLISECONDS)  # noqa: S311 - spreads load
+        goodbye = websocket_frame(encode("server:draining", {"reconnectAfterMs": milliseconds}))
+        peers = list(self.peers.values())
+        for peer in peers:
+            peer.announce_draining(goodbye)
+        if peers:
+            await asyncio.sleep(min(LAST_WORDS_SECONDS, self.settings.drain_seconds / 4))
+        spread = max(1, round(self.settings.drain_seconds / 2 / CLOSE_PAUSE_SECONDS))
+        at_once = max(CLOSED_AT_ONCE, -(-len(peers) // spread))
+        while self.peers and asyncio.get_running_loop().time() < deadline:
+            for peer in list(self.peers.values())[:at_once]:
+                peer.retire(1012, "restarting")
+            await asyncio.sleep(CLOSE_PAUSE_SECONDS)
 
     async def stop(self) -> None:
-        """Close every socket with 1012 and end all tasks."""
-        for connection in list(self.connections.values()):
-            connection.close(1012, "restarting")
-        closing = asyncio.gather(*(self.forget(each) for each in list(self.connections.values())))
-        await asyncio.wait([asyncio.ensure_future(closing)], timeout=self.settings.drain_seconds)
+        """Close what is still open with 1012 and end all tasks."""
+        for peer in list(self.peers.values()):
+            peer.close(1012, "restarting")
+        ending = [task for task in self._tasks if task not in self._forever]
+        if ending:
+            await asyncio.wait(ending, timeout=STOP_SECONDS)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def join(self, connection: Connection, workspace: UUID) -> tuple[list[Online], str]:
-        """Put a connection into a room: who is here now, and the id of the newest event."""
-        with reported():
-            await self.channels.subscribe(workspace)
-            # In the room before its history is read: an event in between would reach nobody.
-            self._rooms.setdefault(workspace, set()).add(connection)
-            connection.rooms.add(workspace)
-            last = await self.history.last(workspace)
-            body = event_body("USER_JOIN", workspace=workspace, user=connection.user.id, name=connection.name)
-            online = await self.presence.join(
-                workspace,
-                connection=connection.id,
-                user=connection.user.id,
-                name=connection.name,
-                channel=channel_of(workspace),
-                event=event_frame(body),
-                leave_head=leave_head(workspace),
-            )
-        return online, last
+    # Rooms
 
-    async def leave(self, connection: Connection, workspace: UUID) -> None:
-        if workspace not in connection.rooms:
-            return
-        connection.rooms.discard(workspace)
-        members = self._rooms[workspace]
-        members.discard(connection)
+    async def join(self, connection: Connection, workspace: UUID, *, since: str | None) -> tuple[Replay, list[Online]]:
+        """Enter a room: what was missed since that event, and who is here. Where more was missed, they are not in.
+
+        Raises:
+            Unavailable: Redis is away, or it took too long.
+            Conflict: in too many rooms.
+        """
+        thing = Thing("workspace", workspace)
+        member = Member(connection.id, connection.user.id, connection.name)
+        if thing in connection.grants and since is None:
+            with reported():
+                return await self.presence.join(workspace, member, since=None)
+        if len(connection.grants) >= MOST_ROOMS:
+            raise Conflict("In too many workspaces and documents at once")
+        room = self._rooms.setdefault(workspace, Room(workspace, self._restore))
+        connection.grants.pop(thing, None)
+        arrival = await room.expect(connection)
+        try:
+            await self.subscriber.subscribe(room.channel, room)
+            with reported():
+                replay, online = await self.presence.join(workspace, member, since=since)
+            if not replay.more:
+                await arrival.history_is_complete()
+        except BaseException:
+            self._turn_out(connection, workspace)
+            raise
+        if replay.more or connection.close_code is not None:
+            self._turn_out(connection, workspace)
+        else:
+            self._grant(connection, thing)
+            connection.after_answer(lambda: room.admit(connection, last=replay.last))
+        return replay, online
+
+    def leave(self, connection: Connection, workspace: UUID) -> None:
+        if connection.grants.pop(Thing("workspace", workspace), _NOTHING) is not _NOTHING:
+            self._turn_out(connection, workspace)
+
+    async def announce(self, type: str, *, workspace: UUID, connection: Connection, **more: Any) -> str:
+        """Tell the others in the room, for good; the event's id once all that comes before it has been sent here."""
         with reported():
-            await self.presence.leave(
-                workspace,
-                connection=connection.id,
-                channel=channel_of(workspace),
-                leave_head=leave_head(workspace),
+            id = await self.channels.announce(
+                type, workspace=workspace, user=connection.user.id, name=connection.name, origin=connection.id, **more
             )
-            if not members and self._rooms.get(workspace) is members:
+        room = self._rooms.get(workspace)
+        if room is not None:
+            await room.passed(id)
+        return id
+
+    def move_cursor(self, workspace: UUID, connection: Connection, **more: Any) -> None:
+        """Show the others in the room where a cursor is; ephemeral."""
+        user, name = connection.user.id, connection.name
+        body = event_body("CURSOR_UPDATE", workspace=workspace, user=user, name=name, **more)
+        self.cursors.move(workspace, connection.id, event_frame(body))
+
+    def _grant(self, connection: Connection, thing: Thing) -> None:
+        connection.grants[thing] = connection.access
+        if connection.notices != self.standing.notices:
+            # Somebody's access has changed since ours was asked for.
+            connection.grants[thing] = None
+            self.standing.doubt(connection)
+
+    def _turn_out(self, connection: Connection, workspace: UUID) -> None:
+        room = self._rooms.get(workspace)
+        if room is not None:
+            room.refuse(connection)
+            room.members.pop(connection.id, None)
+            if room.empty:
                 del self._rooms[workspace]
-                await self.channels.unsubscribe(workspace)
+                self.subscriber.unsubscribe(room.channel, room)
+        self.cursors.forget(workspace, connection.id)
+        self._departed.add((workspace, connection.id))
+        self.own(self._uncount(workspace, connection.id))
 
-    async def forget(self, connection: Connection) -> None:
-        """A connection is gone: out of every room."""
-        self.connections.pop(connection.id, None)
-        for workspace in list(connection.rooms):
-            await self.leave(connection, workspace)
+    async def _uncount(self, workspace: UUID, connection: str) -> None:
+        try:
+            await self.presence.leave(workspace, connection=connection)
+        except (RedisError, OSError) as error:
+            log.debug("departure not told yet", error=str(error))
+        else:
+            self._departed.discard((workspace, connection))
 
-    def deliver(self, workspace: UUID, origin: str, _: str, payload: bytes) -> None:
-        frame = websocket_frame(payload)
-        for connection in tuple(self._rooms.get(workspace, ())):
-            if connection.id != origin:
-                connection.send(payload, frame)
+    async def _restore(self, room: Room, mark: str) -> tuple[Replay, list[Online]]:
+        return await self.presence.restore(room.workspace, room.people(), since=room.last or None, mark=mark)
+
+    # Time
 
     async def _renew(self) -> None:
         """Keep this process's leases, and notice processes that were killed."""
         while True:
             await asyncio.sleep(RENEW_SECONDS)
-            await asyncio.gather(*map(self._renew_room, list(self._rooms)), return_exceptions=True)
+            try:
+                await self._renew_leases()
+            except (RedisError, OSError, Unavailable) as error:
+                log.warning("presence not renewed", error=str(error))
 
-    async def _renew_room(self, workspace: UUID) -> None:
-        await self.presence.renew(workspace, channel=channel_of(workspace), leave_head=leave_head(workspace))
+    async def _renew_leases(self) -> None:
+        for workspace, connection in list(self._departed):
+            await self._uncount(workspace, connection)
+        rooms = [workspace for workspace, room in self._rooms.items() if room.members]
+        taken_for_dead: list[UUID] = []
+        for start in range(0, len(rooms), RENEWED_AT_ONCE):
+            taken_for_dead += await self.presence.renew(rooms[start : start + RENEWED_AT_ONCE])
+        for workspace in rooms:
+            room = self._rooms.get(workspace)
+            if room is not None and (room.stuck or workspace in taken_for_dead):
+                await room.resume()
+
+    async def _watch(self) -> None:
+        """Heartbeats, and tokens that expire."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            now, clock = loop.time(), datetime.now(UTC)
+            for peer in list(self.peers.values()):
+                if isinstance(peer, Connection):
+                    _check_pulse(peer, now)
+                    _check_token(peer, clock)
+
+    def _finished(self, task: "asyncio.Task[Any]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a task of the sockets died", error=repr(error))
 
 
-Authorize = Callable[[Connection, Message, dict[str, Any]], Coroutine[Any, Any, None]]
+class UserPushes:
+    """A ``Listener`` of what is told to one user, at all their connections here."""
+
+    def __init__(self) -> None:
+        self.connections: set[Connection] = set()
+
+    def deliver(self, _origin: str, kind: str, payload: bytes) -> None:
+        frame = websocket_frame(payload)
+        delivery = Delivery.DROPPABLE if kind == DROPPABLE else Delivery.DURABLE
+        for connection in tuple(self.connections):
+            connection.write(frame, delivery)
+
+    def interrupt(self) -> None:
+        """These pushes are live only."""
+
+    async def resume(self) -> None:
+        """These pushes are live only."""
+
+
+def _check_pulse(connection: Connection, now: float) -> None:
+    if now - connection.heard_at > 2 * HEARTBEAT_SECONDS:
+        connection.close(4408, "silent")
+    elif now - connection.pinged_at >= HEARTBEAT_SECONDS:
+        connection.pinged_at = now
+        connection.write(PING_FRAME, Delivery.DROPPABLE)
+
+
+def _check_token(connection: Connection, clock: datetime) -> None:
+    left = (connection.user.expires_at - clock).total_seconds()
+    if left <= 0:
+        connection.close(4401, "the token has expired")
+    elif left <= EXPIRY_WARNING_SECONDS and not connection.warned:
+        connection.warned = True
+        connection.send(encode("token:expiring", {"tokenExpiresAt": connection.user.expires_at}))
+
+
+REALTIME = web.AppKey("realtime", Realtime)
+_NOTHING = object()

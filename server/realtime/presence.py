@@ -3,73 +3,132 @@
 Every process renews its own lease in each room that it has members in; whoever looks at a room first removes
 the connections of processes whose lease ran out. A user joins with their first connection and leaves with the
 last, and the script that counts also publishes, so that each is announced exactly once.
+
+Entering a room is one script: it reads what was missed, counts the connection and publishes a mark, all at one
+moment in the order of events. What a process hears on the channel after the mark is what came after that moment.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
 from redis.asyncio import Redis
 
 from server import json
+from server.realtime import history
+from server.realtime.channels import MARK, event_body, event_frame, message, room_channel
+from server.realtime.history import REPLAY_BYTES, Replay
 
 RENEW_SECONDS = 3.0
 LEASE_SECONDS = 9  # a killed process is noticed after this and at most one renewal more
 KEPT_SECONDS = 3600
+ALL = 1_000_000
 Arguments = list[str | bytes | int]
 
-# KEYS: connections {process:connection → user}, counts {user → connections}, names {user → name}, leases.
-# ARGV: channel, head of the leave event up to the user's id.
-_COMMON = """
+# KEYS: stream, bytes, connections {process:connection → user}, counts {user → connections}, names {user → name},
+# leases. ARGV: channel, head of the leave event up to the user's id, process, seconds of a lease, seconds kept.
+_COMMON = (
+    history.LUA
+    + """
 local now = tonumber(redis.call('TIME')[1])
+local mine = ARGV[3] .. ':'
 local function gone(field)
-    local user = redis.call('HGET', KEYS[1], field)
+    local user = redis.call('HGET', KEYS[3], field)
     if not user then return end
-    redis.call('HDEL', KEYS[1], field)
-    if redis.call('HINCRBY', KEYS[2], user, -1) > 0 then return end
-    local name = redis.call('HGET', KEYS[3], user) or '""'
-    redis.call('HDEL', KEYS[2], user)
-    redis.call('HDEL', KEYS[3], user)
+    redis.call('HDEL', KEYS[3], field)
+    if redis.call('HINCRBY', KEYS[4], user, -1) > 0 then return end
+    local name = redis.call('HGET', KEYS[5], user) or '""'
+    redis.call('HDEL', KEYS[4], user)
+    redis.call('HDEL', KEYS[5], user)
     local event = ARGV[2] .. user .. '","userName":' .. name .. '}}'
     redis.call('PUBLISH', ARGV[1], string.match(field, ':(.*)') .. '\\n\\n' .. event)
 end
+local function come(field, user, name)
+    if redis.call('HSETNX', KEYS[3], field, user) == 0 then return false end
+    redis.call('HSET', KEYS[5], user, name)
+    return redis.call('HINCRBY', KEYS[4], user, 1) == 1
+end
 local function sweep()
-    local dead = redis.call('ZRANGEBYSCORE', KEYS[4], '-inf', '(' .. now)
-    for _, process in ipairs(dead) do
-        for _, field in ipairs(redis.call('HKEYS', KEYS[1])) do
+    for _, process in ipairs(redis.call('ZRANGEBYSCORE', KEYS[6], '-inf', '(' .. now)) do
+        for _, field in ipairs(redis.call('HKEYS', KEYS[3])) do
             if string.sub(field, 1, #process + 1) == process .. ':' then gone(field) end
         end
-        redis.call('ZREM', KEYS[4], process)
+        redis.call('ZREM', KEYS[6], process)
     end
 end
+local function renew()
+    redis.call('ZADD', KEYS[6], now + tonumber(ARGV[4]), ARGV[3])
+    for i = 3, 6 do redis.call('EXPIRE', KEYS[i], ARGV[5]) end
+end
+-- Who finds their own lease run out was away, and so, perhaps, was Redis: then all get another term.
+local function forgive()
+    local own = redis.call('ZSCORE', KEYS[6], ARGV[3])
+    if own and tonumber(own) < now then
+        for _, process in ipairs(redis.call('ZRANGEBYSCORE', KEYS[6], '-inf', '(' .. now)) do
+            redis.call('ZADD', KEYS[6], now + tonumber(ARGV[4]), process)
+        end
+    end
+    return own
+end
+local function online()
+    return {redis.call('HGETALL', KEYS[4]), redis.call('HGETALL', KEYS[5])}
+end
 """
+)
 
-# ARGV: … process, lease, kept, field, user, name as JSON, join event
+# ARGV: … since or nothing, most, most bytes, mark, field, user, name as JSON, join message
 _JOIN = (
     _COMMON
     + """
 sweep()
-redis.call('ZADD', KEYS[4], now + tonumber(ARGV[4]), ARGV[3])
-if redis.call('HSETNX', KEYS[1], ARGV[6], ARGV[7]) == 1 then
-    redis.call('HSET', KEYS[3], ARGV[7], ARGV[8])
-    if redis.call('HINCRBY', KEYS[2], ARGV[7], 1) == 1 then
-        redis.call('PUBLISH', ARGV[1], string.match(ARGV[6], ':(.*)') .. '\\n\\n' .. ARGV[9])
-    end
-end
-for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, ARGV[5]) end
-return {redis.call('HGETALL', KEYS[2]), redis.call('HGETALL', KEYS[3])}
+local last, found = last_id(KEYS[1]), {0, 0, {}}
+if ARGV[6] ~= '' then found = read_after(KEYS[1], ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8])) end
+if found[2] == 1 then return {last, found, online()} end
+local first = come(ARGV[10], ARGV[11], ARGV[12])
+renew()
+redis.call('PUBLISH', ARGV[1], first and ARGV[13] or ARGV[9])
+return {last, found, online()}
 """
 )
-_LEAVE = _COMMON + "gone(ARGV[3])"
+# ARGV: … connection
+_LEAVE = _COMMON + "gone(mine .. ARGV[6])"
 _RENEW = (
     _COMMON
     + """
-redis.call('ZADD', KEYS[4], now + tonumber(ARGV[4]), ARGV[3])
+local own = forgive()
 sweep()
-for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, ARGV[5]) end
+if own then renew() end
+return own and 1 or 0
 """
 )
-_LIST = _COMMON + "sweep()\nreturn {redis.call('HGETALL', KEYS[2]), redis.call('HGETALL', KEYS[3])}"
+# ARGV: … since or nothing, most, most bytes, mark, then of each member: connection, user, name, join message
+_RESTORE = (
+    _COMMON
+    + """
+forgive()
+local here = {}
+for i = 10, #ARGV, 4 do here[mine .. ARGV[i]] = true end
+for _, field in ipairs(redis.call('HKEYS', KEYS[3])) do
+    if string.sub(field, 1, #mine) == mine and not here[field] then gone(field) end
+end
+sweep()
+if next(here) then
+    for i = 10, #ARGV, 4 do
+        if come(mine .. ARGV[i], ARGV[i + 1], ARGV[i + 2]) then redis.call('PUBLISH', ARGV[1], ARGV[i + 3]) end
+    end
+    renew()
+else
+    redis.call('ZREM', KEYS[6], ARGV[3])
+end
+local last, found = last_id(KEYS[1]), {0, 0, {}}
+if ARGV[6] ~= '' then found = read_after(KEYS[1], ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8])) end
+if found[2] == 0 then redis.call('PUBLISH', ARGV[1], ARGV[9]) end
+return {last, found, online()}
+"""
+)
+_LIST = _COMMON + "sweep()\nreturn online()"
 
 
 @dataclass(frozen=True)
@@ -82,37 +141,76 @@ class Online:
         return {"userId": str(self.user), "userName": self.name, "connections": self.connections}
 
 
+@dataclass(frozen=True)
+class Member:
+    connection: str
+    user: UUID
+    name: str
+
+
 class Presence:
     """Of one process; ``process`` names it and holds no colon."""
 
     def __init__(self, redis: Redis, *, process: str) -> None:
+        self._redis: Any = redis
         self._process = process
-        self._join, self._leave, self._renew, self._list = map(redis.register_script, (_JOIN, _LEAVE, _RENEW, _LIST))
+        self._join, self._leave, self._renew, self._restore, self._list = map(
+            redis.register_script, (_JOIN, _LEAVE, _RENEW, _RESTORE, _LIST)
+        )
 
-    async def join(
-        self, workspace: UUID, *, connection: str, user: UUID, name: str, channel: str, event: bytes, leave_head: bytes
-    ) -> list[Online]:
-        """Count a connection; who is here now. ``event`` is published where it is the user's first."""
-        field = f"{self._process}:{connection}"
-        arguments: Arguments = [channel, leave_head, self._process, LEASE_SECONDS, KEPT_SECONDS]
-        arguments += [field, str(user), json.dumps(name), event]
-        return _online(await self._join(keys=_keys(workspace), args=arguments))
+    async def join(self, workspace: UUID, member: Member, *, since: str | None) -> tuple[Replay, list[Online]]:
+        """Count a connection: what it missed, and who is here now. It is not counted where it missed more."""
+        mark = message(b"", origin=member.connection, kind=MARK)
+        arguments: Arguments = [*self._common(workspace), since or "", ALL, REPLAY_BYTES, mark]
+        arguments += [f"{self._process}:{member.connection}", str(member.user), json.dumps(member.name)]
+        arguments.append(_join_message(workspace, member, kind=MARK))
+        last, found, online = await self._join(keys=_keys(workspace), args=arguments)
+        return history.replay(last, found), _online(online)
 
-    async def leave(self, workspace: UUID, *, connection: str, channel: str, leave_head: bytes) -> None:
+    async def leave(self, workspace: UUID, *, connection: str) -> None:
         """Uncount a connection; the leave event is published where it was the user's last."""
-        arguments: Arguments = [channel, leave_head, f"{self._process}:{connection}"]
-        await self._leave(keys=_keys(workspace), args=arguments)
+        await self._leave(keys=_keys(workspace), args=[*self._common(workspace), connection])
 
-    async def renew(self, workspace: UUID, *, channel: str, leave_head: bytes) -> None:
-        arguments: Arguments = [channel, leave_head, self._process, LEASE_SECONDS, KEPT_SECONDS]
-        await self._renew(keys=_keys(workspace), args=arguments)
+    async def renew(self, workspaces: Sequence[UUID]) -> list[UUID]:
+        """Renew this process's leases; those of these workspaces in which others took it for dead."""
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for workspace in workspaces:
+                await self._renew(keys=_keys(workspace), args=self._common(workspace), client=pipeline)
+            held = await pipeline.execute()
+        return [workspace for workspace, mine in zip(workspaces, held, strict=True) if not mine]
 
-    async def online(self, workspace: UUID, *, channel: str, leave_head: bytes) -> list[Online]:
-        return _online(await self._list(keys=_keys(workspace), args=[channel, leave_head]))
+    async def restore(
+        self, workspace: UUID, members: Iterable[Member], *, since: str | None, mark: str
+    ) -> tuple[Replay, list[Online]]:
+        """Make it known again who of this process is here, and nobody else; and what was missed meanwhile.
+
+        ``mark`` is the origin of the mark, which is published where nothing more was missed.
+        """
+        arguments: Arguments = [*self._common(workspace), since or "", ALL, REPLAY_BYTES]
+        arguments.append(message(b"", origin=mark, kind=MARK))
+        for each in members:
+            arguments += [each.connection, str(each.user), json.dumps(each.name), _join_message(workspace, each)]
+        last, found, online = await self._restore(keys=_keys(workspace), args=arguments)
+        return history.replay(last, found), _online(online)
+
+    async def online(self, workspace: UUID) -> list[Online]:
+        return _online(await self._list(keys=_keys(workspace), args=self._common(workspace)))
+
+    def _common(self, workspace: UUID) -> Arguments:
+        head = json.dumps({"type": "USER_LEAVE", "workspaceId": workspace, "timestamp": datetime.now(UTC)})
+        leave = b'{"event":"collaboration:event","data":' + head[:-1] + b',"userId":"'
+        return [room_channel(workspace), leave, self._process, LEASE_SECONDS, KEPT_SECONDS]
+
+
+def _join_message(workspace: UUID, member: Member, *, kind: str = "") -> bytes:
+    body = event_body("USER_JOIN", workspace=workspace, user=member.user, name=member.name)
+    return message(event_frame(body), origin=member.connection, kind=kind)
 
 
 def _keys(workspace: UUID) -> list[str]:
-    return [f"ws:{{{workspace}}}:{part}" for part in ("connections", "counts", "names", "leases")]
+    return history.keys(workspace) + [
+        f"ws:{{{workspace}}}:{part}" for part in ("connections", "counts", "names", "leases")
+    ]
 
 
 def _online(answer: Any) -> list[Online]:

@@ -83,3 +83,15 @@ def websocket_frame(payload: bytes) -> bytes:
     if size < 1 << 16:
         return b"\x81\x7e" + size.to_bytes(2, "big") + payload
     return b"\x81\x7f" + size.to_bytes(8, "big") + payload
+
+
+def close_frame(code: int, reason: str = "") -> bytes:
+    body = code.to_bytes(2, "big") + reason.encode()[:123]
+    return b"\x88" + len(body).to_bytes(1, "big") + body
+
+
+def pong_frame(body: bytes) -> bytes:
+    return b"\x8a" + len(body).to_bytes(1, "big") + body
+
+
+PING_FRAME = b"\x89\x00"

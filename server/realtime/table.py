@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from marshmallow import Schema
+from server.fields import Schema
 
 if TYPE_CHECKING:
     from server.realtime.connection import Connection
@@ -16,10 +16,15 @@ if TYPE_CHECKING:
 Handler = Callable[["Connection", dict[str, Any]], Awaitable[dict[str, Any] | None]]
 
 
+class Nothing(Schema):
+    """An ack without anything in it."""
+
+
 @dataclass(frozen=True)
 class Message:
     event: str
     schema: Schema
+    ack: Schema
     handler: Handler
     summary: str
 
@@ -28,9 +33,12 @@ class MessageTable:
     def __init__(self) -> None:
         self._messages: list[Message] = []
 
-    def on(self, event: str, schema: type[Schema]) -> Callable[[Handler], Handler]:
+    def on(self, event: str, schema: type[Schema], *, ack: type[Schema] = Nothing) -> Callable[[Handler], Handler]:
+        """``ack`` describes what the handler returns, for the AsyncAPI document."""
+
         def add(handler: Handler) -> Handler:
-            self._messages.append(Message(event, schema(), handler, (handler.__doc__ or "").strip()))
+            summary = (handler.__doc__ or "").partition("\n")[0].strip()
+            self._messages.append(Message(event, schema(), ack(), handler, summary))
             return handler
 
         return add

@@ -7,7 +7,9 @@ from aiohttp import web
 from aiohttp_apispec import docs, json_schema, querystring_schema, response_schema
 
 from server.errors import NotFound
+from server.projects import announcements
 from server.projects.access import ACCESS, Role, named, requires
+from server.realtime.hub import REALTIME
 from server.rest import answers
 from server.rest.etags import etag, expected_revisions, lost
 from server.rest.keys import BODY, QUERY, RESOURCES, USER
@@ -70,12 +72,12 @@ async def read_workspace(request: web.Request) -> web.Response:
 @response_schema(schemas.Workspace, 200)
 @requires(Role.COLLABORATOR)
 async def change_workspace(request: web.Request) -> web.Response:
-    role, given = request[ACCESS].role.name, request[BODY]
+    role, given, actor = request[ACCESS].role.name, request[BODY], request[USER].id
     revisions = expected_revisions(request, role)
     made = await store.change_workspace(
         request.app[RESOURCES].db,
         workspace=_id(request),
-        actor=request[USER].id,
+        actor=actor,
         name=given.get("name"),
         description=given.get("description"),
         meta=given.get("meta"),
@@ -83,6 +85,8 @@ async def change_workspace(request: web.Request) -> web.Response:
     )
     if made is None:
         raise lost(revisions)
+    channels = request.app[REALTIME].channels
+    await channels.report("WORKSPACE_UPDATED", workspaces=[made["id"]], user=actor, name=made["actor_name"])
     return answers.entity(request, WORKSPACE, made, role=role)
 
 
@@ -91,11 +95,14 @@ async def change_workspace(request: web.Request) -> web.Response:
 @requires(Role.COLLABORATOR)
 async def delete_workspace(request: web.Request) -> web.Response:
     revisions = expected_revisions(request, request[ACCESS].role.name)
+    actor, workspace = request[USER].id, _id(request)
     gone = await store.delete_workspace(
-        request.app[RESOURCES].db, workspace=_id(request), actor=request[USER].id, revisions=revisions
+        request.app[RESOURCES].db, workspace=workspace, actor=actor, revisions=revisions
     )
-    if not gone:
+    if gone is None:
         raise lost(revisions)
+    channels = request.app[REALTIME].channels
+    await announcements.workspaces_deleted(channels, [workspace], actor=actor, name=gone["actor_name"])
     return answers.nothing()
 
 

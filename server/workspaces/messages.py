@@ -1,21 +1,42 @@
 """What is said in a workspace."""
 
 from typing import Any
+from uuid import UUID
 
-from marshmallow import fields
+from marshmallow import fields, validate
+from orjson import Fragment
 
 from server.errors import ServiceError
 from server.fields import Id, Schema, Text
 from server.projects.access import Role, named, requires
 from server.realtime.connection import Connection
+from server.realtime.history import parse_event_id
 from server.realtime.table import MessageTable
-from server.resources import reported
 
 messages = MessageTable()
 
 
 class JoinWorkspace(Schema):
     workspace_id = Id(required=True)
+    since = fields.String(
+        load_default=None, allow_none=True, metadata={"description": "the last event id you have; null: no replay"}
+    )
+
+
+class Here(Schema):
+    user_id = Id(required=True)
+    user_name = fields.String(required=True)
+    connections = fields.Integer(required=True)
+
+
+class JoinedWorkspace(Schema):
+    workspace_id = Id(required=True)
+    role = fields.String(required=True, validate=validate.OneOf([role.name for role in Role]))
+    users = fields.List(fields.Nested(Here), required=True)
+    last_event_id = fields.String(required=True)
+    events = fields.List(fields.Dict(), required=True, metadata={"description": "the missed ones, at most 1 MiB"})
+    gap = fields.Boolean(required=True, metadata={"description": "`since` is not in the history: reload over REST"})
+    more = fields.Boolean(required=True, metadata={"description": "not in yet: join again with the last `eventId`"})
 
 
 class LeaveWorkspace(Schema):
@@ -29,41 +50,64 @@ class FileChange(Schema):
     change = fields.Raw(required=True, allow_none=True)
 
 
-@messages.on("join:workspace", JoinWorkspace)
+class FileChanged(Schema):
+    event_id = fields.String(required=True)
+
+
+class CursorUpdate(Schema):
+    workspace_id = Id(required=True)
+    file_id = Text(0, 256, allow_none=True)
+    position = fields.Raw(required=True, allow_none=True)
+
+
+@messages.on("join:workspace", JoinWorkspace, ack=JoinedWorkspace)
 @requires(Role.VIEWER, of=named("workspaceId"))
 async def join_workspace(socket: Connection, data: dict[str, Any]) -> dict[str, Any]:
-    """Enter a workspace: see who is there and hear its events."""
-    online, last = await socket.realtime.join(socket, data["workspace_id"])
+    """Enter a workspace: see who is there, hear what you missed, and from now on its events."""
+    since = data["since"] and parse_event_id(data["since"], field="since")
+    replay, online = await socket.realtime.join(socket, data["workspace_id"], since=since)
     return {
         "workspaceId": data["workspace_id"],
         "role": socket.access.role.name,
         "users": [each.shown() for each in online],
-        "lastEventId": last,
-        "events": [],
-        "gap": False,
-        "more": False,
+        "lastEventId": replay.last,
+        "events": [Fragment(entry.event) for entry in replay.entries],
+        "gap": replay.gap,
+        "more": replay.more,
     }
 
 
 @messages.on("leave:workspace", LeaveWorkspace)
 async def leave_workspace(socket: Connection, data: dict[str, Any]) -> None:
     """Leave a workspace."""
-    await socket.realtime.leave(socket, data["workspace_id"])
+    socket.realtime.leave(socket, data["workspace_id"])
 
 
-@messages.on("file:change", FileChange)
+@messages.on("file:change", FileChange, ack=FileChanged)
 @requires(Role.COLLABORATOR, of=named("workspaceId"))
 async def change_file(socket: Connection, data: dict[str, Any]) -> dict[str, Any]:
     """Tell the others about a change; acknowledged when it is in the workspace's history."""
-    workspace = data["workspace_id"]
-    if workspace not in socket.rooms:
-        raise ServiceError("Join the workspace first", code="not_joined")
-    sent = {key: data[name] for key, name in _SENT.items() if name in data}
-    with reported():
-        id = await socket.realtime.channels.announce(
-            "FILE_CHANGE", workspace=workspace, user=socket.user.id, name=socket.name, origin=socket.id, **sent
-        )
+    workspace = _joined(socket, data)
+    id = await socket.realtime.announce("FILE_CHANGE", workspace=workspace, connection=socket, **_sent(data))
     return {"eventId": id}
 
 
-_SENT = {"fileId": "file_id", "path": "path", "change": "change"}
+@messages.on("cursor:update", CursorUpdate)
+@requires(Role.VIEWER, of=named("workspaceId"))
+async def update_cursor(socket: Connection, data: dict[str, Any]) -> None:
+    """Show the others where you are; ephemeral, the newest wins."""
+    socket.realtime.move_cursor(_joined(socket, data), socket, **_sent(data))
+
+
+def _joined(socket: Connection, data: dict[str, Any]) -> UUID:
+    workspace: UUID = data["workspace_id"]
+    if not socket.is_in(workspace):
+        raise ServiceError("Join the workspace first", code="not_joined")
+    return workspace
+
+
+def _sent(data: dict[str, Any]) -> dict[str, Any]:
+    return {key: data[name] for key, name in _PASSED_ON.items() if name in data}
+
+
+_PASSED_ON = {"fileId": "file_id", "path": "path", "change": "change", "position": "position"}

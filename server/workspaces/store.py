@@ -61,7 +61,7 @@ async def change_workspace(
     meta: dict[str, Any] | None,
     revisions: list[int] | None,
 ) -> Record | None:
-    """The changed workspace; None where it is gone or its revision is none of these."""
+    """The changed workspace, with ``actor_name``; None where it is gone or its revision is none of these."""
     return await db.fetchrow(
         """
         WITH changed AS (
@@ -73,7 +73,7 @@ async def change_workspace(
             SELECT project_id, $2, 'workspace.updated', jsonb_build_object('workspaceId', id, 'name', name)
             FROM changed
         )
-        SELECT * FROM changed
+        SELECT changed.*, (SELECT name FROM users WHERE id = $2) AS actor_name FROM changed
         """,
         workspace,
         actor,
@@ -84,21 +84,20 @@ async def change_workspace(
     )
 
 
-async def delete_workspace(db: Executor, *, workspace: UUID, actor: UUID, revisions: list[int] | None) -> bool:
-    return bool(
-        await db.fetchval(
-            """
-            WITH gone AS (
-                DELETE FROM workspaces WHERE id = $1 AND ($3::bigint[] IS NULL OR revision = ANY ($3)) RETURNING *
-            ), noted AS (
-                INSERT INTO activity (project_id, actor_id, action, subject)
-                SELECT project_id, $2, 'workspace.deleted', jsonb_build_object('workspaceId', id, 'name', name)
-                FROM gone
-            )
-            SELECT true FROM gone
-            """,
-            workspace,
-            actor,
-            revisions,
+async def delete_workspace(db: Executor, *, workspace: UUID, actor: UUID, revisions: list[int] | None) -> Record | None:
+    """``actor_name``; None where it is gone already or its revision is none of these."""
+    return await db.fetchrow(
+        """
+        WITH gone AS (
+            DELETE FROM workspaces WHERE id = $1 AND ($3::bigint[] IS NULL OR revision = ANY ($3)) RETURNING *
+        ), noted AS (
+            INSERT INTO activity (project_id, actor_id, action, subject)
+            SELECT project_id, $2, 'workspace.deleted', jsonb_build_object('workspaceId', id, 'name', name)
+            FROM gone
         )
+        SELECT (SELECT name FROM users WHERE id = $2) AS actor_name FROM gone
+        """,
+        workspace,
+        actor,
+        revisions,
     )

@@ -1,0 +1,49 @@
+"""What every client may say, wherever it is."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from marshmallow import fields
+
+from server.errors import Forbidden
+from server.fields import Schema, Time
+from server.realtime.connection import Connection
+from server.realtime.table import MessageTable
+
+messages = MessageTable()
+
+
+class Authenticate(Schema):
+    token = fields.String(required=True, metadata={"description": "an access token"})
+
+
+class Authenticated(Schema):
+    token_expires_at = Time(required=True)
+
+
+class Ping(Schema):
+    pass
+
+
+class Pong(Schema):
+    server_time = Time(required=True)
+
+
+@messages.on("authenticate", Authenticate, ack=Authenticated)
+async def authenticate(socket: Connection, data: dict[str, Any]) -> dict[str, Any]:
+    """Sign in with the first frame; on a live connection, renew its token before it expires."""
+    realtime = socket.realtime
+    notices = realtime.standing.notices
+    user, name = await realtime.doorman.by_token(data["token"])
+    if user.id != socket.user.id:
+        raise Forbidden("The token is another user's; open another connection")
+    socket.user, socket.name, socket.warned = user, name, False
+    if notices != realtime.standing.notices:
+        realtime.standing.doubt(socket)
+    return {"tokenExpiresAt": user.expires_at}
+
+
+@messages.on("ping", Ping, ack=Pong)
+async def ping(_: Connection, __: dict[str, Any]) -> dict[str, Any]:
+    """Ask whether the server answers; optional beside WebSocket pings."""
+    return {"serverTime": datetime.now(UTC)}

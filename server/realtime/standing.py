@@ -1,0 +1,125 @@
+"""Whether the peers of this process may still be here, and do what they do.
+
+Other processes say at once what has changed (``Channels.revoke_*``, ``access_changed``, ``gone``), on a channel
+that is always heard; what they say is looked up in PostgreSQL before it counts, so that it does not matter in
+which order two changes are heard. Everybody is looked up every RECHECK_SECONDS, and after Redis was away, before
+anything else is delivered.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+import structlog
+
+from server import json
+from server.errors import ServiceError
+from server.realtime.peers import Peer, Revocation, Thing
+
+log = structlog.get_logger()
+
+RECHECK_SECONDS = 15.0
+RETRY_SECONDS = 0.5
+Asked = tuple[UUID, Thing]
+Recheck = Callable[[Sequence[UUID], Sequence[Asked]], Awaitable[tuple[set[UUID], Mapping[Asked, Any]]]]
+"""Of these sessions those that live; of these (user, thing) those with access. Raises ServiceError."""
+REMOVED = Revocation("removed")
+
+
+class Standing:
+    def __init__(self, peers: Mapping[str, Peer], recheck: Recheck) -> None:
+        self._peers = peers
+        self._recheck = recheck
+        self._doubted: dict[Peer, Revocation] = {}
+        self._doubt = asyncio.Event()
+        self._one_at_a_time = asyncio.Lock()
+        self.notices = 0
+        """Grows with every notice. Who asked PostgreSQL before one and acts on it after must ``doubt``."""
+
+    def doubt(self, peer: Peer, why: Revocation = REMOVED) -> None:
+        """Look this peer up, now."""
+        self._doubted[peer] = why
+        self._doubt.set()
+
+    async def run(self) -> None:
+        """Look up whoever is in doubt, and everybody every RECHECK_SECONDS."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._settle_doubts())
+            tasks.create_task(self._recheck_all())
+
+    async def vouch(self) -> None:
+        """Returns when everybody has been looked up."""
+        async with self._one_at_a_time:
+            await self._look_up_until_answered(dict.fromkeys(self._peers.values(), REMOVED))
+
+    def deliver(self, _origin: str, _kind: str, payload: bytes) -> None:
+        self.notices += 1
+        notice: dict[str, Any] = json.loads(payload)
+        sessions, user = set(notice.get("sessions", ())), notice.get("user")
+        why = Revocation(notice.get("reason", ""), notice.get("actor"), notice.get("name", ""))
+        project, users = notice.get("project"), set(notice.get("users", ()))
+        things = {Thing(notice["kind"], UUID(id)) for id in notice.get("ids", ())}
+        for peer in list(self._peers.values()):
+            if str(peer.user.session) in sessions or str(peer.user.id) == user:
+                peer.close(4401, "the session has ended")
+            elif things:
+                for thing in things & peer.grants.keys():
+                    peer.lose(thing, why)
+            elif str(peer.user.id) in users:
+                self._distrust(peer, project, why)
+
+    def _distrust(self, peer: Peer, project: str | None, why: Revocation) -> None:
+        for thing, access in peer.grants.items():
+            if access is None or str(access.project) == project:
+                peer.grants[thing] = None
+                self.doubt(peer, why)
+
+    def interrupt(self) -> None:
+        """Notices may be missed; ``vouch`` makes up for it."""
+
+    async def resume(self) -> None:
+        """Nothing to do: ``vouch`` has been called."""
+
+    async def _settle_doubts(self) -> None:
+        while True:
+            await self._doubt.wait()
+            self._doubt.clear()
+            async with self._one_at_a_time:
+                doubted, self._doubted = self._doubted, {}
+                await self._look_up_until_answered(doubted)
+
+    async def _recheck_all(self) -> None:
+        while True:
+            await asyncio.sleep(RECHECK_SECONDS)
+            await self.vouch()
+
+    async def _look_up_until_answered(self, whom: Mapping[Peer, Revocation]) -> None:
+        while True:
+            try:
+                return await self._look_up(whom)
+            except ServiceError as error:
+                log.warning("access cannot be looked up", error=error.detail, sockets=len(whom))
+                await asyncio.sleep(RETRY_SECONDS)
+
+    async def _look_up(self, whom: Mapping[Peer, Revocation]) -> None:
+        sessions = {peer: peer.user.session for peer in whom if peer.id in self._peers}
+        if not sessions:
+            return
+        asked = [(peer, thing, access) for peer in sessions for thing, access in peer.grants.items()]
+        alive, found = await self._recheck(
+            list(set(sessions.values())), list({(peer.user.id, thing) for peer, thing, _ in asked})
+        )
+        for peer, session in sessions.items():
+            if session not in alive and peer.user.session == session:
+                peer.close(4401, "the session has ended")
+        for peer, thing, access in asked:
+            # Doubted again, or decided anew meanwhile: what was just read is older than that.
+            if peer not in self._doubted and thing in peer.grants and peer.grants[thing] is access:
+                self._decide(peer, thing, found.get((peer.user.id, thing)), whom[peer])
+
+    def _decide(self, peer: Peer, thing: Thing, access: Any, why: Revocation) -> None:
+        if access is None:
+            peer.lose(thing, why)
+        else:
+            peer.grants[thing] = access

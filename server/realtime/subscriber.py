@@ -1,0 +1,210 @@
+"""What this process hears from Redis: one connection, subscribed to the channels that somebody here listens to.
+
+Whatever interrupts it, nothing is delivered afterwards that a listener could mistake for the next message:
+listeners are told of the interruption, and asked to catch up once their channel is subscribed again.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, Protocol
+
+import structlog
+from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
+
+from server.errors import Unavailable
+
+log = structlog.get_logger()
+
+SUBSCRIBE_SECONDS = 2.0
+PING_SECONDS = 2.0  # one that does not answer until the next is gone
+RECONNECT_SECONDS = 0.1
+LONGEST_RECONNECT_SECONDS = 2.0
+RESUMED_AT_ONCE = 32
+SLICE_SECONDS = 0.005  # a burst of messages lets sockets be read after this
+
+
+class Listener(Protocol):
+    """Who hears a channel. None of these may raise, but ``resume`` when Redis is away again."""
+
+    def deliver(self, origin: str, kind: str, payload: bytes) -> None:
+        """One message, in the order in which Redis got them; ``origin`` and ``kind`` as they were published."""
+
+    def interrupt(self) -> None:
+        """The subscription is lost: messages may be missed from now on."""
+
+    async def resume(self) -> None:
+        """The channel is subscribed again, and its messages flow: catch up with what was missed.
+
+        Raises:
+            RedisError, Unavailable: it cannot be; the subscription is made anew and this is called again.
+        """
+
+
+class Subscriber:
+    """``control`` hears its own channel always; ``vouch`` returns when what was missed of it cannot matter."""
+
+    def __init__(self, redis: Redis, *, channel: str, control: Listener, vouch: Callable[[], Awaitable[None]]) -> None:
+        self._pool: Any = redis.connection_pool
+        self._control = channel.encode()
+        self._vouch = vouch
+        self._listeners: dict[bytes, Listener] = {self._control: control}
+        self._touched: set[bytes] = set()
+        self._sent: set[bytes] = set()
+        self._unconfirmed: Counter[bytes] = Counter()
+        self._waiting: dict[bytes, asyncio.Future[None]] = {}
+        self._changed = asyncio.Event()
+        self._heard = False
+
+    async def subscribe(self, name: str, listener: Listener) -> None:
+        """Returns when Redis has confirmed: from now on nothing is missed. One listener a channel.
+
+        Raises:
+            Unavailable: it has not in time. The listener is kept, and heard later, until ``unsubscribe``.
+        """
+        channel = name.encode()
+        self._listeners[channel] = listener
+        self._touch(channel)
+        await self._confirmation(channel)
+
+    def unsubscribe(self, name: str, listener: Listener) -> None:
+        """Ends what ``subscribe`` began, unless another listens there by now."""
+        channel = name.encode()
+        if self._listeners.get(channel) is listener:
+            del self._listeners[channel]
+            self._touch(channel)
+
+    async def listen(self) -> None:
+        """Deliver what Redis brings, for as long as the process lives; connects again when Redis was away."""
+        pause = RECONNECT_SECONDS
+        while True:
+            try:
+                async with self._connected() as connection:
+                    pause = RECONNECT_SECONDS
+                    await self._serve(connection)
+            except* (RedisError, OSError, TimeoutError, Unavailable) as group:
+                log.warning("events interrupted", error=str(group.exceptions[0]), retry_in=pause)
+            finally:
+                self._interrupt()
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, LONGEST_RECONNECT_SECONDS)
+
+    @asynccontextmanager
+    async def _connected(self) -> AsyncIterator[Any]:
+        """A connection that hears the control channel, and what it may have missed there has been looked up."""
+        connection: Any = await self._pool.get_connection()
+        try:
+            await connection.send_command("SUBSCRIBE", self._control, check_health=False)
+            async with asyncio.timeout(SUBSCRIBE_SECONDS):
+                await connection.read_response(disable_decoding=True)
+            await self._vouch()
+            yield connection
+        finally:
+            await connection.disconnect(nowait=True)
+            await self._pool.release(connection)
+
+    async def _serve(self, connection: Any) -> None:
+        missed = [*self._listeners.items()]
+        self._sent.add(self._control)
+        self._touch(*self._listeners)
+        self._heard = True
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._read(connection))
+            tasks.create_task(self._send(connection))
+            tasks.create_task(self._ping(connection))
+            tasks.create_task(self._resume(missed))
+
+    async def _read(self, connection: Any) -> None:
+        loop = asyncio.get_running_loop()
+        until = loop.time() + SLICE_SECONDS
+        while True:
+            # The names of redis-py's own PubSub are not used: it connects again silently, and messages are lost.
+            answer = await connection.read_response(disable_decoding=True, push_request=True)
+            self._heard = True
+            if answer[0] == b"message":
+                self._deliver(answer[1], answer[2])
+            elif answer[0] == b"subscribe":
+                self._confirm(answer[1])
+            if loop.time() > until:
+                await asyncio.sleep(0)
+                until = loop.time() + SLICE_SECONDS
+
+    def _deliver(self, channel: bytes, data: bytes) -> None:
+        listener = self._listeners.get(channel)
+        if listener is not None:
+            try:
+                origin, kind, payload = data.split(b"\n", 2)
+                listener.deliver(origin.decode(), kind.decode(), payload)
+            except Exception:
+                log.exception("a message could not be delivered", channel=channel.decode())
+
+    async def _send(self, connection: Any) -> None:
+        """Subscriptions follow what is listened to, in batches: one command for all that changed meanwhile."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            touched, self._touched = self._touched, set()
+            new = [each for each in touched if each in self._listeners and each not in self._sent]
+            old = [each for each in touched if each not in self._listeners and each in self._sent]
+            self._sent.update(new)
+            self._sent.difference_update(old)
+            self._unconfirmed.update(new)
+            await _command(connection, "SUBSCRIBE", *new)
+            await _command(connection, "UNSUBSCRIBE", *old)
+
+    async def _ping(self, connection: Any) -> None:
+        while self._heard:
+            self._heard = False
+            await _command(connection, "PING", b"")
+            await asyncio.sleep(PING_SECONDS)
+        raise RedisConnectionError("Redis is silent")
+
+    async def _resume(self, missed: list[tuple[bytes, Listener]]) -> None:
+        slots = asyncio.Semaphore(RESUMED_AT_ONCE)
+
+        async def resume(channel: bytes, listener: Listener) -> None:
+            async with slots:
+                if self._listeners.get(channel) is listener:
+                    await self._confirmation(channel)
+                    await listener.resume()
+
+        await asyncio.gather(*(resume(channel, listener) for channel, listener in missed))
+
+    def _touch(self, *channels: bytes) -> None:
+        self._touched.update(channels)
+        self._changed.set()
+
+    async def _confirmation(self, channel: bytes) -> None:
+        if channel in self._sent and not self._unconfirmed[channel]:
+            return
+        waiting = self._waiting.setdefault(channel, asyncio.get_running_loop().create_future())
+        try:
+            async with asyncio.timeout(SUBSCRIBE_SECONDS):
+                await asyncio.shield(waiting)
+        except TimeoutError:
+            self._waiting.pop(channel, None)
+            raise Unavailable("Redis is unavailable") from None
+
+    def _confirm(self, channel: bytes) -> None:
+        self._unconfirmed[channel] -= 1
+        if self._unconfirmed[channel] <= 0:
+            del self._unconfirmed[channel]
+            waiting = self._waiting.pop(channel, None)
+            if waiting is not None and not waiting.done():
+                waiting.set_result(None)
+
+    def _interrupt(self) -> None:
+        self._sent.clear()
+        self._unconfirmed.clear()
+        for listener in list(self._listeners.values()):
+            listener.interrupt()
+
+
+async def _command(connection: Any, name: str, *arguments: bytes) -> None:
+    if not connection.is_connected:  # else redis-py would connect again, without our subscriptions
+        raise RedisConnectionError("Redis has hung up")
+    if arguments:
+        await connection.send_command(name, *arguments, check_health=False)
