@@ -136,6 +136,10 @@ class Unavailable(ServiceError):
         super().__init__(detail, code=code, retry_after=retry_after)
 
 
+KINDS: tuple[type[ServiceError], ...] = (ServiceError, *ServiceError.__subclasses__())
+"""Every class of the family; each has a status of its own."""
+
+
 def invalid(field: str, message: str) -> ValidationFailed:
     """One field that does not fit."""
     return ValidationFailed("Validation failed", details=[{"field": field, "message": message}])

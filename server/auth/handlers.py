@@ -109,7 +109,6 @@ async def read_profile(request: web.Request) -> web.Response:
 @docs(tags=["auth"], summary="Change your name or avatar; null removes the avatar")
 @json_schema(schemas.ProfileChange)
 @response_schema(schemas.User, 200)
-@refuses("precondition_failed")
 async def change_profile(request: web.Request) -> web.Response:
     given, revisions = request[BODY], expected_revisions(request)
     user = await store.change_user(
@@ -128,7 +127,7 @@ async def change_profile(request: web.Request) -> web.Response:
 @routes.delete("/api/v1/auth/profile")
 @docs(tags=["auth"], summary="Delete your account, with the projects that nobody else is in")
 @json_schema(schemas.AccountDeletion)
-@refuses("invalid_credentials", "conflict", "precondition_failed")
+@refuses("invalid_credentials", "conflict")
 async def delete_profile(request: web.Request) -> web.Response:
     revisions = expected_revisions(request)
     me = await _verified(request, request[BODY]["password"])

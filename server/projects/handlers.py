@@ -85,7 +85,6 @@ async def read_project(request: web.Request) -> web.Response:
 @docs(tags=["projects"], summary="Change a project")
 @json_schema(schemas.ProjectChange)
 @response_schema(schemas.Project, 200)
-@refuses("precondition_failed")
 @requires(Role.COLLABORATOR)
 async def change_project(request: web.Request) -> web.Response:
     role, given = request[ACCESS].role.name, request[BODY]
@@ -107,7 +106,6 @@ async def change_project(request: web.Request) -> web.Response:
 
 @routes.delete("/api/v1/projects/{projectId}")
 @docs(tags=["projects"], summary="Delete a project and all that is in it")
-@refuses("precondition_failed")
 @requires(Role.OWNER)
 async def delete_project(request: web.Request) -> web.Response:
     revisions = expected_revisions(request, request[ACCESS].role.name)
@@ -186,7 +184,7 @@ async def add_collaborator(request: web.Request) -> web.Response:
 @docs(tags=["collaborators"], summary="Change a collaborator's role")
 @json_schema(schemas.RoleChange)
 @response_schema(schemas.Collaborator, 200)
-@refuses("owner_immutable", "precondition_failed")
+@refuses("owner_immutable")
 @requires(Role.OWNER)
 async def change_role(request: web.Request) -> web.Response:
     untagged(request)
@@ -203,7 +201,7 @@ async def change_role(request: web.Request) -> web.Response:
 
 @routes.delete("/api/v1/projects/{projectId}/collaborators/{collaboratorId}")
 @docs(tags=["collaborators"], summary="Remove a collaborator, or leave: everybody may remove themselves")
-@refuses("owner_immutable", "precondition_failed")
+@refuses("owner_immutable")
 @requires(Role.VIEWER)
 async def remove_collaborator(request: web.Request) -> web.Response:
     untagged(request)
@@ -228,7 +226,6 @@ async def list_invitations(request: web.Request) -> web.Response:
 
 @routes.delete("/api/v1/projects/{projectId}/invitations/{invitationId}")
 @docs(tags=["invitations"], summary="Withdraw an invitation")
-@refuses("precondition_failed")
 @requires(Role.OWNER)
 async def withdraw_invitation(request: web.Request) -> web.Response:
     untagged(request)

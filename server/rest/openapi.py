@@ -44,6 +44,7 @@ class Problem(Schema):
 
 
 PROBLEM = Problem()
+_EXAMPLE_ID = "5f2b8c1e9a7d4c3b8e6f0a1b2c3d4e5f"
 NeedsRole = Callable[[Callable[..., Any]], bool]
 
 
@@ -64,18 +65,19 @@ def document(routes: Iterable[web.AbstractRouteDef], *, needs_role: NeedsRole) -
             }
         },
         consumes=["application/json"],
-        produces=["application/json"],
+        produces=["application/json", "application/problem+json"],
     )
     for route in routes:
         if isinstance(route, web.RouteDef) and route.method in _METHODS:
-            described = _described(route.handler, needs_role=needs_role)
+            described = _described(route, needs_role=needs_role)
             if described is not None:
                 spec._update_paths(described, route.method.lower(), route.path)
     made: dict[str, Any] = spec.swagger_dict()
     return made
 
 
-def _described(handler: Any, *, needs_role: NeedsRole) -> dict[str, Any] | None:
+def _described(route: web.RouteDef, *, needs_role: NeedsRole) -> dict[str, Any] | None:
+    handler: Any = route.handler
     data: dict[str, Any] | None = copy.deepcopy(getattr(handler, "__apispec__", None))
     if data is None:
         return None
@@ -84,33 +86,55 @@ def _described(handler: Any, *, needs_role: NeedsRole) -> dict[str, Any] | None:
     for declared in data["schemas"]:
         if declared["location"] == "json":
             declared["options"]["required"] = any(f.required for f in declared["schema"].fields.values())
-    data["responses"] = {str(status): answer for status, answer in data["responses"].items()}
-    for status, described in _refusals(handler, needs_role=needs_role):
-        data["responses"].setdefault(status, {"schema": PROBLEM, "description": described})
+    answers = data["responses"] = {str(status): answer for status, answer in data["responses"].items()}
+    if not any(status.startswith("2") for status in answers):
+        answers["204"] = {"description": "done"}
+    if route.method == hdrs.METH_GET and _has_etag(answers.get("200", {})):
+        answers["304"] = {"description": "`If-None-Match` names its `ETag`"}
+    for status, codes in _refusals(route, needs_role=needs_role):
+        answers.setdefault(status, _refusal(int(status), codes))
     return data
 
 
-def _refusals(handler: Any, *, needs_role: NeedsRole) -> Iterator[tuple[str, str]]:
-    """Status and meaning of what this route can refuse, from its marks."""
+def _has_etag(answer: dict[str, Any]) -> bool:
+    """Single entities have one, lists have none."""
+    schema = answer.get("schema")
+    return schema is not None and "items" not in schema.fields
+
+
+def _refusal(status: int, codes: list[str]) -> dict[str, Any]:
+    shown = next(kind for kind in errors.KINDS if kind.status == status)(CODES[codes[0]][1], code=codes[0])
+    return {
+        "schema": PROBLEM,
+        "description": "; ".join(f"`{code}`: {CODES[code][1]}" for code in codes),
+        "examples": {"application/problem+json": errors.problem(shown, request_id=_EXAMPLE_ID)},
+    }
+
+
+def _refusals(route: web.RouteDef, *, needs_role: NeedsRole) -> Iterator[tuple[str, list[str]]]:
+    """What this route can refuse by status, from its marks."""
+    handler: Any = route.handler
     codes = list(refusals_of(handler))
     if not is_public(handler):
         codes.append("unauthenticated")
     if needs_role(handler):
         codes += ["forbidden", "not_found"]
     locations = {each["location"] for each in getattr(handler, "__schemas__", ())}
+    if route.method in (hdrs.METH_PATCH, hdrs.METH_PUT, hdrs.METH_DELETE):
+        codes.append("precondition_failed")
     if "json" in locations:
-        codes += ["bad_request", "too_large", "unsupported_media_type", "validation_failed"]
+        codes += ["too_large", "unsupported_media_type", "validation_failed"]
     elif "querystring" in locations:
         codes.append("validation_failed")
     if limit_of(handler):  # the others are for operators, and ask no store to let somebody in
-        codes += ["rate_limited", "unavailable"]
+        codes += ["bad_request", "rate_limited", "unavailable"]
     by_status: dict[int, list[str]] = {}
     for code in dict.fromkeys(codes):
-        status, meaning = errors.CODES[code]
+        status = CODES[code][0]
         assert status is not None
-        by_status.setdefault(status, []).append(f"`{code}`: {meaning}")
-    for status, meanings in sorted(by_status.items()):
-        yield str(status), "; ".join(meanings)
+        by_status.setdefault(status, []).append(code)
+    for status, of_status in sorted(by_status.items()):
+        yield str(status), of_status
 
 
 def add_swagger(app: web.Application, swagger: dict[str, Any]) -> None:

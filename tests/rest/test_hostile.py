@@ -1,0 +1,198 @@
+"""Bad input never makes a 5xx: hostile values in every field of every body, query and header."""
+
+import asyncio
+import json
+import time
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from aiohttp import web
+
+from server.rest.marks import is_public
+from tests.actors import Actor
+from tests.conftest import MakeActor
+from tests.processes import Processes
+from tests.test_roles import fill, route_id, things_of
+from tests.test_roles import routes as private_routes
+
+# As JSON, so that they can be what no encoder would write.
+VALUES = {
+    "nul": r'"a\u0000b"',
+    "lone surrogate": r'"a\ud800b"',
+    "null": "null",
+    "true": "true",
+    "zero": "0",
+    "negative": "-1",
+    "fraction": "1.5",
+    "beyond a bigint": "9223372036854775808",
+    "5,000 digits": "9" * 5000,
+    "beyond a double": "1e400",
+    "not a number": "NaN",
+    "empty text": '""',
+    "blank": '"   "',
+    "100,000 characters": '"' + "a" * 100_000 + '"',
+    "list": "[]",
+    "nested lists": "[[[[1]]]]",
+    "100,000 deep": "[" * 100_000 + "]" * 100_000,
+    "object": "{}",
+    "Mongo operator": '{"$gt": ""}',
+    "dollar key": '{"$where": "sleep(1000)", "a.b": 1, "": 2}',
+    "prototype": '{"__proto__": {"admin": true}}',
+    "SQL": '"\'; DROP TABLE users; --"',
+    "format": '"%s%n{0}{{}}$1"',
+    "template": '"${jndi:ldap://x}<script>alert(1)</script>"',
+    "right to left": '"\u202eabc\u2066"',
+    "emoji": '"👩‍👩‍👧‍👦"',
+    "combining": '"' + "e" + "\u0301" * 50 + '"',
+    "newlines": r'"a\r\nSet-Cookie: x=1\r\n\r\nb"',
+    "path": '"../../../../etc/passwd"',
+    "uuid with braces": '"{00000000-0000-4000-8000-000000000000}"',
+    "far time": '"9999-12-31T23:59:59.999999+14:00"',
+    "early time": '"0001-01-01T00:00:00-14:00"',
+    "year 0": '"0000-00-00"',
+}
+
+
+def schemas(route: web.RouteDef, location: str) -> list[Any]:
+    return [each["schema"] for each in getattr(route.handler, "__schemas__", ()) if each["location"] == location]
+
+
+ALL = [*private_routes()]
+WITH_BODY = [route for route in ALL if schemas(route, "json")]
+WITH_QUERY = [route for route in ALL if schemas(route, "querystring")]
+
+
+async def send(actor: Actor, method: str, path: str, raw: str) -> int:
+    headers = actor.headers | {"Content-Type": "application/json"}
+    async with actor.http.request(method, actor.base + path, data=raw.encode(), headers=headers) as answer:
+        await answer.read()
+        return answer.status
+
+
+async def bodies(actor: Actor, route: web.RouteDef, path: str, ids: dict[str, str]) -> None:
+    for schema in schemas(route, "json"):
+        names = [field.data_key or name for name, field in schema.fields.items()]
+        for name in [*names, "unknownField"]:
+            for kind, value in VALUES.items():
+                others = {other: ids.get(other, "Plausible1") for other in names if other != name}
+                raw = json.dumps({**others, name: "@@"}).replace('"@@"', value)
+                status = await send(actor, route.method, path, raw)
+                assert status < 500, (route_id(route), name, kind)
+
+
+@pytest.mark.parametrize("route", WITH_BODY, ids=route_id)
+async def test_no_value_in_a_body_is_our_fault(route: web.RouteDef, server: str, make_actor: MakeActor) -> None:
+    actor = await make_actor("Mallory", server)
+    ids = await things_of(actor)
+    await bodies(actor, route, fill(route.path, ids), ids)
+    await actor.log_in()
+    assert (await actor.get("/projects")).status == 200
+
+
+@pytest.mark.parametrize("path", ["register", "login", "refresh"])
+async def test_no_value_sent_by_a_stranger_is_our_fault(path: str, server: str, alice: Actor) -> None:
+    from server.app import API
+
+    nobody = Actor(alice.http, server, "Nobody")
+    route = next(route for table in API for route in table if str(getattr(route, "path", "")).endswith(f"/auth/{path}"))
+    assert isinstance(route, web.RouteDef)
+    assert is_public(route.handler)
+    await bodies(nobody, route, route.path, {"email": "a@example.org"})
+
+
+@pytest.mark.parametrize("route", WITH_QUERY, ids=route_id)
+async def test_no_value_in_a_query_is_our_fault(route: web.RouteDef, server: str, make_actor: MakeActor) -> None:
+    actor = await make_actor("Mallory", server)
+    path = fill(route.path, await things_of(actor))
+    values = [json.loads(value) for value in VALUES.values() if value.startswith('"') and "ud800" not in value]
+    values = [quote(value[:4000]) for value in values] + ["%00", "%ED%A0%80", "%FF%FE", "-1", "1e9", "9" * 400, "True"]
+    for schema in schemas(route, "querystring"):
+        for name, field in schema.fields.items():
+            for value in values:
+                status = await send(actor, "GET", f"{path}?{field.data_key or name}={value}", "")
+                assert status < 500, (route_id(route), name, value[:80])
+
+
+HEADERS = [
+    ("If-Match", '"99999999999999999999999-owner"'),
+    ("If-Match", "garbage"),
+    ("If-Match", '"1-owner", W/"2"'),
+    ("If-None-Match", '"' + "a" * 4000),
+    ("If-None-Match", ',,,"",'),
+    ("Authorization", "Bearer"),
+    ("Authorization", "Bearer a.b.c"),
+    ("Authorization", "Basic YTpi"),
+    ("Authorization", "Bearer " + "a" * 7000),
+    ("Accept", "text/html"),
+    ("Accept-Encoding", "nope;q=2"),
+    ("Content-Length", "0"),
+    ("User-Agent", "\u00e9\u00ff" * 600),
+    ("X-Forwarded-For", "1.2.3.4, , not an address, ::1"),
+    ("Cookie", "a" * 6000),
+    ("Range", "bytes=-1-"),
+    ("Expect", "nonsense"),
+    ("Origin", "null"),
+    ("Host", ""),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), HEADERS)
+async def test_no_header_is_our_fault(name: str, value: str, alice: Actor) -> None:
+    project = await alice.make_project()
+    for method, path in (("GET", f"/projects/{project}"), ("PATCH", f"/projects/{project}"), ("GET", "/health")):
+        answer = await alice.call(method, path, headers={name: value})
+        assert answer.status < 500, answer
+
+
+async def raw_answer(port: int, *parts: bytes, pause: float = 0, patience: float = 18) -> tuple[bytes, float]:
+    """What a server answers to these bytes, and after how many seconds it has closed or answered."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    started = time.monotonic()
+    trickle = asyncio.create_task(send_slowly(writer, parts, pause))
+    try:
+        async with asyncio.timeout(patience):
+            answer = await reader.read(65536)
+        return answer, time.monotonic() - started
+    except ConnectionError:
+        return b"", time.monotonic() - started
+    finally:
+        trickle.cancel()
+        writer.close()
+
+
+async def send_slowly(writer: asyncio.StreamWriter, parts: tuple[bytes, ...], pause: float) -> None:
+    try:
+        while True:
+            for part in parts:
+                writer.write(part)
+                await writer.drain()
+                await asyncio.sleep(pause)
+            if not pause:
+                return
+            parts = parts[-1:]  # the last one again and again
+    except ConnectionError:
+        return
+
+
+async def test_slow_headers_and_slow_bodies_are_cut_off_and_garbage_gets_no_html(processes: Processes) -> None:
+    port = int(processes.server().base.rpartition(":")[2])
+    head = b"POST /api/v1/auth/login HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    headers, body, chunks, silence, garbage, large = await asyncio.gather(
+        raw_answer(port, b"GET /health HTTP/1.1\r\n", b"X-Slow: 1\r\n", pause=0.5),
+        raw_answer(port, head + b"Content-Length: 1000\r\n\r\n", b" ", pause=0.5),
+        raw_answer(port, head + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n", pause=0.5),
+        raw_answer(port),
+        raw_answer(port, b"\x16\x03\x01\x02\x00\x01\x00<html>\r\n\r\n"),
+        raw_answer(port, head + b"Content-Length: 104857600\r\n\r\n", b" " * 65536, pause=0.001),
+    )
+    assert headers[0] == silence[0] == b""
+    for _, seconds in (headers, body, chunks, silence):
+        assert 8 < seconds < 16
+    for answer, _ in (body, chunks):
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert b"too slowly" in answer
+    assert b" 400 Bad Request" in garbage[0]
+    assert b"text/html" not in garbage[0]
+    assert large[0].startswith(b"HTTP/1.1 413 ")
+    assert large[1] < 8
