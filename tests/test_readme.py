@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from server import settings
-from server.app import MESSAGES
+from server.app import API, MESSAGES
 from server.errors import CODES
 from server.jobs.types import JOB_TYPES
 from server.projects.access import Role, requirement_of
 from server.realtime.table import merge
+from server.rest.marks import is_public
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -51,6 +52,21 @@ def test_messages() -> None:
     assert table_under("Messages of a socket") == [
         (f"`{event}`", field_names(message.schema), needs(message.handler), message.summary)
         for event, message in merge(MESSAGES).items()
+    ]
+
+
+def test_routes_and_their_roles() -> None:
+    def needs(handler: object) -> str:
+        if is_public(handler):  # type: ignore[arg-type]
+            return "all"
+        requirement = requirement_of(handler)  # type: ignore[arg-type]
+        return Role(requirement.role).name.lower() if requirement else "signed in"
+
+    assert table_under("Routes and who may call them") == [
+        (f"`{route.method} {route.path}`", needs(route.handler), route.handler.__apispec__["summary"])
+        for table in API
+        for route in table
+        if hasattr(route.handler, "__apispec__")
     ]
 
 

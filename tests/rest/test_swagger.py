@@ -1,0 +1,74 @@
+"""The document that developers read: every route, with what it takes, answers and refuses."""
+
+import asyncio
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from server.app import API, swagger_document
+from server.errors import CODES
+from server.rest.marks import is_public
+from tests.actors import Actor
+
+DOCUMENT = swagger_document()
+OPERATIONS = [(path, method, it) for path, methods in DOCUMENT["paths"].items() for method, it in methods.items()]
+
+
+def name(value: object) -> str:
+    return str(value) if isinstance(value, str) else ""
+
+
+def test_every_route_is_in_it_and_nothing_else() -> None:
+    routes = {(route.path, route.method.lower()) for table in API for route in table if isinstance(route, web.RouteDef)}
+    assert {(path, method) for path, method, _ in OPERATIONS} == routes
+
+
+def test_a_second_document_is_the_same_as_the_first() -> None:
+    assert swagger_document() == DOCUMENT
+
+
+@pytest.mark.parametrize(("path", "method", "operation"), OPERATIONS, ids=name)
+def test_each_says_what_it_does_takes_answers_and_refuses(path: str, method: str, operation: dict) -> None:
+    assert operation["summary"]
+    assert operation["tags"]
+    assert any(status.startswith("2") for status in operation["responses"])
+    in_path = {part.strip("{}") for part in path.split("/") if part.startswith("{")}
+    assert {each["name"] for each in operation["parameters"] if each["in"] == "path"} == in_path
+    for status, answer in operation["responses"].items():
+        if status >= "4" and path.startswith("/api/"):
+            assert answer["schema"] == {"$ref": "#/definitions/Problem"}
+            assert CODES[answer["examples"]["application/problem+json"]["code"]][0] == int(status)
+
+
+def test_each_says_whether_it_needs_a_token() -> None:
+    for table in API:
+        for route in table:
+            assert isinstance(route, web.RouteDef)
+            operation = DOCUMENT["paths"][route.path][route.method.lower()]
+            assert operation["security"] == ([] if is_public(route.handler) else [{"bearer": []}])
+
+
+def references(value: object) -> set[str]:
+    if isinstance(value, dict):
+        own = {value["$ref"]} if isinstance(value.get("$ref"), str) else set()
+        return own.union(*map(references, value.values()))
+    return set().union(*map(references, value)) if isinstance(value, list) else set()
+
+
+def test_no_reference_dangles() -> None:
+    assert references(DOCUMENT) == {f"#/definitions/{defined}" for defined in DOCUMENT["definitions"]}
+
+
+async def test_a_browser_shows_every_operation(alice: Actor, tmp_path: Path) -> None:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("Chromium is missing: apt-get install chromium")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    flags += ["--disable-quic", "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}"]
+    command = [chromium, *flags, "--virtual-time-budget=10000", "--dump-dom", f"{alice.base}/api-docs"]
+    shown = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=60, check=True)
+    missing = [it["operationId"] for _, _, it in OPERATIONS if f'-{it["operationId"]}"' not in shown.stdout]
+    assert missing == []
