@@ -102,8 +102,7 @@ async def play(base: str) -> None:
         await edit(ada, bob, workspace["id"])
         await run_program(bob, workspace["id"])
         await bob.socket.close()
-        left = await ada.hear("collaboration:event")
-        tell("Ada", f"hears {left['data']['type']}: {left['data']['userName']}")
+        await follow(ada)
         await ada.socket.close()
 
 
@@ -117,6 +116,15 @@ async def meet(ada: Person, bob: Person, workspace: str) -> None:
     tell("Bob", f"joins the workspace; online now: {online}")
     event = (await ada.hear("collaboration:event"))["data"]
     tell("Ada", f"hears {event['type']}: {event['userName']}")
+
+
+async def follow(ada: Person) -> None:
+    """What Ada hears of the job, until Bob is gone."""
+    while True:
+        event = (await ada.hear("collaboration:event"))["data"]
+        tell("Ada", f"hears {event['type']}: {event.get('status') or event['userName']}")
+        if event["type"] == "USER_LEAVE":
+            return
 
 
 async def edit(ada: Person, bob: Person, workspace: str) -> None:

@@ -20,8 +20,12 @@ from server.auth.blacklist import Blacklist
 from server.auth.passwords import Hasher
 from server.auth.sessions import Issuer
 from server.auth.tokens import Keys
+from server.jobs import collections
 from server.jobs import handlers as jobs
-from server.jobs import queue, store
+from server.jobs.announcements import Announcements
+from server.jobs.dispatch import Dispatcher
+from server.jobs.types import JOB_TYPES
+from server.jobs.workers import Roster
 from server.ops import handlers as ops
 from server.projects import access, invitations
 from server.projects import handlers as projects
@@ -76,7 +80,9 @@ def create_app(settings: Settings, stores: Resources) -> web.Application:
         channels=issuer.channels,
         doorman=doorman(stores, issuer),
     )
-    app[jobs.QUEUE] = queue.open_queue(stores.redis)
+    app[jobs.DISPATCHER] = Dispatcher(stores.mongo, stores.redis, types=JOB_TYPES, slots=settings.jobs_per_user)
+    app[jobs.ANNOUNCEMENTS] = Announcements(issuer.channels)
+    app[jobs.ROSTER] = Roster(stores.redis)
     app[ops.STARTED] = time.monotonic()
     app[ops.DRAINING] = ops.Draining()
     app.on_response_prepare.append(dress)
@@ -152,7 +158,7 @@ def doorman(stores: Resources, issuer: Issuer) -> Doorman:
 
 
 async def prepare_stores(app: web.Application) -> None:
-    await store.prepare(app[RESOURCES].mongo)
+    await collections.prepare(app[RESOURCES].mongo)
 
 
 async def start_realtime(app: web.Application) -> None:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 from server import app, json, logs, migrations, settings
+from server.jobs.queue import CLASSES
 from server.migrations import MigrationError
 from server.resources import StoreDownError
 from server.settings import SettingsError
@@ -29,12 +30,12 @@ def serve(_: argparse.Namespace) -> int:
     return 0
 
 
-def work(_: argparse.Namespace) -> int:
+def work(arguments: argparse.Namespace) -> int:
     from server import worker
 
     loaded = settings.load()
     logs.configure(loaded)
-    worker.run(loaded)
+    worker.run(loaded, arguments.queues)
     return 0
 
 
@@ -74,12 +75,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="run.py", description="Collaborative Workspace Backend")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _command(commands, serve, "server", "serve REST and WebSockets on HOST:PORT")
-    _command(commands, work, "worker", "run queued jobs")
+    worker = _command(commands, work, "worker", "run queued jobs")
+    worker.add_argument("--queues", type=_queues, default=CLASSES, metavar="LIST", help="high,normal,low")
     _command(commands, develop, "dev", "embedded stores, migrations, one server and one worker")
     check = _command(commands, migrate, "migrate", "apply what is pending in sql/migrations")
     check.add_argument("--check", action="store_true", help="apply nothing; exit 1 when something is pending")
     _command(commands, print_openapi, "openapi", "print the OpenAPI document")
     return parser
+
+
+def _queues(text: str) -> tuple[str, ...]:
+    chosen = {part.strip() for part in text.split(",")}
+    if not chosen <= set(CLASSES):
+        raise argparse.ArgumentTypeError(f"choose from {', '.join(CLASSES)}")
+    return tuple(name for name in CLASSES if name in chosen)  # drained in this order, whatever was written
 
 
 def _command(

@@ -32,6 +32,7 @@ CODES = {
     "precondition_failed": (412, "`If-Match` names an older revision"),
     "too_large": (413, "the body is over the limit"),
     "unsupported_media_type": (415, "the body is not of the type that the path takes"),
+    "range_not_satisfiable": (416, "`Range` asks for a part that the file has not"),
     "validation_failed": (422, "well-formed, but not valid; see `details`"),
     "idempotency_key_reused": (422, "the same key came with another body"),
     "language_unavailable": (422, "no worker offers that language"),
@@ -113,6 +114,10 @@ class TooLarge(ServiceError):
 
 class UnsupportedMediaType(ServiceError):
     status, default_code, title = 415, "unsupported_media_type", "Unsupported Media Type"
+
+
+class RangeNotSatisfiable(ServiceError):
+    status, default_code, title = 416, "range_not_satisfiable", "Range Not Satisfiable"
 
 
 class ValidationFailed(ServiceError):

@@ -3,33 +3,48 @@
 import asyncio
 import os
 import socket
+from collections.abc import Iterable, Sequence
 from typing import Any
 from uuid import uuid4
 
 import structlog
 import uvloop
-from saq import Worker
-from saq.queue.redis import RedisQueue
+from croniter import croniter
+from saq import CronJob, Job, Worker
+from saq.types import TimersDict
 
 from server import resources
-from server.jobs import lifecycle, queue, store
+from server.jobs import collections, lifecycle, recovery, workers
+from server.jobs.announcements import Announcements
+from server.jobs.bell import Bell
+from server.jobs.dispatch import Dispatcher
+from server.jobs.leases import Leases
 from server.jobs.lifecycle import Bench
+from server.jobs.queue import InOrder, UpkeepLane
 from server.jobs.sandbox import Sandbox
 from server.jobs.types import JOB_TYPES
+from server.jobs.workers import Report
+from server.realtime.channels import Channels
+from server.realtime.history import History
+from server.resources import Resources
 from server.settings import Settings
 from server.signals import stop_signal
 
 log = structlog.get_logger()
 
-GRACE_SECONDS = 20
+GRACE_SECONDS = 20  # for running attempts at the end; then they are handed back
+HAND_BACK_SECONDS = 5
+UPKEEP_SECONDS = 60
+# SAQ's own upkeep; what it calls abort is not used: records are cancelled.
+TIMERS = TimersDict(schedule=1, worker_info=10, sweep=15, abort=60)
 
 
-def run(settings: Settings) -> None:
+def run(settings: Settings, queues: Sequence[str]) -> None:
     """One worker process, until SIGTERM or SIGINT."""
-    uvloop.run(work(settings))
+    uvloop.run(work(settings, queues))
 
 
-async def work(settings: Settings) -> None:
+async def work(settings: Settings, queues: Sequence[str]) -> None:
     """Open the stores, test the sandbox, run jobs, and stop gently when told to.
 
     Raises:
@@ -37,25 +52,67 @@ async def work(settings: Settings) -> None:
     """
     stop = stop_signal()
     async with resources.connect(settings) as stores:
-        await store.prepare(stores.mongo)
-        bench = Bench(
-            stores=stores,
-            queue=queue.open_queue(stores.blocking_redis),
-            sandbox=await Sandbox.detect(),
-            types=JOB_TYPES,
-            worker=f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:6]}",
+        await collections.prepare(stores.mongo)
+        bench = make_bench(settings, stores, await Sandbox.detect())
+        report = Report(
+            bench.worker, bench.sandbox.tier.name, bench.sandbox.languages, queues, settings.worker_concurrency
         )
-        worker = JobWorker(bench.queue, bench, concurrency=settings.worker_concurrency)
-        running = asyncio.ensure_future(worker.start())
-        log.info(
-            "worker ready", worker=bench.worker, sandbox=bench.sandbox.tier.name, languages=bench.sandbox.languages
-        )
-        await asyncio.wait({running, asyncio.ensure_future(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
+        bell = Bell(stores.blocking_redis, on_cancel=bench.leases.drop)
+        lanes = [bench.dispatcher.lanes[name] for name in queues]
+        order = InOrder(stores.redis, lanes, bell, offers=lambda language: language in report.languages)
+        worker = JobWorker(order, bench, concurrency=settings.worker_concurrency)
+        background = [
+            asyncio.ensure_future(each)
+            for each in (
+                bell.listen(),
+                bench.leases.keep(),
+                workers.keep_reporting(stores.redis, report),
+                recovery.keep_admitting_due(bench, stores.redis),
+                UpkeepWorker(UpkeepLane(stores.redis), bench).start(),
+            )
+        ]
+        working = asyncio.ensure_future(worker.start())
+        log.info("worker ready", worker=bench.worker, sandbox=report.tier, languages=report.languages, queues=queues)
+        _warn(settings)
+        stopping = asyncio.ensure_future(stop.wait())
+        await asyncio.wait({stopping, working, *background}, return_when=asyncio.FIRST_COMPLETED)
         log.info("worker stopping")
-        await worker.drain()
-        await running
+        await workers.withdraw(stores.redis, bench.worker)
+        await worker.drain(working)
+        await _end([stopping, working, *background])
         await bench.sandbox.close()
     log.info("worker stopped")
+
+
+def make_bench(settings: Settings, stores: Resources, sandbox: Sandbox) -> Bench:
+    worker = f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:6]}"
+    history = History(stores.redis, most=settings.history_events, most_bytes=settings.history_bytes)
+    return Bench(
+        stores=stores,
+        dispatcher=Dispatcher(stores.mongo, stores.redis, types=JOB_TYPES, slots=settings.jobs_per_user),
+        announcements=Announcements(Channels(stores.redis, history)),
+        leases=Leases(stores.mongo, worker=worker),
+        sandbox=sandbox,
+        types=JOB_TYPES,
+        worker=worker,
+    )
+
+
+def _warn(settings: Settings) -> None:
+    if settings.jobs_per_user >= settings.worker_concurrency:
+        log.warning(
+            "one user can fill a worker: JOBS_PER_USER should be below WORKER_CONCURRENCY",
+            jobs_per_user=settings.jobs_per_user,
+            worker_concurrency=settings.worker_concurrency,
+        )
+
+
+async def _end(tasks: Iterable["asyncio.Future[Any]"]) -> None:
+    for task in tasks:
+        task.cancel()
+    for ended in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(ended, Exception):
+            log.error("worker's background failed", exc_info=ended)
 
 
 class JobWorker(Worker[Any]):
@@ -63,43 +120,71 @@ class JobWorker(Worker[Any]):
 
     SIGNALS = []  # noqa: RUF012 - SAQ's name and shape
 
-    def __init__(self, messages: RedisQueue, bench: Bench, *, concurrency: int) -> None:
+    def __init__(self, messages: InOrder, bench: Bench, *, concurrency: int) -> None:
         self._bench = bench
-        self._idle: set[asyncio.Task[Any]] = set()  # waiting for a message
+        self._messages = messages
         self._upkeep: list[asyncio.Task[None]] = []
+        self._begun = asyncio.Event()
         super().__init__(
             messages,
             functions=[("attempt", self._attempt)],
             concurrency=concurrency,
-            before_process=self._busy,
-            shutdown_grace_period_s=GRACE_SECONDS,
-            cancellation_hard_deadline_s=5.0,
+            startup=self._begin,
+            timers=TIMERS,
+            shutdown_grace_period_s=GRACE_SECONDS + 2 * HAND_BACK_SECONDS,
         )
 
-    async def process(self) -> bool:
-        task = asyncio.current_task()
-        assert task is not None
-        self._idle.add(task)
-        try:
-            return await super().process()
-        finally:
-            self._idle.discard(task)
-
-    async def drain(self) -> None:
+    async def drain(self, working: "asyncio.Future[None]") -> None:
         """No new attempts; those that run may finish within the grace period, then they are handed back."""
+        await self._begun.wait()  # SAQ's start makes the event that it waits for
         self.event.set()
+        self._messages.close()
         # Upkeep sleeps up to a minute between its turns, and SAQ would wait for it.
-        for task in (*self._idle, *self._upkeep):
+        for task in self._upkeep:
             task.cancel()
+        if not await self._bench.leases.until_none(seconds=GRACE_SECONDS):
+            self._bench.leases.stop_all()
+        await asyncio.wait({working}, timeout=HAND_BACK_SECONDS)
 
-    async def upkeep(self) -> list[asyncio.Task[None]]:
+    async def _begin(self, _: Any) -> None:
+        self._begun.set()
+
+    async def upkeep(self) -> list["asyncio.Task[None]"]:
         self._upkeep = await super().upkeep()
         return self._upkeep
 
-    async def _busy(self, _: Any) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._idle.discard(task)
-
-    async def _attempt(self, _: Any, *, job: str, claim: int) -> None:
+    async def _attempt(self, _: Any, *, job: str, claim: int, **__: Any) -> None:
         await lifecycle.attempt(self._bench, job=job, claim=claim)
+
+
+class UpkeepWorker(Worker[Any]):
+    """Runs the reconciler and the housekeeping, however busy the other is: each tick in one of all workers."""
+
+    SIGNALS = []  # noqa: RUF012
+
+    def __init__(self, messages: UpkeepLane, bench: Bench) -> None:
+        self._bench = bench
+        super().__init__(
+            messages,
+            functions=[],
+            concurrency=1,
+            cron_jobs=[
+                CronJob(self.reconcile, cron="* * * * * */5", timeout=UPKEEP_SECONDS),
+                CronJob(self.clean_up, cron="*/10 * * * *", timeout=UPKEEP_SECONDS),
+            ],
+            timers=TIMERS,
+        )
+
+    async def reconcile(self, _: Any) -> None:
+        await recovery.reconcile(self._bench)
+
+    async def clean_up(self, _: Any) -> None:
+        await recovery.clean_up(self._bench)
+
+    async def schedule(self, lock: int = 1) -> None:
+        """As SAQ does, but every tick is a message of its own: one whose worker was killed must not stop the rest."""
+        for cron in self.cron_jobs:
+            name, at = cron.function.__qualname__, int(croniter(cron.cron).get_next())
+            tick = Job(name, key=f"{self.queue.name}:{name}:{at}", scheduled=at, timeout=cron.timeout or 0, ttl=-1)
+            await self.queue.enqueue(tick)
+        await self.queue.schedule(lock)

@@ -1,57 +1,107 @@
 """Jobs over REST."""
 
+import hashlib
+from collections.abc import Awaitable, Callable
+from datetime import datetime
 from typing import Any
+from urllib.parse import quote
 from uuid import UUID
 
-import structlog
-from aiohttp import web
-from aiohttp_apispec import docs, json_schema, response_schema
-from redis.exceptions import RedisError
-from saq.queue.redis import RedisQueue
+from aiohttp import hdrs, web
+from aiohttp_apispec import docs, json_schema, querystring_schema, response_schema
 
-from server import fields
-from server.errors import FieldError, NotFound, ServiceError, ValidationFailed, invalid
-from server.jobs import queue, schemas, store
+from server import fields, json
+from server.auth.store import name_of_session
+from server.errors import Conflict, FieldError, Gone, NotFound, RangeNotSatisfiable, ValidationFailed, invalid
+from server.jobs import artifacts, bell, output, schemas, store
+from server.jobs.announcements import Announcements
+from server.jobs.dispatch import Dispatcher
+from server.jobs.store import Job
 from server.jobs.types import JOB_TYPES
+from server.jobs.workers import Roster
 from server.projects import access
-from server.projects.access import ACCESS, Kind, Role, named, requires
+from server.projects.access import ACCESS, Kind, Requirement, Role, named, requires
 from server.resources import reported
 from server.rest import answers
-from server.rest.keys import BODY, RESOURCES, USER
+from server.rest.etags import unchanged
+from server.rest.keys import BODY, HEADERS, QUERY, RESOURCES, USER
 from server.rest.marks import refuses
+from server.rest.pages import cursor_of, keys_of, page_of
 
 routes = web.RouteTableDef()
-QUEUE = web.AppKey("queue", RedisQueue)
-log = structlog.get_logger()
+DISPATCHER = web.AppKey("dispatcher", Dispatcher)
+ANNOUNCEMENTS = web.AppKey("announcements", Announcements)
+ROSTER = web.AppKey("roster", Roster)
+MOST_RACES = 20  # a job that changes under our hands that often is not of this world
+_IN_PAYLOAD = Requirement(Role.COLLABORATOR, named("documentId", "workspaceId", "projectId"))
 
 
 @routes.post("/api/v1/jobs")
 @docs(tags=["jobs"], summary="Ask for a job")
 @json_schema(schemas.NewJob)
 @response_schema(schemas.JobAnswer, 201)
-@refuses("idempotency_key_reused")
+@refuses("idempotency_key_reused", "language_unavailable", "sandbox_unavailable")
 @requires(Role.COLLABORATOR, of=named("workspaceId", "projectId"))
 async def create_job(request: web.Request) -> web.Response:
     body = request[BODY]
+    type = JOB_TYPES[body["type"]]
     payload = _checked_payload(body["type"], body["payload"])
-    project = request[ACCESS].project if ACCESS in request else None
+    project, workspace = await _place(request, body, payload)
+    if language := type.needs(body["payload"]):
+        await request.app[ROSTER].demand(language)
     with reported():
         job, duplicate = await store.create(
             request.app[RESOURCES].mongo,
             user=request[USER].id,
+            user_name=await _name(request) if workspace else "",
             type=body["type"],
-            payload=payload,
+            payload=body["payload"],
             priority=body["priority"],
             project=project,
-            workspace=body["workspace_id"],
+            workspace=workspace,
             run_at=body["run_at"],
             idempotency_key=_idempotency_key(request, body),
+            slots=request.app[DISPATCHER].slots,
             now=store.moment(),
         )
+        if not duplicate:
+            await request.app[DISPATCHER].admit(job)
     if not duplicate:
-        await _send(request, job)
+        await request.app[ANNOUNCEMENTS].moved(job)
     answer = {"job": store.shown(job), "duplicate": duplicate}
     return answers.json(answer) if duplicate else answers.created(f"/api/v1/jobs/{job['_id']}", answer)
+
+
+@routes.get("/api/v1/jobs")
+@docs(tags=["jobs"], summary="Your jobs, or a project's, newest first")
+@querystring_schema(schemas.JobsQuery)
+@response_schema(page_of(schemas.Job), 200)
+@requires(Role.VIEWER, of=named("projectId"))
+async def list_jobs(request: web.Request) -> web.Response:
+    query = request[QUERY]
+    project: UUID | None = query["project_id"]
+    with reported():
+        jobs, more = await store.list_jobs(
+            request.app[RESOURCES].mongo,
+            user=None if project else request[USER].id,
+            project=project,
+            status=query["status"],
+            type=query["type"],
+            limit=query["limit"],
+            after=keys_of(query["cursor"], datetime, str),
+        )
+    cursor = cursor_of(jobs[-1]["createdAt"].isoformat(), jobs[-1]["_id"]) if more else None
+    return answers.json({"items": [store.shown(job) for job in jobs], "nextCursor": cursor})
+
+
+@routes.get("/api/v1/jobs/stats")
+@docs(tags=["jobs"], summary="Your jobs by status, and what everybody's queues hold")
+@response_schema(schemas.Stats, 200)
+async def read_stats(request: web.Request) -> web.Response:
+    with reported():
+        mine, everybody = await store.count(request.app[RESOURCES].mongo, user=request[USER].id, now=store.moment())
+        workers = await request.app[ROSTER].workers()
+    return answers.json({"user": mine, "queue": {**everybody, "workers": len(workers)}})
 
 
 @routes.get("/api/v1/jobs/{jobId}")
@@ -59,11 +109,126 @@ async def create_job(request: web.Request) -> web.Response:
 @response_schema(schemas.Job, 200)
 @refuses("not_found")
 async def read_job(request: web.Request) -> web.Response:
-    return answers.json(store.shown(await _visible(request)))
+    raw = json.dumps(store.shown(await _visible(request)))
+    return answers.tagged(request, raw, tag=hashlib.sha256(raw).hexdigest()[:32])
 
 
-async def _visible(request: web.Request) -> dict[str, Any]:
-    """The job of the path, for its owner and the members of its project."""
+@routes.get("/api/v1/jobs/{jobId}/logs")
+@docs(tags=["jobs"], summary="What a job has printed so far; ask again with `after=nextCursor` until `complete`")
+@querystring_schema(schemas.LogsQuery)
+@response_schema(schemas.Logs, 200)
+@refuses("not_found")
+async def read_logs(request: web.Request) -> web.Response:
+    job = await _visible(request)
+    query = request[QUERY]
+    after = query["after"] if query["cursor"] is None else query["cursor"]
+    with reported():
+        items, end = await output.read(request.app[RESOURCES].mongo, job=job["_id"], after=after, limit=query["limit"])
+    # The job was read before its output: one that had ended then has no more than this.
+    complete = job["status"] not in (store.PENDING, store.PROCESSING) and len(items) < query["limit"]
+    return answers.json({"items": items, "nextCursor": None if complete else str(end), "complete": complete})
+
+
+@routes.post("/api/v1/jobs/{jobId}/cancel")
+@docs(tags=["jobs"], summary="Cancel a job that has not ended; its processes are gone within 2 s")
+@response_schema(schemas.Job, 200)
+@refuses("not_found", "forbidden", "not_cancellable")
+async def cancel_job(request: web.Request) -> web.Response:
+    stores = request.app[RESOURCES]
+
+    async def move(job: Job) -> bool:
+        if job["status"] not in (store.PENDING, store.PROCESSING):
+            raise Conflict(f"The job is {job['status']} already", code="not_cancellable")
+        ran, slot = job["status"] == store.PROCESSING, job["slot"]
+        if not await store.cancel(stores.mongo, job=job, now=store.moment()):
+            return False
+        if ran:
+            await bell.tell_cancelled(stores.redis, job=job["_id"])
+        await request.app[DISPATCHER].hand_on(job["userId"], slot)
+        return True
+
+    job = await _move(request, move)
+    return answers.json(store.shown(job))
+
+
+@routes.post("/api/v1/jobs/{jobId}/retry")
+@docs(tags=["jobs"], summary="Start a failed or cancelled job anew")
+@response_schema(schemas.Job, 202)
+@refuses("not_found", "forbidden", "not_retryable")
+async def retry_job(request: web.Request) -> web.Response:
+    async def move(job: Job) -> bool:
+        if job["status"] not in (store.FAILED, store.CANCELLED):
+            raise Conflict(f"The job is {job['status']}", code="not_retryable")
+        if not await store.start_anew(request.app[RESOURCES].mongo, job=job, now=store.moment()):
+            return False
+        await request.app[DISPATCHER].admit(job)
+        return True
+
+    job = await _move(request, move)
+    return answers.json(store.shown(job), status=202)
+
+
+@routes.get("/api/v1/jobs/{jobId}/artifacts/{name}")
+@docs(
+    tags=["jobs"],
+    summary="A file that a job made; `Range` is honoured",
+    produces=["application/octet-stream"],
+    responses={200: {"description": "the file"}, 206: {"description": "the part of it that was asked for"}},
+)
+@refuses("not_found", "gone", "range_not_satisfiable")
+async def read_artifact(request: web.Request) -> web.StreamResponse:
+    job, name = await _visible(request), request.match_info["name"]
+    made = (job["result"] or {}).get("artifact") if job["status"] == store.COMPLETED else None
+    if made is None or made["name"] != name:
+        raise NotFound("No such artifact")
+    mongo = request.app[RESOURCES].mongo
+    with reported():
+        file = await artifacts.find(mongo, job=job, name=name)
+    if file is None or made["expiresAt"] <= store.moment():
+        raise Gone("The artifact has expired")
+    tag = made["sha256"]
+    if unchanged(request, tag):
+        return web.Response(status=304, headers={"ETag": f'"{tag}"'})
+    start, stop, status = _range(request, file["length"], tag)
+    response = web.StreamResponse(status=status, headers=_file_headers(file, tag, start, stop))
+    response.content_length = stop - start
+    await response.prepare(request)
+    if request.method != hdrs.METH_HEAD:
+        async for data in artifacts.chunks(mongo, file=file, start=start, stop=stop):
+            await response.write(data)
+    await response.write_eof()
+    return response
+
+
+def _range(request: web.Request, length: int, tag: str) -> tuple[int, int, int]:
+    """Start, stop and status of the answer (RFC 9110, one range)."""
+    header = request.headers.get(hdrs.RANGE, "")
+    if request.headers.get(hdrs.IF_RANGE, f'"{tag}"') != f'"{tag}"' or not header.startswith("bytes="):
+        return 0, length, 200
+    try:
+        start, stop, _ = request.http_range.indices(length)
+    except ValueError:
+        return 0, length, 200  # several ranges, or none that one could read: the whole file is a good answer
+    if start >= stop:
+        request[HEADERS]["Content-Range"] = f"bytes */{length}"
+        raise RangeNotSatisfiable("No such part of the file")
+    return start, stop, 206
+
+
+def _file_headers(file: Any, tag: str, start: int, stop: int) -> dict[str, str]:
+    headers: dict[str, str] = {
+        hdrs.ETAG: f'"{tag}"',
+        hdrs.ACCEPT_RANGES: "bytes",
+        hdrs.CONTENT_TYPE: file["metadata"]["contentType"],
+        hdrs.CONTENT_DISPOSITION: f"attachment; filename*=UTF-8''{quote(file['filename'])}",
+    }
+    if stop - start < file["length"]:
+        headers[hdrs.CONTENT_RANGE] = f"bytes {start}-{stop - 1}/{file['length']}"
+    return headers
+
+
+async def _visible(request: web.Request, *, role: Role = Role.VIEWER) -> Job:
+    """The job of the path, for its owner and the members of its project who have the role."""
     id = fields.parse_id(request.match_info["jobId"])
     with reported():
         job = await store.read(request.app[RESOURCES].mongo, job=str(id)) if id else None
@@ -72,7 +237,7 @@ async def _visible(request: web.Request) -> dict[str, Any]:
     if job["userId"] != str(request[USER].id):
         if job["projectId"] is None:
             raise NotFound("No such job")
-        await _check(request, Kind.PROJECT, UUID(job["projectId"]), Role.VIEWER)
+        await _check(request, Kind.PROJECT, UUID(job["projectId"]), role)
     return job
 
 
@@ -80,16 +245,47 @@ async def _check(request: web.Request, kind: Kind, id: UUID, role: Role) -> acce
     return await access.check(request.app[RESOURCES].db, user=request[USER].id, kind=kind, id=id, role=role)
 
 
+async def _move(request: web.Request, move: Callable[[Job], Awaitable[bool]]) -> Job:
+    """The job, moved from whatever state it is found in; a worker may move it in between."""
+    for _ in range(MOST_RACES):
+        job = await _visible(request, role=Role.COLLABORATOR)
+        with reported():
+            moved = await move(job)
+        if moved:
+            await request.app[ANNOUNCEMENTS].moved(job)
+            return job
+    raise Conflict("The job changes too quickly")
+
+
+async def _place(
+    request: web.Request, body: dict[str, Any], payload: dict[str, Any]
+) -> tuple[UUID | None, UUID | None]:
+    """Project and workspace of the job: what the request and the payload name must be of one project."""
+    granted = request.get(ACCESS)
+    workspace: UUID | None = body["workspace_id"] or payload.get("workspace_id")
+    if workspace and payload.get("workspace_id") not in (None, workspace):
+        raise invalid("workspaceId", "Not the workspace of the payload.")
+    inner = await access.check_named(request.app[RESOURCES].db, _IN_PAYLOAD, user=request[USER].id, values=payload)
+    if granted and inner and granted.project != inner.project:
+        raise invalid("payload", "It names things of another project than the request.")
+    project = granted or inner
+    return project.project if project else None, workspace
+
+
+async def _name(request: web.Request) -> str:
+    user = request[USER]
+    return await name_of_session(request.app[RESOURCES].db, session=user.session, user=user.id) or ""
+
+
 def _checked_payload(type: str, payload: dict[str, Any]) -> dict[str, Any]:
-    """The payload as it was sent, once it fits its type."""
+    """The payload as its type's schema loads it."""
     try:
-        fields.load(JOB_TYPES[type].schema, payload)
+        return fields.load(JOB_TYPES[type].schema, payload)
     except ValidationFailed as error:
         details = [
             FieldError(field=f"payload.{each['field']}".rstrip("."), message=each["message"]) for each in error.details
         ]
         raise ValidationFailed("Validation failed", details=details) from None
-    return payload
 
 
 def _idempotency_key(request: web.Request, body: dict[str, Any]) -> str | None:
@@ -101,11 +297,3 @@ def _idempotency_key(request: web.Request, body: dict[str, Any]) -> str | None:
     if key is not None and not (1 <= len(key) <= 255 and key.isprintable()):
         raise invalid("idempotencyKey", "Must have 1 to 255 printable characters.")
     return key
-
-
-async def _send(request: web.Request, job: dict[str, Any]) -> None:
-    try:
-        await queue.send(request.app[QUEUE], job=job, type=JOB_TYPES[job["type"]], at=job["runAt"])
-    except (RedisError, OSError, ServiceError) as error:
-        # Not the client's loss: the record is there, and the reconciler sends what has no message.
-        log.warning("job not sent", job=job["_id"], error=str(error))

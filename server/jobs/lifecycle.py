@@ -2,25 +2,35 @@
 
 import asyncio
 import random
-from collections.abc import Mapping
+import time
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
-from saq.queue.redis import RedisQueue
+from bson.errors import InvalidDocument
+from pymongo.errors import ConnectionFailure, DocumentTooLarge
 
 from server import fields, metrics
 from server.errors import ServiceError
-from server.jobs import queue, store
+from server.jobs import artifacts, output, store
+from server.jobs.announcements import Announcements
+from server.jobs.attempt import Attempt
+from server.jobs.dispatch import Dispatcher
+from server.jobs.leases import Held, Leases
+from server.jobs.output import Output
 from server.jobs.sandbox import Sandbox
-from server.jobs.table import Attempt, JobType
+from server.jobs.store import Job
+from server.jobs.table import JobType
 from server.resources import Resources
 
 log = structlog.get_logger()
 
-RENEW_SECONDS = 5.0
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, JITTER = 1.0, 60.0, 0.2
+PATIENCE_SECONDS = 60.0  # with MongoDB: what a program did should not be done again because of a restart
+AGAIN_SECONDS = 0.3
+T = TypeVar("T")
 
 
 class InjectedFault(RuntimeError):
@@ -32,40 +42,43 @@ class Bench:
     """What a worker process works with."""
 
     stores: Resources
-    queue: RedisQueue
+    dispatcher: Dispatcher
+    announcements: Announcements
+    leases: Leases
     sandbox: Sandbox
     types: Mapping[str, JobType]
     worker: str
 
 
 async def attempt(bench: Bench, *, job: str, claim: int) -> None:
-    """One attempt from its message to its outcome."""
-    record = await before_process(bench, job=job, claim=claim)
-    if record is None:
-        return  # cancelled, or claimed already: the message came late or twice
-    structlog.contextvars.bind_contextvars(job=job, type=record["type"], attempt=record["attempts"])
+    """One attempt from its message to its outcome. Never raises: there is nobody to tell but the record."""
+    structlog.contextvars.bind_contextvars(job=job)
     try:
-        result = await _run(bench, record)
-    except asyncio.CancelledError:
-        await asyncio.shield(_hand_back(bench, record))
-        raise
-    except ServiceError as refusal:
-        await after_process(bench, record, error={"code": refusal.code, "message": refusal.detail}, final=True)
-    except Exception as error:
-        log.warning("attempt failed", exc_info=not isinstance(error, InjectedFault), error=str(error))
-        await after_process(bench, record, error=_described(error), final=False)
-    else:
-        await after_process(bench, record, result=result)
+        record = await before_process(bench, job=job, claim=claim)
+        if record is None:
+            return  # cancelled, or claimed already: the message came late or twice
+        structlog.contextvars.bind_contextvars(type=record["type"], attempt=record["attempts"])
+        slot = record["slot"]
+        with bench.leases.hold(job, claim) as held:
+            await _run_and_write(bench, record, held)
+        await bench.dispatcher.hand_on(record["userId"], slot)
+    except Exception:
+        # The lease runs out, and the reconciler takes the job back.
+        log.exception("attempt left behind")
 
 
-async def before_process(bench: Bench, *, job: str, claim: int) -> dict[str, Any] | None:
+async def before_process(bench: Bench, *, job: str, claim: int) -> Job | None:
     """The record with our claim on it, or None where there is nothing to do."""
-    return await store.claim(bench.stores.mongo, job=job, claim=claim, worker=bench.worker, now=store.moment())
+    mongo, worker = bench.stores.mongo, bench.worker
+    record, _ = await _patiently(lambda: store.claim(mongo, job=job, claim=claim, worker=worker, now=store.moment()))
+    if record is not None:
+        await bench.announcements.moved(record)
+    return record
 
 
 async def after_process(
     bench: Bench,
-    record: dict[str, Any],
+    record: Job,
     *,
     result: dict[str, Any] | None = None,
     error: dict[str, Any] | None = None,
@@ -75,17 +88,26 @@ async def after_process(
     mongo, now = bench.stores.mongo, store.moment()
     if error is None:
         assert result is not None
-        outcome, written = "completed", await store.complete(mongo, job=record, result=result, now=now)
+        outcome, status = "completed", store.COMPLETED
+        written = await _write(bench, record, status, lambda: store.complete(mongo, job=record, result=result, now=now))
     elif final or record["attempts"] >= record["maxAttempts"]:
-        outcome, written = "failed", await store.fail(mongo, job=record, error=error, now=now)
+        outcome, status = "failed", store.FAILED
+        written = await _write(bench, record, status, lambda: store.fail(mongo, job=record, error=error, now=now))
     else:
-        run_at = now + pause_after(record["attempts"])
-        outcome = "retried"
-        written = await store.postpone(mongo, job=record, error=error, run_at=run_at, now=now)
-        if written:
-            await queue.send(bench.queue, job=record, type=bench.types[record["type"]], at=run_at)
-    metrics.JOBS_FINISHED.labels(record["type"], outcome if written else "superseded").inc()
-    log.info("attempt ended", outcome=outcome, written=written)
+        outcome, status = "retried", store.PENDING
+        at = now + pause_after(record["attempts"])
+        written = await _write(
+            bench, record, status, lambda: store.postpone(mongo, job=record, error=error, run_at=at, now=now)
+        )
+    await _tell_end(bench, record, outcome, written=written)
+
+
+async def hand_back(bench: Bench, record: Job) -> None:
+    """This worker stops: the job goes back, and the attempt does not count."""
+    error = {"code": "handed_back", "message": "the worker stopped"}
+    mongo, now = bench.stores.mongo, store.moment()
+    written = await store.hand_back(mongo, job=record, error=error, now=now)
+    await _tell_end(bench, record, "handed back", written=written)
 
 
 def pause_after(attempts: int, *, chance: float | None = None) -> timedelta:
@@ -95,40 +117,101 @@ def pause_after(attempts: int, *, chance: float | None = None) -> timedelta:
     return timedelta(seconds=seconds * (1 - JITTER + 2 * JITTER * chance))
 
 
-async def _run(bench: Bench, record: dict[str, Any]) -> dict[str, Any]:
+async def _run_and_write(bench: Bench, record: Job, held: Held) -> None:
+    try:
+        held.work = asyncio.ensure_future(_run(bench, record))
+        result = await held.work
+    except asyncio.CancelledError:
+        if held.why == "lost":
+            await _tell_end(bench, record, "superseded", written=False)
+        else:
+            await asyncio.shield(hand_back(bench, record))
+    except ServiceError as refusal:
+        await after_process(bench, record, error={"code": refusal.code, "message": refusal.detail}, final=True)
+    except Exception as error:
+        log.warning("attempt failed", exc_info=not isinstance(error, InjectedFault), error=str(error))
+        await after_process(bench, record, error=_described(error), final=False)
+    else:
+        try:
+            await after_process(bench, record, result=result)
+        except (DocumentTooLarge, InvalidDocument, OverflowError) as error:
+            log.warning("result cannot be stored", error=str(error))
+            await after_process(
+                bench, record, error={"code": "result_too_large", "message": "the result cannot be stored"}
+            )
+
+
+async def _run(bench: Bench, record: Job) -> dict[str, Any]:
     type = bench.types[record["type"]]
     if random.random() < bench.stores.settings.job_fault_rate:  # noqa: S311 - not a secret
         raise InjectedFault("injected fault")
     payload = fields.load(type.schema, record["payload"])
-    work = asyncio.ensure_future(
-        type.run(Attempt(record["_id"], record["claim"], bench.stores, bench.sandbox), payload)
-    )
-    lease = asyncio.ensure_future(_keep_lease(bench, record))
+    writer = await _output(bench, record)
+    keeping = asyncio.ensure_future(writer.keep())
+    attempt = Attempt(record, bench.stores, bench.sandbox, writer, lambda percent: _progress(bench, record, percent))
     try:
         async with asyncio.timeout(type.timeout):
-            await asyncio.wait({work, lease}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise ServiceError("The job was cancelled or taken over")
-        return work.result()
+            result = await type.run(attempt, payload)
+        await _patiently(writer.flush)
+        return result
     finally:
-        for task in (work, lease):
-            task.cancel()
-        await asyncio.gather(work, lease, return_exceptions=True)
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
 
 
-async def _keep_lease(bench: Bench, record: dict[str, Any]) -> None:
-    """Returns when the claim is lost."""
+async def _output(bench: Bench, record: Job) -> Output:
+    mongo, job = bench.stores.mongo, record["_id"]
+    # Only a first attempt can be sure that nothing is there.
+    start = await output.end_of(mongo, job=job) if record["claim"] > 1 else 0
+
+    async def tell(chunks: Any) -> None:
+        await bench.announcements.output(record, chunks)
+
+    return Output(mongo, job=job, start=start, tell=tell, now=store.moment)
+
+
+async def _progress(bench: Bench, record: Job, percent: float) -> None:
+    if await store.set_progress(bench.stores.mongo, job=record, progress=percent, now=store.moment()):
+        await bench.announcements.changed(record)
+
+
+async def _tell_end(bench: Bench, record: Job, outcome: str, *, written: bool) -> None:
+    metrics.JOBS_FINISHED.labels(record["type"], outcome if written else "superseded").inc()
+    log.info("attempt ended", outcome=outcome, written=written)
+    if written:
+        await bench.announcements.moved(record)
+    if record["status"] != store.COMPLETED:
+        await artifacts.discard(bench.stores.mongo, job=record["_id"], claim=record["claim"])
+
+
+async def _write(bench: Bench, record: Job, status: str, move: Callable[[], Awaitable[bool]]) -> bool:
+    """Whether the outcome is written, also where MongoDB's answer to it was lost."""
+    written, repeated = await _patiently(move)
+    if written or not repeated:
+        return written
+    found = await store.read(bench.stores.mongo, job=record["_id"])
+    if found is None or (found["claim"], found["status"]) != (record["claim"], status):
+        return False
+    record |= found
+    return True
+
+
+async def _patiently(ask: Callable[[], Awaitable[T]]) -> tuple[T, bool]:
+    """The answer, once MongoDB gives one, and whether it was asked more than once.
+
+    Raises:
+        ConnectionFailure: MongoDB has been away for PATIENCE_SECONDS.
+    """
+    deadline, repeated = time.monotonic() + PATIENCE_SECONDS, False
     while True:
-        await asyncio.sleep(RENEW_SECONDS)
-        held = await store.renew(bench.stores.mongo, job=record["_id"], claim=record["claim"], now=store.moment())
-        if not held:
-            return
-
-
-async def _hand_back(bench: Bench, record: dict[str, Any]) -> None:
-    error = {"code": "handed_back", "message": "the worker stopped"}
-    if await store.hand_back(bench.stores.mongo, job=record, error=error, now=store.moment()):
-        await queue.send(bench.queue, job=record, type=bench.types[record["type"]])
+        try:
+            return await ask(), repeated
+        except ConnectionFailure as error:
+            if time.monotonic() > deadline:
+                raise
+            log.warning("waiting for MongoDB", error=str(error)[:200])
+            repeated = True
+            await asyncio.sleep(AGAIN_SECONDS)
 
 
 def _described(error: Exception) -> dict[str, Any]:

@@ -3,7 +3,10 @@
 from marshmallow import fields, validate
 
 from server.fields import Id, Schema, Time
+from server.jobs.output import JOB_CHARACTERS as MOST_CHARACTERS
+from server.jobs.store import STATUSES
 from server.jobs.types import JOB_TYPES
+from server.rest.pages import LARGEST, PageQuery
 
 
 class NewJob(Schema):
@@ -14,6 +17,57 @@ class NewJob(Schema):
     workspace_id = Id(load_default=None, allow_none=True)
     run_at = fields.AwareDateTime(load_default=None, allow_none=True, format="iso")
     idempotency_key = fields.String(load_default=None, allow_none=True, validate=validate.Length(1, 255))
+
+
+class JobsQuery(PageQuery):
+    project_id = Id(load_default=None)
+    status = fields.String(load_default=None, validate=validate.OneOf(STATUSES))
+    type = fields.String(load_default=None, validate=validate.OneOf(sorted(JOB_TYPES)))
+
+
+class LogsQuery(Schema):
+    after = fields.Integer(
+        load_default=0,
+        validate=validate.Range(0, MOST_CHARACTERS),
+        metadata={"description": "a position in the output: what comes behind it"},
+    )
+    cursor = fields.Integer(
+        load_default=None, validate=validate.Range(0, MOST_CHARACTERS), metadata={"description": "the same"}
+    )
+    limit = fields.Integer(load_default=LARGEST, validate=validate.Range(1, LARGEST))
+
+
+class LogItem(Schema):
+    offset = fields.Integer(metadata={"description": "in characters, over both streams and all attempts"})
+    stream = fields.String(metadata={"enum": ["stdout", "stderr"]})
+    text = fields.String()
+    time = Time()
+
+
+class Logs(Schema):
+    items = fields.List(fields.Nested(LogItem))
+    next_cursor = fields.String(allow_none=True, metadata={"description": "null when this is all there will be"})
+    complete = fields.Boolean(metadata={"description": "the job has ended, and this is the end of its output"})
+
+
+class UserStats(Schema):
+    pending = fields.Integer()
+    processing = fields.Integer()
+    completed = fields.Integer()
+    failed = fields.Integer()
+    cancelled = fields.Integer()
+
+
+class QueueStats(Schema):
+    queued = fields.Integer(metadata={"description": "due jobs that wait"})
+    active = fields.Integer()
+    scheduled = fields.Integer(metadata={"description": "jobs with a later runAt"})
+    workers = fields.Integer()
+
+
+class Stats(Schema):
+    user = fields.Nested(UserStats)
+    queue = fields.Nested(QueueStats)
 
 
 class AttemptRecord(Schema):
@@ -27,7 +81,7 @@ class AttemptRecord(Schema):
 class Job(Schema):
     id = Id()
     type = fields.String()
-    status = fields.String(metadata={"enum": ["pending", "processing", "completed", "failed", "cancelled"]})
+    status = fields.String(metadata={"enum": list(STATUSES)})
     payload = fields.Dict()
     result = fields.Dict(allow_none=True)
     error = fields.Dict(allow_none=True)

@@ -1,9 +1,18 @@
 """Job records in MongoDB: the source of truth. Every move is one conditional write.
 
-Keys are those of the JSON, so that a record is shown as it is stored, but for what ``shown`` leaves out.
+Keys are those of the JSON, so that a record is shown as it is stored, but for what ``shown`` leaves out:
+
+claim   grows with every attempt and with every message that is sent anew; only who holds it may write (the fence)
+lease   until when the holder of a running attempt is believed to live
+slot    one of its user's few, held while an attempt is queued or runs: unique, so that no two processes can give
+        out one slot twice
+sentAt  when the message of a queued attempt was sent
+lost    workers lost in a row
 """
 
 import hashlib
+import random
+from collections.abc import Collection, Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -15,27 +24,58 @@ from server import json
 from server.errors import ValidationFailed
 
 PENDING, PROCESSING, COMPLETED, FAILED, CANCELLED = "pending", "processing", "completed", "failed", "cancelled"
+STATUSES = (PENDING, PROCESSING, COMPLETED, FAILED, CANCELLED)
 MAX_ATTEMPTS = 3
-LEASE = timedelta(seconds=20)
-_HIDDEN = ("claim", "lease", "bodyHash")
+MOST_LOST = 5  # workers in a row
+LEASE = timedelta(seconds=15)
+HISTORY_LENGTH = 50
+PAGE_BYTES = 4 << 20  # a page of jobs with large results ends early
+_HIDDEN = ("_id", "claim", "lease", "slot", "sentAt", "lost", "bodyHash", "workerId", "userName")
+
+Job = dict[str, Any]
 
 
 async def prepare(mongo: Any) -> None:
     """Create the indexes; safe to call at every start."""
-    await mongo.jobs.create_index(
+    for name, keys, options in _INDEXES:
+        await mongo.jobs.create_index(keys, name=name, **options)
+
+
+_INDEXES: list[tuple[str, list[tuple[str, int]], dict[str, Any]]] = [
+    (
+        "idempotency",
         [("userId", ASCENDING), ("idempotencyKey", ASCENDING)],
-        name="idempotency",
-        unique=True,
-        partialFilterExpression={"idempotencyKey": {"$type": "string"}},
-    )
-    await mongo.jobs.create_index([("userId", ASCENDING), ("createdAt", DESCENDING), ("_id", DESCENDING)], name="mine")
-    await mongo.jobs.create_index([("status", ASCENDING), ("runAt", ASCENDING)], name="due")
+        {"unique": True, "partialFilterExpression": {"idempotencyKey": {"$type": "string"}}},
+    ),
+    (
+        "slots",
+        [("userId", ASCENDING), ("slot", ASCENDING)],
+        {"unique": True, "partialFilterExpression": {"slot": {"$gte": 0}}},
+    ),
+    (
+        "waiting",
+        [(key, ASCENDING) for key in ("userId", "status", "slot")]
+        + [("priority", DESCENDING), ("createdAt", ASCENDING)],
+        {},
+    ),
+    ("mine", [("userId", ASCENDING), ("createdAt", DESCENDING), ("_id", DESCENDING)], {}),
+    (
+        "project",
+        [("projectId", ASCENDING), ("createdAt", DESCENDING), ("_id", DESCENDING)],
+        {"partialFilterExpression": {"projectId": {"$type": "string"}}},
+    ),
+    ("due", [("status", ASCENDING), ("slot", ASCENDING), ("runAt", ASCENDING)], {}),
+    ("leases", [("lease", ASCENDING)], {"partialFilterExpression": {"lease": {"$type": "date"}}}),
+    ("sent", [("sentAt", ASCENDING)], {"partialFilterExpression": {"sentAt": {"$type": "date"}}}),
+    ("finished", [("completedAt", ASCENDING)], {"partialFilterExpression": {"completedAt": {"$type": "date"}}}),
+]
 
 
 async def create(
     mongo: Any,
     *,
     user: UUID,
+    user_name: str,
     type: str,
     payload: dict[str, Any],
     priority: int,
@@ -43,15 +83,19 @@ async def create(
     workspace: UUID | None,
     run_at: datetime | None,
     idempotency_key: str | None,
+    slots: int,
     now: datetime,
-) -> tuple[dict[str, Any], bool]:
+) -> tuple[Job, bool]:
     """The job, and whether it was there already under the same key.
+
+    One that is due takes one of its user's slots by guess; where that is taken it has none, and waits.
 
     Raises:
         ValidationFailed: ``idempotency_key_reused``: that key came with another body.
     """
     asked = [type, payload, priority, project, workspace, run_at]
-    job: dict[str, Any] = {
+    is_due = run_at is None or run_at <= now
+    job: Job = {
         "_id": str(uuid4()),
         "type": type,
         "status": PENDING,
@@ -74,26 +118,153 @@ async def create(
         "history": [],
         "claim": 0,
         "lease": None,
+        "slot": random.randrange(slots) if is_due else None,  # noqa: S311 - not a secret
+        "sentAt": now if is_due else None,
+        "lost": 0,
+        "userName": user_name,
         "bodyHash": hashlib.sha256(json.dumps(asked)).hexdigest(),
     }
     try:
         await mongo.jobs.insert_one(job)
     except DuplicateKeyError:
-        earlier = await mongo.jobs.find_one({"userId": str(user), "idempotencyKey": idempotency_key})
-        if earlier["bodyHash"] != job["bodyHash"]:
-            raise ValidationFailed("That key came with another body", code="idempotency_key_reused") from None
-        return earlier, True
+        return await _create_without_slot(mongo, job)
     return job, False
 
 
-async def read(mongo: Any, *, job: str) -> dict[str, Any] | None:
-    found: dict[str, Any] | None = await mongo.jobs.find_one({"_id": job})
+async def _create_without_slot(mongo: Any, job: Job) -> tuple[Job, bool]:
+    """Either index may have refused: the key's is asked, and the slot goes."""
+    job |= {"slot": None, "sentAt": None}
+    if not await _under_key(mongo, job):
+        try:
+            await mongo.jobs.insert_one(job)
+        except DuplicateKeyError:
+            pass
+        else:
+            return job, False
+    earlier: Job = await _under_key(mongo, job)
+    if earlier["bodyHash"] != job["bodyHash"]:
+        raise ValidationFailed("That key came with another body", code="idempotency_key_reused")
+    return earlier, True
+
+
+async def _under_key(mongo: Any, job: Job) -> Any:
+    if job["idempotencyKey"] is None:
+        return None
+    return await mongo.jobs.find_one({"userId": job["userId"], "idempotencyKey": job["idempotencyKey"]})
+
+
+async def read(mongo: Any, *, job: str) -> Job | None:
+    found: Job | None = await mongo.jobs.find_one({"_id": job})
     return found
 
 
-async def claim(mongo: Any, *, job: str, claim: int, worker: str, now: datetime) -> dict[str, Any] | None:
-    """Take attempt number ``claim``; the record, or None where it is taken or no longer wanted."""
-    taken = await mongo.jobs.update_one(
+async def list_jobs(
+    mongo: Any,
+    *,
+    user: UUID | None,
+    project: UUID | None,
+    status: str | None,
+    type: str | None,
+    limit: int,
+    after: tuple[datetime | None, str | None] = (None, None),
+) -> tuple[list[Job], bool]:
+    """A user's or a project's jobs, newest first, and whether there are more. At least one, then as many as fit."""
+    wanted: dict[str, Any] = {"userId": str(user)} if user else {"projectId": str(project)}
+    wanted |= {key: value for key, value in (("status", status), ("type", type)) if value}
+    created, id = after
+    if created is not None:
+        wanted["$or"] = [{"createdAt": {"$lt": created}}, {"createdAt": created, "_id": {"$lt": id}}]
+    newest = [("createdAt", DESCENDING), ("_id", DESCENDING)]
+    found: list[Job] = []
+    size = 0
+    async for job in mongo.jobs.find(wanted, sort=newest, limit=limit + 1, batch_size=10):
+        size += len(json.dumps(job))
+        if len(found) == limit or (found and size > PAGE_BYTES):
+            return found, True
+        found.append(job)
+    return found, False
+
+
+async def count(mongo: Any, *, user: UUID, now: datetime) -> tuple[dict[str, int], dict[str, int]]:
+    """How many of the user's jobs have which status; how many of everybody's wait, run and are scheduled."""
+    mine = dict.fromkeys(STATUSES, 0)
+    grouped = [{"$match": {"userId": str(user)}}, {"$group": {"_id": "$status", "jobs": {"$sum": 1}}}]
+    async for each in mongo.jobs.aggregate(grouped):
+        mine[each["_id"]] = each["jobs"]
+    pending = await mongo.jobs.count_documents({"status": PENDING})
+    scheduled = await mongo.jobs.count_documents({"status": PENDING, "runAt": {"$gt": now}})
+    active = await mongo.jobs.count_documents({"status": PROCESSING})
+    return mine, {"queued": pending - scheduled, "active": active, "scheduled": scheduled}
+
+
+# Slots -----------------------------------------------------------------------------------------------------------
+
+
+async def free_slots(mongo: Any, *, user: str, slots: int) -> list[int]:
+    held = {each["slot"] async for each in mongo.jobs.find({"userId": user, "slot": {"$gte": 0}}, {"slot": 1})}
+    return [slot for slot in range(slots) if slot not in held]
+
+
+async def waiting(mongo: Any, *, user: str, most: int, now: datetime) -> list[Job]:
+    """The user's due jobs without a slot: by priority, then age."""
+    due = {"userId": user, "status": PENDING, "slot": None, "runAt": {"$not": {"$gt": now}}}
+    order = [("priority", DESCENDING), ("createdAt", ASCENDING)]
+    found: list[Job] = await mongo.jobs.find(due, sort=order, limit=most).to_list(None)
+    return found
+
+
+async def users_waiting(mongo: Any, *, now: datetime, scheduled_only: bool) -> list[str]:
+    """Who has due jobs without a slot; on request only those that waited for their time."""
+    due = {"$lte": now} if scheduled_only else {"$not": {"$gt": now}}
+    users: list[str] = await mongo.jobs.distinct("userId", {"status": PENDING, "slot": None, "runAt": due})
+    return users
+
+
+async def take_slot(mongo: Any, *, job: Job, slot: int, now: datetime) -> bool | None:
+    """Whether the job got the slot; None where the slot was taken."""
+    change = {"slot": slot, "sentAt": now}
+    try:
+        taken = await mongo.jobs.update_one(
+            {"_id": job["_id"], "status": PENDING, "claim": job["claim"], "slot": None}, {"$set": change}
+        )
+    except DuplicateKeyError:
+        return None
+    job |= change
+    return bool(taken.matched_count)
+
+
+async def long_sent(mongo: Any, *, before: datetime, most: int) -> list[Job]:
+    """Queued attempts whose messages were sent before that."""
+    found: list[Job] = await mongo.jobs.find({"sentAt": {"$lt": before}}, limit=most).to_list(None)
+    return found
+
+
+async def send_again(mongo: Any, *, job: Job, now: datetime) -> bool:
+    """A new claim for a new message: the old one, should it still come, finds nothing to do."""
+    change = {"claim": job["claim"] + 1, "sentAt": now}
+    changed = await mongo.jobs.update_one(
+        {"_id": job["_id"], "status": PENDING, "claim": job["claim"], "sentAt": job["sentAt"]}, {"$set": change}
+    )
+    job |= change
+    return bool(changed.matched_count)
+
+
+async def note_waiting(mongo: Any, *, jobs: Collection[str], sent_before: datetime, now: datetime) -> None:
+    """Their messages do wait: not to be looked at again soon."""
+    await mongo.jobs.update_many(
+        {"_id": {"$in": list(jobs)}, "status": PENDING, "sentAt": {"$lt": sent_before}}, {"$set": {"sentAt": now}}
+    )
+
+
+# Attempts --------------------------------------------------------------------------------------------------------
+
+
+async def claim(mongo: Any, *, job: str, claim: int, worker: str, now: datetime) -> Job | None:
+    """Take attempt number ``claim``; the record, or None where it is taken or no longer wanted.
+
+    May be repeated by the same worker where the answer was lost.
+    """
+    await mongo.jobs.update_one(
         {"_id": job, "status": PENDING, "claim": claim - 1},
         {
             "$set": {
@@ -103,46 +274,128 @@ async def claim(mongo: Any, *, job: str, claim: int, worker: str, now: datetime)
                 "workerId": worker,
                 "startedAt": now,
                 "updatedAt": now,
-                "runAt": None,
+                "sentAt": None,
+                "progress": 0,
             },
             "$inc": {"attempts": 1},
         },
     )
-    return await read(mongo, job=job) if taken.matched_count else None
+    found: Job | None = await mongo.jobs.find_one({**_held(job, claim), "workerId": worker})
+    return found
 
 
-async def renew(mongo: Any, *, job: str, claim: int, now: datetime) -> bool:
-    """Whether the claim still holds; its lease runs on."""
-    renewed = await mongo.jobs.update_one(_held(job, claim), {"$set": {"lease": now + LEASE}})
-    return bool(renewed.matched_count)
+async def renew(mongo: Any, *, jobs: Collection[str], worker: str, now: datetime) -> None:
+    """The leases of these attempts, where they are still this worker's, run on."""
+    await mongo.jobs.update_many(
+        {"_id": {"$in": list(jobs)}, "status": PROCESSING, "workerId": worker}, {"$set": {"lease": now + LEASE}}
+    )
 
 
-async def complete(mongo: Any, *, job: dict[str, Any], result: dict[str, Any], now: datetime) -> bool:
+async def claims(mongo: Any, *, jobs: Collection[str], worker: str) -> dict[str, int]:
+    """The claims that this worker holds on these jobs."""
+    held = mongo.jobs.find({"_id": {"$in": list(jobs)}, "status": PROCESSING, "workerId": worker}, {"claim": 1})
+    return {each["_id"]: each["claim"] async for each in held}
+
+
+async def set_progress(mongo: Any, *, job: Job, progress: float, now: datetime) -> bool:
+    """Whether the claim still held."""
+    change = {"progress": progress, "updatedAt": now}
+    changed = await mongo.jobs.update_one(_held(job["_id"], job["claim"]), {"$set": change})
+    job |= change
+    return bool(changed.matched_count)
+
+
+async def complete(mongo: Any, *, job: Job, result: dict[str, Any], now: datetime) -> bool:
     """Store the result; whether the claim still held."""
     change = {"status": COMPLETED, "result": result, "error": None, "progress": 100, "completedAt": now}
     return await _end_attempt(mongo, job, change, error=None, now=now)
 
 
-async def fail(mongo: Any, *, job: dict[str, Any], error: dict[str, Any], now: datetime) -> bool:
+async def fail(mongo: Any, *, job: Job, error: dict[str, Any], now: datetime) -> bool:
     """Fail for good; whether the claim still held."""
     change = {"status": FAILED, "error": error, "completedAt": now}
     return await _end_attempt(mongo, job, change, error=error, now=now)
 
 
-async def postpone(mongo: Any, *, job: dict[str, Any], error: dict[str, Any], run_at: datetime, now: datetime) -> bool:
+async def postpone(mongo: Any, *, job: Job, error: dict[str, Any], run_at: datetime, now: datetime) -> bool:
     """Back to pending, to be tried again at ``run_at``; whether the claim still held."""
-    change = {"status": PENDING, "error": error, "runAt": run_at}
+    change = {"status": PENDING, "error": error, "runAt": run_at, "lost": 0}
     return await _end_attempt(mongo, job, change, error=error, now=now)
 
 
-async def hand_back(mongo: Any, *, job: dict[str, Any], error: dict[str, Any], now: datetime) -> bool:
+async def hand_back(mongo: Any, *, job: Job, error: dict[str, Any], now: datetime) -> bool:
     """Back to pending at once, without counting the attempt; whether the claim still held."""
-    change = {"status": PENDING, "attempts": job["attempts"] - 1}
+    change = {"status": PENDING, "attempts": job["attempts"] - 1, "lost": 0}
     return await _end_attempt(mongo, job, change, error=error, now=now)
+
+
+async def lost_leases(mongo: Any, *, now: datetime, most: int) -> list[Job]:
+    found: list[Job] = await mongo.jobs.find({"lease": {"$lt": now}}, limit=most).to_list(None)
+    return found
+
+
+async def take_back(mongo: Any, *, job: Job, now: datetime) -> bool:
+    """The worker was lost: back to pending without counting the attempt, or failed after too many in a row.
+
+    Whether it was still so.
+    """
+    lost = job["lost"] + 1
+    error = {"code": "worker_lost", "message": "the worker that ran it was lost"}
+    change = {"attempts": job["attempts"] - 1, "lost": lost}
+    if lost >= MOST_LOST:
+        change |= {"status": FAILED, "error": error, "completedAt": now}
+    else:
+        change |= {"status": PENDING}
+    return await _end_attempt(mongo, job, change, error=error, now=now, where={"lease": job["lease"]})
+
+
+async def cancel(mongo: Any, *, job: Job, now: datetime) -> bool:
+    """Cancel a job that is as it was read; whether it still was."""
+    error = {"code": "cancelled", "message": "it was cancelled"}
+    change = {"status": CANCELLED, "completedAt": now}
+    if job["status"] == PROCESSING:
+        return await _end_attempt(mongo, job, change, error=error, now=now)
+    return await _change(mongo, job, {"status": PENDING, "claim": job["claim"]}, {**change, **_RELEASED}, now)
+
+
+async def start_anew(mongo: Any, *, job: Job, now: datetime) -> bool:
+    """A failed or cancelled job waits again, its attempts counted anew; whether it was as it was read."""
+    change = {
+        "status": PENDING,
+        "attempts": 0,
+        "lost": 0,
+        "progress": 0,
+        "error": None,
+        "result": None,
+        "runAt": None,
+        "startedAt": None,
+        "completedAt": None,
+    }
+    return await _change(mongo, job, {"status": job["status"], "claim": job["claim"]}, change, now)
+
+
+async def finished_before(mongo: Any, *, moment: datetime, most: int) -> list[str]:
+    """Jobs that ended before that."""
+    found = mongo.jobs.find({"completedAt": {"$lt": moment}}, {"_id": 1}, limit=most)
+    return [each["_id"] async for each in found]
+
+
+async def delete(mongo: Any, *, jobs: Iterable[str], finished_before: datetime) -> None:
+    # Whoever has been started anew in the meantime stays.
+    await mongo.jobs.delete_many({"_id": {"$in": list(jobs)}, "completedAt": {"$lt": finished_before}})
+
+
+_RELEASED = {"slot": None, "sentAt": None, "lease": None}
 
 
 async def _end_attempt(
-    mongo: Any, job: dict[str, Any], change: dict[str, Any], *, error: dict[str, Any] | None, now: datetime
+    mongo: Any,
+    job: Job,
+    change: dict[str, Any],
+    *,
+    error: dict[str, Any] | None,
+    now: datetime,
+    where: dict[str, Any] | None = None,
 ) -> bool:
     attempt = {
         "attempt": job["attempts"],
@@ -151,21 +404,40 @@ async def _end_attempt(
         "workerId": job["workerId"],
         "error": error,
     }
-    ended = await mongo.jobs.update_one(
-        _held(job["_id"], job["claim"]),
-        {"$set": {**change, "lease": None, "updatedAt": now}, "$push": {"history": attempt}},
+    return await _change(
+        mongo, job, _held(job["_id"], job["claim"]) | (where or {}), {**change, **_RELEASED}, now, attempt=attempt
     )
-    return bool(ended.matched_count)
+
+
+async def _change(
+    mongo: Any,
+    job: Job,
+    condition: dict[str, Any],
+    change: dict[str, Any],
+    now: datetime,
+    *,
+    attempt: dict[str, Any] | None = None,
+) -> bool:
+    """One move, if the condition holds; ``job`` follows."""
+    update: dict[str, Any] = {"$set": {**change, "updatedAt": now}}
+    if attempt is not None:
+        update["$push"] = {"history": {"$each": [attempt], "$slice": -HISTORY_LENGTH}}
+    changed = await mongo.jobs.update_one({"_id": job["_id"], **condition}, update)
+    if not changed.matched_count:
+        return False
+    job |= {**change, "updatedAt": now}
+    if attempt is not None:
+        job["history"] = [*job["history"], attempt][-HISTORY_LENGTH:]
+    return True
 
 
 def _held(job: str, claim: int) -> dict[str, Any]:
     return {"_id": job, "status": PROCESSING, "claim": claim}
 
 
-def shown(job: dict[str, Any]) -> dict[str, Any]:
+def shown(job: Job) -> Job:
     """The record as clients see it."""
-    public = {key: value for key, value in job.items() if key not in _HIDDEN and key not in ("_id", "workerId")}
-    return {"id": job["_id"], **public}
+    return {"id": job["_id"], **{key: value for key, value in job.items() if key not in _HIDDEN}}
 
 
 def moment() -> datetime:

@@ -10,21 +10,10 @@ from typing import Any
 
 from marshmallow import Schema
 
-from server.jobs.sandbox import Sandbox
-from server.resources import Resources
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """What the function of a type is given besides its payload."""
-
-    job: str
-    claim: int
-    stores: Resources
-    sandbox: Sandbox
-
+from server.jobs.attempt import Attempt
 
 Run = Callable[[Attempt, dict[str, Any]], Awaitable[dict[str, Any]]]
+Needs = Callable[[dict[str, Any]], str | None]
 
 
 @dataclass(frozen=True)
@@ -33,6 +22,8 @@ class JobType:
     schema: Schema
     run: Run
     timeout: int  # seconds for one attempt
+    needs: Needs
+    """The language that a worker must have for this payload, as it was sent; None where any worker will do."""
     summary: str
 
 
@@ -40,9 +31,11 @@ class JobTable:
     def __init__(self) -> None:
         self._types: list[JobType] = []
 
-    def on(self, name: str, schema: type[Schema], *, timeout: int) -> Callable[[Run], Run]:
+    def on(
+        self, name: str, schema: type[Schema], *, timeout: int, needs: Needs = lambda _: None
+    ) -> Callable[[Run], Run]:
         def add(run: Run) -> Run:
-            self._types.append(JobType(name, schema(), run, timeout, (run.__doc__ or "").strip()))
+            self._types.append(JobType(name, schema(), run, timeout, needs, (run.__doc__ or "").strip()))
             return run
 
         return add

@@ -47,6 +47,9 @@ async def test_two_people_on_two_servers_share_a_workspace_and_run_a_program(
     assert done["result"]["stdout"] == "squares of small numbers\n[0, 1, 4, 9, 16]\n"
     assert (done["result"]["exitCode"], done["projectId"], done["attempts"]) == (0, project, 1)
 
+    for status in ("pending", "processing", "completed"):
+        await adas.assert_push("JOB_UPDATED", jobId=done["id"], status=status, jobType="CODE_EXECUTION", userId=bob.id)
+
     await bobs.close()
     await adas.assert_push("USER_LEAVE", userId=bob.id)
     children = [pid for process in (first, second, worker) for pid in children_of(process.pid).values()]

@@ -6,8 +6,9 @@ from typing import Any
 from marshmallow import fields, validate
 
 from server.fields import Schema, camel
+from server.jobs.attempt import Attempt
 from server.jobs.sandbox import Limits
-from server.jobs.table import Attempt, JobTable
+from server.jobs.table import JobTable
 
 jobs = JobTable()
 LONGEST_CODE = 256 * 1024
@@ -28,7 +29,7 @@ class CodeExecution(Schema):
     memory_mb = fields.Integer(load_default=128, strict=True, validate=validate.Range(16, 512))
 
 
-@jobs.on("CODE_EXECUTION", CodeExecution, timeout=90)
+@jobs.on("CODE_EXECUTION", CodeExecution, timeout=90, needs=lambda payload: payload["language"])
 async def execute(attempt: Attempt, payload: dict[str, Any]) -> dict[str, Any]:
     """Run a program. One that exits non-zero, or hits a limit, is a completed job that says so."""
     outcome = await attempt.sandbox.run(
@@ -37,5 +38,6 @@ async def execute(attempt: Attempt, payload: dict[str, Any]) -> dict[str, Any]:
         stdin=payload["stdin"],
         args=payload["args"],
         limits=Limits(timeout_seconds=payload["timeout_seconds"], memory_mb=payload["memory_mb"]),
+        on_output=attempt.output.add,
     )
     return {camel(name): value for name, value in dataclasses.asdict(outcome).items()}

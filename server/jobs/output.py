@@ -1,0 +1,144 @@
+"""What a program prints, as it prints it: kept in MongoDB in bounded chunks, and told live.
+
+An offset is a position in all the output of a job, in characters, over both streams and all attempts. A chunk's
+``_id`` is the job and its offset, so that chunks stand in order, and a worker that has lost its job cannot write
+into its successor's output.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from datetime import datetime
+from typing import Any
+
+import structlog
+from pymongo import ASCENDING
+from pymongo.errors import BulkWriteError, PyMongoError
+
+log = structlog.get_logger()
+
+CHUNK_CHARACTERS = 16_384
+JOB_CHARACTERS = 8 << 20  # over all attempts; more is not kept
+FLUSH_SECONDS = 0.1
+LIVE_CHUNKS = 4  # told at once; who is interested in a flood reads it
+DUPLICATE = 11000
+_DIGITS = 10
+
+Chunk = dict[str, Any]
+Tell = Callable[[Sequence[Chunk]], Awaitable[None]]
+Now = Callable[[], datetime]
+
+
+async def prepare(mongo: Any) -> None:
+    await mongo.logs.create_index([("time", ASCENDING)], name="time")
+
+
+class Output:
+    """The writer of one attempt. ``add`` is for the sandbox; ``keep`` writes until it is cancelled."""
+
+    def __init__(self, mongo: Any, *, job: str, start: int, tell: Tell, now: Now) -> None:
+        self._mongo = mongo
+        self._job = job
+        self._end = start
+        self._tell = tell
+        self._now = now
+        self._pieces: list[tuple[str, str]] = []
+        self._unwritten: list[Chunk] = []
+        self._come = asyncio.Event()
+        self._writing = asyncio.Lock()
+
+    def add(self, stream: str, _: int, text: str) -> None:
+        """More of a stream. Bounded by what the sandbox passes on."""
+        self._pieces.append((stream, text))
+        self._come.set()
+
+    async def keep(self) -> None:
+        while True:
+            await self._come.wait()
+            try:
+                await self.flush()
+            except PyMongoError as error:
+                log.warning("output not kept yet", error=str(error))
+            await asyncio.sleep(FLUSH_SECONDS)
+
+    async def flush(self) -> None:
+        """Returns when all that was added is kept; what could not be written is kept for another time.
+
+        Raises:
+            PyMongoError: MongoDB is away.
+        """
+        async with self._writing:
+            self._come.clear()
+            pieces, self._pieces = self._pieces, []
+            self._unwritten.extend(self._chunks(pieces))
+            if not self._unwritten:
+                return
+            try:
+                # Unordered: what stands there already, because an answer was lost, must not keep out the rest.
+                await self._mongo.logs.insert_many(self._unwritten, ordered=False)
+            except BulkWriteError as error:
+                if any(each["code"] != DUPLICATE for each in error.details["writeErrors"]):
+                    raise
+            written, self._unwritten = self._unwritten, []
+            await self._tell(written[:LIVE_CHUNKS])
+
+    def _chunks(self, pieces: Sequence[tuple[str, str]]) -> Iterator[Chunk]:
+        time = self._now()
+        for stream, text in _merged(pieces):
+            for start in range(0, len(text), CHUNK_CHARACTERS):
+                part, offset = text[start : start + CHUNK_CHARACTERS], self._end
+                if offset + len(part) > JOB_CHARACTERS:
+                    return
+                self._end += len(part)
+                id = _id(self._job, offset)
+                yield {"_id": id, "job": self._job, "offset": offset, "stream": stream, "text": part, "time": time}
+
+
+def _merged(pieces: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Neighbours of one stream as one."""
+    stream, texts = "", list[str]()
+    for each, text in pieces:
+        if each != stream and texts:
+            yield stream, "".join(texts)
+            texts = []
+        stream = each
+        texts.append(text)
+    if texts:
+        yield stream, "".join(texts)
+
+
+async def end_of(mongo: Any, *, job: str) -> int:
+    """Where the output kept so far ends."""
+    last = await mongo.logs.find_one(_range(job), sort=[("_id", -1)])
+    return last["offset"] + len(last["text"]) if last else 0
+
+
+async def read(mongo: Any, *, job: str, after: int, limit: int) -> tuple[list[Chunk], int]:
+    """The output behind its first ``after`` characters, and the position behind what is returned."""
+    begun = await mongo.logs.find_one({"_id": {"$gte": _id(job, 0), "$lte": _id(job, after)}}, sort=[("_id", -1)])
+    found = mongo.logs.find(_range(job, begun["offset"] if begun else 0), sort=[("_id", ASCENDING)], limit=limit + 1)
+    items: list[Chunk] = []
+    async for chunk in found:
+        skipped = max(0, after - chunk["offset"])
+        if text := chunk["text"][skipped:]:
+            offset = chunk["offset"] + skipped
+            items.append({"offset": offset, "stream": chunk["stream"], "text": text, "time": chunk["time"]})
+    items = items[:limit]
+    end = items[-1]["offset"] + len(items[-1]["text"]) if items else after
+    return items, end
+
+
+async def delete(mongo: Any, *, jobs: Sequence[str]) -> None:
+    for job in jobs:
+        await mongo.logs.delete_many(_range(job))
+
+
+async def delete_before(mongo: Any, *, moment: datetime) -> None:
+    await mongo.logs.delete_many({"time": {"$lt": moment}})
+
+
+def _range(job: str, offset: int = 0) -> dict[str, Any]:
+    return {"_id": {"$gte": _id(job, offset), "$lt": f"{job};"}}
+
+
+def _id(job: str, offset: int) -> str:
+    return f"{job}:{offset:0{_DIGITS}}"

@@ -1,0 +1,90 @@
+"""A cancel is final: what was acknowledged as cancelled never completes, and nothing of it runs on."""
+
+import asyncio
+import random
+import time
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from tests.actors import Actor
+from tests.jobs.asking import SLEEPS, ask, program
+
+pytestmark = pytest.mark.usefixtures("worker")
+
+
+def running(mark: str) -> list[str]:
+    """The processes that bear this mark in their arguments."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if mark.encode() in path.read_bytes():
+                found.append(path.parent.name)
+        except OSError:
+            continue  # it has just ended
+    return found
+
+
+async def until(condition, *, seconds: float = 20) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.05)
+
+
+async def test_a_running_job_is_cancelled_and_its_processes_are_gone(alice: Actor) -> None:
+    mark = uuid4().hex
+    code = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'import time; time.sleep(50)', '{mark}'])"
+    job = (await ask(alice, program(code, args=[mark], timeoutSeconds=60)))["id"]
+    await until(lambda: running(mark))
+    cancelled = await alice.post(f"/jobs/{job}/cancel")
+    began = time.monotonic()
+    assert (cancelled.status, cancelled["status"], cancelled["result"]) == (200, "cancelled", None)
+    await until(lambda: not running(mark))
+    assert time.monotonic() - began < 5  # promised are 2 s; this machine may be busy
+    await asyncio.sleep(0.5)
+    read = await alice.get(f"/jobs/{job}")
+    assert (read["status"], read["history"][-1]["error"]["code"]) == ("cancelled", "cancelled")
+
+
+async def test_pending_and_scheduled_jobs_are_cancelled_and_never_run(alice: Actor) -> None:
+    scheduled = (await ask(alice, runAt="2100-01-01T00:00:00Z"))["id"]
+    assert (await alice.post(f"/jobs/{scheduled}/cancel"))["status"] == "cancelled"
+    again = await alice.post(f"/jobs/{scheduled}/cancel")
+    assert (again.status, again.code) == (409, "not_cancellable")
+
+
+async def test_a_finished_job_cannot_be_cancelled(alice: Actor) -> None:
+    job = (await ask(alice))["id"]
+    await alice.finished_job(job)
+    refused = await alice.post(f"/jobs/{job}/cancel")
+    assert (refused.status, refused.code) == (409, "not_cancellable")
+    assert (await alice.get(f"/jobs/{job}"))["status"] == "completed"
+
+
+async def test_a_cancelled_job_can_be_started_anew(alice: Actor) -> None:
+    job = (await ask(alice, program(SLEEPS.format(seconds=0)), runAt="2100-01-01T00:00:00Z"))["id"]
+    await alice.post(f"/jobs/{job}/cancel")
+    again = await alice.post(f"/jobs/{job}/retry")
+    assert (again.status, again["runAt"], again["completedAt"]) == (202, None, None)
+    assert (await alice.finished_job(job))["status"] == "completed"
+
+
+async def test_whatever_the_moment_no_job_completes_after_its_cancel_was_acknowledged(alice: Actor, full: bool) -> None:
+    mark = uuid4().hex
+    acknowledged = [await cancel_after(alice, mark, random.uniform(0, 0.25)) for _ in range(100 if full else 20)]
+    await asyncio.sleep(1)
+    for job, status in acknowledged:
+        assert (await alice.get(f"/jobs/{job}"))["status"] == status
+    assert {status for _, status in acknowledged} <= {"cancelled", "completed"}
+    await until(lambda: not running(mark))
+
+
+async def cancel_after(who: Actor, mark: str, seconds: float) -> tuple[str, str]:
+    """The job, and its status as the answer to its cancel had it; it may have ended before."""
+    job = (await ask(who, program("import time\ntime.sleep(0.05)", args=[mark])))["id"]
+    await asyncio.sleep(seconds)
+    answer = await who.post(f"/jobs/{job}/cancel")
+    if answer.status == 409:
+        return job, "completed"
+    return job, answer["status"]

@@ -1,0 +1,75 @@
+"""Lists and counts of jobs."""
+
+from tests.actors import Actor
+from tests.conftest import MakeActor, MakeServer
+from tests.jobs.asking import ask, program
+
+LATER = "2100-01-01T00:00:00Z"
+
+
+async def pages(who: Actor, query: str) -> list[list[str]]:
+    found, cursor = [], ""
+    while True:
+        page = await who.get(f"/jobs?{query}{cursor}")
+        assert page.status == 200, page
+        found.append([job["id"] for job in page["items"]])
+        if page["nextCursor"] is None:
+            return found
+        cursor = f"&cursor={page['nextCursor']}"
+
+
+async def test_ones_own_jobs_newest_first_in_pages(alice: Actor, bob: Actor) -> None:
+    made = [(await ask(alice, runAt=LATER))["id"] for _ in range(5)]
+    await ask(bob)
+    found = await pages(alice, "limit=2")
+    assert found == [made[:2:-1], made[2:0:-1], made[:1]]
+    assert await pages(alice, "") == [made[::-1]]
+
+
+async def test_jobs_are_filtered_by_status_and_type(alice: Actor) -> None:
+    first, second = [(await ask(alice, runAt=LATER))["id"] for _ in range(2)]
+    await alice.post(f"/jobs/{first}/cancel")
+    assert await pages(alice, "status=pending") == [[second]]
+    assert await pages(alice, "status=cancelled&type=CODE_EXECUTION") == [[first]]
+    assert await pages(alice, "status=failed") == [[]]
+    for bad in ("status=lost", "type=MINING", "limit=0", "limit=101", "cursor=x"):
+        assert (await alice.get(f"/jobs?{bad}")).status == 422
+
+
+async def test_a_projects_jobs_are_everybodys_in_it(alice: Actor, bob: Actor, carol: Actor) -> None:
+    project = await alice.make_project(bob)
+    mine = (await ask(alice, runAt=LATER, projectId=project))["id"]
+    his = (await ask(bob, runAt=LATER, projectId=project))["id"]
+    await ask(alice, runAt=LATER)
+    assert await pages(alice, f"projectId={project}") == [[his, mine]]
+    assert (await carol.get(f"/jobs?projectId={project}")).status == 404
+
+
+async def test_a_page_of_large_jobs_ends_early(alice: Actor) -> None:
+    large = program("#" * 250_000, stdin="x" * 250_000)
+    made = [(await ask(alice, large, runAt=LATER))["id"] for _ in range(12)]
+    found = await pages(alice, "limit=100")
+    assert len(found) > 1
+    assert [job for page in found for job in page] == made[::-1]
+
+
+async def test_counts_by_status_and_of_the_queues(
+    make_server: MakeServer, make_actor: MakeActor, quiet: dict[str, str]
+) -> None:
+    alice = await make_actor("Alice", await make_server(**quiet))
+    for _ in range(6):  # more than one user's share, and no worker takes them
+        await ask(alice)
+    late = [(await ask(alice, runAt=LATER))["id"] for _ in range(2)]
+    await alice.post(f"/jobs/{late[0]}/cancel")
+    assert (await alice.get("/jobs/stats")).body == {
+        "user": {"pending": 7, "processing": 0, "completed": 0, "failed": 0, "cancelled": 1},
+        "queue": {"queued": 6, "active": 0, "scheduled": 1, "workers": 0},
+    }
+
+
+async def test_a_job_that_did_not_change_need_not_be_sent_again(alice: Actor) -> None:
+    job = (await ask(alice, runAt=LATER))["id"]
+    tag = (await alice.get(f"/jobs/{job}")).headers["ETag"]
+    assert (await alice.get(f"/jobs/{job}", headers={"If-None-Match": tag})).status == 304
+    await alice.post(f"/jobs/{job}/cancel")
+    assert (await alice.get(f"/jobs/{job}", headers={"If-None-Match": tag})).status == 200

@@ -1,0 +1,82 @@
+"""Attempts that fail are made again, after growing pauses; a failed or cancelled job can be started anew."""
+
+from datetime import UTC, datetime, timedelta
+
+import aiohttp
+import pytest
+
+from server.jobs.lifecycle import pause_after
+from tests.actors import Actor
+from tests.conftest import environment
+from tests.jobs.asking import ask, program
+from tests.processes import Processes
+
+
+def seconds_between(first: str, second: str) -> float:
+    return (datetime.fromisoformat(second) - datetime.fromisoformat(first)).total_seconds()
+
+
+@pytest.mark.parametrize(("attempts", "seconds"), [(1, 1), (2, 2), (3, 4), (6, 32), (7, 60), (1000, 60)])
+def test_the_pause_doubles_up_to_a_minute_give_or_take_a_fifth(attempts: int, seconds: float) -> None:
+    assert pause_after(attempts, chance=0.5) == timedelta(seconds=seconds)
+    assert pause_after(attempts, chance=0) == timedelta(seconds=seconds * 0.8)
+    assert pause_after(attempts, chance=1) == timedelta(seconds=seconds * 1.2)
+
+
+async def test_a_job_whose_attempts_all_fail_has_had_three_with_growing_pauses_and_can_be_started_anew(
+    processes: Processes, quiet: dict[str, str], http: aiohttp.ClientSession
+) -> None:
+    where = environment(quiet)
+    server, faulty = processes.server(**where), processes.worker(**where, JOB_FAULT_RATE="1").ready()
+    ada = await Actor(http, server.base, "Ada").register()
+    failed = await ada.finished_job((await ask(ada))["id"])
+    assert (failed["status"], failed["attempts"], failed["error"]["code"]) == ("failed", 3, "fault")
+    assert [(each["attempt"], each["error"]["code"]) for each in failed["history"]] == [(n, "fault") for n in (1, 2, 3)]
+    first, second, third = failed["history"]
+    assert seconds_between(first["finishedAt"], second["startedAt"]) >= 0.8
+    assert seconds_between(second["finishedAt"], third["startedAt"]) >= 1.6
+
+    faulty.kill()
+    processes.worker(**where).ready()
+    again = await ada.post(f"/jobs/{failed['id']}/retry")
+    assert (again.status, again["status"], again["attempts"], again["error"]) == (202, "pending", 0, None)
+    done = await ada.finished_job(failed["id"])
+    assert (done["status"], done["attempts"], done["result"]["stdout"]) == ("completed", 1, "42\n")
+    assert len(done["history"]) == 4
+
+
+@pytest.mark.usefixtures("worker")
+async def test_only_a_failed_or_cancelled_job_can_be_started_anew(alice: Actor) -> None:
+    job = (await ask(alice))["id"]
+    await alice.finished_job(job)
+    refused = await alice.post(f"/jobs/{job}/retry")
+    assert (refused.status, refused.code) == (409, "not_retryable")
+
+
+@pytest.mark.usefixtures("worker")
+async def test_a_scheduled_job_runs_at_its_time(alice: Actor) -> None:
+    at = datetime.now(UTC) + timedelta(seconds=1.5)
+    job = await ask(alice, runAt=at.isoformat())
+    assert job["status"] == "pending"
+    assert job["runAt"] == at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    done = await alice.finished_job(job["id"])
+    assert 0 <= seconds_between(job["runAt"], done["startedAt"]) < 10
+
+
+@pytest.mark.usefixtures("worker")
+async def test_a_time_that_has_passed_means_now(alice: Actor) -> None:
+    job = await ask(alice, runAt="2020-01-01T00:00:00Z")
+    assert (await alice.finished_job(job["id"]))["status"] == "completed"
+
+
+async def test_who_sees_a_job_but_is_a_viewer_can_neither_cancel_it_nor_start_it_anew(
+    alice: Actor, bob: Actor, carol: Actor
+) -> None:
+    project = await alice.make_project()
+    await alice.add(bob, project, role="VIEWER")
+    job = (await ask(alice, program(), projectId=project, runAt="2100-01-01T00:00:00Z"))["id"]
+    for move in ("cancel", "retry"):
+        assert (await bob.post(f"/jobs/{job}/{move}")).code == "forbidden"
+        assert (await carol.post(f"/jobs/{job}/{move}")).code == "not_found"
+    await alice.add(carol, project)
+    assert (await carol.post(f"/jobs/{job}/cancel"))["status"] == "cancelled"
