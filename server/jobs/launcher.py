@@ -467,6 +467,7 @@ def proportional_memory_of(pids: "list[int]") -> int:
 
 
 def disk_exceeded(directory: str, most_bytes: int) -> bool:
+    """What cannot be measured, since it is too deep or closed to us, is too much."""
     size, files, ahead = 0, 0, [directory]
     while ahead:
         try:
@@ -478,8 +479,10 @@ def disk_exceeded(directory: str, most_bytes: int) -> bool:
                         ahead.append(entry.path)
                     if files > MOST_FILES or size > most_bytes:
                         return True
-        except OSError:
+        except FileNotFoundError:
             continue
+        except OSError:
+            return True
     return False
 
 
@@ -648,6 +651,8 @@ class Launcher:
         gc.freeze()
         while True:
             message, descriptors, _, _ = socket.recv_fds(self.control, LONGEST_MESSAGE, 3)
+            for descriptor in descriptors:  # or the program would inherit the channel, and could tell its own outcome
+                os.set_inheritable(descriptor, False)
             if not message:
                 break
             self.launch(message.decode(), descriptors)

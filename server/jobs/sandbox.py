@@ -28,6 +28,7 @@ INSIDE = Path(__file__).parent / "inside.py"
 OUTPUT_BYTES = 1 << 20
 CHUNK = 64 << 10
 STOP_SECONDS = 2.0
+LAUNCHES = 3
 FIRST_UID, UIDS = 1_500_000_000, 1 << 26  # far from any user's
 MOST_FILES, MOST_FILE_BYTES, LONGEST_PATH = 2_000, 32 << 20, 1024
 SIGXCPU = 24
@@ -38,6 +39,10 @@ OnOutput = Callable[[str, int, str], None]
 
 class SandboxError(Exception):
     """The program could not be confined, so nothing ran."""
+
+
+class _NotLaunchedError(Exception):
+    """The launcher has ended; another may run it."""
 
 
 class FilesRefusedError(ValueError):
@@ -238,18 +243,21 @@ class Sandbox:
         return held
 
     async def _run(self, program: Program, on_output: OnOutput) -> Outcome:
-        launcher = await self._living_launcher()
-        uid = _free_uid() if os.geteuid() == 0 else None
-        root = Path(tempfile.mkdtemp(prefix="job-", dir=launcher.directory))
-        job = _Job(root, on_output)
-        try:
-            await _in_thread(lambda: self._lay_out(root, program, uid))
-            await job.start(launcher)
-            told = await job.until_end()
-        except BaseException:
-            await _in_thread(lambda: shutil.rmtree(root, ignore_errors=True))
-            raise
-        return _outcome(told, job, program.language, self.tier)
+        for _ in range(LAUNCHES):
+            launcher = await self._living_launcher()
+            root = Path(tempfile.mkdtemp(prefix="job-", dir=launcher.directory))
+            job = _Job(root, on_output)
+            try:
+                await _in_thread(self._lay_out, root, program)
+                await job.start(launcher)
+                told = await job.until_end()
+            except BaseException as error:
+                await _in_thread(shutil.rmtree, root, True)
+                if not isinstance(error, _NotLaunchedError):
+                    raise
+            else:
+                return _outcome(told, job, program.language, self.tier)
+        raise SandboxError("the launcher ends again and again")
 
     async def _living_launcher(self) -> "_Launcher":
         async with self._starting:
@@ -261,8 +269,9 @@ class Sandbox:
                 await ended.close()
             return self._launcher
 
-    def _lay_out(self, root: Path, program: Program, uid: int | None) -> None:
+    def _lay_out(self, root: Path, program: Program) -> None:
         """The job's directory: what the launcher must know, the input, the files, and the program in ``work``."""
+        uid = _free_uid() if os.geteuid() == 0 else None
         root.chmod(0o711)
         work, files = root / "work", root / "files"
         work.mkdir(mode=0o700)
@@ -280,9 +289,9 @@ class Sandbox:
         (root / "config.json").write_text(json.dumps(_config(root, program, self.tier, uid, python)))
 
 
-async def _in_thread(work: Callable[[], object]) -> None:
+async def _in_thread(work: Callable[..., object], *arguments: object) -> None:
     """To its end, also when we are cancelled: what comes next must not meet it half done."""
-    done = asyncio.ensure_future(asyncio.to_thread(work))
+    done = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
     try:
         await asyncio.shield(done)
     except asyncio.CancelledError:
@@ -356,6 +365,7 @@ class _Launcher:
 
     def __init__(self, process: asyncio.subprocess.Process, control: socket.socket, directory: Path) -> None:
         self._process, self._control = process, control
+        self._listens = True
         self.directory = directory
 
     @classmethod
@@ -386,11 +396,14 @@ class _Launcher:
 
     @property
     def alive(self) -> bool:
-        return self._process.returncode is None
+        return self._listens and self._process.returncode is None
 
     def launch(self, config: Path, descriptors: list[int]) -> None:
         try:
             socket.send_fds(self._control, [str(config).encode()], descriptors)
+        except ConnectionError as error:  # it has ended, which asyncio will know in a moment
+            self._listens = False
+            raise _NotLaunchedError(str(error)) from error
         except OSError as error:
             raise SandboxError(f"the launcher does not listen: {error}") from error
 

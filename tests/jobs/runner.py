@@ -60,7 +60,7 @@ class Runner:
     """The process, as its users see it."""
 
     def __init__(self, tier: str, uid: int, folder: Path) -> None:
-        self.folder = folder
+        self.uid, self.folder = uid, folder
         self._numbers = iter(range(1 << 30))
         self._answers: list[dict[str, Any]] = []
         self._process = subprocess.Popen(

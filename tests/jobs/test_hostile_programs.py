@@ -1,0 +1,564 @@
+"""Programs that mean harm, in every tier: what they try fails, they end, and nothing of them is left."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from tests.devstack.pids import gone
+from tests.jobs.runner import SECRET, Runner, leaves_no_process, processes_with
+
+# Prints what could be done, a line each; what fails says nothing.
+TRY = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+def attempt(name, deed):
+    try:
+        result = deed()
+    except (OSError, ValueError, AttributeError, IndexError, TypeError):
+        return
+    print(name, repr(result)[:300])
+def call(name, *arguments):
+    def deed():
+        result = getattr(libc, name)(*arguments)
+        if result == -1:
+            raise OSError(ctypes.get_errno(), name)
+        return result
+    attempt(name, deed)
+def syscall(name, *arguments):
+    def deed():
+        result = libc.syscall(*arguments)
+        if result == -1:
+            raise OSError(ctypes.get_errno(), name)
+        return result
+    attempt(name, deed)
+"""
+
+
+@pytest.fixture
+def word() -> str:
+    """By which a program's processes are known."""
+    return f"marker-{uuid4().hex}"
+
+
+@pytest.fixture
+def precious(runner: Runner) -> Iterator[Path]:
+    """A file of the worker's user, which that user may change."""
+    folder = runner.folder / f"of-the-worker-{uuid4().hex}"
+    folder.mkdir()
+    path = folder / "precious"
+    path.write_text("gold")
+    for each in (folder, path):
+        os.chown(each, runner.uid, -1)
+    yield path
+    assert path.read_text() == "gold"
+    assert [each.name for each in folder.iterdir()] == ["precious"]
+
+
+@pytest.fixture
+def bystander(runner: Runner) -> Iterator[int]:
+    """A process of the worker's user that has nothing to do with it."""
+    process = subprocess.Popen(["/bin/sleep", "100"], user=runner.uid if os.geteuid() == 0 else None)
+    yield process.pid
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+
+
+def is_well(runner: Runner) -> bool:
+    return runner.alive() and runner.run("print('hello')").stdout == "hello\n"
+
+
+BOMBS = {
+    "python": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+    "bash": "bomb() { bomb | bomb & }; bomb; while true; do :; done",
+}
+
+
+@pytest.mark.parametrize("language", BOMBS)
+def test_a_fork_bomb_is_bounded_and_ends(runner: Runner, word: str, language: str) -> None:
+    job = runner.start(BOMBS[language], language, args=[word], timeout_seconds=2, processes=32)
+    most = 0
+    deadline = time.monotonic() + 1.5
+    while time.monotonic() < deadline:
+        most = max(most, len(processes_with(word)))
+        time.sleep(0.05)
+    outcome = job.outcome()
+    assert 2 < most <= 32 + 3  # and their guardians, whose arguments name them too
+    assert outcome.timed_out or outcome.exit_code not in (None, 0) or outcome.signal
+    assert leaves_no_process(word)
+    assert is_well(runner)
+
+
+def test_threads_are_bounded_too(runner: Runner) -> None:
+    code = """
+import threading, time
+started = 0
+try:
+    for _ in range(500):
+        threading.Thread(target=time.sleep, args=(20,), daemon=True).start()
+        started += 1
+except RuntimeError:
+    print(started < 64, flush=True)
+import os; os._exit(0)
+"""
+    assert runner.run(code, processes=32, memory_mb=512).stdout == "True\n"
+
+
+def test_an_endless_loop_in_many_processes_ends(runner: Runner, word: str) -> None:
+    code = "import os\nfor _ in range(4): os.fork()\nwhile True: pass"
+    assert runner.run(code, args=[word], timeout_seconds=1).timed_out
+    assert leaves_no_process(word)
+
+
+def test_a_program_that_ignores_signals_ends(runner: Runner, word: str) -> None:
+    code = """
+import signal, time
+for number in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}:
+    signal.signal(number, signal.SIG_IGN)
+while True: time.sleep(1)
+"""
+    assert runner.run(code, args=[word], timeout_seconds=1).timed_out
+    assert leaves_no_process(word)
+
+
+def test_a_stopped_program_ends(runner: Runner, word: str) -> None:
+    code = "import os, signal; os.fork(); os.kill(os.getpid(), signal.SIGSTOP)"
+    assert runner.run(code, args=[word], timeout_seconds=1).timed_out
+    assert leaves_no_process(word)
+
+
+def test_endless_output_does_not_fill_the_worker(runner: Runner) -> None:
+    outcome = runner.run("while True: print('x' * 10_000)", timeout_seconds=1)
+    assert outcome.timed_out
+    assert outcome.truncated
+    assert len(outcome.stdout) == 1 << 20
+    resident = Path(f"/proc/{runner.pid}/statm").read_text().split()[1]
+    assert int(resident) * 4096 < 300 << 20
+    assert is_well(runner)
+
+
+def test_one_file_cannot_grow_past_its_limit(runner: Runner) -> None:
+    code = """
+with open("big", "wb") as file:
+    try:
+        while True: file.write(bytes(1 << 20))
+    except OSError as error:
+        print(error.strerror)
+import os; print(os.stat("big").st_size <= 16 << 20)
+"""
+    assert runner.run(code).stdout == "File too large\nTrue\n"
+
+
+FILLINGS = {
+    "large files": "with open(name, 'wb') as file: file.write(bytes(8 << 20))",
+    "small files": "open(name, 'w').close()",
+    "directories": "os.mkdir(name); os.chdir(name) if number % 2 else None",
+}
+
+
+@pytest.mark.parametrize("filling", FILLINGS.values(), ids=list(FILLINGS))
+def test_filling_the_disk_ends_the_program(runner: Runner, filling: str) -> None:
+    code = f"import os\nnumber = 0\nwhile True:\n    number += 1; name = f'file-{{number}}'\n    {filling}"
+    before = free_disk(runner)
+    job = runner.start(code, timeout_seconds=15, memory_mb=256)
+    lowest = before
+    while job_runs(runner):
+        lowest = min(lowest, free_disk(runner))
+        time.sleep(0.02)
+    outcome = job.outcome()
+    assert "disk limit" in outcome.stderr or outcome.exit_code == 1  # or it ran into an error by itself
+    assert not outcome.timed_out
+    assert before - lowest < 2 << 30
+    assert not list(runner.folder.rglob("job-*"))
+    assert is_well(runner)
+
+
+def free_disk(runner: Runner) -> int:
+    status = os.statvfs(runner.folder)
+    return status.f_bavail * status.f_frsize
+
+
+def job_runs(runner: Runner) -> bool:
+    time.sleep(0.1)
+    return any(runner.folder.rglob("config.json"))
+
+
+DAEMONS = {
+    "double fork": "os.fork() and os._exit(0); os.setsid(); os.fork() and os._exit(0)",
+    "new session": "os.fork() and os._exit(0); os.setsid()",
+    "closed descriptors": "os.fork() and os._exit(0); os.setsid(); os.closerange(0, 256)",
+    "another name": "os.fork() and os._exit(0); os.setsid();"
+    "os.execv('/bin/sleep', ['[kworker/0:0] ' + sys.argv[1], '60'])",
+    "no death signal, a subreaper": "import ctypes; prctl = ctypes.CDLL(None).prctl; prctl(36, 1, 0, 0, 0);"
+    "os.fork() and os._exit(0); prctl(1, 0, 0, 0, 0); os.setsid()",
+}
+
+
+@pytest.mark.parametrize("deed", DAEMONS.values(), ids=list(DAEMONS))
+def test_a_daemon_dies_with_its_program(runner: Runner, word: str, deed: str) -> None:
+    code = f"""
+import os, signal, sys, time
+for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+    signal.signal(number, signal.SIG_IGN)
+print("begun", flush=True)
+{deed}
+while True: time.sleep(1)
+"""
+    outcome = runner.run(code, args=[word], timeout_seconds=10)
+    assert outcome.stdout == "begun\n"
+    assert outcome.exit_code == 0
+    assert not outcome.timed_out  # the program itself has ended
+    assert leaves_no_process(word)
+
+
+def test_links_lead_to_nothing_of_the_host(runner: Runner, precious: Path) -> None:
+    code = f"""{TRY}
+for number, path in enumerate(("/etc/passwd", "/etc/shadow", "{precious}", "/proc/{runner.pid}/environ", "/root")):
+    attempt("hard link", lambda: os.link(path, f"hard-{{number}}"))
+    os.symlink(path, f"soft-{{number}}")
+    attempt("symbolic link", lambda: open(f"soft-{{number}}", "rb").read())
+    attempt("symbolic link, written", lambda: open(f"soft-{{number}}", "ab").write(b"x"))
+    attempt("symbolic link, removed", lambda: os.truncate(f"soft-{{number}}", 0))
+os.symlink("{precious.parent}", "folder")
+attempt("through a folder", lambda: os.listdir("folder"))
+attempt("through a folder", lambda: os.unlink("folder/precious"))
+attempt("into a folder", lambda: os.rename("main.py", "folder/main.py"))
+attempt("out of a folder", lambda: os.rename("folder/precious", "mine"))
+"""
+    assert nothing_done(runner, code)
+
+
+def test_clearing_up_follows_no_link(runner: Runner, precious: Path) -> None:
+    code = f"""
+import os
+os.symlink("{precious.parent}", "folder")
+os.mkdir("deep"); os.symlink("{precious.parent}", "deep/folder"); os.symlink("{precious}", "deep/precious")
+"""
+    assert runner.run(code).exit_code == 0
+    assert not list(runner.folder.rglob("job-*"))
+    assert precious.read_text() == "gold"
+
+
+def test_clearing_up_is_stopped_by_no_depth_and_no_rights(runner: Runner) -> None:
+    code = """
+import os
+os.mkdir("closed"); open("closed/file", "w").close(); os.chmod("closed", 0)
+for _ in range(1500):
+    os.mkdir("d" * 100); os.chdir("d" * 100)
+open("-rf", "w").close(); os.chmod(".", 0)
+"""
+    runner.run(code)
+    assert not list(runner.folder.rglob("job-*"))
+
+
+def test_the_environment_is_not_the_workers(runner: Runner) -> None:
+    code = f"""
+import glob, os, sys
+seen = [repr(dict(os.environ))]
+for path in glob.glob("/proc/*/environ") + glob.glob("/proc/*/task/*/environ") + glob.glob("/proc/*/cmdline"):
+    try: seen.append(open(path).read())
+    except OSError: pass
+print([text for text in seen if "{SECRET}" in text or "WORKER_SECRET" in text or "tests.jobs.runner" in text])
+print(sorted(set(os.environ) - {{"PATH", "HOME", "TMPDIR", "LANG", "LC_CTYPE", "PWD", "SHLVL", "_"}}))
+"""
+    outcome = runner.run(code)
+    assert outcome.stdout == "[]\n[]\n", outcome
+
+
+def test_other_processes_are_not_seen(runner: Runner, bystander: int) -> None:
+    code = f"""{TRY}
+for pid in ({runner.pid}, {bystander}, {os.getpid()}):
+    for name in ("cmdline", "environ", "maps", "mem", "fd", "root", "cwd", "stat"):
+        attempt(f"/proc/{{pid}}/{{name}}", lambda: os.listdir(f"/proc/{{pid}}/{{name}}"))
+        attempt(f"/proc/{{pid}}/{{name}}", lambda: open(f"/proc/{{pid}}/{{name}}", "rb").read(100))
+attempt("too many", lambda: [pid for pid in os.listdir("/proc") if pid.isdigit()][4])
+"""
+    assert nothing_done(runner, code)
+
+
+def test_the_kernels_settings_cannot_be_written(runner: Runner) -> None:
+    code = f"""{TRY}
+for path in ("/proc/sys/kernel/hostname", "/proc/sys/vm/drop_caches", "/proc/sysrq-trigger", "/proc/self/oom_score_adj",
+             "/sys/fs/cgroup/cgroup.procs", "/sys/kernel/mm/ksm/run", "/dev/mem", "/dev/kmsg", "/dev/sda", "/dev/vda"):
+    attempt(path, lambda: os.write(os.open(path, os.O_WRONLY), b"-999"))
+"""
+    assert nothing_done(runner, code)
+
+
+def test_the_network_is_not_there(runner: Runner) -> None:
+    folder = runner.folder / f"sockets-{uuid4().hex}"
+    folder.mkdir(mode=0o777)
+    folder.chmod(0o777)
+    with contextlib.ExitStack() as open_sockets:
+
+        def listening(family: int, kind: int, address: tuple[str, int] | str) -> socket.socket:
+            sock = open_sockets.enter_context(socket.socket(family, kind))
+            sock.bind(address)
+            sock.setblocking(False)
+            if kind == socket.SOCK_STREAM:
+                sock.listen()
+            return sock
+
+        tcp = listening(socket.AF_INET, socket.SOCK_STREAM, ("127.0.0.1", 0))
+        udp = listening(socket.AF_INET, socket.SOCK_DGRAM, ("127.0.0.1", 0))
+        named = listening(socket.AF_UNIX, socket.SOCK_STREAM, str(folder / "stream"))
+        posted = listening(socket.AF_UNIX, socket.SOCK_DGRAM, str(folder / "datagram"))
+        abstract = listening(socket.AF_UNIX, socket.SOCK_STREAM, f"\0{folder.name}")
+        for path in ("stream", "datagram"):
+            (folder / path).chmod(0o777)
+        code = f"""{TRY}
+import socket
+for family in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK, socket.AF_PACKET, 40):
+    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_RAW, socket.SOCK_SEQPACKET):
+        attempt("socket", lambda: socket.socket(family, kind))
+attempt("tcp", lambda: socket.create_connection({tcp.getsockname()!r}, 1))
+attempt("dns", lambda: socket.getaddrinfo("example.org", 80))
+for kind in (socket.SOCK_DGRAM, socket.SOCK_SEQPACKET):
+    attempt("pair", lambda: socket.socketpair(socket.AF_UNIX, kind)[0].sendto(b"x", "{folder}/datagram"))
+left, right = socket.socketpair()
+attempt("pair", lambda: left.sendto(b"x", "{folder}/datagram"))
+attempt("pair", lambda: left.connect("{folder}/stream"))
+attempt("pair", lambda: left.sendmsg([b"x"], [], 0, {udp.getsockname()!r}))
+"""
+        assert nothing_done(runner, code)
+        for sock in (tcp, named, abstract):
+            with pytest.raises(BlockingIOError):
+                sock.accept()
+        for sock in (udp, posted):
+            with pytest.raises(BlockingIOError):
+                sock.recv(10)
+
+
+def test_event_loops_work_all_the_same(runner: Runner) -> None:
+    assert runner.run("import asyncio; asyncio.run(asyncio.sleep(0)); print('looped')").stdout == "looped\n"
+
+
+def test_files_of_the_host_are_not_seen(runner: Runner, precious: Path) -> None:
+    code = f"""{TRY}
+for path in ("/etc/passwd", "/etc/shadow", "/etc/hostname", "/root", "/home", "/var", "/opt", "/srv", "/run", "/boot",
+             "/mnt", "/sys", "/var/log", "{precious}", "{precious.parent}", "{Path(__file__)}", "{Path.cwd()}",
+             "../config.json", "../../secret", "../stdin"):
+    attempt(path, lambda: os.listdir(path))
+    attempt(path, lambda: open(path, "rb").read(100))
+for path in ("{precious}", "{precious.parent}/other", "/usr/bin/other", "/etc/other", "/other", "/var/tmp/other",
+             "/dev/other", "/dev/shm/other", "/job/other", "../other", "../files/other", "/inside.py"):
+    attempt(f"write {{path}}", lambda: open(path, "a"))
+    attempt(f"mkdir {{path}}", lambda: os.mkdir(path))
+for deed in (os.unlink, os.rmdir, lambda path: os.truncate(path, 0), lambda path: os.rename(path, "mine")):
+    attempt("{precious}", lambda: deed("{precious}"))
+for deed in (os.utime, lambda path: os.chmod(path, 0o777), lambda path: os.chown(path, os.getuid(), -1)):
+    try: deed("{precious}")
+    except OSError: pass
+"""
+    before = precious.stat()
+    assert nothing_done(runner, code)
+    assert precious.stat().st_ctime_ns == before.st_ctime_ns  # neither mode nor times nor owner
+
+
+def test_what_is_written_to_temporary_directories_is_not_on_the_host(runner: Runner) -> None:
+    name = f"left-{uuid4().hex}"
+    code = f"{TRY}\nfor at in ('/tmp', '/var/tmp', '/dev/shm'): attempt(at, lambda: open(at + '/{name}', 'w'))"
+    runner.run(code)
+    assert not [at for at in ("/tmp", "/var/tmp", "/dev/shm") if Path(at, name).exists()]
+
+
+def test_memory_file_systems_are_bounded(runner: Runner) -> None:
+    code = """
+import os
+written = 0
+for number in range(64):
+    try:
+        with open(f"/tmp/{number}", "wb") as file: written += file.write(bytes(1 << 20))
+    except OSError: break
+print(written <= 16 << 20)
+"""
+    assert runner.run(code).stdout == "True\n"
+
+
+def test_signals_reach_nobody_outside(runner: Runner, bystander: int) -> None:
+    code = f"""{TRY}
+import signal
+for pid in ({runner.pid}, {bystander}, {os.getpid()}, 1, os.getppid()):
+    for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGSTOP, signal.SIGINT):
+        try: os.kill(pid, number)
+        except OSError: pass
+        try: os.killpg(pid, number)
+        except OSError: pass
+    attempt("priority", lambda: os.setpriority(os.PRIO_PROCESS, pid, 19) if pid > 9 else os.unlink("/nowhere"))
+    attempt("affinity", lambda: os.sched_setaffinity(pid, {{0}}) if pid > 9 else os.unlink("/nowhere"))
+print("alive", flush=True)
+os.kill(-1, signal.SIGKILL)
+os.kill(0, signal.SIGKILL)
+"""
+    outcome = runner.run(code)
+    assert outcome.stdout == "alive\n"
+    assert outcome.signal in (None, 9)
+    assert not gone([runner.pid])
+    assert not gone([bystander])
+    assert is_well(runner)
+
+
+def test_signals_by_other_ways_reach_nobody_outside(runner: Runner, bystander: int) -> None:
+    code = f"""{TRY}
+import fcntl, signal
+read, write = os.pipe()
+for pid in ({runner.pid}, {bystander}):
+    attempt("owner", lambda: fcntl.fcntl(read, fcntl.F_SETOWN, pid))
+    syscall("pidfd_open", 434, pid, 0)
+    syscall("rt_sigqueueinfo", 129, pid, 9, ctypes.byref(ctypes.create_string_buffer(128)))
+    syscall("tkill", 200, pid, 9)
+    syscall("prlimit64", 302, pid, 0, None, ctypes.byref(ctypes.create_string_buffer(16)))
+"""
+    assert nothing_done(runner, code)
+    assert not gone([bystander])
+
+
+def test_signals_among_its_own_processes_work(runner: Runner) -> None:
+    if runner.tier == "landlock-bare" and landlock_abi() < 6:
+        pytest.skip("this kernel's Landlock knows no signals: they are refused but to oneself")
+    code = "import subprocess; p = subprocess.Popen(['sleep', '9']); p.kill(); print(p.wait())"
+    assert runner.run(code).stdout == "-9\n"
+
+
+def landlock_abi() -> int:
+    from server.jobs import launcher
+
+    return launcher.landlock_abi()
+
+
+def test_closed_descriptors_hide_nothing(runner: Runner, word: str) -> None:
+    code = """
+import os, sys, time
+for number in range(3, 256):
+    try: os.write(number, b'+=\\0\\0\\0\\0\\0\\0\\0\\0\\0\\0\\0\\0{"exitCode": 0, "signal": null, "why": null}')
+    except OSError: pass
+os.closerange(0, 256)
+if os.fork() == 0: time.sleep(60)
+os._exit(3)
+"""
+    outcome = runner.run(code, args=[word])
+    assert outcome.exit_code == 3
+    assert leaves_no_process(word)
+    assert is_well(runner)
+
+
+def test_no_descriptor_of_ours_is_inherited(runner: Runner) -> None:
+    code = """
+import os
+def is_open(number):
+    try: return os.fstat(number) is not None
+    except OSError: return False
+print([number for number in range(3, 256) if is_open(number)])
+"""
+    assert runner.run(code).stdout == "[]\n"
+
+
+def test_other_processes_cannot_be_traced(runner: Runner, bystander: int) -> None:
+    code = f"""{TRY}
+buffer = ctypes.create_string_buffer(64)
+class Vector(ctypes.Structure): _fields_ = [("base", ctypes.c_void_p), ("length", ctypes.c_size_t)]
+vector = Vector(ctypes.addressof(buffer), 64)
+for pid in ({runner.pid}, {bystander}, os.getppid(), 1):
+    for request in (16, 0x4206):
+        call("ptrace", request, pid, None, None)
+    call("process_vm_readv", pid, ctypes.byref(vector), 1, ctypes.byref(vector), 1, 0)
+call("ptrace", 0, 0, None, None)
+"""
+    assert nothing_done(runner, code)
+
+
+def test_no_namespace_can_be_made_or_entered(runner: Runner) -> None:
+    code = f"""{TRY}
+NEW = (0x80, 0x20000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000)
+for flag in NEW:
+    call("unshare", flag)
+    syscall("clone", 56, flag | 17, None, None, None, None)
+arguments = (ctypes.c_uint64 * 11)(0x10000000, 0, 0, 0, 17)
+syscall("clone3", 435, ctypes.byref(arguments), 88)
+call("mount", b"none", b"/tmp", b"tmpfs", 0, None)
+call("umount2", b"/proc", 2)
+call("chroot", b".")
+call("pivot_root", b".", b".")
+for name in ("user", "mnt", "pid", "net"):
+    attempt("setns", lambda: libc.setns(os.open(f"/proc/1/ns/{{name}}", os.O_RDONLY), 0) + 1 or os.unlink("/nowhere"))
+syscall("io_uring_setup", 425, 8, ctypes.byref(ctypes.create_string_buffer(120)))
+syscall("bpf", 321, 0, None, 0)
+syscall("keyctl", 250, 0, -3, 1)
+syscall("add_key", 248, b"user", b"x", b"y", 1, -3)
+syscall("memfd_create", 319, b"x", 0)
+syscall("userfaultfd", 323, 0)
+syscall("perf_event_open", 298, None, 0, -1, -1, 0)
+syscall("personality", 135, 0x0040000)
+"""
+    assert nothing_done(runner, code)
+
+
+def test_rights_cannot_be_gained(runner: Runner) -> None:
+    code = """
+import ctypes, os, resource
+print(ctypes.CDLL(None).prctl(39, 0, 0, 0, 0), end=" ")
+for uid in (0, 1, 1000):
+    try: os.setuid(uid); print("became", uid) if uid != os.getuid() or uid == 0 else None
+    except OSError: pass
+for what in (resource.RLIMIT_NPROC, resource.RLIMIT_FSIZE, resource.RLIMIT_CPU, resource.RLIMIT_NOFILE):
+    soft, hard = resource.getrlimit(what)
+    try: resource.setrlimit(what, (hard + 1, hard + 1)); print("raised", what)
+    except (OSError, ValueError): pass
+print("done")
+"""
+    assert runner.run(code).stdout == "1 done\n"
+
+
+def test_other_programs_are_undisturbed_by_a_hostile_one(runner: Runner) -> None:
+    bombs = [runner.start(BOMBS["python"], timeout_seconds=3) for _ in range(2)]
+    time.sleep(0.3)
+    assert runner.run("print('hello')", timeout_seconds=20).stdout == "hello\n"
+    for bomb in bombs:
+        bomb.outcome()
+
+
+def test_a_program_sees_nothing_of_another(runner: Runner) -> None:
+    other = runner.start("import time; open('secret', 'w').write('x'); print('up', flush=True); time.sleep(30)")
+    other.until_output()
+    at = next(runner.folder.rglob("secret"), None) or Path("/nowhere")
+    jobs = [path for path in runner.folder.rglob("job-*") if path.is_dir()]
+    code = f"""{TRY}
+for path in {[str(path) for path in jobs]}:
+    attempt("look", lambda: os.listdir(path))
+    attempt("look", lambda: os.listdir(path + "/work"))
+    attempt("read", lambda: open(path + "/work/secret").read())
+    attempt("code", lambda: open(path + "/work/main.py").read())
+attempt("read", lambda: open("{at}").read())
+"""
+    assert len(jobs) == 1
+    assert nothing_done(runner, code)
+    other.cancel()
+
+
+def test_a_killed_launcher_is_replaced_and_its_programs_end(own_runner: Runner, word: str) -> None:
+    job = own_runner.start("import time; print('up', flush=True); time.sleep(60)", args=[word], timeout_seconds=60)
+    job.until_output()
+    [launcher] = [pid for pid in processes_with("launcher.py") if parent_of(pid) == own_runner.pid]
+    subprocess.run(["kill", "-9", str(launcher)], check=True)
+    assert own_runner.run("print('hello')").stdout == "hello\n"
+    job.cancel()
+    assert leaves_no_process(word)
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def nothing_done(runner: Runner, code: str) -> bool:
+    """Whether a program of attempts came to its end and none succeeded."""
+    outcome = runner.run(code + "\nprint('that is all')")
+    assert outcome.stderr == ""
+    assert outcome.stdout == "that is all\n"
+    return True
