@@ -169,7 +169,7 @@ class UpkeepWorker(Worker[Any]):
             functions=[],
             concurrency=1,
             cron_jobs=[
-                CronJob(self.reconcile, cron="* * * * * */5", timeout=UPKEEP_SECONDS),
+                CronJob(self.reconcile, cron="* * * * * */2", timeout=UPKEEP_SECONDS),
                 CronJob(self.clean_up, cron="*/10 * * * *", timeout=UPKEEP_SECONDS),
             ],
             timers=TIMERS,

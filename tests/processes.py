@@ -51,6 +51,12 @@ class Process:
     def wait(self, *, seconds: float = 30) -> int:
         return self._process.wait(timeout=seconds)
 
+    def freeze(self) -> None:
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
+
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()

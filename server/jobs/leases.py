@@ -13,7 +13,7 @@ from server.jobs import store
 log = structlog.get_logger()
 
 LOOK_SECONDS = 1.0  # a claim that is lost is noticed within this time and two answers of MongoDB
-RENEW_EVERY = 3  # looks
+RENEW_EVERY = 2  # looks
 
 Why = Literal["lost", "stopping"]
 
@@ -82,6 +82,7 @@ class Leases:
                 await self._look(renew=look % RENEW_EVERY == 0)
             except PyMongoError as error:
                 log.warning("leases not renewed", attempts=len(self._held), error=str(error))
+                look = -1  # renew as soon as it answers, before somebody takes them for lost
 
     async def _look(self, *, renew: bool) -> None:
         held = dict(self._held)  # what comes later may not be there yet

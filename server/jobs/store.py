@@ -27,7 +27,7 @@ PENDING, PROCESSING, COMPLETED, FAILED, CANCELLED = "pending", "processing", "co
 STATUSES = (PENDING, PROCESSING, COMPLETED, FAILED, CANCELLED)
 MAX_ATTEMPTS = 3
 MOST_LOST = 5  # workers in a row
-LEASE = timedelta(seconds=15)
+LEASE = timedelta(seconds=10)
 HISTORY_LENGTH = 50
 PAGE_BYTES = 4 << 20  # a page of jobs with large results ends early
 _HIDDEN = ("_id", "claim", "lease", "slot", "sentAt", "lost", "bodyHash", "workerId", "userName")
