@@ -1,0 +1,203 @@
+"""Sessions: devices that sign in, rotate their refresh tokens, and are signed out."""
+
+import asyncio
+from collections import Counter
+
+import asyncpg
+import pytest
+
+from server.auth import sessions, store
+from tests.actors import PASSWORD, Actor, Answer
+from tests.conftest import MakeActor, MakeServer
+
+REUSED, UNKNOWN = (401, "refresh_reused"), (401, "unauthenticated")
+
+
+async def refresh(actor: Actor, token: str) -> Answer:
+    return await actor.post("/auth/refresh", {"refreshToken": token}, headers={"Authorization": "none"})
+
+
+async def living(actor: Actor) -> list[str]:
+    listed = await actor.get("/auth/sessions")
+    assert listed.status == 200, listed
+    return [session["id"] for session in listed["items"]]
+
+
+async def test_a_refresh_token_buys_one_new_pair(alice: Actor) -> None:
+    fresh = await refresh(alice, alice.refresh_token)
+    assert fresh.status == 200
+    assert fresh.body.keys() == {"accessToken", "refreshToken", "tokenType", "expiresIn"}
+    assert fresh.headers["Cache-Control"] == "no-store"
+    assert fresh["refreshToken"] != alice.refresh_token
+    before = await living(alice)
+    alice.access_token = fresh["accessToken"]
+    assert await living(alice) == before  # the same session
+
+
+async def test_a_spent_token_used_again_ends_its_session(alice: Actor) -> None:
+    phone = await alice.at(alice.base).log_in()
+    stolen = alice.refresh_token
+    second = (await refresh(alice, stolen))["refreshToken"]
+    third = await refresh(alice, second)
+    replayed = await refresh(alice, stolen)
+    assert (replayed.status, replayed.code) == REUSED
+    assert "WWW-Authenticate" in replayed.headers
+    again = await refresh(alice, stolen)
+    assert (again.status, again.code) == REUSED
+    last = await refresh(alice, third["refreshToken"])
+    assert (last.status, last.code) == UNKNOWN
+    for access in (alice.access_token, third["accessToken"]):
+        alice.access_token = access
+        assert (await alice.get("/auth/profile")).status == 401
+    assert len(await living(phone)) == 1  # the other device is not concerned
+
+
+async def test_two_honest_refreshes_at_once_log_nobody_out(alice: Actor) -> None:
+    tabs = await asyncio.gather(*(refresh(alice, alice.refresh_token) for _ in range(2)))
+    assert [tab.status for tab in tabs] == [200, 200]
+    for tab in tabs:  # whichever answer came last is the one the client keeps
+        assert (await refresh(alice, tab["refreshToken"])).status == 200
+    assert len(await living(alice)) == 1
+
+
+async def test_after_the_grace_a_spent_token_is_reuse(alice: Actor, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (await refresh(alice, alice.refresh_token)).status == 200
+    monkeypatch.setattr(sessions, "GRACE_SECONDS", 0.0)
+    late = await refresh(alice, alice.refresh_token)
+    assert (late.status, late.code) == REUSED
+
+
+async def test_200_refreshes_of_one_token_on_two_servers_leave_one_family(
+    make_server: MakeServer, make_actor: MakeActor
+) -> None:
+    first, second = await make_server(), await make_server()
+    alice = await make_actor("Alice", first)
+    twin = alice.at(second)
+    answers = await asyncio.gather(*(refresh((alice, twin)[n % 2], alice.refresh_token) for n in range(200)))
+    statuses = Counter(answer.status for answer in answers)
+    assert statuses.keys() <= {200, 503}, statuses  # a busy machine may say: try again
+    assert statuses[200] >= 100, statuses
+    assert len(await living(twin)) == 1
+    heirs = [answer["refreshToken"] for answer in answers if answer.status == 200]
+    assert len(set(heirs)) == len(heirs)
+    assert (await refresh(twin, heirs[0])).status == 200
+
+    replayed = await refresh(alice, alice.refresh_token)  # an ancestor, and a successor was spent
+    assert (replayed.status, replayed.code) == REUSED
+    for heir in heirs[1:4]:
+        assert (await refresh(twin, heir)).status == 401
+    assert (await twin.get("/auth/sessions")).status == 401
+
+
+@pytest.mark.parametrize("token", ["x", "x" * 256, "ünïcode", "a.b.c"])
+async def test_an_unknown_refresh_token_is_refused(token: str, alice: Actor) -> None:
+    refused = await refresh(alice, token)
+    assert (refused.status, refused.code) == UNKNOWN
+
+
+async def test_an_access_token_does_not_refresh(alice: Actor) -> None:
+    refused = await refresh(alice, alice.access_token)
+    assert refused.status in (401, 422)
+
+
+async def test_logout_ends_the_session_and_its_tokens(alice: Actor, make_server: MakeServer) -> None:
+    elsewhere = alice.at(await make_server())
+    phone = await alice.at(alice.base).log_in()
+    out = await alice.post("/auth/logout")
+    assert (out.status, out.body) == (204, "")
+    for device in (alice, elsewhere):
+        refused = await device.get("/auth/profile")
+        assert (refused.status, refused.code) == (401, "unauthenticated")
+        assert refused.headers["WWW-Authenticate"] == 'Bearer error="invalid_token"'
+    assert (await refresh(alice, alice.refresh_token)).status == 401
+    assert (await phone.get("/auth/profile")).status == 200
+
+
+async def test_logout_ends_the_session_of_a_refresh_token_only_when_it_is_ones_own(alice: Actor, bob: Actor) -> None:
+    phone = await alice.at(alice.base).log_in()
+    assert (await alice.post("/auth/logout", {"refreshToken": bob.refresh_token})).status == 204
+    assert (await bob.get("/auth/profile")).status == 200
+    tablet = await phone.at(phone.base).log_in()
+    assert (await tablet.post("/auth/logout", {"refreshToken": phone.refresh_token})).status == 204
+    assert (await phone.get("/auth/profile")).status == 401
+
+
+async def test_devices_are_listed_newest_first_page_by_page(alice: Actor) -> None:
+    for n in range(4):
+        device = alice.at(alice.base)
+        login = {"email": alice.email, "password": PASSWORD}
+        made = await device.post("/auth/login", login, headers={"User-Agent": f"Device {n}", "Authorization": "none"})
+        assert made.status == 200, made
+    listed, cursor = [], ""
+    while cursor is not None:
+        shown = await alice.get(f"/auth/sessions?limit=2{cursor and '&cursor=' + cursor}")
+        assert len(shown["items"]) <= 2
+        listed += shown["items"]
+        cursor = shown["nextCursor"]
+    assert [session["userAgent"] for session in listed[:4]] == [f"Device {n}" for n in (3, 2, 1, 0)]
+    assert [session["current"] for session in listed] == [False] * 4 + [True]
+    assert listed[0].keys() == {"id", "createdAt", "lastUsedAt", "expiresAt", "userAgent", "ip", "current"}
+    assert {session["ip"] for session in listed} == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    "query", ["limit=0", "limit=101", "limit=x", "limit=1.5", "cursor=x", "cursor=WyIyMDIwLTAxLTAxIiwiYSJd"]
+)
+async def test_a_page_that_cannot_be_is_refused(query: str, alice: Actor) -> None:
+    refused = await alice.get(f"/auth/sessions?{query}")
+    assert (refused.status, refused.code) == (422, "validation_failed")
+
+
+async def test_a_device_can_be_signed_out_from_another(alice: Actor, bob: Actor) -> None:
+    phone = await alice.at(alice.base).log_in()
+    tablet = await alice.at(alice.base).log_in()
+    phones = (await phone.get("/auth/sessions"))["items"]
+    current = next(session["id"] for session in phones if session["current"])
+    foreign = await bob.delete(f"/auth/sessions/{current}")
+    assert (foreign.status, foreign.code) == (404, "not_found")
+    assert (await phone.get("/auth/profile")).status == 200
+
+    assert (await alice.delete(f"/auth/sessions/{current}")).status == 204
+    assert (await phone.get("/auth/profile")).status == 401
+    assert (await alice.delete(f"/auth/sessions/{current}")).status == 404
+    assert (await alice.delete("/auth/sessions/no-id")).status == 404
+
+    assert (await alice.delete("/auth/sessions")).status == 204
+    assert (await tablet.get("/auth/profile")).status == 401
+    assert (await refresh(tablet, tablet.refresh_token)).status == 401
+    assert len(await living(alice)) == 1
+
+
+async def test_the_session_unused_longest_gives_way(alice: Actor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "SESSIONS_KEPT", 3)
+    devices = [await alice.at(alice.base).log_in() for _ in range(3)]
+    assert (await alice.get("/auth/profile")).status == 401
+    assert len(await living(devices[0])) == 3
+
+
+async def test_a_device_may_call_itself_anything(alice: Actor) -> None:
+    """Bytes that are not UTF-8 in a header are no reason to refuse a login."""
+    login = {"email": alice.email, "password": PASSWORD}
+    strange = {"User-Agent": "Räuber \udcff\udc80 " + "x" * 600, "Authorization": "none"}
+    made = await alice.post("/auth/login", login, headers=strange)
+    assert made.status == 200, made
+    shown = (await alice.get("/auth/sessions"))["items"][0]["userAgent"]
+    assert shown.startswith("Räuber ")
+    assert len(shown) == 512
+
+
+async def test_expired_sessions_and_their_tokens_are_forgotten(alice: Actor, bob: Actor, database_url: str) -> None:
+    db = await asyncpg.connect(database_url)
+    try:
+        await db.execute("UPDATE sessions SET expires_at = now() - interval '8 days' WHERE user_id = $1", alice.id)
+        await sessions.forget_old(db)
+        left = await db.fetch(
+            """
+            SELECT user_id::text FROM sessions s JOIN refresh_tokens t ON t.session_id = s.id
+            WHERE user_id = ANY ($1)
+            """,
+            [alice.id, bob.id],
+        )
+    finally:
+        await db.close()
+    assert [row["user_id"] for row in left] == [bob.id]

@@ -1,0 +1,198 @@
+"""Rate limits: exact over all processes, told in the standard's headers, and never a reason to hang."""
+
+import asyncio
+import re
+import secrets
+import time
+from collections import Counter
+from ipaddress import IPv6Address, ip_network
+from typing import Any
+
+import aiohttp
+import limits
+import pytest
+from prometheus_client import REGISTRY
+
+from server.ratelimit import RateLimiter
+from server.resources import redis_client
+from server.settings import Settings
+from tests.actors import PASSWORD, Actor, Answer
+from tests.conftest import MakeActor, MakeServer
+
+WINDOW = 900
+TEN = limits.parse("10/15minutes")
+PROXY = {"trusted_proxies": (ip_network("127.0.0.1"), ip_network("10.0.0.0/8"))}
+
+
+def from_address(address: str) -> dict[str, str]:
+    """Headers that a proxy adds; every test has addresses of its own, for the store is shared."""
+    return {"X-Forwarded-For": address}
+
+
+def fresh_address() -> str:
+    return str(IPv6Address(0x20010DB8 << 96 | secrets.randbits(64)))
+
+
+async def wrong_login(actor: Actor, address: str) -> Answer:
+    body = {"email": "nobody@example.org", "password": "Wrong12345"}
+    return await actor.post("/auth/login", body, headers=from_address(address))
+
+
+def shown(answer: Answer) -> tuple[str, int, int]:
+    """Budget, what is left of it, and the seconds until it is full again."""
+    name, left, seconds = re.fullmatch(r'"(\w+)";r=(\d+);t=(\d+)', answer.headers["RateLimit"]).groups()
+    return name, int(left), int(seconds)
+
+
+async def test_of_300_requests_at_once_at_a_limit_of_10_exactly_10_pass(
+    make_server: MakeServer, http: aiohttp.ClientSession
+) -> None:
+    servers = [await make_server(rate_limit_auth=TEN, **PROXY) for _ in range(2)]
+    actors = [Actor(http, base, "Nobody") for base in servers]
+    address = fresh_address()
+    answers = await asyncio.gather(*(wrong_login(actors[n % 2], address) for n in range(300)))
+    assert Counter(answer.status for answer in answers) == {401: 10, 429: 290}
+    assert {answer.code for answer in answers if answer.status == 429} == {"rate_limited"}
+
+
+async def test_the_headers_say_what_is_left_and_when_to_come_back(
+    make_server: MakeServer, http: aiohttp.ClientSession
+) -> None:
+    actor = Actor(http, await make_server(rate_limit_auth=TEN, **PROXY), "Nobody")
+    address, began = fresh_address(), time.monotonic()
+    for left in (*range(9, -1, -1), 0):
+        answer = await wrong_login(actor, address)
+        assert answer.headers["RateLimit-Policy"] == '"auth";q=10;w=900'
+        name, remaining, seconds = shown(answer)
+        assert (name, remaining) == ("auth", left)
+        assert WINDOW - (time.monotonic() - began) - 1 <= seconds <= WINDOW
+    assert answer.status == 429
+    assert answer.headers["Retry-After"] == str(seconds)
+    assert answer.body.keys() >= {"title", "detail", "status", "requestId"}
+
+
+async def test_who_comes_back_when_told_to_is_let_in(make_server: MakeServer, http: aiohttp.ClientSession) -> None:
+    actor = Actor(http, await make_server(rate_limit_auth=limits.parse("1/2seconds"), **PROXY), "Nobody")
+    address = fresh_address()
+    assert (await wrong_login(actor, address)).status == 401
+    await asyncio.sleep(0.6)  # a rounded clock would say one second, and 1.4 are left
+    refused = await wrong_login(actor, address)
+    assert refused.status == 429
+    await asyncio.sleep(int(refused.headers["Retry-After"]))
+    assert (await wrong_login(actor, address)).status == 401
+
+
+async def test_register_login_refresh_and_password_share_one_budget(
+    make_server: MakeServer, http: aiohttp.ClientSession
+) -> None:
+    actor = Actor(http, await make_server(rate_limit_auth=TEN, rate_limit_default=TEN, **PROXY), "Ada")
+    headers = from_address(fresh_address())
+    calls: list[tuple[str, dict[str, Any]]] = [
+        ("/auth/register", {"email": actor.email, "password": PASSWORD, "name": "Ada"}),
+        ("/auth/login", {"email": actor.email, "password": PASSWORD}),
+        ("/auth/refresh", {"refreshToken": "unknown"}),
+        ("/auth/password", {"currentPassword": "Wrong12345", "newPassword": PASSWORD}),
+        ("/auth/register", {}),  # also what is refused for its body
+    ]
+    for spent, (path, body) in enumerate(calls, 1):
+        answer = await actor.post(path, body, headers=headers)
+        assert shown(answer)[:2] == ("auth", 10 - spent), path
+        actor.access_token = actor.access_token or answer["accessToken"]
+    other = await actor.get("/auth/profile", headers=headers)
+    assert shown(other)[:2] == ("default", 9)
+
+
+async def test_signed_in_users_have_budgets_of_their_own(make_server: MakeServer, make_actor: MakeActor) -> None:
+    base = await make_server(rate_limit_default=limits.parse("3/15minutes"))
+    ada, bob = await make_actor("Ada", base), await make_actor("Bob", base)
+    assert [(await ada.get("/auth/profile")).status for _ in range(4)] == [200, 200, 200, 429]
+    assert (await bob.get("/auth/profile")).status == 200
+    assert (await ada.at(base).get("/projects")).status == 429  # one budget for all other endpoints
+    assert (await ada.get("/health")).status == 200
+    assert "RateLimit" not in (await ada.get("/health")).headers
+
+
+async def test_refused_tokens_are_counted_by_address(make_server: MakeServer, http: aiohttp.ClientSession) -> None:
+    actor = Actor(http, await make_server(rate_limit_default=limits.parse("3/15minutes"), **PROXY), "Nobody")
+    actor.access_token = "forged"
+    headers = from_address(fresh_address())
+    answers = [await actor.get("/auth/profile", headers=headers) for _ in range(4)]
+    assert [answer.status for answer in answers] == [401] * 4  # a bad token is told so, whatever the budget
+    assert [shown(answer)[1] for answer in answers] == [2, 1, 0, 0]
+
+
+async def test_a_forwarded_address_is_believed_from_trusted_proxies_only(
+    make_server: MakeServer, http: aiohttp.ClientSession
+) -> None:
+    two = limits.parse("2/15minutes")
+    trusting = Actor(http, await make_server(rate_limit_auth=two, **PROXY), "Nobody")
+    address = fresh_address()
+    forged = f"1.2.3.4, {address}, 10.1.2.3"  # client's own words, the real client, an inner proxy
+    assert shown(await wrong_login(trusting, address))[1] == 1
+    assert shown(await wrong_login(trusting, forged))[1] == 0
+    assert (await wrong_login(trusting, f"9.9.9.9, {address}")).status == 429
+    assert (await wrong_login(trusting, fresh_address())).status == 401
+
+    # One limit for this test alone: nobody else uses such a window from 127.0.0.1.
+    odd = limits.parse("2/17minutes")
+    wary = Actor(http, await make_server(rate_limit_auth=odd), "Nobody")
+    assert [(await wrong_login(wary, fresh_address())).status for _ in range(3)] == [401, 401, 429]
+
+
+def fallbacks() -> float:
+    return REGISTRY.get_sample_value("rate_limiter_fallbacks_total") or 0.0
+
+
+async def test_while_redis_is_away_each_process_counts_for_itself(unused_tcp_port: int) -> None:
+    redis = redis_client(f"redis://127.0.0.1:{unused_tcp_port}")
+    limiter = RateLimiter(redis, rates={"auth": TEN})
+    before = fallbacks()
+    try:
+        budgets = [await limiter.hit("auth", "somebody") for _ in range(12)]
+        assert [budget.passed for budget in budgets if budget] == [True] * 10 + [False] * 2
+        assert [budget.remaining for budget in budgets if budget] == [*range(9, -1, -1), 0, 0]
+        assert all(WINDOW - 1 <= budget.reset <= WINDOW for budget in budgets if budget)
+        assert fallbacks() == before + 1  # Redis is not asked again at once
+    finally:
+        await redis.aclose()
+
+
+async def test_a_redis_that_does_not_answer_costs_half_a_second_once(settings: Settings) -> None:
+    async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    silent = await asyncio.start_server(swallow, "127.0.0.1", 0)
+    redis = redis_client(f"redis://127.0.0.1:{silent.sockets[0].getsockname()[1]}")
+    limiter = RateLimiter(redis, rates={"auth": TEN})
+    try:
+        began = time.monotonic()
+        budgets = await asyncio.gather(*(limiter.hit("auth", "somebody") for _ in range(300)))
+        assert time.monotonic() - began < 2
+        assert sum(budget.passed for budget in budgets if budget) == 10
+        began = time.monotonic()
+        await limiter.hit("auth", "somebody")
+        assert time.monotonic() - began < 0.4
+    finally:
+        await redis.aclose()
+        silent.close()
+
+
+async def test_a_limit_that_is_off_counts_nothing(make_server: MakeServer, http: aiohttp.ClientSession) -> None:
+    answer = await wrong_login(Actor(http, await make_server(), "Nobody"), fresh_address())
+    assert "RateLimit" not in answer.headers
+
+
+@pytest.mark.parametrize("status", [401, 404, 405, 422])
+async def test_refusals_carry_the_headers_too(status: int, make_server: MakeServer, make_actor: MakeActor) -> None:
+    base = await make_server(rate_limit_default=limits.parse("100/15minutes"))
+    alice = await make_actor("Alice", base)
+    answers = {
+        401: lambda: Actor(alice.http, base, "Nobody").get("/auth/profile"),
+        404: lambda: alice.get("/projects/no-id"),
+        405: lambda: alice.put("/auth/profile", {}),
+        422: lambda: alice.patch("/auth/profile", {"name": 1}),
+    }
+    answer = await answers[status]()
+    assert answer.status == status
+    assert ("RateLimit" in answer.headers) == (status != 405)  # no endpoint, no limit
