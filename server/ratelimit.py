@@ -19,7 +19,8 @@ from redis.exceptions import RedisError
 from server import metrics
 
 H = TypeVar("H", bound=Callable[..., Any])
-SHARED_SECONDS = 0.5  # how long Redis may take before the local count answers
+LISTEN_SECONDS, LISTEN_TIMES = 0.1, 5  # so long may Redis answer nobody before the local count does
+ASKING = 20  # at once, of two connections each: fewer than the pool has, which refuses whom it keeps waiting
 LOCAL_SECONDS = 5.0  # how long to count locally before Redis is asked again
 BY_ADDRESS = frozenset({"auth"})  # budgets that the users of one address share, signed in or not
 
@@ -68,6 +69,8 @@ class RateLimiter:
         self._redis = redis
         pool: Any = redis.connection_pool  # the library's types know scalar options only
         self._shared = RedisStorage("redis://", implementation="redispy", key_prefix=prefix, connection_pool=pool)
+        self._asking = asyncio.Semaphore(ASKING)
+        self._answers = 0  # of Redis, to anybody
         self._local = MemoryStorage()
         self._local_until = 0.0
 
@@ -80,19 +83,39 @@ class RateLimiter:
         if time.monotonic() < self._local_until:
             return await self._hit_local(name, rate, key)
         try:
-            async with asyncio.timeout(SHARED_SECONDS):
-                return await self._hit_shared(name, rate, key)
+            return await self._heard(asyncio.ensure_future(self._hit_shared(name, rate, key)))
         except (RedisError, OSError, TimeoutError):
             self._local_until = time.monotonic() + LOCAL_SECONDS
             metrics.LIMITER_FALLBACKS.inc()
             return await self._hit_local(name, rate, key)
 
     async def _hit_shared(self, name: str, rate: limits.RateLimitItem, key: str) -> Budget:
-        # Not the library's own get_expiry: that rounds to seconds, down too, and Retry-After would be too early.
-        count, left = await asyncio.gather(
-            self._shared.incr(key, rate.get_expiry()), self._redis.pttl(self._shared.bridge.prefixed_key(key))
-        )
+        async with self._asking:
+            # Not the library's own get_expiry: that rounds to seconds, down too, and Retry-After would be too early.
+            count, left = await asyncio.gather(
+                self._shared.incr(key, rate.get_expiry()), self._redis.pttl(self._shared.bridge.prefixed_key(key))
+            )
         return _budget(name, rate, count, left / 1000)
+
+    async def _heard(self, answer: "asyncio.Task[Budget]") -> Budget:
+        """The answer; TimeoutError where Redis is silent, to everybody.
+
+        A crowd that waits for its turn, or a busy loop, is no silence: a plain timeout would let a burst of
+        requests slip into the local count, and pass there once more.
+        """
+        silence = 0
+        try:
+            while silence < LISTEN_TIMES:
+                answers = self._answers
+                await asyncio.wait({answer}, timeout=LISTEN_SECONDS)
+                if answer.done():
+                    budget = answer.result()
+                    self._answers += 1
+                    return budget
+                silence = silence + 1 if self._answers == answers else 0
+            raise TimeoutError("Redis is silent")
+        finally:
+            answer.cancel()
 
     async def _hit_local(self, name: str, rate: limits.RateLimitItem, key: str) -> Budget:
         count = await self._local.incr(key, rate.get_expiry())

@@ -168,7 +168,7 @@ async def test_a_redis_that_does_not_answer_costs_half_a_second_once(settings: S
     try:
         began = time.monotonic()
         budgets = await asyncio.gather(*(limiter.hit("auth", "somebody") for _ in range(300)))
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 3
         assert sum(budget.passed for budget in budgets if budget) == 10
         began = time.monotonic()
         await limiter.hit("auth", "somebody")
