@@ -89,6 +89,8 @@ class Subscriber:
                 log.warning("events interrupted", error=str(group.exceptions[0]), retry_in=pause)
             finally:
                 self._interrupt()
+            if _asked_to_end():
+                raise asyncio.CancelledError
             await asyncio.sleep(pause)
             pause = min(pause * 2, LONGEST_RECONNECT_SECONDS)
 
@@ -201,6 +203,12 @@ class Subscriber:
         self._unconfirmed.clear()
         for listener in list(self._listeners.values()):
             listener.interrupt()
+
+
+def _asked_to_end() -> bool:
+    """Before Python 3.13 a TaskGroup forgets that it was cancelled when one of its tasks fails at the same time."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 async def _command(connection: Any, name: str, *arguments: bytes) -> None:
