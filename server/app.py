@@ -13,7 +13,7 @@ import structlog
 import uvloop
 from aiohttp import web
 
-from server import resources
+from server import json, resources
 from server.auth import guard, tickets, upkeep
 from server.auth import handlers as auth
 from server.auth.blacklist import Blacklist
@@ -30,13 +30,14 @@ from server.ops import handlers as ops
 from server.projects import access, invitations
 from server.projects import handlers as projects
 from server.ratelimit import RateLimiter, limit
+from server.realtime import asyncapi
 from server.realtime.channels import Channels
 from server.realtime.doorman import Doorman, Identified
 from server.realtime.endpoint import websocket
 from server.realtime.history import History
 from server.realtime.hub import REALTIME, Realtime
 from server.realtime.messages import messages as socket_messages
-from server.realtime.table import MessageTable, merge
+from server.realtime.table import Message, MessageTable, merge
 from server.resources import Resources
 from server.rest import openapi
 from server.rest.keys import RESOURCES, User
@@ -91,6 +92,9 @@ def create_app(settings: Settings, stores: Resources) -> web.Application:
         app.router.add_routes(routes)
     app.router.add_get("/ws", limit(None)(public(websocket)))
     openapi.add_swagger(app, swagger_document())
+    described = asyncapi_document()
+    openapi.add_page(app, asyncapi.DOCUMENT, json.dumps(described))
+    openapi.add_page(app, asyncapi.PAGE, asyncapi.page(described), policy=asyncapi.PAGE_POLICY)
     app.on_startup.extend((prepare_stores, start_realtime))
     app.on_shutdown.append(stop_realtime)  # before aiohttp closes the connections that are left
     app.cleanup_ctx.extend((close_hasher, keep_accounts))
@@ -102,6 +106,14 @@ def swagger_document() -> dict[str, Any]:
     return openapi.document(
         chain.from_iterable(API), needs_role=lambda handler: access.requirement_of(handler) is not None
     )
+
+
+def asyncapi_document() -> dict[str, Any]:
+    def role_of(message: Message) -> str | None:
+        requirement = access.requirement_of(message.handler)
+        return requirement.role.name if requirement else None
+
+    return asyncapi.document(merge(MESSAGES), role_of=role_of)
 
 
 def make_issuer(settings: Settings, stores: Resources) -> Issuer:

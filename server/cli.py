@@ -65,6 +65,11 @@ def print_openapi(_: argparse.Namespace) -> int:
     return 0
 
 
+def print_asyncapi(_: argparse.Namespace) -> int:
+    sys.stdout.buffer.write(json.dumps(app.asyncapi_document()) + b"\n")
+    return 0
+
+
 def _refuse_pending(url: str) -> None:
     waiting = migrations.pending(url)
     if waiting:
@@ -81,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     check = _command(commands, migrate, "migrate", "apply what is pending in sql/migrations")
     check.add_argument("--check", action="store_true", help="apply nothing; exit 1 when something is pending")
     _command(commands, print_openapi, "openapi", "print the OpenAPI document")
+    _command(commands, print_asyncapi, "asyncapi", "print the AsyncAPI document of the socket")
     return parser
 
 

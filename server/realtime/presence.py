@@ -133,12 +133,12 @@ _LIST = _COMMON + "sweep()\nreturn online()"
 
 @dataclass(frozen=True)
 class Online:
-    user: UUID
-    name: str
+    user_id: UUID
+    user_name: str
     connections: int
 
     def shown(self) -> dict[str, Any]:
-        return {"userId": str(self.user), "userName": self.name, "connections": self.connections}
+        return {"userId": self.user_id, "userName": self.user_name, "connections": self.connections}
 
 
 @dataclass(frozen=True)
@@ -216,6 +216,6 @@ def _keys(workspace: UUID) -> list[str]:
 def _online(answer: Any) -> list[Online]:
     counts, names = ({pairs[i]: pairs[i + 1] for i in range(0, len(pairs), 2)} for pairs in answer)
     return [
-        Online(user=UUID(user.decode()), name=json.loads(names[user]), connections=int(count))
+        Online(user_id=UUID(user.decode()), user_name=json.loads(names[user]), connections=int(count))
         for user, count in sorted(counts.items())
     ]

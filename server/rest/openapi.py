@@ -17,7 +17,7 @@ from marshmallow import fields
 from server import __version__, errors, json
 from server.errors import CODES
 from server.fields import Schema
-from server.ratelimit import limit_of
+from server.ratelimit import limit, limit_of
 from server.rest.marks import is_public, public, refusals_of
 
 STATIC = Path(aiohttp_apispec.__file__).parent / "static"
@@ -156,6 +156,19 @@ def add_swagger(app: web.Application, swagger: dict[str, Any]) -> None:
     app.router.add_get("/api-docs/", serve_page)
     for name in _ASSETS:
         app.router.add_get(f"/api-docs/static/{name}", _asset(STATIC / name))
+
+
+def add_page(app: web.Application, path: str, body: str | bytes, *, policy: str | None = None) -> None:
+    """Serve a document (JSON) or, with the content security policy that it needs, a page (HTML)."""
+    kind = "application/json" if policy is None else "text/html"
+    headers = _OPEN | ({} if policy is None else {"Content-Security-Policy": policy})
+
+    @limit(None)
+    @public
+    async def serve(_: web.Request) -> web.Response:
+        return web.Response(body=body, content_type=kind, charset="utf-8", headers=headers)
+
+    app.router.add_get(path, serve)
 
 
 def _asset(path: Path) -> Callable[[web.Request], Any]:

@@ -5,11 +5,16 @@ from uuid import UUID
 
 from aiohttp import web
 from aiohttp_apispec import docs, json_schema, querystring_schema, response_schema
+from marshmallow import fields
+from orjson import Fragment
 
 from server.errors import NotFound
 from server.projects import announcements
 from server.projects.access import ACCESS, Role, named, requires
+from server.realtime.events import CollaborationEvent
+from server.realtime.history import parse_event_id
 from server.realtime.hub import REALTIME
+from server.resources import reported
 from server.rest import answers
 from server.rest.etags import etag, expected_revisions, lost
 from server.rest.keys import BODY, QUERY, RESOURCES, USER
@@ -17,7 +22,7 @@ from server.rest.pages import PageQuery, keys_of, page, page_of
 from server.workspaces import schemas, store
 
 routes = web.RouteTableDef()
-WORKSPACE = schemas.Workspace()
+WORKSPACE, ONLINE = schemas.Workspace(), schemas.Online()
 
 
 @routes.post("/api/v1/workspaces")
@@ -64,6 +69,39 @@ async def read_workspace(request: web.Request) -> web.Response:
     if found is None:
         raise NotFound("No such workspace")
     return answers.entity(request, WORKSPACE, found, role=request[ACCESS].role.name)
+
+
+@routes.get("/api/v1/workspaces/{workspaceId}/users")
+@docs(tags=["workspaces"], summary="Who is online now, over all processes")
+@querystring_schema(PageQuery)
+@response_schema(page_of(schemas.Online), 200)
+@requires(Role.VIEWER)
+async def list_online(request: web.Request) -> web.Response:
+    query = request[QUERY]
+    (after,) = keys_of(query["cursor"], UUID)
+    with reported():
+        online = await request.app[REALTIME].presence.online(_id(request))
+    rows = [vars(each) for each in online if after is None or each.user_id > after]
+    return answers.page(ONLINE, *page(rows[: query["limit"] + 1], query["limit"], "user_id"))
+
+
+@routes.get("/api/v1/workspaces/{workspaceId}/events")
+@docs(tags=["workspaces"], summary="The retained history of realtime events, oldest first")
+@querystring_schema(schemas.EventsQuery)
+@response_schema(
+    page_of(CollaborationEvent, gap=fields.Boolean(metadata={"description": "`after` is not in the history any more"})),
+    200,
+)
+@requires(Role.VIEWER)
+async def list_events(request: web.Request) -> web.Response:
+    query = request[QUERY]
+    name = "after" if query["cursor"] is None else "cursor"  # the cursor of a page is its last event
+    after = query[name] and parse_event_id(query[name], field=name)
+    with reported():
+        replay = await request.app[REALTIME].channels.history.read(_id(request), after=after, most=query["limit"])
+    items = [Fragment(entry.event) for entry in replay.entries]
+    next_cursor = replay.entries[-1].id if replay.more else None
+    return answers.json({"items": items, "nextCursor": next_cursor, "gap": replay.gap})
 
 
 @routes.patch("/api/v1/workspaces/{workspaceId}")

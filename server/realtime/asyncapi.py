@@ -1,0 +1,242 @@
+"""The AsyncAPI 3 document of the socket, from the tables of messages and events; and a page to read it.
+
+Nothing is described twice: shapes come from the schemas that check what clients send.
+"""
+
+import html
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from apispec import APISpec
+from apispec.ext.marshmallow.openapi import OpenAPIConverter
+from marshmallow import Schema
+
+from server import __version__, json
+from server.realtime.events import PUSHES, Push
+from server.realtime.table import Message
+
+DOCUMENT = "/api-docs/asyncapi.json"
+PAGE = "/api-docs/realtime"
+CLOSE_CODES = {
+    1009: "a frame was too big",
+    1012: "the server restarts; come back",
+    1013: "overloaded, or you read too slowly",
+    4400: "protocol error: over the limit, or malformed, for too long",
+    4401: "unauthenticated, or the token has expired",
+    4403: "the origin or the access was refused",
+    4408: "no authentication in time, or no sign of life",
+}
+RoleOf = Callable[[Message], str | None]
+Json = dict[str, Any]
+_ID = {"type": ["string", "number"], "description": "yours; the answer bears it"}
+
+
+def document(messages: Mapping[str, Message], *, role_of: RoleOf) -> Json:
+    """The document; ``role_of`` a message is the least role that it needs, None where it needs none."""
+    said = {_name(each.event): _said(each, role_of(each)) for each in messages.values()}
+    acks = {f"{_name(each.event)}.ack": _ack(each) for each in messages.values()}
+    pushed = {_name(each.name): _pushed(each) for each in PUSHES}
+    return {
+        "asyncapi": "3.0.0",
+        "info": {"title": "Collaborative Workspace Backend: realtime", "version": __version__, "description": _ABOUT},
+        "defaultContentType": "application/json",
+        "channels": {
+            "socket": {
+                "address": "/ws",
+                "messages": {name: _ref("components/messages", name) for name in (*said, *acks, *pushed)},
+                "bindings": {"ws": {"method": "GET", "query": _QUERY}},
+            }
+        },
+        "operations": {
+            **{_name(each.event): _operation(each) for each in messages.values()},
+            "push": {
+                "action": "send",
+                "channel": _ref("channels", "socket"),
+                "summary": "What the server says of itself",
+                "messages": [_ref("channels/socket/messages", name) for name in pushed],
+            },
+        },
+        "components": {
+            "messages": said | acks | pushed,
+            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}},
+        },
+    }
+
+
+def _operation(message: Message) -> Json:
+    name = _name(message.event)
+    return {
+        "action": "receive",
+        "channel": _ref("channels", "socket"),
+        "summary": message.summary,
+        "security": [_ref("components/securitySchemes", "bearer")],
+        "messages": [_ref("channels/socket/messages", name)],
+        "reply": {
+            "channel": _ref("channels", "socket"),
+            "messages": [
+                _ref("channels/socket/messages", f"{name}.ack"),
+                _ref("channels/socket/messages", "error"),
+            ],
+        },
+    }
+
+
+def _said(message: Message, role: str | None) -> Json:
+    frame = _frame(message.event, _json_schema(message.schema), id=True, required=("event",))
+    about: Json = {"name": message.event, "title": message.event, "summary": message.summary, "payload": frame}
+    return about | ({"x-least-role": role} if role else {})
+
+
+def _ack(message: Message) -> Json:
+    frame = _frame("ack", _json_schema(message.ack), id=True, required=("event", "data", "id"))
+    return {"name": "ack", "title": f"ack of {message.event}", "summary": "It has been done", "payload": frame}
+
+
+def _pushed(push: Push) -> Json:
+    schema = _json_schema(push.schema)
+    if push.type:
+        schema["properties"]["type"] = {"const": push.type}
+    frame = _frame(push.event, schema, id=push.event == "error", required=("event", "data"))
+    return {"name": push.event, "title": push.name, "summary": push.summary, "payload": frame}
+
+
+def _frame(event: str, data: Json, *, id: bool, required: tuple[str, ...]) -> Json:
+    properties = {"event": {"const": event}, "data": data} | ({"id": _ID} if id else {})
+    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
+
+
+def _json_schema(schema: Schema) -> Json:
+    spec = APISpec("", "", "3.1.0")
+    converter: Any = OpenAPIConverter("3.1.0", schema_name_resolver=lambda _: None, spec=spec)
+    made: Json = converter.schema2jsonschema(schema)
+    made["additionalProperties"] = False
+    return made
+
+
+def _name(event: str) -> str:
+    return event.replace(":", ".")
+
+
+def _ref(where: str, name: str) -> Json:
+    return {"$ref": f"#/{where}/{name}"}
+
+
+_QUERY = {"type": "object", "properties": {"ticket": {"type": "string", "description": "of POST /auth/ws-ticket"}}}
+_ABOUT = """One WebSocket for live collaboration, JSON text frames `{event, data, id?}`.
+
+The access token comes in the `Authorization: Bearer` header, in `Sec-WebSocket-Protocol: collab.v1, bearer.<token>`,
+as a ticket of `POST /api/v1/auth/ws-ticket`, or in a first frame `authenticate` within 10 s. A frame with an `id`
+is answered by exactly one `ack` or `error` with that `id`. After a reconnect, join with `since`, the last `eventId`
+you have, and you get what you missed. Events of a workspace come in one order to all its members."""
+
+
+def page(asyncapi: Json) -> str:
+    """The document for people: one page without scripts, that needs nothing from elsewhere."""
+    messages = asyncapi["components"]["messages"]
+    operations = {name: each for name, each in asyncapi["operations"].items() if each["action"] == "receive"}
+    pushed = [_last(each["$ref"]) for each in asyncapi["operations"]["push"]["messages"]]
+    said = "".join(_article(messages[name], messages[f"{name}.ack"]) for name in operations)
+    heard = "".join(_article(messages[name]) for name in pushed)
+    codes = "".join(f"<tr><td>{code}</td><td>{html.escape(why)}</td></tr>" for code, why in CLOSE_CODES.items())
+    about = "".join(f"<p>{_prose(part)}</p>" for part in asyncapi["info"]["description"].split("\n\n"))
+    links = _links("You say", operations, messages) + _links("You hear", pushed, messages)
+    return _PAGE.format(
+        title=html.escape(asyncapi["info"]["title"]),
+        about=about,
+        links=links,
+        said=said,
+        heard=heard,
+        codes=codes,
+        document=DOCUMENT,
+    )
+
+
+def _links(title: str, names: Iterable[str], messages: Json) -> str:
+    items = "".join(
+        f'<li><a href="#{_anchor(messages[name]["title"])}">{html.escape(messages[name]["title"])}</a></li>'
+        for name in names
+    )
+    return f"<h2>{title}</h2><ul>{items}</ul>"
+
+
+def _article(message: Json, ack: Json | None = None) -> str:
+    title, role = html.escape(message["title"]), message.get("x-least-role")
+    needs = f' <small class="role">{html.escape(role.lower())}</small>' if role else ""
+    parts = [f'<article id="{_anchor(message["title"])}"><h3><code>{title}</code>{needs}</h3>']
+    parts.append(f"<p>{_prose(message['summary'])}</p>{_fields(message)}")
+    if ack is not None:
+        parts.append(f"<h4>ack</h4>{_fields(ack)}")
+    return "".join([*parts, "</article>"])
+
+
+def _fields(message: Json) -> str:
+    data = message["payload"]["properties"]["data"]
+    if not data["properties"]:
+        return "<p><code>{}</code></p>"
+    required = set(data.get("required", ()))
+    rows = "".join(
+        f"<tr><td><code>{html.escape(name)}</code>{'' if name in required else ' <small>optional</small>'}</td>"
+        f"<td>{html.escape(_kind(shape))}</td><td>{_prose(shape.get('description', ''))}</td></tr>"
+        for name, shape in data["properties"].items()
+    )
+    return f"<table><tbody>{rows}</tbody></table>"
+
+
+def _kind(shape: Json) -> str:
+    if "const" in shape:
+        return json.dumps(shape["const"]).decode()
+    if "enum" in shape:
+        return "one of " + ", ".join(map(str, shape["enum"])) if len(shape["enum"]) < 9 else "a code"
+    if shape.get("type") == "array":
+        return f"list of {_kind(shape['items'])}"
+    if shape.get("properties"):
+        return "{" + ", ".join(shape["properties"]) + "}"
+    kinds = shape.get("type", "anything")
+    kind = " or ".join(kinds) if isinstance(kinds, list) else kinds
+    return f"{kind}, {shape['format']}" if "format" in shape else str(kind)
+
+
+def _prose(text: str) -> str:
+    """Escaped, with what stands in backticks as code."""
+    parts = html.escape(text).split("`")
+    return "".join(f"<code>{part}</code>" if odd % 2 else part for odd, part in enumerate(parts))
+
+
+def _anchor(title: str) -> str:
+    return html.escape(title.replace(":", "-").replace(" ", "-"))
+
+
+def _last(reference: str) -> str:
+    return reference.rpartition("/")[2]
+
+
+PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+:root {{ color-scheme: light dark; --line: #8884; --soft: #8882; --link: #2563eb; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --link: #7aa2ff; }} }}
+body {{ font: 16px/1.5 system-ui, sans-serif; margin: 0; display: grid; grid-template-columns: 17rem 1fr; }}
+nav {{ position: sticky; top: 0; height: 100vh; overflow: auto; padding: 1rem; box-sizing: border-box;
+       border-right: 1px solid var(--line); }}
+nav h2 {{ font-size: .8rem; text-transform: uppercase; letter-spacing: .05em; margin: 1rem 0 .3rem; }}
+nav ul {{ list-style: none; margin: 0; padding: 0; }}
+main {{ padding: 1rem 2rem 4rem; max-width: 56rem; min-width: 0; }}
+a {{ color: var(--link); text-decoration: none; }}
+article {{ border-top: 1px solid var(--line); padding: .5rem 0 1rem; }}
+h3 {{ margin: .5rem 0; }} h4 {{ margin: .8rem 0 .2rem; font-weight: 600; }}
+code {{ font: .9em ui-monospace, monospace; background: var(--soft); padding: .1em .3em; border-radius: 4px; }}
+table {{ border-collapse: collapse; width: 100%; }}
+td {{ border-bottom: 1px solid var(--line); padding: .3rem .6rem .3rem 0; vertical-align: top; }}
+small {{ opacity: .7; }} .role {{ border: 1px solid var(--line); border-radius: 1em; padding: .1em .6em; }}
+@media (max-width: 50rem) {{ body {{ display: block; }} nav {{ position: static; height: auto; }} }}
+</style></head><body>
+<nav><strong>/ws</strong>{links}<h2>More</h2><ul><li><a href="#close-codes">Close codes</a></li>
+<li><a href="{document}">AsyncAPI document</a></li><li><a href="/api-docs">REST</a></li></ul></nav>
+<main><h1>{title}</h1>{about}
+<h2>You say</h2>{said}
+<h2>You hear</h2>{heard}
+<h2 id="close-codes">Close codes</h2><table><tbody>{codes}</tbody></table>
+</main></body></html>
+"""

@@ -1,0 +1,193 @@
+"""What the server says of itself: every frame but ``ack``, with the shape of its data.
+
+For the AsyncAPI document, and for whoever reads the events over REST. What is sent is built where it happens;
+a test holds real frames against these shapes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from marshmallow import Schema as AnySchema
+from marshmallow import fields, validate
+
+from server.errors import CODES
+from server.fields import Id, Schema, Time
+
+Shape = Mapping[str, fields.Field[Any]]
+
+
+@dataclass(frozen=True)
+class Push:
+    """A frame of the server; ``type`` tells collaboration events apart."""
+
+    event: str
+    schema: AnySchema
+    summary: str
+    type: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.type or self.event
+
+
+class UserHere(Schema):
+    user_id = Id(required=True)
+    user_name = fields.String(required=True)
+    connections = fields.Integer(required=True)
+
+
+class CollaborationEvent(Schema):
+    """An event of a workspace; ``type`` says which further fields there are."""
+
+    type = fields.String(required=True)
+    workspace_id = Id(required=True)
+    user_id = Id(required=True, allow_none=True, metadata={"description": "who did it; null where it is not known"})
+    user_name = fields.String(required=True)
+    timestamp = Time(required=True)
+
+
+def event_id() -> fields.Field[Any]:
+    return fields.String(
+        required=True,
+        validate=validate.Regexp(r"^\d+-\d+$"),
+        metadata={"description": "`<ms>-<n>`, compared as two integers", "example": "1780000000000-0"},
+    )
+
+
+def push(event: str, summary: str, **shape: fields.Field[Any]) -> Push:
+    return Push(event, Schema.from_dict(dict(shape), name=event)(), summary)
+
+
+def collaboration(type: str, summary: str, *, durable: bool, **shape: fields.Field[Any]) -> Push:
+    made: dict[str, Any] = {"type": fields.Constant(type, required=True), **shape}
+    if durable:
+        made["event_id"] = event_id()
+    return Push("collaboration:event", _derived(type, made), summary, type)
+
+
+def _derived(name: str, shape: dict[str, Any]) -> AnySchema:
+    made: type[Schema] = type(name, (CollaborationEvent,), shape)
+    return made()
+
+
+def _users() -> fields.Field[Any]:
+    return fields.List(fields.Nested(UserHere), required=True)
+
+
+def _document() -> dict[str, fields.Field[Any]]:
+    return {
+        "document_id": Id(required=True),
+        "path": fields.String(required=True),
+        "version": fields.Integer(required=True),
+    }
+
+
+def _anything() -> fields.Field[Any]:
+    return fields.Raw(allow_none=True, metadata={"description": "as the sender sent it"})
+
+
+PUSHES: tuple[Push, ...] = (
+    push(
+        "welcome",
+        "The first frame: who you are here, and what the server expects of you",
+        connection_id=fields.String(required=True),
+        user_id=Id(required=True),
+        user_name=fields.String(required=True),
+        heartbeat_seconds=fields.Float(required=True),
+        max_message_bytes=fields.Integer(required=True),
+        token_expires_at=Time(required=True),
+    ),
+    collaboration("USER_JOIN", "A user's first connection has joined", durable=False),
+    collaboration("USER_LEAVE", "A user's last connection has gone", durable=False),
+    collaboration(
+        "FILE_CHANGE",
+        "A collaborator says what they changed",
+        durable=True,
+        file_id=fields.String(allow_none=True),
+        path=fields.String(allow_none=True),
+        change=_anything(),
+    ),
+    collaboration(
+        "CURSOR_UPDATE",
+        "Where a member is now; ephemeral, at most 30/s of each sender",
+        durable=False,
+        file_id=fields.String(allow_none=True),
+        position=_anything(),
+    ),
+    collaboration("DOCUMENT_CREATED", "A document was created", durable=True, **_document()),
+    collaboration("DOCUMENT_CHANGED", "A document has a new version", durable=True, **_document()),
+    collaboration("DOCUMENT_RENAMED", "A document has another path", durable=True, **_document()),
+    collaboration("DOCUMENT_DELETED", "A document was deleted", durable=True, **_document()),
+    collaboration("WORKSPACE_UPDATED", "The workspace was changed", durable=True),
+    collaboration("WORKSPACE_DELETED", "The workspace was deleted; all leave it", durable=True),
+    collaboration("PROJECT_UPDATED", "The project was changed", durable=True, project_id=Id(required=True)),
+    collaboration(
+        "ROLE_CHANGED",
+        "A member has another role in the project",
+        durable=True,
+        project_id=Id(required=True),
+        subject_id=Id(required=True, metadata={"description": "whose role"}),
+        role=fields.String(required=True, validate=validate.OneOf(["OWNER", "COLLABORATOR", "VIEWER"])),
+    ),
+    collaboration(
+        "ACCESS_REVOKED",
+        "You are out of this workspace; only those affected hear it, and they stay connected",
+        durable=False,
+        reason=fields.String(required=True, validate=validate.OneOf(["removed", "left", "deleted"])),
+    ),
+    collaboration(
+        "JOB_UPDATED",
+        "A job of the workspace has another status",
+        durable=True,
+        job_id=fields.String(required=True),
+        job_type=fields.String(required=True),
+        status=fields.String(required=True),
+    ),
+    push(
+        "workspace:resync",
+        "The server lost and regained touch with this workspace; what was missed has just been sent",
+        workspace_id=Id(required=True),
+        users=_users(),
+        last_event_id=event_id(),
+        gap=fields.Boolean(required=True, metadata={"description": "not all of it: reload over REST"}),
+    ),
+    push(
+        "document:update",
+        "A Yjs update of an open document",
+        document_id=Id(required=True),
+        update=fields.String(required=True, metadata={"description": "base64"}),
+        user_id=Id(required=True, allow_none=True),
+        version=fields.Integer(required=True),
+    ),
+    push(
+        "document:awareness",
+        "The awareness state of another editor; ephemeral",
+        document_id=Id(required=True),
+        state=fields.String(required=True, metadata={"description": "base64"}),
+        user_id=Id(required=True),
+    ),
+    push("job:updated", "A job of yours has changed", job=fields.Dict(required=True)),
+    push(
+        "job:output",
+        "A job of yours has written something; live only",
+        job_id=fields.String(required=True),
+        stream=fields.String(required=True, validate=validate.OneOf(["stdout", "stderr"])),
+        offset=fields.Integer(required=True),
+        text=fields.String(required=True),
+    ),
+    push("token:expiring", "Send `authenticate` with a new token soon", token_expires_at=Time(required=True)),
+    push(
+        "server:draining",
+        "The server is about to stop: reconnect after this time",
+        reconnect_after_ms=fields.Integer(required=True),
+    ),
+    push(
+        "error",
+        "A frame of yours was refused; with its `id`, where it had one",
+        code=fields.String(required=True, validate=validate.OneOf(sorted(CODES))),
+        message=fields.String(required=True),
+        details=fields.List(fields.Dict()),
+        retry_after=fields.Integer(metadata={"description": "seconds"}),
+    ),
+)

@@ -1,0 +1,147 @@
+"""Who may open a socket, how they say who they are, and for how long that counts."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import orjson
+import pytest
+
+from server.realtime import endpoint
+from tests.actors import Actor
+from tests.conftest import MakeActor, MakeServer
+from tests.sockets import Refused, Socket
+
+
+@asynccontextmanager
+async def opened(actor: Actor, query: str = "", **options: Any) -> AsyncIterator[Socket]:
+    """A socket that was opened without the actor's header, and has heard nothing yet."""
+    async with actor.http.ws_connect(f"{actor.base}/ws{query}", **options) as raw:
+        yield Socket(raw)
+
+
+async def refusal(actor: Actor, query: str = "", **headers: str) -> tuple[int, str, str]:
+    """Status, content type and code of an upgrade that is refused."""
+    upgrade = {
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+    }
+    async with actor.http.get(f"{actor.base}/ws{query}", headers={**upgrade, **headers}) as answer:
+        return answer.status, answer.content_type, orjson.loads(await answer.read())["code"]
+
+
+UNAUTHENTICATED = (401, "application/problem+json", "unauthenticated")
+
+
+async def test_the_welcome_says_who_one_is(alice: Actor) -> None:
+    welcome = (await alice.connect()).welcome
+    assert (welcome["userId"], welcome["userName"]) == (alice.id, "Alice")
+    assert welcome["heartbeatSeconds"] == 25
+    assert welcome["maxMessageBytes"] == 256 << 10
+    assert welcome["connectionId"]
+    assert welcome["tokenExpiresAt"].endswith("Z")
+
+
+async def test_the_subprotocol_carries_a_token(alice: Actor) -> None:
+    async with opened(alice, protocols=["collab.v1", f"bearer.{alice.access_token}"]) as socket:
+        await socket.assert_push("welcome", userId=alice.id)
+        assert socket.raw.protocol == "collab.v1"
+
+
+async def test_a_ticket_opens_one_socket_once(alice: Actor) -> None:
+    ticket = (await alice.post("/auth/ws-ticket"))["ticket"]
+    async with opened(alice, f"?ticket={ticket}") as socket:
+        await socket.assert_push("welcome", userId=alice.id)
+    assert await refusal(alice, f"?ticket={ticket}") == UNAUTHENTICATED
+
+
+async def test_what_is_bad_is_refused_before_the_upgrade(alice: Actor) -> None:
+    assert await refusal(alice, Authorization="Bearer nonsense") == UNAUTHENTICATED
+    assert await refusal(alice, Authorization=f"Bearer {alice.refresh_token}") == UNAUTHENTICATED
+    assert await refusal(alice, Authorization="Basic YTpi") == UNAUTHENTICATED
+    assert await refusal(alice, **{"Sec-WebSocket-Protocol": "collab.v1, bearer.nonsense"}) == UNAUTHENTICATED
+    assert await refusal(alice, "?ticket=nonsense") == UNAUTHENTICATED
+
+
+async def test_a_token_in_the_address_is_refused_however_valid(alice: Actor) -> None:
+    assert await refusal(alice, f"?token={alice.access_token}") == UNAUTHENTICATED
+    assert await refusal(alice, f"?access_token={alice.access_token}") == UNAUTHENTICATED
+
+
+async def test_the_token_of_an_ended_session_is_refused(alice: Actor) -> None:
+    await alice.post("/auth/logout")
+    assert await refusal(alice, **alice.headers) == UNAUTHENTICATED
+
+
+async def test_a_page_of_a_foreign_origin_is_refused(make_server: MakeServer, make_actor: MakeActor) -> None:
+    alice = await make_actor("Alice", await make_server(cors_origin=("https://app.example",)))
+    foreign = (403, "application/problem+json", "forbidden")
+    assert await refusal(alice, **alice.headers, Origin="https://evil.example") == foreign
+    assert await refusal(alice, **alice.headers, Origin="null") == foreign
+    own = alice.base.replace("http", "https", 1)
+    for origin in ("https://app.example", own):
+        async with opened(alice, headers=alice.headers, origin=origin) as socket:
+            await socket.assert_push("welcome")
+
+
+async def test_the_first_frame_may_say_who_one_is(alice: Actor) -> None:
+    async with opened(alice) as socket:
+        await socket.send("authenticate", {"token": alice.access_token}, id="a")
+        await socket.assert_push("welcome", userId=alice.id)
+        answer = await socket.next()
+        assert (answer["event"], answer["id"]) == ("ack", "a")
+        assert answer["data"].keys() == {"tokenExpiresAt"}
+        assert (await socket.push("ping")).keys() == {"serverTime"}
+
+
+async def test_a_first_frame_that_is_another_ends_the_socket(alice: Actor) -> None:
+    for event, data in (("ping", {}), ("authenticate", {"token": "nonsense"}), ("authenticate", {})):
+        async with opened(alice) as socket:
+            await socket.send(event, data, id=1)
+            answer = await socket.next()
+            assert (answer["event"], answer["id"]) == ("error", 1)
+            assert await socket.closed() == 4401
+
+
+async def test_who_never_says_is_not_waited_for(alice: Actor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "FIRST_FRAME_SECONDS", 0.3)
+    async with opened(alice) as socket:
+        assert await socket.closed() == 4408
+
+
+async def test_a_token_is_renewed_on_a_live_connection(make_server: MakeServer, make_actor: MakeActor) -> None:
+    alice = await make_actor("Alice", await make_server(access_token_ttl=3))
+    socket = await alice.connect()
+    await socket.assert_push("token:expiring", tokenExpiresAt=socket.welcome["tokenExpiresAt"])
+    refreshed = await alice.post("/auth/refresh", {"refreshToken": alice.refresh_token})
+    ack = await socket.push("authenticate", token=refreshed["accessToken"])
+    assert ack["tokenExpiresAt"] >= socket.welcome["tokenExpiresAt"]
+    await socket.assert_push("token:expiring", tokenExpiresAt=ack["tokenExpiresAt"])
+    assert await socket.closed(seconds=8) == 4401
+
+
+async def test_another_users_token_does_not_change_who_one_is(alice: Actor, bob: Actor) -> None:
+    socket = await alice.connect()
+    with pytest.raises(Refused, match="forbidden"):
+        await socket.push("authenticate", token=bob.access_token)
+    with pytest.raises(Refused, match="unauthenticated"):
+        await socket.push("authenticate", token="nonsense")
+    await socket.push("ping")
+
+
+async def test_a_silent_peer_is_given_up(alice: Actor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.realtime.hub.HEARTBEAT_SECONDS", 0.6)
+    lively = await alice.connect()
+    answering = asyncio.create_task(lively.refute_push(seconds=2.5))  # pings are answered while one listens
+    async with opened(alice, headers=alice.headers, autoping=False) as silent:
+        await silent.assert_push("welcome")
+        while (message := await silent.raw.receive(timeout=5)).type is aiohttp.WSMsgType.PING:
+            pass
+        assert (message.type, message.data) == (aiohttp.WSMsgType.CLOSE, 4408)
+        await silent.raw.close()
+    await answering
+    await lively.push("ping")
