@@ -17,6 +17,7 @@ People
     alice, bob, carol   three of them on ``server``
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import itertools
@@ -175,11 +176,15 @@ async def http() -> AsyncIterator[aiohttp.ClientSession]:
 
 
 @pytest.fixture
-async def make_actor(http: aiohttp.ClientSession) -> MakeActor:
-    async def make(name: str, base: str) -> Actor:
-        return await Actor(http, base, name).register()
+async def make_actor(http: aiohttp.ClientSession) -> AsyncIterator[MakeActor]:
+    made: list[Actor] = []
 
-    return make
+    async def make(name: str, base: str) -> Actor:
+        made.append(await Actor(http, base, name).register())
+        return made[-1]
+
+    yield make
+    await asyncio.gather(*(socket.close() for actor in made for socket in actor.sockets))
 
 
 @pytest.fixture

@@ -91,6 +91,12 @@ class Socket:
     async def close(self) -> None:
         await self.raw.close()
 
+    def cut(self) -> None:
+        """End as a client does whose network is gone: without a word."""
+        connection = self.raw._conn
+        if connection is not None and connection.transport is not None:
+            connection.transport.abort()
+
     async def _receive(self, seconds: float) -> dict[str, Any]:
         message = await self.raw.receive(timeout=seconds)
         if message.type in (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.CLOSING):

@@ -96,7 +96,7 @@ async def list_online(request: web.Request) -> web.Response:
 async def list_events(request: web.Request) -> web.Response:
     query = request[QUERY]
     name = "after" if query["cursor"] is None else "cursor"  # the cursor of a page is its last event
-    after = query[name] and parse_event_id(query[name], field=name)
+    after = None if query[name] is None else parse_event_id(query[name], field=name)
     with reported():
         replay = await request.app[REALTIME].channels.history.read(_id(request), after=after, most=query["limit"])
     items = [Fragment(entry.event) for entry in replay.entries]

@@ -64,7 +64,7 @@ class CursorUpdate(Schema):
 @requires(Role.VIEWER, of=named("workspaceId"))
 async def join_workspace(socket: Connection, data: dict[str, Any]) -> dict[str, Any]:
     """Enter a workspace: see who is there, hear what you missed, and from now on its events."""
-    since = data["since"] and parse_event_id(data["since"], field="since")
+    since = None if data["since"] is None else parse_event_id(data["since"], field="since")
     replay, online = await socket.realtime.join(socket, data["workspace_id"], since=since)
     return {
         "workspaceId": data["workspace_id"],

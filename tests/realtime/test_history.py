@@ -1,0 +1,148 @@
+"""Coming back: whoever says what they heard last gets what they missed, or is told that it is gone."""
+
+from typing import Any
+
+import pytest
+
+from server.realtime.history import position
+from tests.actors import Actor
+from tests.conftest import MakeActor, MakeServer
+from tests.sockets import Refused, Socket
+
+
+async def change(socket: Socket, workspace: str, *changes: Any) -> list[str]:
+    return [(await socket.push("file:change", workspaceId=workspace, change=each))["eventId"] for each in changes]
+
+
+async def join(socket: Socket, workspace: str, since: str | None) -> dict[str, Any]:
+    return await socket.push("join:workspace", workspaceId=workspace, since=since)
+
+
+async def test_a_first_join_names_an_entry_that_one_can_come_back_to(alice: Actor) -> None:
+    workspace = await alice.make_workspace()
+    opening = (await alice.connect(workspace)).joined["lastEventId"]
+    joined = await join(await alice.connect(), workspace, opening)
+    assert (joined["events"], joined["gap"], joined["more"]) == ([], False, False)
+    assert joined["lastEventId"] == opening
+
+
+async def test_what_was_missed_comes_in_order_and_then_what_is_new(alice: Actor, bob: Actor) -> None:
+    workspace = await alice.make_workspace(None, bob)
+    hers, his = await alice.connect(workspace), await bob.connect(workspace)
+    since = his.joined["lastEventId"]
+    await his.push("file:change", workspaceId=workspace, change="his own")
+    his.cut()
+    ids = await change(hers, workspace, *range(5))
+    back = await bob.connect()
+    joined = await join(back, workspace, since)
+    assert [event["change"] for event in joined["events"]] == ["his own", 0, 1, 2, 3, 4]
+    assert [event["eventId"] for event in joined["events"][1:]] == ids
+    assert joined["lastEventId"] == ids[-1]
+    assert {event["type"] for event in joined["events"]} == {"FILE_CHANGE"}
+    (new,) = await change(hers, workspace, "new")
+    await back.assert_push("FILE_CHANGE", eventId=new)
+    await back.refute_push()
+
+
+async def test_event_ids_grow(alice: Actor) -> None:
+    workspace = await alice.make_workspace()
+    ids = await change(await alice.connect(workspace), workspace, *range(30))
+    assert ids == sorted(ids, key=position)
+    assert len({*ids}) == 30
+
+
+async def test_an_event_that_is_not_in_the_history_is_a_gap(make_server: MakeServer, make_actor: MakeActor) -> None:
+    alice = await make_actor("Alice", await make_server(history_events=10))
+    workspace = await alice.make_workspace()
+    hers = await alice.connect(workspace)
+    opening = hers.joined["lastEventId"]
+    ids = await change(hers, workspace, *range(10))
+    assert (await join(await alice.connect(), workspace, opening))["gap"] is True
+    kept = await join(await alice.connect(), workspace, ids[0])
+    assert (kept["gap"], [event["change"] for event in kept["events"]]) == (False, [*range(1, 10)])
+    gone = await join(await alice.connect(), workspace, "1-0")
+    assert (gone["gap"], gone["events"], gone["lastEventId"]) == (True, [], ids[-1])
+    future = await join(await alice.connect(), workspace, "99999999999999-0")
+    assert (future["gap"], future["events"]) == (True, [])
+
+
+async def test_the_history_is_bounded_in_bytes(make_server: MakeServer, make_actor: MakeActor) -> None:
+    alice = await make_actor("Alice", await make_server(history_bytes=1 << 20))
+    workspace = await alice.make_workspace()
+    hers = await alice.connect(workspace)
+    ids = await change(hers, workspace, *("x" * 200_000 for _ in range(8)))
+    events = await alice.get(f"/workspaces/{workspace}/events?limit=100")
+    assert [event["eventId"] for event in events["items"]] == ids[-5:]
+
+
+async def test_no_since_means_no_replay_and_a_malformed_one_is_refused(alice: Actor) -> None:
+    workspace = await alice.make_workspace()
+    await change(await alice.connect(workspace), workspace, 1, 2)
+    socket = await alice.connect()
+    for since in ("", "nonsense", "1", "-1-1", "1-1-1", "9" * 30 + "-1"):
+        with pytest.raises(Refused, match="validation_failed"):
+            await join(socket, workspace, since)
+    joined = await join(socket, workspace, None)
+    assert (joined["events"], joined["gap"]) == ([], False)
+
+
+async def test_more_than_a_mebibyte_comes_in_parts(alice: Actor, bob: Actor) -> None:
+    workspace = await alice.make_workspace(None, bob)
+    hers = await alice.connect(workspace)
+    since = hers.joined["lastEventId"]
+    sent = [[number, "x" * 240_000] for number in range(11)]
+    await change(hers, workspace, *sent)
+    his, parts, got = await bob.connect(), 0, []
+    while True:
+        joined = await join(his, workspace, since)
+        got += [event["change"] for event in joined["events"]]
+        parts += 1
+        if not joined["more"]:
+            break
+        since = joined["events"][-1]["eventId"]
+        assert bob.id not in {user["userId"] for user in joined["users"]}
+        with pytest.raises(Refused, match="not_joined"):
+            await his.push("cursor:update", workspaceId=workspace, position=1)
+    assert (got, parts) == (sent, 3)
+    await hers.assert_push("USER_JOIN", userId=bob.id)
+    await change(hers, workspace, "live")
+    assert (await his.assert_push("FILE_CHANGE"))["change"] == "live"
+
+
+async def test_who_is_in_can_ask_again_for_what_they_missed(alice: Actor, bob: Actor) -> None:
+    workspace = await alice.make_workspace(None, bob)
+    hers, his = await alice.connect(workspace), await bob.connect(workspace)
+    await change(hers, workspace, 1, 2)
+    for number in (1, 2):
+        assert (await his.assert_push("FILE_CHANGE"))["change"] == number
+    again = await join(his, workspace, his.joined["lastEventId"])
+    assert [event["change"] for event in again["events"]] == [1, 2]
+    await change(hers, workspace, 3)
+    assert (await his.assert_push("FILE_CHANGE"))["change"] == 3
+    await his.refute_push()
+    await hers.assert_push("USER_JOIN")
+    await hers.refute_push()
+
+
+async def test_the_history_is_read_over_rest_page_by_page(alice: Actor, bob: Actor) -> None:
+    workspace = await alice.make_workspace(None, bob)
+    path = f"/workspaces/{workspace}/events"
+    empty = await alice.get(path)
+    assert empty.body == {"items": [], "nextCursor": None, "gap": False}
+    ids = await change(await alice.connect(workspace), workspace, *range(7))
+    first = await bob.get(f"{path}?limit=3")
+    assert [event["change"] for event in first["items"]] == [0, 1, 2]
+    second = await bob.get(f"{path}?limit=3&cursor={first['nextCursor']}")
+    assert [event["change"] for event in second["items"]] == [3, 4, 5]
+    last = await bob.get(f"{path}?limit=3&after={second['nextCursor']}")
+    assert ([event["change"] for event in last["items"]], last["nextCursor"]) == ([6], None)
+    assert (await bob.get(f"{path}?after={ids[-1]}"))["items"] == []
+    assert (await bob.get(f"{path}?after=1-1")).body == {"items": [], "nextCursor": None, "gap": True}
+    for query in ("after=nonsense", "cursor=nonsense", "limit=0", "limit=101"):
+        assert (await bob.get(f"{path}?{query}")).status == 422
+
+
+async def test_a_stranger_reads_neither_history_nor_presence(alice: Actor, bob: Actor) -> None:
+    workspace = await alice.make_workspace()
+    for path in ("events", "users"):
+        assert (await bob.get(f"/workspaces/{workspace}/{path}")).status == 404

@@ -1,0 +1,121 @@
+"""Who is here: people, not sockets, over all processes, however these end."""
+
+import asyncio
+import time
+from typing import Any
+
+from tests.actors import Actor
+from tests.conftest import MakeActor
+from tests.processes import Processes
+
+
+def shown(users: list[dict[str, Any]]) -> dict[str, int]:
+    return {user["userName"]: user["connections"] for user in users}
+
+
+async def online(actor: Actor, workspace: str) -> dict[str, int]:
+    return shown((await actor.get(f"/workspaces/{workspace}/users"))["items"])
+
+
+async def test_one_person_joins_and_leaves_once_however_many_sockets(alice: Actor, bob: Actor) -> None:
+    workspace = await alice.make_workspace(None, bob)
+    hers = await alice.connect(workspace)
+    desk = await bob.connect(workspace)
+    await hers.assert_push("USER_JOIN", userId=bob.id, userName="Bob")
+    phone = await bob.connect(workspace)
+    assert shown(phone.joined["users"]) == {"Alice": 1, "Bob": 2}
+    assert await online(alice, workspace) == {"Alice": 1, "Bob": 2}
+    await desk.close()
+    await hers.refute_push()
+    await phone.close()
+    left = await hers.assert_push("USER_LEAVE", seconds=3, userId=bob.id, userName="Bob", workspaceId=workspace)
+    assert "eventId" not in left
+    assert await online(alice, workspace) == {"Alice": 1}
+
+
+async def test_nobody_hears_their_own_join(alice: Actor) -> None:
+    workspace = await alice.make_workspace()
+    first, second = await alice.connect(workspace), await alice.connect(workspace)
+    await first.refute_push()
+    await second.refute_push()
+
+
+async def test_who_is_cut_off_leaves(alice: Actor, bob: Actor) -> None:
+    workspace = await alice.make_workspace(None, bob)
+    hers, his = await alice.connect(workspace), await bob.connect(workspace)
+    await hers.assert_push("USER_JOIN")
+    his.cut()
+    await hers.assert_push("USER_LEAVE", seconds=3, userId=bob.id)
+
+
+async def test_who_is_online_comes_in_pages(alice: Actor, bob: Actor, carol: Actor) -> None:
+    workspace = await alice.make_workspace(None, bob, carol)
+    for each in (alice, bob, carol):
+        await each.connect(workspace)
+    seen, cursor = [], ""
+    for _ in range(3):
+        page = await alice.get(f"/workspaces/{workspace}/users?limit=1{cursor}")
+        seen += [user["userId"] for user in page["items"]]
+        cursor = f"&cursor={page['nextCursor']}"
+    assert page["nextCursor"] is None
+    assert sorted(seen) == sorted([alice.id, bob.id, carol.id])
+
+
+async def test_nobody_can_tell_which_process_another_is_on(processes: Processes, make_actor: MakeActor) -> None:
+    here, there = [server.base for server in (processes.server(), processes.server())]
+    alice, bob = await make_actor("Alice", here), await make_actor("Bob", there)
+    workspace = await alice.make_workspace(None, bob)
+    hers = await alice.connect(workspace)
+    desk = await bob.connect(workspace)
+    await hers.assert_push("USER_JOIN", userId=bob.id)
+    phone = await bob.at(here).connect(workspace)
+    assert shown(phone.joined["users"]) == {"Alice": 1, "Bob": 2}
+    await desk.close()
+    await hers.refute_push()
+    await phone.close()
+    await hers.assert_push("USER_LEAVE", userId=bob.id)
+
+
+async def test_a_killed_process_leaves_no_ghost_after_fifteen_seconds(
+    processes: Processes, make_actor: MakeActor
+) -> None:
+    alive, doomed = processes.server(), processes.server()
+    alice, bob, carol = [await make_actor(name, alive.base) for name in ("Alice", "Bob", "Carol")]
+    workspace = await alice.make_workspace(None, bob, carol)
+    hers = await alice.connect(workspace)
+    await bob.at(doomed.base).connect(workspace)
+    await hers.assert_push("USER_JOIN", userId=bob.id)
+    await carol.connect(workspace)
+    await carol.at(doomed.base).connect(workspace)
+    await hers.assert_push("USER_JOIN", userId=carol.id)
+    doomed.kill()
+    killed = time.monotonic()
+    await hers.assert_push("USER_LEAVE", seconds=15, userId=bob.id)
+    assert time.monotonic() - killed < 15
+    await hers.refute_push()  # Carol has another socket, on a process that lives
+    assert await online(alice, workspace) == {"Alice": 1, "Carol": 1}
+
+
+async def test_people_come_and_go_at_once_and_the_count_is_right(processes: Processes, make_actor: MakeActor) -> None:
+    bases = [server.base for server in (processes.server(), processes.server())]
+    alice, bob = await make_actor("Alice", bases[0]), await make_actor("Bob", bases[1])
+    workspace = await alice.make_workspace(None, bob)
+    hers = await alice.connect(workspace)
+
+    async def come_and_go(number: int) -> None:
+        socket = await bob.at(bases[number % 2]).connect(workspace)
+        if number % 3:
+            await socket.close()
+        else:
+            socket.cut()
+
+    await asyncio.gather(*map(come_and_go, range(30)))
+    heard = []
+    while True:
+        try:
+            heard.append((await hers.next(seconds=3))["data"]["type"])
+        except TimeoutError:
+            break
+    assert heard == ["USER_JOIN", "USER_LEAVE"] * (len(heard) // 2)
+    assert heard
+    assert await online(alice, workspace) == {"Alice": 1}
