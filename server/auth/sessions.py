@@ -1,6 +1,7 @@
 """Sessions: a device that is signed in, as a family of rotating refresh tokens (RFC 9700, section 4.14.2)."""
 
 import asyncio
+import contextlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -14,6 +15,7 @@ from server.realtime.channels import Channels
 from server.rest.keys import User
 
 GRACE_SECONDS = 10.0  # two honest requests with one token may race
+SPREAD_SECONDS = 0.75  # more than the blacklist takes; a silent Redis must not keep who logs out
 KEPT_DAYS = 7  # of sessions that expired, for whoever asks what happened
 LONGEST_USER_AGENT, LONGEST_ADDRESS = 512, 64
 
@@ -115,10 +117,15 @@ async def end_others(db: Executor, issuer: Issuer, *, user: User) -> None:
 
 
 async def spread(issuer: Issuer, *, sessions: Collection[UUID], tokens: Collection[str] = ()) -> None:
-    """Let it be known that these ended. The rows say so already: call it after the commit."""
-    await asyncio.gather(
-        issuer.blacklist.add(sessions=sessions, tokens=tokens), issuer.channels.revoke_sessions(sessions)
-    )
+    """Let it be known that these ended. The rows say so already: call it after the commit.
+
+    Without Redis the sockets learn it when they are looked up.
+    """
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(SPREAD_SECONDS):
+            await asyncio.gather(
+                issuer.blacklist.add(sessions=sessions, tokens=tokens), issuer.channels.revoke_sessions(sessions)
+            )
 
 
 async def forget_old(db: Executor) -> None:
