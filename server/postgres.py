@@ -117,6 +117,7 @@ _AWAY = (
     asyncpg.CrashShutdownError,
     asyncpg.TooManyConnectionsError,
     asyncpg.QueryCanceledError,
+    asyncpg.DeadlockDetectedError,  # one of the two is to come back
     asyncpg.ReadOnlySQLTransactionError,
     asyncpg.InterfaceError,
 )

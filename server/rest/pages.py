@@ -4,6 +4,7 @@ import base64
 import binascii
 import functools
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from marshmallow import Schema as MarshmallowSchema
@@ -46,10 +47,19 @@ def keys_of(cursor: str | None, *kinds: type) -> tuple[Any, ...]:
 def _parse(kind: type, key: Any) -> Any:
     if not isinstance(key, str):
         raise TypeError("cursors hold strings")
-    value = kind.fromisoformat(key) if hasattr(kind, "fromisoformat") else kind(key)
+    if kind is datetime:
+        return _moment(key)
+    value = kind(key)
     if isinstance(value, int) and abs(value) >= 1 << 63:
         raise OverflowError("beyond a bigint")
     return value
+
+
+def _moment(key: str) -> datetime:
+    moment = datetime.fromisoformat(key)
+    if moment.tzinfo is None:
+        raise ValueError("our times have a zone")
+    return moment.astimezone(UTC)  # OverflowError before the first year and after the last
 
 
 def page(rows: Sequence[Any], limit: int, *keys: str) -> tuple[Sequence[Any], str | None]:

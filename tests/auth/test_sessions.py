@@ -141,7 +141,17 @@ async def test_devices_are_listed_newest_first_page_by_page(alice: Actor) -> Non
 
 
 @pytest.mark.parametrize(
-    "query", ["limit=0", "limit=101", "limit=x", "limit=1.5", "cursor=x", "cursor=WyIyMDIwLTAxLTAxIiwiYSJd"]
+    "query",
+    [
+        "limit=0",
+        "limit=101",
+        "limit=x",
+        "limit=1.5",
+        "cursor=x",  # then: no id, no time zone, before the first year
+        "cursor=WyIyMDIwLTAxLTAxIiwiYSJd",
+        "cursor=WyIyMDIwLTAxLTAxIiwgIjAwMDAwMDAwLTAwMDAtMDAwMC0wMDAwLTAwMDAwMDAwMDAwMCJd",
+        "cursor=WyIwMDAxLTAxLTAxVDAwOjAwOjAwKzE0OjAwIiwgIjAwMDAwMDAwLTAwMDAtMDAwMC0wMDAwLTAwMDAwMDAwMDAwMCJd",
+    ],
 )
 async def test_a_page_that_cannot_be_is_refused(query: str, alice: Actor) -> None:
     refused = await alice.get(f"/auth/sessions?{query}")
