@@ -1,0 +1,198 @@
+"""The binary messages of y-websocket clients (y-protocols), and the bits of Yjs's own format that we look into.
+
+Pure, and bounded by what it is given: no number longer than 53 bits, no length beyond the end.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+SYNC, AWARENESS, AUTH, QUERY_AWARENESS = 0, 1, 2, 3
+STEP_1, STEP_2, UPDATE = 0, 1, 2
+LARGEST_NUMBER = (1 << 53) - 1  # what JavaScript can count
+MOST_ENTRIES = 1000  # in one awareness message
+NOTHING = b"\x00\x00"  # the update without content
+
+
+class Malformed(ValueError):
+    """These bytes are not what they should be."""
+
+
+class Entry(NamedTuple):
+    """What one client says of itself: ``state`` is JSON text, ``null`` where the client has left."""
+
+    client: int
+    clock: int
+    state: str
+
+
+@dataclass(frozen=True)
+class Sync:
+    """``step`` is STEP_1 (``payload`` is a state vector), STEP_2 or UPDATE (it is an update)."""
+
+    step: int
+    payload: bytes
+
+
+@dataclass(frozen=True)
+class Awareness:
+    entries: list[Entry]
+
+
+@dataclass(frozen=True)
+class QueryAwareness:
+    pass
+
+
+class Reader:
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._at = 0
+
+    @property
+    def rest(self) -> int:
+        return len(self._data) - self._at
+
+    def number(self) -> int:
+        """Raises Malformed beyond 53 bits."""
+        value = shift = 0
+        while True:
+            if self._at >= len(self._data):
+                raise Malformed("It ends within a number")
+            byte = self._data[self._at]
+            self._at += 1
+            value |= (byte & 0x7F) << shift
+            if value > LARGEST_NUMBER:
+                raise Malformed("A number is too large")
+            if byte < 0x80:
+                return value
+            shift += 7
+            if shift > 49:
+                raise Malformed("A number is too long")
+
+    def bytes(self) -> bytes:
+        size = self.number()
+        if size > self.rest:
+            raise Malformed("It ends within its content")
+        self._at += size
+        return self._data[self._at - size : self._at]
+
+    def text(self) -> str:
+        try:
+            return self.bytes().decode()
+        except UnicodeDecodeError:
+            raise Malformed("Text is not UTF-8") from None
+
+    def end(self) -> None:
+        if self.rest:
+            raise Malformed("Something follows its end")
+
+
+def number(value: int) -> bytes:
+    written = bytearray()
+    while value > 0x7F:
+        written.append(value & 0x7F | 0x80)
+        value >>= 7
+    written.append(value)
+    return bytes(written)
+
+
+def prefixed(content: bytes) -> bytes:
+    return number(len(content)) + content
+
+
+def parse(message: bytes) -> Sync | Awareness | QueryAwareness | None:
+    """A client's message; None for one that asks nothing of us.
+
+    Raises:
+        Malformed: it is none.
+    """
+    reader = Reader(message)
+    kind = reader.number()
+    if kind == SYNC:
+        step = reader.number()
+        if step not in (STEP_1, STEP_2, UPDATE):
+            raise Malformed("No such step of the sync protocol")
+        sync = Sync(step, reader.bytes())
+        reader.end()
+        return sync
+    if kind == AWARENESS:
+        entries = parse_awareness(reader.bytes())
+        reader.end()
+        return Awareness(entries)
+    if kind == QUERY_AWARENESS:
+        return QueryAwareness()
+    if kind == AUTH:
+        return None
+    raise Malformed("No such message")
+
+
+def parse_awareness(content: bytes) -> list[Entry]:
+    reader = Reader(content)
+    count = reader.number()
+    if count > MOST_ENTRIES:
+        raise Malformed("Too many awareness states")
+    entries = [Entry(reader.number(), reader.number(), reader.text()) for _ in range(count)]
+    reader.end()
+    return entries
+
+
+def awareness_content(entries: Iterable[Entry]) -> bytes:
+    written = [
+        number(entry.client) + number(entry.clock) + prefixed(entry.state.encode()) for entry in entries
+    ]
+    return number(len(written)) + b"".join(written)
+
+
+def awareness(content: bytes) -> bytes:
+    return number(AWARENESS) + prefixed(content)
+
+
+def sync(step: int, payload: bytes) -> bytes:
+    return number(SYNC) + number(step) + prefixed(payload)
+
+
+KEEPALIVE = awareness(awareness_content(()))
+
+
+def state_vector(encoded: bytes) -> dict[int, int]:
+    """Client → how many of its elements are there."""
+    reader = Reader(encoded)
+    vector = {}
+    for _ in range(_count(reader)):
+        client = reader.number()
+        vector[client] = reader.number()
+    reader.end()
+    return vector
+
+
+class Range(NamedTuple):
+    """Elements of a client from ``start`` up to, and without, ``end``."""
+
+    client: int
+    start: int
+    end: int
+
+
+def deletions(update: bytes) -> Iterator[Range]:
+    """What is deleted by an update (in Yjs's first format) that adds nothing."""
+    reader = Reader(update)
+    if reader.number() != 0:
+        raise Malformed("It adds something")
+    for _ in range(_count(reader)):
+        client = reader.number()
+        for _ in range(_count(reader)):
+            start = reader.number()
+            yield Range(client, start, start + reader.number())
+
+
+def adds_nothing(update: bytes) -> bool:
+    """Whether an update only deletes, if anything."""
+    return update[:1] == b"\x00"
+
+
+def _count(reader: Reader) -> int:
+    count = reader.number()
+    if count > reader.rest:  # each takes a byte at least
+        raise Malformed("It ends too early")
+    return count

@@ -1,0 +1,53 @@
+"""The binary protocol: what is written is read again, and whatever else comes is refused in no time."""
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.documents import wire
+
+NUMBERS = st.integers(0, wire.LARGEST_NUMBER)
+ENTRIES = st.lists(st.builds(wire.Entry, NUMBERS, NUMBERS, st.text(max_size=20)), max_size=5)
+
+
+@given(st.sampled_from([wire.STEP_1, wire.STEP_2, wire.UPDATE]), st.binary(max_size=300))
+def test_a_sync_message_is_read_as_it_was_written(step: int, payload: bytes) -> None:
+    assert wire.parse(wire.sync(step, payload)) == wire.Sync(step, payload)
+
+
+@given(ENTRIES)
+def test_awareness_is_read_as_it_was_written(entries: list[wire.Entry]) -> None:
+    message = wire.awareness(wire.awareness_content(entries))
+    assert wire.parse(message) == wire.Awareness(entries)
+
+
+@given(st.binary(max_size=200))
+def test_whatever_comes_is_read_or_refused(message: bytes) -> None:
+    for read in (wire.parse, wire.parse_awareness, wire.state_vector, lambda m: list(wire.deletions(m))):
+        try:
+            read(message)
+        except wire.Malformed:
+            continue
+
+
+@given(ENTRIES.filter(bool), st.data())
+def test_what_is_cut_short_is_refused(entries: list[wire.Entry], data: st.DataObject) -> None:
+    message = wire.awareness(wire.awareness_content(entries))
+    with pytest.raises(wire.Malformed):
+        wire.parse(message[: data.draw(st.integers(0, len(message) - 1))])
+
+
+def test_hostile_numbers_cost_nothing() -> None:
+    started = time.perf_counter()
+    for hostile in (b"\x80" * 1_000_000, b"\xff" * 1_000_000, b"\x01\xff\xff\xff\xff\x0f" * 100_000):
+        for read in (wire.parse, wire.parse_awareness, wire.state_vector):
+            with pytest.raises(wire.Malformed):
+                read(hostile)
+    assert time.perf_counter() - started < 2
+
+
+def test_the_keepalive_is_an_empty_awareness() -> None:
+    assert wire.KEEPALIVE == b"\x01\x01\x00"
+    assert wire.parse(wire.KEEPALIVE) == wire.Awareness([])
