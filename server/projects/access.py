@@ -105,6 +105,8 @@ FROM members m JOIN projects p ON p.id = m.project_id
 WHERE m.user_id = $1 AND m.project_id = CASE $2
     WHEN 'project' THEN $3::uuid
     WHEN 'workspace' THEN (SELECT project_id FROM workspaces WHERE id = $3)
+    WHEN 'document' THEN (
+        SELECT w.project_id FROM documents d JOIN workspaces w ON w.id = d.workspace_id WHERE d.id = $3)
 END
 """
 

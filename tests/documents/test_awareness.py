@@ -1,0 +1,75 @@
+"""Cursors: a client speaks for itself only, and is seen again at once when it comes back."""
+
+from uuid import uuid4
+
+import pytest
+
+from server.documents.awareness import GONE, RENEW_SECONDS, STALE_SECONDS, Awareness
+from server.documents.wire import Entry, Malformed
+
+ALICE, BOB = uuid4(), uuid4()
+NOW = 1_700_000_000.0
+
+
+def shown(awareness: Awareness) -> dict[int, str]:
+    return {each.entry.client: each.entry.state for each in awareness}
+
+
+def test_a_socket_speaks_for_its_own_client_only() -> None:
+    awareness = Awareness()
+    awareness.say("a", ALICE, [Entry(1, 1, "{}")], now=NOW)
+    awareness.say("b", BOB, [Entry(2, 1, '{"x":1}')], now=NOW)
+    relayed = awareness.say("b", BOB, [Entry(1, 99, '{"forged":true}'), Entry(2, 2, '{"x":2}')], now=NOW)
+    assert relayed is not None and relayed.client == 2
+    assert awareness.say("b", BOB, [Entry(1, 100, GONE)], now=NOW) is None
+    assert shown(awareness) == {1: "{}", 2: '{"x":2}'}
+
+
+def test_nobody_takes_anothers_client_id() -> None:
+    awareness = Awareness()
+    awareness.say("a", ALICE, [Entry(1, 1, "{}")], now=NOW)
+    assert awareness.say("b", BOB, [Entry(1, 9, '{"forged":true}')], now=NOW) is None
+    assert shown(awareness) == {1: "{}"}
+
+
+def test_who_comes_back_is_newer_than_their_leaving() -> None:
+    awareness = Awareness()
+    awareness.say("a", ALICE, [Entry(1, 5, "{}")], now=NOW)
+    [left] = awareness.leave("a", now=NOW + 1)
+    assert left.entry.state == GONE
+    assert shown(awareness) == {}
+    back = awareness.say("a2", ALICE, [Entry(1, 6, "{}")], now=NOW + 1)
+    assert back is not None and back.clock > left.entry.clock
+
+
+def test_a_second_socket_of_the_same_client_takes_over() -> None:
+    awareness = Awareness()
+    awareness.say("a", ALICE, [Entry(1, 5, "{}")], now=NOW)
+    assert awareness.say("a2", ALICE, [Entry(1, 6, '{"again":1}')], now=NOW + 1)
+    assert awareness.leave("a", now=NOW + 2) == []
+    assert shown(awareness) == {1: '{"again":1}'}
+
+
+def test_what_another_process_says_is_news_once() -> None:
+    awareness = Awareness()
+    assert awareness.hear(Entry(1, 7, "{}"), owner="p2", user=ALICE, now=NOW)
+    assert not awareness.hear(Entry(1, 7, "{}"), owner="p2", user=ALICE, now=NOW)
+    assert awareness.hear(Entry(1, 8, GONE), owner="p2", user=ALICE, now=NOW)
+    assert not awareness.hear(Entry(1, 8, "{}"), owner="p2", user=ALICE, now=NOW)
+
+
+def test_the_silent_are_forgotten_and_the_living_are_renewed() -> None:
+    awareness = Awareness()
+    awareness.say("a", ALICE, [Entry(1, 1, "{}")], now=NOW)
+    awareness.hear(Entry(2, 1, "{}"), owner="killed", user=BOB, now=NOW)
+    assert awareness.renew(["a"], now=NOW + 1) == []
+    [renewed] = awareness.renew(["a"], now=NOW + RENEW_SECONDS + 1)
+    assert renewed.entry.client == 1
+    [gone] = awareness.prune(now=NOW + STALE_SECONDS + 1)
+    assert (gone.entry.client, gone.entry.state) == (2, GONE)
+
+
+@pytest.mark.parametrize("state", ["{", "[]", "1", '"x"', "{" + " " * 20_000 + "}", ""])
+def test_states_that_would_break_other_clients_are_refused(state: str) -> None:
+    with pytest.raises(Malformed):
+        Awareness().say("a", ALICE, [Entry(1, 1, state)], now=NOW)
