@@ -20,6 +20,10 @@ from server.auth.blacklist import Blacklist
 from server.auth.passwords import Hasher
 from server.auth.sessions import Issuer
 from server.auth.tokens import Keys
+from server.documents import handlers as documents
+from server.documents.messages import messages as document_messages
+from server.documents.rooms import ROOMS, Rooms
+from server.documents.yjs import yjs
 from server.jobs import collections
 from server.jobs import handlers as jobs
 from server.jobs.announcements import Announcements
@@ -57,11 +61,12 @@ API: tuple[Iterable[web.AbstractRouteDef], ...] = (
     auth.routes,
     projects.routes,
     workspaces.routes,
+    documents.routes,
     jobs.routes,
     ops.routes,
 )
 
-MESSAGES: tuple[MessageTable, ...] = (socket_messages, workspace_messages)
+MESSAGES: tuple[MessageTable, ...] = (socket_messages, workspace_messages, document_messages)
 
 
 def create_app(settings: Settings, stores: Resources) -> web.Application:
@@ -84,6 +89,7 @@ def create_app(settings: Settings, stores: Resources) -> web.Application:
     app[jobs.DISPATCHER] = Dispatcher(stores.mongo, stores.redis, types=JOB_TYPES, slots=settings.jobs_per_user)
     app[jobs.ANNOUNCEMENTS] = Announcements(issuer.channels)
     app[jobs.ROSTER] = Roster(stores.redis)
+    app[ROOMS] = app[REALTIME].documents = make_rooms(stores, app[REALTIME])
     app[ops.STARTED] = time.monotonic()
     app[ops.DRAINING] = ops.Draining()
     app.on_response_prepare.append(dress)
@@ -91,6 +97,7 @@ def create_app(settings: Settings, stores: Resources) -> web.Application:
         access.assemble(routes)
         app.router.add_routes(routes)
     app.router.add_get("/ws", limit(None)(public(websocket)))
+    app.router.add_get("/yjs/{documentId}", limit(None)(public(yjs)))
     openapi.add_swagger(app, swagger_document())
     described = asyncapi_document()
     openapi.add_page(app, asyncapi.DOCUMENT, json.dumps(described))
@@ -130,6 +137,12 @@ def make_issuer(settings: Settings, stores: Resources) -> Issuer:
 def make_channels(settings: Settings, stores: Resources) -> Channels:
     history = History(stores.redis, most=settings.history_events, most_bytes=settings.history_bytes)
     return Channels(stores.redis, history)
+
+
+def make_rooms(stores: Resources, realtime: Realtime) -> Rooms:
+    rooms = Rooms(stores.db, realtime.channels, realtime.subscriber)
+    realtime.on_evict("document", lambda connection, document: rooms.leave(document, connection.id))
+    return rooms
 
 
 def admission(settings: Settings, stores: Resources, issuer: Issuer) -> Admission:
@@ -175,10 +188,12 @@ async def prepare_stores(app: web.Application) -> None:
 
 async def start_realtime(app: web.Application) -> None:
     app[REALTIME].start()
+    app[ROOMS].start()
 
 
 async def stop_realtime(app: web.Application) -> None:
     await app[REALTIME].stop()
+    await app[ROOMS].stop()
 
 
 async def close_hasher(app: web.Application) -> AsyncIterator[None]:

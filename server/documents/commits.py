@@ -109,8 +109,8 @@ class Commits:
             )
         except ServiceError as error:
             self._failed(batch, error)
-        except asyncpg.PostgresError as error:
-            log.error("updates not committed", error=str(error), updates=len(batch))
+        except asyncpg.PostgresError:
+            log.exception("updates not committed", updates=len(batch))
             self._failed(batch, Unavailable("The update could not be stored"))
         else:
             self._committed(batch, rows)

@@ -5,7 +5,6 @@ one sees all before it.
 """
 
 from collections.abc import Sequence
-
 from uuid import UUID
 
 from asyncpg import Record
@@ -90,9 +89,7 @@ async def rename_document(
     )
 
 
-async def delete_document(
-    db: Executor, *, document: UUID, actor: UUID, revisions: list[int] | None
-) -> Record | None:
+async def delete_document(db: Executor, *, document: UUID, actor: UUID, revisions: list[int] | None) -> Record | None:
     """What was deleted; None where it is gone or its revision is none of these."""
     return await db.fetchrow(
         """
@@ -209,7 +206,8 @@ async def append(
         )
         SELECT g.document, a.base + n.n AS version, a.workspace_id, a.path,
                CASE WHEN n.last THEN a.paused_version END AS paused_version, a.paused_by,
-               (SELECT name FROM users WHERE n.last AND a.paused_version IS NOT NULL AND id = a.paused_by) AS paused_name
+               CASE WHEN n.last AND a.paused_version IS NOT NULL
+                   THEN (SELECT name FROM users WHERE id = a.paused_by) END AS paused_name
         FROM given g LEFT JOIN numbered n ON n.place = g.place LEFT JOIN advanced a ON a.id = n.document
         ORDER BY g.place
         """,
@@ -273,7 +271,7 @@ async def append_named(
 
 
 async def name_pauses(db: Executor, *, pause_seconds: float, limit: int) -> list[Record]:
-    """Name what has rested for so long: document, version, path and workspace of each, and who wrote it last."""
+    """Name what has rested for so long; rows as ``append`` gives them."""
     return await db.fetch(
         """
         WITH resting AS (
@@ -286,7 +284,8 @@ async def name_pauses(db: Executor, *, pause_seconds: float, limit: int) -> list
             INSERT INTO document_versions (document_id, version, cause, created_at, author_id, size)
             SELECT id, version, 'pause', updated_at, updated_by, size FROM advanced
         )
-        SELECT a.id AS document, a.version, a.path, a.workspace_id, a.updated_by AS author, u.name AS author_name
+        SELECT a.id AS document, a.version AS paused_version, a.path, a.workspace_id, a.updated_by AS paused_by,
+               u.name AS paused_name
         FROM advanced a LEFT JOIN users u ON u.id = a.updated_by
         """,
         pause_seconds,
@@ -327,6 +326,11 @@ async def list_unkept(db: Executor, *, document: UUID) -> list[Record]:
     return await db.fetch(
         "SELECT version FROM document_versions WHERE document_id = $1 AND content IS NULL ORDER BY version", document
     )
+
+
+async def lock_document(db: Executor, *, document: UUID) -> bool:
+    """Within a transaction: nothing is appended or named until it ends. Whether there is such a document."""
+    return bool(await db.fetchval("SELECT true FROM documents WHERE id = $1 FOR NO KEY UPDATE", document))
 
 
 async def lock_compaction(db: Executor, *, document: UUID) -> bool:
@@ -378,5 +382,3 @@ async def shorten_log(db: Executor, *, document: UUID, version: int, grace_secon
         version,
         grace_seconds,
     )
-
-

@@ -6,8 +6,10 @@ so a state here is always the merged updates, whole (``settle``), never only wha
 What is given must be well-formed: malformed updates make pycrdt raise, even PanicException, a BaseException.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
+from typing import TypeAlias
 
 from pycrdt import Doc, Text, get_update, merge_updates
 
@@ -17,6 +19,8 @@ CONTENT = "content"  # the Y.Text that holds a document's text
 GROUP = 64  # merge_updates is quadratic: a tree of groups is not
 MOST_LINES = 2000  # difflib's worst case is quadratic too; beyond this, one edit replaces what differs
 _STRIDE = 1 << 16
+LiveDoc: TypeAlias = "Doc[Text]"
+LiveText: TypeAlias = Text
 
 
 def merge(updates: Sequence[bytes]) -> bytes:
@@ -27,16 +31,16 @@ def merge(updates: Sequence[bytes]) -> bytes:
     return merged[0]
 
 
-def load(updates: Sequence[bytes]) -> tuple["Doc[Text]", Text]:
+def load(updates: Sequence[bytes]) -> tuple[LiveDoc, Text]:
     """A live document, and its text."""
-    doc: Doc[Text] = Doc()
+    doc: LiveDoc = Doc()
     text = doc.get(CONTENT, type=Text)
     if updates:
         doc.apply_update(merge(updates))
     return doc, text
 
 
-def missing(update: bytes, doc: "Doc[Text]") -> bytes | None:
+def missing(update: bytes, doc: LiveDoc) -> bytes | None:
     """What of an applied update the document keeps aside, because what it builds on is not there yet."""
     vector = doc.get_state()
     rest = get_update(update, vector)
@@ -46,6 +50,29 @@ def missing(update: bytes, doc: "Doc[Text]") -> bytes | None:
     if any(known.get(each.client, 0) < each.end for each in wire.deletions(rest)):
         return rest
     return None
+
+
+def is_known(update: bytes, doc: LiveDoc) -> bool:
+    """Whether the document has all of it: what a client that comes back offers is mostly that."""
+    vector = doc.get_state()
+    rest = get_update(update, vector)
+    if not wire.adds_nothing(rest):
+        return False
+    deleted: dict[int, list[wire.Range]] = {}
+    for each in wire.deletions(doc.get_update(vector)):
+        deleted.setdefault(each.client, []).append(each)
+    for ranges in deleted.values():
+        ranges.sort()
+    return all(_covered(each, deleted.get(each.client, [])) for each in wire.deletions(rest))
+
+
+def _covered(wanted: wire.Range, ranges: Sequence[wire.Range]) -> bool:
+    at = wanted.start
+    for each in ranges[max(0, bisect_right(ranges, at, key=lambda each: each.start) - 1) :]:
+        if at >= wanted.end or each.start > at:
+            break
+        at = max(at, each.end)
+    return at >= wanted.end
 
 
 def settle(updates: Sequence[bytes]) -> bytes:

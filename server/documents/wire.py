@@ -44,6 +44,9 @@ class QueryAwareness:
     pass
 
 
+Message = Sync | Awareness | QueryAwareness | None
+
+
 class Reader:
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -70,12 +73,14 @@ class Reader:
             if shift > 49:
                 raise Malformed("A number is too long")
 
-    def bytes(self) -> bytes:
-        size = self.number()
+    def take(self, size: int) -> bytes:
         if size > self.rest:
             raise Malformed("It ends within its content")
         self._at += size
         return self._data[self._at - size : self._at]
+
+    def bytes(self) -> bytes:
+        return self.take(self.number())
 
     def text(self) -> str:
         try:
@@ -101,7 +106,7 @@ def prefixed(content: bytes) -> bytes:
     return number(len(content)) + content
 
 
-def parse(message: bytes) -> Sync | Awareness | QueryAwareness | None:
+def parse(message: bytes) -> Message:
     """A client's message; None for one that asks nothing of us.
 
     Raises:
@@ -138,9 +143,7 @@ def parse_awareness(content: bytes) -> list[Entry]:
 
 
 def awareness_content(entries: Iterable[Entry]) -> bytes:
-    written = [
-        number(entry.client) + number(entry.clock) + prefixed(entry.state.encode()) for entry in entries
-    ]
+    written = [number(entry.client) + number(entry.clock) + prefixed(entry.state.encode()) for entry in entries]
     return number(len(written)) + b"".join(written)
 
 
@@ -150,6 +153,10 @@ def awareness(content: bytes) -> bytes:
 
 def sync(step: int, payload: bytes) -> bytes:
     return number(SYNC) + number(step) + prefixed(payload)
+
+
+def refusal(reason: str) -> bytes:
+    return number(AUTH) + number(0) + prefixed(reason.encode())
 
 
 KEEPALIVE = awareness(awareness_content(()))

@@ -205,6 +205,8 @@ FROM unnest($1::uuid[], $2::text[], $3::uuid[]) AS asked (user_id, kind, id)
 JOIN members m ON m.user_id = asked.user_id AND m.project_id = CASE asked.kind
     WHEN 'project' THEN asked.id
     WHEN 'workspace' THEN (SELECT project_id FROM workspaces WHERE workspaces.id = asked.id)
+    WHEN 'document' THEN (
+        SELECT w.project_id FROM documents d JOIN workspaces w ON w.id = d.workspace_id WHERE d.id = asked.id)
 END
 JOIN projects p ON p.id = m.project_id
 """

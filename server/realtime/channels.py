@@ -39,6 +39,10 @@ def user_channel(user: UUID) -> str:
     return f"user:{user}"
 
 
+def document_channel(document: UUID) -> str:
+    return f"doc:{document}"
+
+
 def message(payload: bytes, *, origin: str = "", kind: str = "") -> bytes:
     return f"{origin}\n{kind}\n".encode() + payload
 
@@ -97,6 +101,17 @@ class Channels:
             RedisError: Redis is away.
         """
         await self._redis.publish(channel, message(payload, origin=origin, kind=kind))
+
+    async def publish_all(self, messages: Sequence[tuple[str, str, bytes]], *, origin: str) -> None:
+        """Many at once: channel, kind and payload of each.
+
+        Raises:
+            RedisError: Redis is away.
+        """
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for channel, kind, payload in messages:
+                pipeline.publish(channel, message(payload, origin=origin, kind=kind))
+            await pipeline.execute()
 
     async def tell_user(self, user: UUID, event: str, data: Any, *, droppable: bool = False) -> None:
         """Push a frame to all connections of a user, on whichever process: live only, nothing is kept.

@@ -64,6 +64,7 @@ class Realtime:
         self.channels = channels
         self.presence = Presence(redis, process=uuid4().hex)
         self.cursors = Cursors(redis)
+        self.documents: Any = None  # documents.rooms.Rooms, for the messages that are about them
         self.peers: dict[str, Peer] = {}
         self.standing = Standing(self.peers, doorman.recheck)
         self.subscriber = Subscriber(blocking_redis, channel=CONTROL, control=self.standing, vouch=self.standing.vouch)
@@ -190,7 +191,7 @@ class Realtime:
         if replay.more or connection.close_code is not None:
             self._turn_out(connection, workspace)
         else:
-            self._grant(connection, thing)
+            self.grant(connection, thing)
             connection.after_answer(lambda: room.admit(connection, last=replay.last))
         return replay, online
 
@@ -215,7 +216,8 @@ class Realtime:
         body = event_body("CURSOR_UPDATE", workspace=workspace, user=user, name=name, **more)
         self.cursors.move(workspace, connection.id, event_frame(body))
 
-    def _grant(self, connection: Connection, thing: Thing) -> None:
+    def grant(self, connection: Connection, thing: Thing) -> None:
+        """The access that the message in hand was allowed by holds for what comes after it, until it changes."""
         connection.grants[thing] = connection.access
         if connection.notices != self.standing.notices:
             # Somebody's access has changed since ours was asked for.

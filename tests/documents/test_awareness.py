@@ -20,7 +20,8 @@ def test_a_socket_speaks_for_its_own_client_only() -> None:
     awareness.say("a", ALICE, [Entry(1, 1, "{}")], now=NOW)
     awareness.say("b", BOB, [Entry(2, 1, '{"x":1}')], now=NOW)
     relayed = awareness.say("b", BOB, [Entry(1, 99, '{"forged":true}'), Entry(2, 2, '{"x":2}')], now=NOW)
-    assert relayed is not None and relayed.client == 2
+    assert relayed is not None
+    assert relayed.client == 2
     assert awareness.say("b", BOB, [Entry(1, 100, GONE)], now=NOW) is None
     assert shown(awareness) == {1: "{}", 2: '{"x":2}'}
 
@@ -39,7 +40,8 @@ def test_who_comes_back_is_newer_than_their_leaving() -> None:
     assert left.entry.state == GONE
     assert shown(awareness) == {}
     back = awareness.say("a2", ALICE, [Entry(1, 6, "{}")], now=NOW + 1)
-    assert back is not None and back.clock > left.entry.clock
+    assert back is not None
+    assert back.clock > left.entry.clock
 
 
 def test_a_second_socket_of_the_same_client_takes_over() -> None:

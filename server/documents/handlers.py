@@ -1,0 +1,277 @@
+"""Documents over REST."""
+
+from typing import Any
+from uuid import UUID
+
+from aiohttp import web
+from aiohttp_apispec import docs, json_schema, querystring_schema, response_schema
+from asyncpg import Record, UniqueViolationError
+
+from server.documents import logs, paths, schemas, store, updates
+from server.documents.news import Update
+from server.documents.rooms import ROOMS
+from server.errors import (
+    Conflict,
+    NotFound,
+    PreconditionRequired,
+    UnsupportedMediaType,
+    ValidationFailed,
+    invalid,
+)
+from server.json import NUL_MESSAGE
+from server.postgres import Database
+from server.projects.access import ACCESS, Role, requires
+from server.realtime.hub import REALTIME
+from server.rest import answers
+from server.rest.etags import changed, etag, expected_revisions, lost, unchanged
+from server.rest.keys import BODY, QUERY, RESOURCES, USER
+from server.rest.marks import refuses
+from server.rest.middlewares import read_body
+from server.rest.pages import PageQuery, keys_of, page, page_of
+
+routes = web.RouteTableDef()
+CONTENT_BYTES = 10 << 20
+LARGEST_VERSION = 1 << 53
+DOCUMENT, VERSION, VERSION_WITH_CONTENT = schemas.Document(), schemas.Version(), schemas.VersionWithContent()
+
+
+@routes.get("/api/v1/workspaces/{workspaceId}/documents")
+@docs(tags=["documents"], summary="The documents of a workspace, by path")
+@querystring_schema(PageQuery)
+@response_schema(page_of(schemas.Document), 200)
+@requires(Role.VIEWER)
+async def list_documents(request: web.Request) -> web.Response:
+    query = request[QUERY]
+    (after,) = keys_of(query["cursor"], str)
+    workspace = UUID(request.match_info["workspaceId"])
+    rows = await store.list_documents(_db(request), workspace=workspace, limit=query["limit"], after=after)
+    return answers.page(DOCUMENT, *page(rows, query["limit"], "path"))
+
+
+@routes.post("/api/v1/workspaces/{workspaceId}/documents")
+@docs(tags=["documents"], summary="Create a document")
+@json_schema(schemas.NewDocument)
+@response_schema(schemas.Document, 201)
+@refuses("path_taken")
+@requires(Role.COLLABORATOR)
+async def create_document(request: web.Request) -> web.Response:
+    path, content = request[BODY]["path"], request[BODY]["content"]
+    made = await store.create_document(
+        _db(request),
+        workspace=UUID(request.match_info["workspaceId"]),
+        actor=request[USER].id,
+        path=path,
+        mime_type=paths.mime_type_of(path),
+        size=len(content.encode()),
+        update=updates.first(content),
+    )
+    if made is None:
+        raise _path_taken()
+    await _report(request, "DOCUMENT_CREATED", made, name=made["actor_name"])
+    tag = etag(made["revision"], request[ACCESS].role.name)
+    return answers.created(f"/api/v1/documents/{made['id']}", DOCUMENT.dump(made), tag=tag)
+
+
+@routes.get("/api/v1/documents/{documentId}")
+@docs(tags=["documents"], summary="One document, without its text")
+@response_schema(schemas.Document, 200)
+@requires(Role.VIEWER)
+async def read_document(request: web.Request) -> web.Response:
+    return answers.entity(request, DOCUMENT, await _found(request), role=request[ACCESS].role.name)
+
+
+@routes.patch("/api/v1/documents/{documentId}")
+@docs(tags=["documents"], summary="Rename a document")
+@json_schema(schemas.DocumentChange)
+@response_schema(schemas.Document, 200)
+@refuses("path_taken")
+@requires(Role.COLLABORATOR)
+async def rename_document(request: web.Request) -> web.Response:
+    role, path = request[ACCESS].role.name, request[BODY]["path"]
+    revisions = expected_revisions(request, role)
+    try:
+        made = await store.rename_document(
+            _db(request),
+            document=_id(request),
+            actor=request[USER].id,
+            path=path,
+            mime_type=paths.mime_type_of(path),
+            revisions=revisions,
+        )
+    except UniqueViolationError:
+        raise _path_taken() from None
+    if made is None:
+        raise lost(revisions)
+    await _report(request, "DOCUMENT_RENAMED", made, name=made["actor_name"])
+    return answers.entity(request, DOCUMENT, made, role=role)
+
+
+@routes.delete("/api/v1/documents/{documentId}")
+@docs(tags=["documents"], summary="Delete a document and its history")
+@requires(Role.COLLABORATOR)
+async def delete_document(request: web.Request) -> web.Response:
+    revisions = expected_revisions(request, request[ACCESS].role.name)
+    actor = request[USER].id
+    gone = await store.delete_document(_db(request), document=_id(request), actor=actor, revisions=revisions)
+    if gone is None:
+        raise lost(revisions)
+    await _report(request, "DOCUMENT_DELETED", gone, name=gone["actor_name"])
+    channels = request.app[REALTIME].channels
+    await channels.gone("document", [gone["id"]], actor=actor, name=gone["actor_name"])
+    return answers.nothing()
+
+
+@routes.get("/api/v1/documents/{documentId}/content")
+@docs(tags=["documents"], summary="The text itself; its ETag is the version", produces=["text/plain"])
+@requires(Role.VIEWER)
+async def read_content(request: web.Request) -> web.Response:
+    row, rooms = await _found(request), request.app[ROOMS]
+    tag = etag(row["version"])
+    if unchanged(request, tag):
+        return web.Response(status=304, headers={"ETag": f'"{tag}"'})
+    text = rooms.text(row["id"], version=row["version"])
+    if text is None:
+        text, version = await logs.text_at(_db(request), rooms.workshop, row["id"])
+        tag = etag(version)
+    return web.Response(
+        body=text.encode(), headers={"ETag": f'"{tag}"'}, content_type=row["mime_type"], charset="utf-8"
+    )
+
+
+@routes.put("/api/v1/documents/{documentId}/content")
+@docs(
+    tags=["documents"],
+    summary="Make the text this one; whoever edits it sees the change as an edit",
+    consumes=["text/plain"],
+    parameters=[
+        {"in": "body", "name": "content", "required": True, "schema": {"type": "string"}},
+        {"in": "header", "name": "If-Match", "required": True, "type": "string", "description": "* overwrites"},
+    ],
+)
+@response_schema(schemas.Document, 200)
+@refuses("precondition_required", "precondition_failed", "too_large", "unsupported_media_type", "validation_failed")
+@requires(Role.COLLABORATOR)
+async def write_content(request: web.Request) -> web.Response:
+    if not request.if_match:
+        raise PreconditionRequired('Send If-Match: the ETag of the text you have seen, or "*" to overwrite')
+    versions = expected_revisions(request)
+    text = await _text(request)
+    return await _rewritten(request, text=text, cause="put", versions=versions)
+
+
+@routes.get("/api/v1/documents/{documentId}/versions")
+@docs(tags=["documents"], summary="What can be restored, newest first")
+@querystring_schema(PageQuery)
+@response_schema(page_of(schemas.Version), 200)
+@requires(Role.VIEWER)
+async def list_versions(request: web.Request) -> web.Response:
+    query = request[QUERY]
+    (before,) = keys_of(query["cursor"], int)
+    if before is not None and not 0 <= before <= LARGEST_VERSION:
+        raise invalid("cursor", "Not a cursor of this list.")
+    rows = await store.list_versions(_db(request), document=_id(request), limit=query["limit"], before=before)
+    return answers.page(VERSION, *page(rows, query["limit"], "version"))
+
+
+@routes.get("/api/v1/documents/{documentId}/versions/{version}")
+@docs(tags=["documents"], summary="A version and its text")
+@response_schema(schemas.VersionWithContent, 200)
+@requires(Role.VIEWER)
+async def read_version(request: web.Request) -> web.Response:
+    given = request.match_info["version"]
+    if not given.isdecimal() or not given.isascii() or len(given) > 15:
+        raise NotFound("No such version")
+    found = await _version(request, int(given))
+    return answers.tagged(request, VERSION_WITH_CONTENT.dump(found), tag=etag(found["version"]))
+
+
+@routes.post("/api/v1/documents/{documentId}/restore")
+@docs(tags=["documents"], summary="Make the text that of an earlier version")
+@json_schema(schemas.Restoration)
+@response_schema(schemas.Document, 200)
+@requires(Role.COLLABORATOR)
+async def restore_version(request: web.Request) -> web.Response:
+    found = await _version(request, request[BODY]["version"])
+    return await _rewritten(request, text=found["content"], cause="restore", versions=None)
+
+
+async def _rewritten(request: web.Request, *, text: str, cause: str, versions: list[int] | None) -> web.Response:
+    rooms, author, document = request.app[ROOMS], request[USER].id, _id(request)
+    written = await logs.rewrite(
+        _db(request), rooms.workshop, document, author=author, text=text, cause=cause, versions=versions
+    )
+    if written is None:
+        raise changed()
+    row, update = written
+    rooms.accept(Update(document, row["version"], author, update))
+    if row["paused_version"] is not None:
+        rooms.announce_version({**row, "document": document})
+    await _report(request, "DOCUMENT_CHANGED", row, name=row["author_name"])
+    return answers.tagged(request, DOCUMENT.dump(row), tag=etag(row["version"]))
+
+
+async def _version(request: web.Request, version: int) -> dict[str, Any]:
+    """A named version with its text.
+
+    Raises:
+        NotFound: there is none.
+    """
+    db, rooms, document = _db(request), request.app[ROOMS], _id(request)
+    found = await store.read_version(db, document=document, version=version)
+    if found is None:
+        raise NotFound("No such version")
+    if found["content"] is not None:
+        return dict(found)
+    try:
+        text, _ = await logs.text_at(db, rooms.workshop, document, until=version)
+    except NotFound:
+        # The log was shortened since; then the text was kept.
+        found = await store.read_version(db, document=document, version=version)
+        if found is None or found["content"] is None:
+            raise
+        return dict(found)
+    return {**found, "content": text}
+
+
+async def _text(request: web.Request) -> str:
+    if (request.charset or "utf-8").lower() not in ("utf-8", "utf8"):
+        raise UnsupportedMediaType("The text must be UTF-8")
+    raw = await read_body(request.clone(client_max_size=CONTENT_BYTES))
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        raise ValidationFailed("The text is not UTF-8") from None
+    if "\0" in text:
+        raise ValidationFailed(NUL_MESSAGE)
+    return text
+
+
+async def _found(request: web.Request) -> Record:
+    row = await store.read_document(_db(request), document=_id(request))
+    if row is None:
+        raise NotFound("No such document")
+    return row
+
+
+async def _report(request: web.Request, type: str, row: Record, *, name: str) -> None:
+    await request.app[REALTIME].channels.report(
+        type,
+        workspaces=[row["workspace_id"]],
+        user=request[USER].id,
+        name=name,
+        documentId=row["id"],
+        path=row["path"],
+        version=row["version"],
+    )
+
+
+def _path_taken() -> Conflict:
+    return Conflict("A document with that path exists", code="path_taken")
+
+
+def _db(request: web.Request) -> Database:
+    return request.app[RESOURCES].db
+
+
+def _id(request: web.Request) -> UUID:
+    return UUID(request.match_info["documentId"])

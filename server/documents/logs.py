@@ -1,0 +1,123 @@
+"""Documents as PostgreSQL has them: their logs, read and written without a live document."""
+
+from dataclasses import dataclass
+from uuid import UUID
+
+from asyncpg import Record
+
+from server.documents import store, updates, wire
+from server.documents.commits import PAUSE_SECONDS
+from server.documents.live import MOST_STATE_BYTES
+from server.documents.workshop import Workshop
+from server.errors import NotFound, TooLarge, Unavailable
+from server.postgres import Executor
+
+PAGE_UPDATES = 2000  # of a log, read at once
+READ_AGAIN = 5  # times, where compaction takes a log away under its reader
+
+
+@dataclass(frozen=True)
+class Log:
+    """A snapshot (None for none), and what came after it."""
+
+    kept_version: int
+    state: bytes | None
+    tail: list[Record]
+
+    @property
+    def version(self) -> int:
+        return int(self.tail[-1]["version"]) if self.tail else self.kept_version
+
+    @property
+    def updates(self) -> list[bytes]:
+        tail = [row["data"] for row in self.tail]
+        return tail if self.state is None else [self.state, *tail]
+
+    @property
+    def bytes(self) -> int:
+        return sum(map(len, self.updates))
+
+
+async def read_log(db: Executor, document: UUID, *, until: int | None = None) -> Log:
+    """The log of a document, as it is now or was at a version.
+
+    Raises:
+        NotFound: no such document, or it reaches no longer back to that version.
+    """
+    for _ in range(READ_AGAIN):
+        head = await store.read_snapshot(db, document=document)
+        if head is None:
+            raise NotFound("No such document")
+        until = head["version"] if until is None else until
+        if head["kept_version"] > until:
+            raise NotFound("No such version")
+        tail = await read_tail(db, document, after=head["kept_version"], until=until)
+        if tail is not None:
+            return Log(head["kept_version"], head["state"], tail)
+    raise Unavailable("The document changes too fast")
+
+
+async def read_tail(db: Executor, document: UUID, *, after: int, until: int) -> list[Record] | None:
+    """All updates after a version up to another; None where the log does not have them all (any more)."""
+    tail: list[Record] = []
+    while after < until:
+        page = await store.read_log(db, document=document, after=after, limit=min(PAGE_UPDATES, until - after))
+        if not page or page[0]["version"] != after + 1 or page[-1]["version"] != after + len(page):
+            return None
+        tail += page
+        after += len(page)
+    return tail
+
+
+async def text_at(db: Executor, workshop: Workshop, document: UUID, *, until: int | None = None) -> tuple[str, int]:
+    """The text, and its version.
+
+    Raises:
+        NotFound: no such document, or its log reaches no longer back to that version.
+    """
+    log = await read_log(db, document, until=until)
+    return await workshop.do(updates.text_of, log.updates, size=log.bytes), log.version
+
+
+async def rewrite(
+    db: Executor,
+    workshop: Workshop,
+    document: UUID,
+    *,
+    author: UUID,
+    text: str,
+    cause: str,
+    versions: list[int] | None = None,
+) -> tuple[Record, bytes] | None:
+    """Make the text this one, by a minimal edit whose outcome gets a name: the document, and the edit.
+
+    None where the document is at none of these versions.
+
+    Raises:
+        NotFound, TooLarge: there is none (any more); it would become too large.
+    """
+    log = await read_log(db, document)
+    if versions is not None and log.version not in versions:
+        return None
+    raw = text.encode()
+    if len(raw) > MOST_STATE_BYTES:
+        raise TooLarge(f"A document may have {MOST_STATE_BYTES} bytes")
+    state = await workshop.do(updates.merge, log.updates, size=log.bytes)
+    update = await workshop.do(updates.rewrite, state, text, size=len(state) + len(raw))
+    if update != wire.NOTHING and len(state) + len(update) > MOST_STATE_BYTES:
+        state = await workshop.do(updates.settle, [state, update], size=len(state) + len(update))
+        if len(state) > MOST_STATE_BYTES:
+            raise TooLarge(f"A document may have {MOST_STATE_BYTES} bytes with its history of edits")
+    row = await store.append_named(
+        db,
+        document=document,
+        author=author,
+        update=update,
+        size=len(raw),
+        cause=cause,
+        versions=None if versions is None else [log.version],
+        pause_seconds=PAUSE_SECONDS,
+    )
+    if row is None and versions is None:
+        raise NotFound("It is gone")
+    return (row, update) if row else None

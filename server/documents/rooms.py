@@ -1,0 +1,585 @@
+"""Live documents: one in this process for however many have it open, loaded once, gone when the last has left.
+
+An edit is applied here first, which tells whether it fits; then it is committed, and only then acknowledged and
+passed on: at once to who is here, through Redis to other processes. PostgreSQL is the one truth. Whoever may have
+missed something compares version numbers, and reads the log.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import structlog
+from aiohttp import web
+from asyncpg import Record
+from redis.exceptions import RedisError
+
+from server.documents import news, store, wire
+from server.documents.awareness import Awareness, Presence
+from server.documents.commits import PAUSE_SECONDS, Commits, Edit
+from server.documents.compaction import compact
+from server.documents.live import Live, well_formed
+from server.documents.logs import Log, read_log, read_tail
+from server.documents.news import Listener, Sight, Update
+from server.documents.workshop import Workshop
+from server.errors import Forbidden, NotFound, ServiceError, Unavailable, ValidationFailed
+from server.postgres import Database
+from server.realtime.channels import Channels, document_channel
+from server.realtime.subscriber import Subscriber
+
+log = structlog.get_logger()
+
+SUBSCRIBE_SECONDS = 0.5  # for Redis to confirm; later, what is missed is found by the sweep
+READY_SECONDS = 5.0
+RELOAD_SECONDS = 0.5
+GAP_SECONDS = 0.2  # for numbers that are on their way
+SWEEP_SECONDS = 1.0
+SWEPT_AT_ONCE = 5000
+NAMING_SECONDS = 20.0
+NAMED_AT_ONCE = 100
+COMPACT_UPDATES = 1000
+COMPACT_BYTES = 2 << 20
+
+
+class Room:
+    """One live document. Its numbers: ``version`` is the newest of which all before it are here too."""
+
+    def __init__(self, id: UUID, rooms: "Rooms") -> None:
+        self.id = id
+        self.channel = document_channel(id)
+        self.listeners: dict[str, Listener] = {}
+        self.awareness = Awareness()
+        self.live = Live(())
+        self.generation = 0
+        self.version = 0
+        self.usable = asyncio.Event()  # or it has failed
+        self.failure: ServiceError | None = None
+        self.users = 0
+        self.in_flight = 0
+        self.newest: asyncio.Future[int] | None = None
+        self.log_updates = self.log_bytes = 0
+        self.catching_up = self.minding = False
+        self._ahead: set[int] = set()
+        self._rooms = rooms
+
+    @property
+    def idle(self) -> bool:
+        return not (self.listeners or self.users or self.in_flight)
+
+    @property
+    def has_gap(self) -> bool:
+        return bool(self._ahead)
+
+    def knows(self, version: int) -> bool:
+        return version <= self.version or version in self._ahead
+
+    def note(self, version: int) -> None:
+        self._ahead.add(version)
+        while self.version + 1 in self._ahead:
+            self.version += 1
+            self._ahead.discard(self.version)
+        if self._ahead:
+            self._rooms.mind_gap(self)
+
+    def replace(self, loaded: Log) -> None:
+        """Begin anew with what PostgreSQL has."""
+        old = self.version
+        self.live = Live(loaded.updates)
+        self.generation += 1
+        self.log_updates, self.log_bytes = len(loaded.tail), sum(len(row["data"]) for row in loaded.tail)
+        unheard = [row for row in loaded.tail if not self.knows(row["version"])]
+        self.version = max(self.version, loaded.version)
+        self._ahead = {version for version in self._ahead if version > self.version}
+        self.usable.set()
+        if self.generation > 1:
+            if loaded.kept_version > old:
+                self.tell(Update(self.id, loaded.version, None, self.live.update()))
+            for row in unheard:
+                self.tell(Update(self.id, row["version"], row["author_id"], row["data"]))
+
+    def take(self, found: Iterable[Update]) -> None:
+        """What others have committed."""
+        for update in found:
+            if self.knows(update.version):
+                continue
+            try:
+                self.live.apply(update.data)
+            except ValidationFailed:
+                self._rooms.distrust(self)
+                return
+            self.note(update.version)
+            self.count(update)
+            self.tell(update)
+
+    def reapply(self, update: Update) -> None:
+        """It was committed, but applied to a live document that was given up meanwhile."""
+        if self.usable.is_set():
+            try:
+                self.live.apply(update.data)
+            except ValidationFailed:
+                self._rooms.distrust(self)
+
+    def count(self, update: Update) -> None:
+        self.log_updates += 1
+        self.log_bytes += len(update.data)
+
+    def tell(self, update: Update, *, origin: str = "") -> None:
+        for listener in list(self.listeners.values()):
+            if listener.id != origin:
+                listener.hear(update)
+
+    def show(self, sights: Iterable[Sight], *, origin: str = "") -> None:
+        for sight in sights:
+            for listener in list(self.listeners.values()):
+                if listener.id != origin:
+                    listener.see(sight)
+
+    # As a Listener of its channel
+
+    def deliver(self, origin: str, kind: str, payload: bytes) -> None:
+        if origin == self._rooms.process:
+            return
+        if kind == "updates":
+            if self.usable.is_set():
+                self.take(news.read_updates(self.id, payload))
+        elif kind == "sights":
+            now = time.time()
+            for sight in news.read_sights(self.id, payload):
+                if self.awareness.hear(sight.entry, owner=origin, user=sight.user, now=now):
+                    self.show([sight])
+        elif kind == "query":
+            self._rooms.publish_sights(self, (sight for owner, sight in self.sights() if owner in self.listeners))
+
+    def interrupt(self) -> None:
+        """What is missed is read when it is over, and looked for by every sweep meanwhile."""
+
+    async def resume(self) -> None:
+        await self._rooms.catch_up(self)
+
+    def renewed(self, now: float) -> list[Sight]:
+        """What has not been said for a while by those who are still here."""
+        return [Sight(self.id, each.user, each.entry) for each in self.awareness.renew(self.listeners, now=now)]
+
+    def sights(self) -> list[tuple[str, Sight]]:
+        """Who is looking: whose socket (or which process), and what they say."""
+        return [(each.owner, Sight(self.id, each.user, each.entry)) for each in self.awareness]
+
+
+class Rooms:
+    """Of one process."""
+
+    def __init__(self, db: Database, channels: Channels, subscriber: Subscriber) -> None:
+        self.process = uuid4().hex
+        self.workshop = Workshop()
+        self._db = db
+        self._channels = channels
+        self._subscriber = subscriber
+        self._rooms: dict[UUID, Room] = {}
+        self._commits = Commits(db, committed=self._committed, failed=self._failed)
+        self._unpublished: list[tuple[str, str, bytes]] = []
+        self._to_publish = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.loads = 0  # from PostgreSQL, since the start
+
+    def __len__(self) -> int:
+        return len(self._rooms)
+
+    # Life
+
+    def start(self) -> None:
+        for coroutine in (self._commits.run(), self._publish(), self._sweep(), self._name_pauses()):
+            self._own(coroutine)
+
+    async def stop(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _own(self, coroutine: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        task = asyncio.ensure_future(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def _finished(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a task of the documents died", error=repr(error))
+
+    # Opening
+
+    async def enter(self, document: UUID, listener: Listener) -> None:
+        """Open a document: from now on the listener hears every edit.
+
+        Raises:
+            NotFound, Unavailable: there is none; PostgreSQL is away.
+        """
+        async with self.used(document) as room:
+            room.listeners[listener.id] = listener
+
+    async def difference(self, document: UUID, vector: bytes | None) -> tuple[bytes, bytes, int]:
+        """What a client lacks which has this much, the document's own state vector, and its version.
+
+        Raises:
+            NotFound, Unavailable, ValidationFailed: there is none; PostgreSQL is away; that is no state vector.
+        """
+        async with self.used(document) as room:
+            while True:
+                difference = room.live.update(vector), room.live.vector(), room.version
+                if await self._is_durable(room):
+                    return difference
+                await self._ready(room)
+
+    async def _is_durable(self, room: Room) -> bool:
+        """Waits until what the live document shows now is committed; whether it was."""
+        generation, newest = room.generation, room.newest
+        if newest is not None and not newest.done():
+            await asyncio.wait({newest})
+        return room.generation == generation and room.usable.is_set()
+
+    def leave(self, document: UUID, listener: str) -> None:
+        room = self._rooms.get(document)
+        if room is not None and room.listeners.pop(listener, None) is not None:
+            self._say_goodbye(room, room.awareness.leave(listener, now=time.time()))
+            self._close_if_idle(room)
+
+    def listener(self, document: UUID, id: str) -> Listener | None:
+        """Who has it open, under that id."""
+        room = self._rooms.get(document)
+        return None if room is None else room.listeners.get(id)
+
+    def text(self, document: UUID, *, version: int) -> str | None:
+        """The text of a live document, where all of it is committed and this is its version."""
+        room = self._rooms.get(document)
+        if room is None or not room.usable.is_set() or room.in_flight or room.version != version:
+            return None
+        return room.live.text
+
+    @asynccontextmanager
+    async def used(self, document: UUID) -> AsyncIterator[Room]:
+        """The room, loaded by the first who needs it and waited for by all others, and kept meanwhile.
+
+        Raises:
+            NotFound, Unavailable: no such document; it cannot be read now.
+        """
+        room = self._rooms.get(document)
+        if room is None:
+            room = self._rooms[document] = Room(document, self)
+            self._own(self._load(room))
+        room.users += 1
+        try:
+            await self._ready(room)
+            yield room
+        finally:
+            room.users -= 1
+            self._close_if_idle(room)
+
+    async def _ready(self, room: Room) -> None:
+        try:
+            async with asyncio.timeout(READY_SECONDS):
+                await room.usable.wait()
+        except TimeoutError:
+            raise Unavailable("The document cannot be read now") from None
+        if room.failure is not None:
+            raise room.failure
+
+    async def _load(self, room: Room) -> None:
+        """Subscribed before it is read: what is committed in between is heard."""
+        self.loads += 1
+        room.users += 1
+        try:
+            await self._subscribe(room)
+            room.replace(await read_log(self._db, room.id))
+            self._later(room, "query", b"")
+        except ServiceError as error:
+            room.failure = error
+            self._drop(room)
+            room.usable.set()
+        finally:
+            room.users -= 1
+            self._close_if_idle(room)
+
+    async def _subscribe(self, room: Room) -> None:
+        try:
+            async with asyncio.timeout(SUBSCRIBE_SECONDS):
+                await self._subscriber.subscribe(room.channel, room)
+        except (Unavailable, TimeoutError):
+            log.debug("document opened without Redis", document=str(room.id))
+
+    def _close_if_idle(self, room: Room) -> None:
+        if room.idle:
+            self._drop(room)
+
+    def _drop(self, room: Room) -> None:
+        if self._rooms.get(room.id) is room:
+            del self._rooms[room.id]
+            self._subscriber.unsubscribe(room.channel, room)
+
+    # Editing
+
+    async def edit(self, document: UUID, *, author: UUID, update: bytes, origin: str) -> int:
+        """Apply, commit and pass on somebody's update; its version.
+
+        Raises:
+            ValidationFailed, TooLarge, NotFound, Forbidden, Unavailable: it is not in the log.
+        """
+        edit = await self.begin(document, author=author, update=well_formed(update), origin=origin)
+        return await asyncio.shield(edit.done)
+
+    async def begin(self, document: UUID, *, author: UUID, update: bytes, origin: str) -> Edit:
+        """As ``edit``, for a well-formed update, and for who does not wait until it is in the log."""
+        async with self.used(document) as room:
+            return self._take(room, author=author, update=update, origin=origin)
+
+    def vector(self, document: UUID) -> bytes:
+        """The state vector of an open document."""
+        return self._rooms[document].live.vector()
+
+    def knows(self, document: UUID, update: bytes) -> bool:
+        """Whether a well-formed update brings nothing new to an open document."""
+        room = self._rooms.get(document)
+        return room is not None and room.live.knows(update)
+
+    def _take(self, room: Room, *, author: UUID, update: bytes, origin: str) -> Edit:
+        room.live.demand_room_for(update)
+        try:
+            room.live.apply(update)
+        except ValidationFailed:
+            self.distrust(room)
+            raise
+        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        edit = Edit(room, room.generation, author, update, room.live.size, origin, done)
+        room.newest = done
+        room.in_flight += 1
+        self._commits.put(edit)
+        return edit
+
+    def _committed(self, edits: Sequence[Edit], rows: Sequence[Record]) -> None:
+        told: dict[Room, list[Update]] = {}
+        for edit, row in zip(edits, rows, strict=True):
+            if row["version"] is None:
+                self._refuse(edit, Forbidden("You may not edit this document any more"))
+                continue
+            update = Update(edit.room.id, row["version"], edit.author, edit.update)
+            self._pass_on(edit, update)
+            told.setdefault(edit.room, []).append(update)
+            if row["paused_version"] is not None:
+                self.announce_version(row)
+        for room, found in told.items():
+            self._later(room, "updates", news.write_updates(found))
+            self._close_if_idle(room)
+
+    def _pass_on(self, edit: Edit, update: Update) -> None:
+        room = edit.room
+        room.in_flight -= 1
+        if edit.generation != room.generation and not room.knows(update.version):
+            room.reapply(update)
+        room.note(update.version)
+        room.count(update)
+        room.tell(update, origin=edit.origin)
+        if not edit.done.done():
+            edit.done.set_result(update.version)
+        if room.log_updates >= COMPACT_UPDATES or room.log_bytes >= COMPACT_BYTES:
+            room.log_updates = room.log_bytes = 0
+            self._own(self._compact(room.id))
+
+    def _failed(self, edits: Sequence[Edit], error: ServiceError) -> None:
+        for edit in edits:
+            self._refuse(edit, error)
+
+    def _refuse(self, edit: Edit, error: ServiceError) -> None:
+        """The live document shows what is not in the log: it must not be shown to anybody any more."""
+        room = edit.room
+        room.in_flight -= 1
+        if not edit.done.done():
+            edit.done.set_exception(error)
+            edit.done.exception()  # not everybody waits
+        if edit.generation == room.generation:
+            self.distrust(room)
+        sender = room.listeners.get(edit.origin)
+        if sender is not None:
+            sender.restart()
+        self._close_if_idle(room)
+
+    def accept(self, update: Update) -> None:
+        """An update that was committed without a live document."""
+        room = self._rooms.get(update.document)
+        if room is not None and room.usable.is_set() and room.failure is None:
+            room.take([update])
+        self._unpublished.append((document_channel(update.document), "updates", news.write_updates([update])))
+        self._to_publish.set()
+
+    # Catching up
+
+    def distrust(self, room: Room) -> None:
+        """Load it anew; until then nobody reads or writes it."""
+        if room.usable.is_set() and room.failure is None:
+            room.usable.clear()
+            self._own(self._reload(room))
+
+    async def _reload(self, room: Room) -> None:
+        room.users += 1
+        try:
+            while True:
+                try:
+                    return room.replace(await read_log(self._db, room.id))
+                except NotFound as error:
+                    return self._lose(room, error)
+                except ServiceError:
+                    await asyncio.sleep(RELOAD_SECONDS)
+        finally:
+            room.users -= 1
+            self._close_if_idle(room)
+
+    async def catch_up(self, room: Room) -> None:
+        """Read what others have committed. Where the log no longer reaches back so far, begin anew."""
+        if room.catching_up or not room.usable.is_set():
+            return
+        room.catching_up = True
+        try:
+            head = await store.read_heads(self._db, documents=[room.id])
+            if not head:
+                self._lose(room, NotFound("The document was deleted"))
+                return
+            tail = await read_tail(self._db, room.id, after=room.version, until=head[0]["version"])
+            if tail is None:
+                self.distrust(room)
+            elif room.usable.is_set():
+                room.take(Update(room.id, row["version"], row["author_id"], row["data"]) for row in tail)
+        finally:
+            room.catching_up = False
+
+    def _lose(self, room: Room, error: ServiceError) -> None:
+        room.failure = error
+        room.usable.set()
+        self._drop(room)
+        for listener in list(room.listeners.values()):
+            listener.lost()
+        room.listeners.clear()
+
+    def mind_gap(self, room: Room) -> None:
+        """A number is missing: it is on its way, or lost."""
+        if not room.minding:
+            room.minding = True
+            self._own(self._fill_gap(room))
+
+    async def _fill_gap(self, room: Room) -> None:
+        try:
+            await asyncio.sleep(GAP_SECONDS)
+            if room.has_gap:
+                await self.catch_up(room)
+        except ServiceError as error:
+            log.debug("gap not filled yet", error=error.detail)
+        finally:
+            room.minding = False
+
+    async def _sweep(self) -> None:
+        """Notice what no message told: Redis may be away, or have lost one."""
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            self._tend_awareness()
+            try:
+                open_here = [room for room in self._rooms.values() if room.usable.is_set()]
+                for start in range(0, len(open_here), SWEPT_AT_ONCE):
+                    await self._compare(open_here[start : start + SWEPT_AT_ONCE])
+            except ServiceError as error:
+                log.debug("documents not compared", error=error.detail)
+
+    async def _compare(self, rooms: Sequence[Room]) -> None:
+        heads = {row["id"]: row for row in await store.read_heads(self._db, documents=[room.id for room in rooms])}
+        for room in rooms:
+            head = heads.get(room.id)
+            if head is None or head["version"] > room.version:
+                await self.catch_up(room)
+            elif head["version"] == room.version and not room.in_flight and head["size"] != room.live.size:
+                await store.correct_size(self._db, document=room.id, version=room.version, size=room.live.size)
+
+    # Awareness
+
+    def sights(self, document: UUID) -> list[Sight]:
+        """Who is looking at an open document."""
+        room = self._rooms.get(document)
+        return [sight for _, sight in room.sights()] if room else []
+
+    def say(self, document: UUID, listener: str, user: UUID, entries: Iterable[wire.Entry]) -> None:
+        """What somebody says of themselves, to all others.
+
+        Raises:
+            Malformed: what they say is not JSON, or too much.
+        """
+        room = self._rooms[document]
+        said = room.awareness.say(listener, user, entries, now=time.time())
+        if said is not None:
+            sight = Sight(room.id, user, said)
+            room.show([sight], origin=listener)
+            self.publish_sights(room, [sight])
+
+    def _say_goodbye(self, room: Room, gone: Iterable[Presence]) -> None:
+        sights = [Sight(room.id, each.user, each.entry) for each in gone]
+        room.show(sights)
+        self.publish_sights(room, sights)
+
+    def _tend_awareness(self) -> None:
+        now = time.time()
+        for room in self._rooms.values():
+            self.publish_sights(room, room.renewed(now))
+            self._say_goodbye(room, room.awareness.prune(now=now))
+
+    def publish_sights(self, room: Room, sights: Iterable[Sight]) -> None:
+        for sight in sights:
+            self._later(room, "sights", news.write_sight(sight))
+
+    # Telling other processes
+
+    def _later(self, room: Room, kind: str, payload: bytes) -> None:
+        self._unpublished.append((room.channel, kind, payload))
+        self._to_publish.set()
+
+    async def _publish(self) -> None:
+        """In order, many at once. What cannot be told now is found by comparing numbers."""
+        while True:
+            await self._to_publish.wait()
+            self._to_publish.clear()
+            messages, self._unpublished = self._unpublished, []
+            try:
+                await self._channels.publish_all(messages, origin=self.process)
+            except (RedisError, OSError) as error:
+                log.debug("documents not published", error=str(error), messages=len(messages))
+
+    # Upkeep
+
+    def announce_version(self, row: Mapping[str, Any]) -> None:
+        """A version has got a name because editing paused: tell the workspace."""
+        self._own(
+            self._channels.report(
+                "DOCUMENT_CHANGED",
+                workspaces=[row["workspace_id"]],
+                user=row["paused_by"],
+                name=row["paused_name"] or "",
+                documentId=row["document"],
+                path=row["path"],
+                version=row["paused_version"],
+            )
+        )
+
+    async def _name_pauses(self) -> None:
+        while True:
+            await asyncio.sleep(NAMING_SECONDS)
+            try:
+                for row in await store.name_pauses(self._db, pause_seconds=PAUSE_SECONDS, limit=NAMED_AT_ONCE):
+                    self.announce_version(row)
+            except ServiceError as error:
+                log.debug("versions not named yet", error=error.detail)
+
+    async def _compact(self, document: UUID) -> None:
+        try:
+            await compact(self._db, self.workshop, document)
+        except (ServiceError, asyncpg.PostgresError) as error:
+            log.warning("log not compacted", document=str(document), error=str(error))
+
+
+ROOMS = web.AppKey("rooms", Rooms)

@@ -1,0 +1,55 @@
+"""What documents look like from outside."""
+
+from typing import Any
+
+from marshmallow import ValidationError, fields, validate
+
+from server.documents.paths import problem_with
+from server.fields import Id, Schema, Time
+
+
+def _is_path(path: str) -> None:
+    problem = problem_with(path)
+    if problem:
+        raise ValidationError(problem)
+
+
+def path(**options: Any) -> fields.String:
+    return fields.String(validate=_is_path, metadata={"example": "src/main.py"}, **options)
+
+
+class Document(Schema):
+    id = Id()
+    workspace_id = Id()
+    path = fields.String()
+    mime_type = fields.String()
+    size = fields.Integer(metadata={"description": "of the text, in bytes"})
+    version = fields.Integer(metadata={"description": "grows with every edit"})
+    created_at = Time()
+    updated_at = Time()
+    updated_by = Id(allow_none=True, metadata={"description": "the user who edited it last"})
+
+
+class NewDocument(Schema):
+    path = path(required=True)
+    content = fields.String(load_default="")
+
+
+class DocumentChange(Schema):
+    path = path(required=True)
+
+
+class Restoration(Schema):
+    version = fields.Integer(required=True, strict=True, validate=validate.Range(1, 2**53))
+
+
+class Version(Schema):
+    version = fields.Integer()
+    cause = fields.String(metadata={"enum": ["created", "pause", "put", "restore"]})
+    size = fields.Integer()
+    created_at = Time()
+    created_by = Id(allow_none=True)
+
+
+class VersionWithContent(Version):
+    content = fields.String()
