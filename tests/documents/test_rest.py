@@ -7,12 +7,8 @@ import pytest
 from tests.actors import Actor
 from tests.documents.editors import Editor, make_document
 
+pytestmark = pytest.mark.usefixtures("hang_up")
 TEXT = {"Content-Type": "text/plain"}
-
-
-@pytest.fixture
-async def workspace(alice: Actor, bob: Actor) -> str:
-    return await alice.make_workspace(None, bob)
 
 
 async def put(actor: Actor, document: str, text: str | bytes, *, match: str | None = "*", **headers: str):
