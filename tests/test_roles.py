@@ -59,7 +59,7 @@ def routes() -> Iterator[web.RouteDef]:
 
 
 def slots(route: web.RouteDef) -> list[str]:
-    return [part.strip("{}") for part in route.path.split("/") if part.startswith("{")]
+    return [part.strip("{}") for part in route.path.split("/") if part.endswith("Id}")]
 
 
 def route_id(route: web.RouteDef) -> str:
@@ -94,9 +94,13 @@ async def things_of(owner: Actor) -> dict[str, str]:
     project = await owner.make_project()
     member = (await owner.get(f"/projects/{project}/collaborators"))["items"][0]["id"]
     invited = await owner.post(f"/projects/{project}/collaborators", {"email": f"{uuid4().hex}@example.org"})
+    workspace = await owner.make_workspace(project)
+    made = await owner.post(f"/workspaces/{workspace}/documents", {"path": "main.py"})
     return {
         "projectId": project,
-        "workspaceId": await owner.make_workspace(project),
+        "workspaceId": workspace,
+        "documentId": made["id"],
+        "version": "1",
         "collaboratorId": member,
         "invitationId": invited["invitation"]["id"],
         "sessionId": (await owner.get("/auth/sessions"))["items"][0]["id"],

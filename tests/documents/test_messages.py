@@ -194,14 +194,13 @@ async def test_who_becomes_a_viewer_edits_no_more(alice: Actor, bob: Actor, make
 
 
 @pytest.mark.parametrize("what", ["documents", "workspaces", "projects"])
-async def test_a_deleted_document_is_open_nowhere(
-    alice: Actor, bob: Actor, make_server: MakeServer, what: str
-) -> None:
+async def test_a_deleted_document_is_open_nowhere(alice: Actor, bob: Actor, make_server: MakeServer, what: str) -> None:
     project = await alice.make_project(bob)
     workspace = await alice.make_workspace(project)
     document = await make_document(alice, workspace)
     his = await Editor(bob.at(await make_server()), document).open()
-    await alice.delete(f"/{what}/{ {'documents': document, 'workspaces': workspace, 'projects': project}[what]}")
+    ids = {"documents": document, "workspaces": workspace, "projects": project}
+    await alice.delete(f"/{what}/{ids[what]}")
     await asyncio.sleep(1.5)
     with pytest.raises(Refused) as refused:
         await his.type("x")
