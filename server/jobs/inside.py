@@ -1,44 +1,39 @@
 """Process 1 within bubblewrap: sets the last limits, starts the program, reaps, and tells how the program ended.
 
-``python -I -S inside.py REPORT JSON``: the descriptor to tell it on, and limits, command and environment. Of the
-standard library only, and short: it is compiled for every program. By now all other walls stand.
+``python -I -S inside.py REPORT LIMITS COMMAND...``: the descriptor to tell it on, and limits as ``what:value,...``. By
+now all other walls stand. It is compiled for every program, so it is short, and imports what takes no time.
 """
 
-import json
 import os
 import resource
-import signal
-import struct
 import sys
+
+AS_AT_BIRTH = (2, 13, 25)  # SIGINT, SIGPIPE, SIGXFSZ: Python has taken them for itself
 
 
 def main() -> None:
-    report = int(sys.argv[1])
-    limits, command, environment = json.loads(sys.argv[2])
+    report, limits, command = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
     os.write(report, b"+")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the program could send it; all others pass by process 1
-    for what, value in limits:  # ours too, or a program that takes us over would have none
+    os.set_inheritable(report, False)
+    for each in limits.split(","):  # ours too, or a program that takes us over would have none
+        what, value = map(int, each.split(":"))
         hard = resource.getrlimit(what)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(what, (value, value))
-    program = os.fork()
-    if program == 0:
-        try:
-            os.setsid()
-            os.set_inheritable(report, False)
-            for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
-                signal.signal(number, signal.SIG_DFL)
-            os.execve(command[0], command, environment)
-        except BaseException as error:  # noqa: BLE001 - it is told, and nothing has run
-            os.write(report, f"! {type(error).__name__}: {error}".encode()[:1000])
-        finally:
-            os._exit(125)
+    try:
+        program = os.posix_spawn(command[0], command, os.environ, setsigdef=AS_AT_BIRTH, setsid=True)
+    except OSError as error:
+        os.write(report, f"! {error}".encode()[:1000])
+        return
     for descriptor in (0, 1, 2):  # or a reader of the output would wait for us
         os.close(descriptor)
     while True:
-        pid, status, usage = os.wait4(-1, 0)
+        try:
+            pid, status, usage = os.wait4(-1, 0)
+        except KeyboardInterrupt:
+            continue  # from the program: no other signal passes by process 1
         if pid == program:
-            os.write(report, b"=" + struct.pack("=iq", status, usage.ru_maxrss))
+            os.write(report, b"=" + status.to_bytes(4, "little") + usage.ru_maxrss.to_bytes(8, "little"))
             return
 
 

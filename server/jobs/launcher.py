@@ -38,7 +38,7 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SE
 # What comes over a program's status pipe: that it has a guardian who will tell of its end, or has none; a wall that
 # cannot be put up; the end.
 GUARDED, ALONE, FAILED, ENDED = b"+", b"-", b"!", b"="
-ENDING = struct.Struct("=iq")  # wait status, peak kilobytes
+ENDING = struct.Struct("<iq")  # wait status, peak kilobytes
 
 
 class ConfinementError(Exception):
@@ -354,7 +354,7 @@ def act_as_init(config: dict, report: int) -> None:
 
 
 def become_bubblewrap(config: dict, report: int) -> None:
-    """``inside.py`` follows within: it needs the rest of the limits, and where to report."""
+    """``inside.py`` follows within: it sets the limits, which bubblewrap itself would not fit into."""
     if config["uid"] is not None:
         change_user(config["uid"])
     die_with_parent()
@@ -363,8 +363,10 @@ def become_bubblewrap(config: dict, report: int) -> None:
     os.close(source)
     for descriptor in (filter, report):
         os.set_inheritable(descriptor, True)
-    inside = [str(report), json.dumps([limits(config, config["processes"]), config["command"], config["environment"]])]
-    bubblewrap = [*config["bubblewrap"], "--seccomp", str(filter), "--", *config["inside"], *inside]
+    last = ",".join(f"{what}:{value}" for what, value in limits(config, config["processes"]))
+    inside = [*config["inside"], str(report), last, *config["command"]]
+    environment = [part for name, value in config["environment"].items() for part in ("--setenv", name, value)]
+    bubblewrap = [*config["bubblewrap"], *environment, "--seccomp", str(filter), "--", *inside]
     os.execve(bubblewrap[0], bubblewrap, {})  # an empty environment: process 1's can be read within
 
 

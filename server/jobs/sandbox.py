@@ -525,6 +525,7 @@ def _config(root: Path, program: Program, tier: Tier, uid: int | None, python: L
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
 READABLE = ("/etc/ld.so.cache", "/etc/localtime", "/etc/alternatives", "/etc/ssl/openssl.cnf")  # node reads the last
 DEVICES = tuple(f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom"))
+BWRAP_PROGRAM = "/usr/bin/bwrap"
 BWRAP_HOME, BWRAP_FILES, BWRAP_INSIDE = "/job/work", "/job/files", "/inside.py"
 BWRAP_TEMPORARY_BYTES = 16 << 20
 NAMESPACES = ("user", "pid", "net", "ipc", "uts", "cgroup-try")
@@ -548,7 +549,7 @@ def _rules(root: Path, language: Language) -> list[tuple[str, str]]:
 
 def _bubblewrap(root: Path, interpreters: Iterable[str]) -> list[str]:
     """The same view as a root directory of its own; the launcher adds the filter and what runs within."""
-    command = ["/usr/bin/bwrap", *(f"--unshare-{space}" for space in NAMESPACES), "--disable-userns"]
+    command = [BWRAP_PROGRAM, *(f"--unshare-{space}" for space in NAMESPACES), "--disable-userns"]
     command += ["--die-with-parent", "--new-session", "--as-pid-1", "--cap-drop", "ALL", "--clearenv"]
     command += ["--hostname", "sandbox"]
     for path in SYSTEM:

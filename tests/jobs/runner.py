@@ -20,7 +20,7 @@ from typing import Any
 import structlog
 
 from server.jobs import sandbox
-from server.jobs.sandbox import Limits, Outcome, Sandbox, SandboxError
+from server.jobs.sandbox import FilesRefusedError, Limits, Outcome, Sandbox, SandboxError
 from tests.devstack.pids import gone
 
 ROOT = Path(__file__).parents[2]
@@ -166,7 +166,7 @@ async def serve(tier: str) -> None:
     jobs: dict[int, asyncio.Task[None]] = {}
     box = await Sandbox.detect([each for each in sandbox.TIERS if each.name == tier])
     tell(tier=box.tier.name, languages=box.languages)
-    reader = asyncio.StreamReader(limit=1 << 24)
+    reader = asyncio.StreamReader(limit=1 << 27)
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     async for line in reader:
         request = json.loads(line)
@@ -194,8 +194,8 @@ async def answer(box: Sandbox, request: dict[str, Any]) -> None:
             limits=Limits(**request["limits"]),
             on_output=lambda stream, offset, text: tell(id=number, stream=stream, offset=offset, text=text[:100]),
         )
-    except SandboxError as error:
-        tell(id=number, error=str(error))
+    except (SandboxError, FilesRefusedError) as error:
+        tell(id=number, error=f"{type(error).__name__}: {error}")
     else:
         tell(id=number, outcome=dataclasses.asdict(outcome))
 

@@ -1,0 +1,146 @@
+"""Which tier a worker gets: the best that holds, never none that lets a program out; and what a tier is made of."""
+
+import asyncio
+import fcntl
+import os
+import re
+import struct
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from server.jobs import launcher, sandbox
+from server.jobs.sandbox import BWRAP, Sandbox, SandboxError, tiers
+
+BPF_JUMP = 5
+HEADERS = {
+    "x86_64": "/usr/include/x86_64-linux-gnu/asm/unistd_64.h",
+    "aarch64": "/usr/include/asm-generic/unistd.h",
+}
+
+
+@pytest.fixture
+async def best() -> AsyncIterator[Sandbox]:
+    box = await Sandbox.detect()
+    yield box
+    await box.close()
+
+
+async def test_the_best_tier_that_holds_is_taken(best: Sandbox) -> None:
+    assert best.tier in tiers()
+    for better in tiers()[: tiers().index(best.tier)]:
+        box = await Sandbox.detect([better])
+        assert box.tier.name == "none"
+        await box.close()
+
+
+async def test_a_tier_that_does_not_hold_falls_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "BWRAP_PROGRAM", "/nowhere/bwrap")
+    box = await Sandbox.detect()
+    assert box.tier in tiers()
+    assert box.tier != BWRAP
+    assert (await box.run("python", "print('confined')")).sandbox == box.tier.name
+    await box.close()
+
+
+async def test_a_tier_with_a_door_open_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "SYSTEM", (*sandbox.SYSTEM, "/etc"))  # a view of too much
+    box = await Sandbox.detect()
+    assert box.tier.name == "none"
+
+
+async def test_without_a_tier_nothing_runs() -> None:
+    box = await Sandbox.detect([])
+    assert box.languages == ()
+    with pytest.raises(SandboxError):
+        await box.run("python", "print('unconfined')")
+    await box.close()
+
+
+async def test_a_tier_that_fails_later_refuses_and_does_not_run_unconfined(
+    best: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    proof = tmp_path / "ran"
+    tmp_path.chmod(0o777)
+    monkeypatch.setattr(sandbox, "BWRAP_PROGRAM", "/nowhere/bwrap")
+    monkeypatch.setattr(sandbox, "_rules", lambda *_: [("/proc/self/mem", "nonsense")])
+    with pytest.raises(SandboxError):
+        await best.run("python", f"open({str(proof)!r}, 'w')")
+    assert not proof.exists()
+
+
+async def test_a_closed_sandbox_leaves_no_process_and_no_directory() -> None:
+    box = await Sandbox.detect()
+    assert box._launcher is not None
+    directory, pid = box._launcher.directory, box._launcher._process.pid
+    assert directory.exists()
+    await box.close()
+    assert not directory.exists()
+    assert not Path(f"/proc/{pid}").exists()
+
+
+async def test_what_killed_workers_left_is_cleared_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        monkeypatch.setattr(sandbox, "LAUNCHER", impatient_launcher(Path(folder)))
+        Path(folder).chmod(0o755)
+        left, in_use, foreign = (Path(folder, name) for name in ("sandbox-left", "sandbox-used", "precious"))
+        for each in (left, in_use, foreign):
+            (each / "job-1" / "work").mkdir(parents=True)
+        lock = os.open(in_use, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        await asyncio.sleep(0.1)
+        box = await Sandbox.detect()
+        assert box.languages
+        os.close(lock)
+        assert [each.exists() for each in (left, in_use, foreign)] == [False, True, True]
+        await box.close()
+
+
+def impatient_launcher(folder: Path) -> Path:
+    """What is left must be old, or it might be somebody's who has not locked it yet."""
+    source = sandbox.LAUNCHER.read_text()
+    assert "STALE_SECONDS = 60.0" in source
+    path = folder / "launcher.py"
+    path.write_text(source.replace("STALE_SECONDS = 60.0", "STALE_SECONDS = 0.05"))
+    return path
+
+
+@pytest.mark.parametrize("machine", HEADERS)
+def test_the_numbers_of_system_calls_are_the_kernels(machine: str) -> None:
+    header = Path(HEADERS[machine])
+    if not header.exists():
+        pytest.skip("the kernel's headers are missing: apt-get install linux-libc-dev")
+    text = re.sub(r"__NR3264_", "__NR_", header.read_text())
+    theirs = {name: int(number) for name, number in re.findall(r"#define __NR_(\w+)\s+(\d+)", text)}
+    column = launcher.MACHINES.index(machine)
+    groups = (launcher.FORBIDDEN, launcher.PRETENDED, launcher.ABOUT_A_PROCESS, launcher.SIGNALS)
+    ours = {name: numbers[column] for group in groups for name, numbers in group.items()}
+    ours |= {name: getattr(launcher, name.upper())[column] for name in ("clone", "clone3", "socketpair", "ioctl")}
+    ours |= {name: getattr(launcher, name.upper())[column] for name in ("fcntl", "prctl", "setpriority", "ioprio_set")}
+    assert {name: theirs.get(name) for name in ours if name in theirs or ours[name] is None} == {
+        name: number for name, number in ours.items() if name in theirs or number is None
+    }
+
+
+def test_the_filter_fits_and_its_jumps_lead_somewhere() -> None:
+    code = launcher.filter_program(truncate=False, others=launcher.among_others(signals=False))
+    steps = list(struct.iter_unpack("=HBBI", code))
+    assert len(steps) < 4096
+    assert steps[-1][0] == launcher.RETURN
+    jumps = [(at, max(held, failed)) for at, (kind, held, failed, _) in enumerate(steps) if kind & 7 == BPF_JUMP]
+    assert len(jumps) > 100
+    assert all(at + 1 + far < len(steps) for at, far in jumps)
+
+
+def test_the_launcher_needs_no_package() -> None:
+    for program in (sandbox.LAUNCHER, sandbox.INSIDE):
+        check = (
+            f"import ast, sys; compile(open({str(program)!r}).read(), 'x', 'exec'); exec('import ' + ', '.join(sorted("
+            f"{{n.name for each in ast.walk(ast.parse(open({str(program)!r}).read())) if isinstance(each, ast.Import) "
+            "for n in each.names})))"
+        )
+        subprocess.run(["/usr/bin/env", "-i", os.path.realpath("/proc/self/exe"), "-I", "-S", "-c", check], check=True)
