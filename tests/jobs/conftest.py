@@ -20,7 +20,7 @@ from tests.conftest import TEST_SETTINGS
 from tests.jobs.runner import Runner
 from tests.processes import Processes, Worker
 
-SOMEBODY = 65534
+SOMEBODY = 20_000 + os.getpid() % 40_000  # whose processes, and limits, are of this run alone
 EVERYWHERE = [f"{tier.name} as {user}" for tier in sandbox.TIERS for user in tier.users]
 HOW_TO_HAVE_IT = {"bwrap": "apt-get install bubblewrap, and user namespaces"}
 
