@@ -6,7 +6,7 @@ listeners are told of the interruption, and asked to catch up once their channel
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
@@ -85,12 +85,10 @@ class Subscriber:
                 async with self._connected() as connection:
                     pause = RECONNECT_SECONDS
                     await self._serve(connection)
-            except* (RedisError, OSError, TimeoutError, Unavailable) as group:
-                log.warning("events interrupted", error=str(group.exceptions[0]), retry_in=pause)
+            except (RedisError, OSError, TimeoutError, Unavailable) as error:
+                log.warning("events interrupted", error=str(error), retry_in=pause)
             finally:
                 self._interrupt()
-            if _asked_to_end():
-                raise asyncio.CancelledError
             await asyncio.sleep(pause)
             pause = min(pause * 2, LONGEST_RECONNECT_SECONDS)
 
@@ -113,11 +111,9 @@ class Subscriber:
         self._sent.add(self._control)
         self._touch(*self._listeners)
         self._heard = True
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._read(connection))
-            tasks.create_task(self._send(connection))
-            tasks.create_task(self._ping(connection))
-            tasks.create_task(self._resume(missed))
+        await _until_one_fails(
+            self._read(connection), self._send(connection), self._ping(connection), self._resume(missed)
+        )
 
     async def _read(self, connection: Any) -> None:
         loop = asyncio.get_running_loop()
@@ -205,10 +201,18 @@ class Subscriber:
             listener.interrupt()
 
 
-def _asked_to_end() -> bool:
-    """Before Python 3.13 a TaskGroup forgets that it was cancelled when one of its tasks fails at the same time."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+async def _until_one_fails(*coroutines: Coroutine[Any, Any, None]) -> None:
+    """Raises what the first to fail raised. Before Python 3.13 a TaskGroup whose task fails forgets that it was
+    cancelled at the same moment, and leaves its own task marked as cancelled when it was not."""
+    tasks = [asyncio.ensure_future(each) for each in coroutines]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()
 
 
 async def _command(connection: Any, name: str, *arguments: bytes) -> None:

@@ -1,0 +1,146 @@
+"""Clients as the contract means them: they remember the last event, and come back with it."""
+
+import asyncio
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import aiohttp
+
+from server.realtime.history import position
+from tests.actors import Actor
+from tests.sockets import Closed, Refused, Socket
+
+AWAY = (Closed, aiohttp.ClientError, OSError, TimeoutError)
+PAUSE_SECONDS = 0.05
+
+
+class Member:
+    """Somebody in a workspace who comes back, to any of these addresses, whenever they were cut off."""
+
+    def __init__(self, actor: Actor, workspace: str, bases: Sequence[str]) -> None:
+        self.actor, self.workspace, self.bases = actor, workspace, bases
+        self.events: list[dict[str, Any]] = []  # durable ones, in the order in which they came
+        self.since: str | None = None
+        self._heard: set[str] = set()
+        self.notices: set[str] = set()  # the names of all frames that came by themselves
+        self.gaps = 0
+        self.returns = -1
+        self.socket: Socket | None = None
+        self._task: asyncio.Task[None] | None = None
+        self.here = asyncio.Event()
+
+    async def __aenter__(self) -> "Member":
+        self._task = asyncio.create_task(self._live())
+        await self.here.wait()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._task is not None
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        if self.socket is not None:
+            self.socket.cut()
+
+    @property
+    def ids(self) -> list[str]:
+        return [event["eventId"] for event in self.events]
+
+    @property
+    def changes(self) -> list[Any]:
+        return [event["change"] for event in self.events if event["type"] == "FILE_CHANGE"]
+
+    def cut(self) -> None:
+        if self.socket is not None:
+            self.socket.cut()
+
+    async def has_heard(self, change: Any, *, seconds: float = 15) -> None:
+        async with asyncio.timeout(seconds):
+            while repr(change) not in self._heard:
+                await asyncio.sleep(0.01)
+
+    async def _live(self) -> None:
+        while True:
+            try:
+                await self._enter()
+                while True:
+                    frame = await self._connected().next(seconds=60)
+                    self.notices.add(frame["event"])
+                    self._hear(frame["data"])
+            except AWAY:
+                self.here.clear()
+                if self.socket is not None:
+                    self.socket.cut()
+                await asyncio.sleep(PAUSE_SECONDS)
+
+    def _connected(self) -> Socket:
+        assert self.socket is not None
+        return self.socket
+
+    async def _enter(self) -> None:
+        self.socket = await self.actor.at(random.choice(self.bases)).connect()
+        while True:
+            try:
+                joined = await self.socket.push("join:workspace", workspaceId=self.workspace, since=self.since)
+            except Refused as refused:
+                if refused.code != "unavailable":
+                    raise
+                await asyncio.sleep(PAUSE_SECONDS)
+                continue
+            self.gaps += joined["gap"]
+            for event in joined["events"]:
+                self._hear(event)
+            if not joined["more"]:
+                break
+        self.since = self.since or joined["lastEventId"]
+        self.returns += 1
+        self.here.set()
+
+    def _hear(self, event: dict[str, Any]) -> None:
+        if "eventId" in event:
+            self.events.append(event)
+            self._heard.add(repr(event.get("change")))
+            self.since = event["eventId"]
+
+
+class Writer:
+    """Somebody who changes a file over and over, each time until it is acknowledged."""
+
+    def __init__(self, actor: Actor, workspace: str, bases: Sequence[str]) -> None:
+        self.actor, self.workspace, self.bases = actor, workspace, bases
+        self.acknowledged: dict[str, Any] = {}  # event id → change
+        self._socket: Socket | None = None
+
+    async def write(self, changes: Sequence[Any], *, pause: float = 0.0) -> None:
+        for change in changes:
+            await self.write_one(change)
+            await asyncio.sleep(pause)
+        await self.stop()
+
+    async def stop(self) -> None:
+        if self._socket is not None:
+            await self._socket.close()
+
+    async def write_one(self, change: Any) -> None:
+        """May be written twice where the ack was lost: then ``change`` is in the history twice."""
+        while True:
+            try:
+                if self._socket is None:
+                    self._socket = await self.actor.at(random.choice(self.bases)).connect(self.workspace)
+                ack = await self._socket.push("file:change", workspaceId=self.workspace, change=change)
+            except Refused as refused:
+                if refused.code != "unavailable":
+                    raise
+            except AWAY:
+                if self._socket is not None:
+                    self._socket.cut()
+                self._socket = None
+            else:
+                self.acknowledged[ack["eventId"]] = change
+                return
+            await asyncio.sleep(PAUSE_SECONDS)
+
+
+def assert_ordered_and_once(member: Member) -> None:
+    ids = member.ids
+    assert ids == sorted({*ids}, key=position), "in order, and none twice"

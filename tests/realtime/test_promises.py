@@ -1,0 +1,213 @@
+"""Order, once, resume, gentle deploys, and a Redis that goes away: with real processes on a real Valkey."""
+
+import asyncio
+import random
+import shutil
+import signal
+import time
+
+import pytest
+
+from server.devstack.stack import Stack
+from server.realtime.history import position
+from tests.conftest import TEST_SETTINGS, MakeActor
+from tests.processes import Processes
+from tests.realtime.clients import Member, Writer, assert_ordered_and_once
+
+FAST = {"WS_FRAMES_PER_SECOND": "10000", "WS_BURST": "10000"}
+
+
+async def test_all_hear_the_same_order_and_everything_once(
+    processes: Processes, make_actor: MakeActor, full: bool
+) -> None:
+    """Two writers and four readers over two processes."""
+    bases = [server.base for server in (processes.server(**FAST), processes.server(**FAST))]
+    names = ("Ada", "Bob", "Carol", "Dan", "Eve", "Fay")
+    people = [await make_actor(name, bases[number % 2]) for number, name in enumerate(names)]
+    workspace = await people[0].make_workspace(None, *people[1:])
+    writers = [Writer(person, workspace, [person.base]) for person in people[:2]]
+    readers = [Member(person, workspace, [person.base]) for person in people[2:]]
+    count = 5000 if full else 500
+    for reader in readers:
+        await reader.__aenter__()
+    await asyncio.gather(*(writer.write([[number, i] for i in range(count)]) for number, writer in enumerate(writers)))
+    acknowledged = {**writers[0].acknowledged, **writers[1].acknowledged}
+    for reader in readers:
+        await reader.has_heard([0, count - 1])
+        await reader.has_heard([1, count - 1])
+        await reader.__aexit__()
+    expected = sorted(acknowledged, key=position)
+    for reader in readers:
+        assert reader.ids == expected
+        assert reader.changes == [acknowledged[id] for id in expected]
+
+
+async def test_who_is_cut_off_at_random_misses_nothing(processes: Processes, make_actor: MakeActor, full: bool) -> None:
+    bases = [server.base for server in (processes.server(**FAST), processes.server(**FAST))]
+    alice, bob, carol = [await make_actor(name, bases[0]) for name in ("Alice", "Bob", "Carol")]
+    workspace = await alice.make_workspace(None, bob, carol)
+    count = 3000 if full else 400
+    async with Member(bob, workspace, bases) as first, Member(carol, workspace, bases) as second:
+        writer = Writer(alice, workspace, bases)
+        writing = asyncio.create_task(writer.write(range(count), pause=0.003))
+        while not writing.done():
+            await asyncio.sleep(random.uniform(0.05, 0.3))
+            random.choice([first, second]).cut()
+        await writing
+        for member in (first, second):
+            await member.has_heard(count - 1)
+            assert_ordered_and_once(member)
+            assert member.changes == [*range(count)]
+            assert member.gaps == 0
+            assert member.returns > 2
+
+
+async def test_an_ack_stands_in_its_place_in_the_order(processes: Processes, make_actor: MakeActor) -> None:
+    """Who is acknowledged has been sent all that came before: coming back with that id misses nothing."""
+    bases = [server.base for server in (processes.server(**FAST), processes.server(**FAST))]
+    alice, bob = await make_actor("Alice", bases[0]), await make_actor("Bob", bases[1])
+    workspace = await alice.make_workspace(None, bob)
+    other = Writer(bob, workspace, [bases[1]])
+    hers = await alice.connect(workspace)
+    writing = asyncio.create_task(other.write(range(300)))
+    heard, acks = [], []
+    while not writing.done():
+        await hers.send("file:change", {"workspaceId": workspace, "change": "hers"}, id=len(acks))
+        while (frame := await hers.next())["event"] != "ack":
+            heard += [frame["data"]["eventId"]] if "eventId" in frame["data"] else []
+        acks.append((position(frame["data"]["eventId"]), len(heard)))
+    await writing
+    everything = sorted(map(position, other.acknowledged))
+    for ack, known in acks:
+        assert known >= sum(id < ack for id in everything)
+
+
+async def test_a_drain_with_a_writer_at_work_loses_nothing(processes: Processes, make_actor: MakeActor) -> None:
+    stopping, staying = processes.server(DRAIN_SECONDS="5"), processes.server()
+    alice, bob = await make_actor("Alice", staying.base), await make_actor("Bob", staying.base)
+    workspace = await alice.make_workspace(None, bob)
+    both = [stopping.base, staying.base]
+    member = Member(bob, workspace, [stopping.base])
+    async with member:
+        member.bases = both
+        writer = Writer(alice, workspace, [stopping.base])
+        writing = asyncio.create_task(writer.write(range(400), pause=0.01))
+        await member.has_heard(20)
+        writer.bases = both
+        assert await asyncio.to_thread(stopping.terminate) == 0
+        await writing
+        await member.has_heard(399)
+        assert_ordered_and_once(member)
+        assert member.returns >= 1
+        assert member.gaps == 0
+        assert {*writer.acknowledged} <= {*member.ids}
+        assert member.changes == [*range(400)], "nothing lost, and nothing written twice: each ack arrived"
+
+
+async def test_a_stopping_server_says_goodbye(processes: Processes, make_actor: MakeActor) -> None:
+    server = processes.server(DRAIN_SECONDS="3")
+    alice = await make_actor("Alice", server.base)
+    sockets = [await alice.connect() for _ in range(3)]
+    began = time.monotonic()
+    server._process.send_signal(signal.SIGTERM)
+    for socket in sockets:
+        draining = await socket.assert_push("server:draining")
+        assert 0 <= draining["reconnectAfterMs"] <= 3000
+    assert (await alice.get("/health/ready")).status == 503
+    refused = await alice.get("/ws", headers={"Connection": "Upgrade", "Upgrade": "websocket"})
+    assert (refused.status, refused.code) == (503, "unavailable")
+    assert [await socket.closed() for socket in sockets] == [1012] * 3
+    assert await asyncio.to_thread(server.wait) == 0
+    assert time.monotonic() - began < 8
+
+
+@pytest.fixture
+def own_processes(own_stack: Stack, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    with Processes(TEST_SETTINGS | own_stack.environment, tmp_path_factory.mktemp("own")) as running:
+        yield running
+
+
+async def test_valkey_restarted_under_load_loses_nothing_acknowledged(
+    own_stack: Stack, own_processes: Processes, make_actor: MakeActor
+) -> None:
+    bases = [server.base for server in (own_processes.server(**FAST), own_processes.server(**FAST))]
+    alice, bob, carol = [await make_actor(name, bases[n % 2]) for n, name in enumerate(("Alice", "Bob", "Carol"))]
+    workspace = await alice.make_workspace(None, bob, carol)
+    writer = Writer(alice, workspace, [bases[0]])
+    async with Member(bob, workspace, [bases[1]]) as here, Member(carol, workspace, [bases[0]]) as there:
+        sockets = [here.socket, there.socket]
+        stop = asyncio.Event()
+
+        async def write() -> None:
+            number = 0
+            while not stop.is_set():
+                await writer.write_one(number)
+                number += 1
+                await asyncio.sleep(0.002)
+
+        writing = asyncio.create_task(write())
+        await here.has_heard(100)
+        own_stack.valkey.kill()
+        await asyncio.sleep(1)
+        await asyncio.to_thread(own_stack.valkey.start)
+        back = time.monotonic()
+        before = len(here.events)
+        while len(here.events) <= before + 5 or len(there.events) <= before + 5:
+            await asyncio.sleep(0.01)
+            assert time.monotonic() - back < 5, "events flow again within 5 s"
+        await asyncio.sleep(0.5)
+        stop.set()
+        await writing
+        last = max(writer.acknowledged, key=position)
+        for member, socket in ((here, sockets[0]), (there, sockets[1])):
+            await member.has_heard(writer.acknowledged[last])
+            assert member.socket is socket, "stayed connected"
+            assert_ordered_and_once(member)
+            assert {*writer.acknowledged} <= {*member.ids}
+            assert "workspace:resync" in member.notices
+        users = (await alice.get(f"/workspaces/{workspace}/users"))["items"]
+        assert {user["userName"]: user["connections"] for user in users} == {"Alice": 1, "Bob": 1, "Carol": 1}
+        await writer.stop()
+
+
+async def test_a_valkey_that_lost_everything_is_announced_as_a_gap(
+    own_stack: Stack, own_processes: Processes, make_actor: MakeActor
+) -> None:
+    bases = [server.base for server in (own_processes.server(), own_processes.server())]
+    alice, bob = await make_actor("Alice", bases[0]), await make_actor("Bob", bases[1])
+    workspace = await alice.make_workspace(None, bob)
+    hers, his = await alice.connect(workspace), await bob.connect(workspace)
+    await hers.push("file:change", workspaceId=workspace, change="before")
+    await his.assert_push("FILE_CHANGE")
+    own_stack.valkey.kill()
+    shutil.rmtree(own_stack.valkey._data)
+    await asyncio.to_thread(own_stack.valkey.start)
+    for socket in (hers, his):
+        while (frame := await socket.next(seconds=10))["event"] != "workspace:resync":
+            pass
+        assert frame["data"]["gap"] is True
+    await asyncio.sleep(0.5)
+    await hers.push("file:change", workspaceId=workspace, change="after")
+    while (frame := await his.next())["data"].get("change") != "after":
+        pass
+    users = (await alice.get(f"/workspaces/{workspace}/users"))["items"]
+    assert {user["userName"]: user["connections"] for user in users} == {"Alice": 1, "Bob": 1}
+
+
+async def test_a_revocation_while_redis_is_away_counts_before_anything_is_delivered(
+    own_stack: Stack, own_processes: Processes, make_actor: MakeActor
+) -> None:
+    bases = [server.base for server in (own_processes.server(), own_processes.server())]
+    alice, bob = await make_actor("Alice", bases[0]), await make_actor("Bob", bases[1])
+    project = await alice.make_project(bob)
+    workspace = await alice.make_workspace(project)
+    his = await bob.connect(workspace)
+    members = (await alice.get(f"/projects/{project}/collaborators"))["items"]
+    member = next(each["id"] for each in members if each["user"]["id"] == bob.id)
+    own_stack.valkey.kill()
+    assert (await alice.delete(f"/projects/{project}/collaborators/{member}")).status == 204
+    await asyncio.to_thread(own_stack.valkey.start)
+    await his.assert_push("ACCESS_REVOKED", seconds=10, workspaceId=workspace)
+    hers = await alice.connect(workspace)
+    await hers.push("file:change", workspaceId=workspace, change="secret")
+    await his.refute_push(seconds=1)
