@@ -35,7 +35,7 @@ def document(messages: Mapping[str, Message], *, role_of: RoleOf) -> Json:
     """The document; ``role_of`` a message is the least role that it needs, None where it needs none."""
     said = {_name(each.event): _said(each, role_of(each)) for each in messages.values()}
     acks = {f"{_name(each.event)}.ack": _ack(each) for each in messages.values()}
-    pushed = {_name(each.name): _pushed(each) for each in PUSHES}
+    pushed = {pushed_name(each): _pushed(each) for each in PUSHES}
     return {
         "asyncapi": "3.0.0",
         "info": {"title": "Collaborative Workspace Backend: realtime", "version": __version__, "description": _ABOUT},
@@ -75,7 +75,7 @@ def _operation(message: Message) -> Json:
             "channel": _ref("channels", "socket"),
             "messages": [
                 _ref("channels/socket/messages", f"{name}.ack"),
-                _ref("channels/socket/messages", "error"),
+                _ref("channels/socket/messages", "error.push"),
             ],
         },
     }
@@ -113,6 +113,11 @@ def _json_schema(schema: Schema) -> Json:
     return made
 
 
+def pushed_name(push: Push) -> str:
+    """Some of what the server says is called as what a client says."""
+    return push.type or f"{_name(push.event)}.push"
+
+
 def _name(event: str) -> str:
     return event.replace(":", ".")
 
@@ -135,8 +140,8 @@ def page(asyncapi: Json) -> str:
     messages = asyncapi["components"]["messages"]
     operations = {name: each for name, each in asyncapi["operations"].items() if each["action"] == "receive"}
     pushed = [_last(each["$ref"]) for each in asyncapi["operations"]["push"]["messages"]]
-    said = "".join(_article(messages[name], messages[f"{name}.ack"]) for name in operations)
-    heard = "".join(_article(messages[name]) for name in pushed)
+    said = "".join(_article(name, messages[name], messages[f"{name}.ack"]) for name in operations)
+    heard = "".join(_article(name, messages[name]) for name in pushed)
     codes = "".join(f"<tr><td>{code}</td><td>{html.escape(why)}</td></tr>" for code, why in CLOSE_CODES.items())
     about = "".join(f"<p>{_prose(part)}</p>" for part in asyncapi["info"]["description"].split("\n\n"))
     links = _links("You say", operations, messages) + _links("You hear", pushed, messages)
@@ -153,16 +158,15 @@ def page(asyncapi: Json) -> str:
 
 def _links(title: str, names: Iterable[str], messages: Json) -> str:
     items = "".join(
-        f'<li><a href="#{_anchor(messages[name]["title"])}">{html.escape(messages[name]["title"])}</a></li>'
-        for name in names
+        f'<li><a href="#{html.escape(name)}">{html.escape(messages[name]["title"])}</a></li>' for name in names
     )
     return f"<h2>{title}</h2><ul>{items}</ul>"
 
 
-def _article(message: Json, ack: Json | None = None) -> str:
+def _article(name: str, message: Json, ack: Json | None = None) -> str:
     title, role = html.escape(message["title"]), message.get("x-least-role")
     needs = f' <small class="role">{html.escape(role.lower())}</small>' if role else ""
-    parts = [f'<article id="{_anchor(message["title"])}"><h3><code>{title}</code>{needs}</h3>']
+    parts = [f'<article id="{html.escape(name)}"><h3><code>{title}</code>{needs}</h3>']
     parts.append(f"<p>{_prose(message['summary'])}</p>{_fields(message)}")
     if ack is not None:
         parts.append(f"<h4>ack</h4>{_fields(ack)}")
@@ -202,10 +206,6 @@ def _prose(text: str) -> str:
     return "".join(f"<code>{part}</code>" if odd % 2 else part for odd, part in enumerate(parts))
 
 
-def _anchor(title: str) -> str:
-    return html.escape(title.replace(":", "-").replace(" ", "-"))
-
-
 def _last(reference: str) -> str:
     return reference.rpartition("/")[2]
 
@@ -228,6 +228,7 @@ article {{ border-top: 1px solid var(--line); padding: .5rem 0 1rem; }}
 h3 {{ margin: .5rem 0; }} h4 {{ margin: .8rem 0 .2rem; font-weight: 600; }}
 code {{ font: .9em ui-monospace, monospace; background: var(--soft); padding: .1em .3em; border-radius: 4px; }}
 table {{ border-collapse: collapse; width: 100%; }}
+td:first-child {{ width: 30%; }} td:nth-child(2) {{ width: 30%; }}
 td {{ border-bottom: 1px solid var(--line); padding: .3rem .6rem .3rem 0; vertical-align: top; }}
 small {{ opacity: .7; }} .role {{ border: 1px solid var(--line); border-radius: 1em; padding: .1em .6em; }}
 @media (max-width: 50rem) {{ body {{ display: block; }} nav {{ position: static; height: auto; }} }}
