@@ -10,6 +10,9 @@ from server.jobs.queue import CLASSES
 from server.migrations import MigrationError
 from server.resources import StoreDownError
 from server.settings import SettingsError
+from server.supervisor import supervise
+
+MOST_PROCESSES = 256
 
 
 def main() -> None:
@@ -35,6 +38,9 @@ def work(arguments: argparse.Namespace) -> int:
 
     loaded = settings.load()
     logs.configure(loaded)
+    if arguments.processes > 1:
+        command = ["worker", "--queues", ",".join(arguments.queues)]
+        return asyncio.run(supervise(command, processes=arguments.processes, patience=worker.STOP_SECONDS))
     worker.run(loaded, arguments.queues)
     return 0
 
@@ -82,12 +88,19 @@ def _parser() -> argparse.ArgumentParser:
     _command(commands, serve, "server", "serve REST and WebSockets on HOST:PORT")
     worker = _command(commands, work, "worker", "run queued jobs")
     worker.add_argument("--queues", type=_queues, default=CLASSES, metavar="LIST", help="high,normal,low")
+    worker.add_argument("--processes", type=_at_least_one, default=1, metavar="N", help="so many, supervised")
     _command(commands, develop, "dev", "embedded stores, migrations, one server and one worker")
     check = _command(commands, migrate, "migrate", "apply what is pending in sql/migrations")
     check.add_argument("--check", action="store_true", help="apply nothing; exit 1 when something is pending")
     _command(commands, print_openapi, "openapi", "print the OpenAPI document")
     _command(commands, print_asyncapi, "asyncapi", "print the AsyncAPI document of the socket")
     return parser
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_PROCESSES:
+        raise argparse.ArgumentTypeError(f"a number from 1 to {MOST_PROCESSES}")
+    return int(text)
 
 
 def _queues(text: str) -> tuple[str, ...]:

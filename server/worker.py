@@ -3,7 +3,7 @@
 import asyncio
 import os
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -34,7 +34,9 @@ log = structlog.get_logger()
 
 GRACE_SECONDS = 20  # for running attempts at the end; then they are handed back
 HAND_BACK_SECONDS = 5
+STOP_SECONDS = GRACE_SECONDS + 3 * HAND_BACK_SECONDS  # at most
 UPKEEP_SECONDS = 60
+CANCEL_SECONDS = 0.2
 # SAQ's own upkeep; what it calls abort is not used: records are cancelled.
 TIMERS = TimersDict(schedule=1, worker_info=10, sweep=15, abort=60)
 
@@ -79,7 +81,7 @@ async def work(settings: Settings, queues: Sequence[str]) -> None:
         log.info("worker stopping")
         await workers.withdraw(stores.redis, bench.worker)
         await worker.drain(working)
-        await _end([stopping, working, *background])
+        await _end([stopping, working, *worker.upkeep_tasks, *background])
         await bench.sandbox.close()
     log.info("worker stopped")
 
@@ -107,12 +109,16 @@ def _warn(settings: Settings) -> None:
         )
 
 
-async def _end(tasks: Iterable["asyncio.Future[Any]"]) -> None:
+async def _end(tasks: Collection["asyncio.Future[Any]"]) -> None:
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        # Again and again: a client of Redis that is just connecting may swallow one.
+        _, pending = await asyncio.wait(pending, timeout=CANCEL_SECONDS)
     for task in tasks:
-        task.cancel()
-    for ended in await asyncio.gather(*tasks, return_exceptions=True):
-        if isinstance(ended, Exception):
-            log.error("worker's background failed", exc_info=ended)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("worker's background failed", exc_info=error)
 
 
 class JobWorker(Worker[Any]):
@@ -123,7 +129,7 @@ class JobWorker(Worker[Any]):
     def __init__(self, messages: InOrder, bench: Bench, *, concurrency: int) -> None:
         self._bench = bench
         self._messages = messages
-        self._upkeep: list[asyncio.Task[None]] = []
+        self.upkeep_tasks: list[asyncio.Task[None]] = []
         self._begun = asyncio.Event()
         super().__init__(
             messages,
@@ -139,9 +145,6 @@ class JobWorker(Worker[Any]):
         await self._begun.wait()  # SAQ's start makes the event that it waits for
         self.event.set()
         self._messages.close()
-        # Upkeep sleeps up to a minute between its turns, and SAQ would wait for it.
-        for task in self._upkeep:
-            task.cancel()
         if not await self._bench.leases.until_none(seconds=GRACE_SECONDS):
             self._bench.leases.stop_all()
         await asyncio.wait({working}, timeout=HAND_BACK_SECONDS)
@@ -150,8 +153,9 @@ class JobWorker(Worker[Any]):
         self._begun.set()
 
     async def upkeep(self) -> list["asyncio.Task[None]"]:
-        self._upkeep = await super().upkeep()
-        return self._upkeep
+        """Ours to end: it sleeps up to a minute between its turns, and SAQ would wait for it."""
+        self.upkeep_tasks = await super().upkeep()
+        return []
 
     async def _attempt(self, _: Any, *, job: str, claim: int, **__: Any) -> None:
         await lifecycle.attempt(self._bench, job=job, claim=claim)

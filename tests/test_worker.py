@@ -1,15 +1,20 @@
 """What an operator may rely on in a worker process."""
 
 import asyncio
+import os
+import re
+import signal
 import time
+from pathlib import Path
 
 import aiohttp
+import pytest
 
 from tests.actors import Actor
 from tests.conftest import environment
 from tests.devstack.pids import children_of, gone
 from tests.jobs.asking import SLEEPS, ask, program
-from tests.processes import Processes
+from tests.processes import Processes, Worker
 
 
 async def test_an_idle_worker_ends_within_2_s_of_sigterm(processes: Processes, quiet: dict[str, str]) -> None:
@@ -41,3 +46,61 @@ async def started(who: Actor, job: str) -> None:
     async with asyncio.timeout(20):
         while (await who.get(f"/jobs/{job}"))["status"] != "processing":
             await asyncio.sleep(0.02)
+
+
+async def test_a_busy_worker_that_is_out_of_time_hands_its_job_back_and_that_does_not_count(
+    processes: Processes, quiet: dict[str, str], http: aiohttp.ClientSession, full: bool
+) -> None:
+    if not full:
+        pytest.skip("the grace period is 20 s: scripts/test --full")
+    where = environment(quiet)
+    worker, server = processes.worker(**where).ready(), processes.server(**where)
+    ada = await Actor(http, server.base, "Ada").register()
+    job = (await ask(ada, program(SLEEPS.format(seconds=40), timeoutSeconds=60)))["id"]
+    await started(ada, job)
+    assert await asyncio.to_thread(worker.terminate) == 0
+    back = await ada.get(f"/jobs/{job}")
+    assert (back["status"], back["attempts"], back["history"][0]["error"]["code"]) == ("pending", 0, "handed_back")
+
+
+async def test_processes_are_supervised_replaced_and_drained(
+    processes: Processes, quiet: dict[str, str], http: aiohttp.ClientSession
+) -> None:
+    where = environment(quiet)
+    server = processes.server(**where)
+    ada = await Actor(http, server.base, "Ada").register()
+    supervisor = processes.worker("--processes", "2", "--queues", "high,normal", **where)
+    await workers(ada, 2)
+    first = members(supervisor)
+    os.kill(first[0], signal.SIGKILL)
+    async with asyncio.timeout(20):
+        while len(members(supervisor)) < 2 or first[0] in members(supervisor):
+            await asyncio.sleep(0.05)
+    assert first[1] in members(supervisor)
+    await workers(ada, 3)  # the dead one is still believed in, for 30 s
+    job = (await ask(ada, program(SLEEPS.format(seconds=2))))["id"]
+    await started(ada, job)
+    family = members(supervisor)
+    assert await asyncio.to_thread(supervisor.terminate) == 0
+    assert gone(family, seconds=2)
+    assert (await ada.get(f"/jobs/{job}"))["status"] == "completed"
+
+
+async def test_processes_do_not_outlive_a_killed_supervisor(processes: Processes, quiet: dict[str, str]) -> None:
+    supervisor = processes.worker("--processes", "2", **environment(quiet))
+    while len(re.findall("worker ready", supervisor.output)) < 2:
+        await asyncio.sleep(0.05)
+    family = members(supervisor)
+    supervisor.kill()
+    assert gone(family, seconds=10)
+
+
+def members(supervisor: Worker) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children").read_text().split()]
+
+
+async def workers(who: Actor, number: int) -> None:
+    """Returns when so many have reported."""
+    async with asyncio.timeout(30):
+        while (await who.get("/jobs/stats"))["queue"]["workers"] != number:
+            await asyncio.sleep(0.1)

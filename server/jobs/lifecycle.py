@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
+from uuid import UUID
 
 import structlog
 from bson.errors import InvalidDocument
@@ -23,6 +24,8 @@ from server.jobs.output import Output
 from server.jobs.sandbox import Sandbox
 from server.jobs.store import Job
 from server.jobs.table import JobType
+from server.projects import access
+from server.projects.access import Kind, Role
 from server.resources import Resources
 
 log = structlog.get_logger()
@@ -127,7 +130,9 @@ async def _run_and_write(bench: Bench, record: Job, held: Held) -> None:
         else:
             await asyncio.shield(hand_back(bench, record))
     except ServiceError as refusal:
-        await after_process(bench, record, error={"code": refusal.code, "message": refusal.detail}, final=True)
+        await after_process(
+            bench, record, error={"code": refusal.code, "message": refusal.detail}, final=refusal.status < 500
+        )
     except Exception as error:
         log.warning("attempt failed", exc_info=not isinstance(error, InjectedFault), error=str(error))
         await after_process(bench, record, error=_described(error), final=False)
@@ -143,6 +148,7 @@ async def _run_and_write(bench: Bench, record: Job, held: Held) -> None:
 
 async def _run(bench: Bench, record: Job) -> dict[str, Any]:
     type = bench.types[record["type"]]
+    await _check_access(bench, record)
     if random.random() < bench.stores.settings.job_fault_rate:  # noqa: S311 - not a secret
         raise InjectedFault("injected fault")
     payload = fields.load(type.schema, record["payload"])
@@ -157,6 +163,17 @@ async def _run(bench: Bench, record: Job) -> dict[str, Any]:
     finally:
         keeping.cancel()
         await asyncio.gather(keeping, return_exceptions=True)
+
+
+async def _check_access(bench: Bench, record: Job) -> None:
+    """They may have lost their role while the job waited.
+
+    Raises:
+        NotFound, Forbidden: they have.
+    """
+    if record["projectId"]:
+        user, project = UUID(record["userId"]), UUID(record["projectId"])
+        await access.check(bench.stores.db, user=user, kind=Kind.PROJECT, id=project, role=Role.COLLABORATOR)
 
 
 async def _output(bench: Bench, record: Job) -> Output:
