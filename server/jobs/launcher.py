@@ -29,6 +29,7 @@ import time
 WATCH_SECONDS = 0.05
 DISK_SHARE = 10  # at most a tenth of the time goes into looking at the disk
 MOST_FILES = 10_000
+CGROUP_TRIES = 200
 LONGEST_MESSAGE = 4096
 STALE_SECONDS = 60.0
 MEGABYTE = 1 << 20
@@ -355,6 +356,8 @@ def act_as_init(config: dict, report: int) -> None:
 
 def become_bubblewrap(config: dict, report: int) -> None:
     """``inside.py`` follows within: it sets the limits, which bubblewrap itself would not fit into."""
+    if config["cgroup"]:
+        write(f"{config['cgroup']}/cgroup.procs", "0")
     if config["uid"] is not None:
         change_user(config["uid"])
     die_with_parent()
@@ -514,6 +517,45 @@ def kill(pids: "list[int]") -> None:
             continue
 
 
+def make_cgroup(config: dict) -> None:
+    os.mkdir(config["cgroup"])
+    for name, value in config["cgroupLimits"].items():
+        try:
+            write(f"{config['cgroup']}/{name}", value)
+        except OSError:
+            if name != "memory.swap.max":  # which is not there where there is no swap
+                raise
+
+
+def write(path: str, value: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        os.write(descriptor, value.encode())
+    finally:
+        os.close(descriptor)
+
+
+def ran_out_of_memory(cgroup: str) -> bool:
+    try:
+        with open(f"{cgroup}/memory.events") as file:
+            return any(line.startswith("oom_kill ") and int(line.split()[1]) > 0 for line in file)
+    except OSError:
+        return False
+
+
+def remove_cgroup(cgroup: str) -> None:
+    """All its processes have been reaped, but the kernel may take a moment to see that it is empty."""
+    for _ in range(CGROUP_TRIES):
+        try:
+            os.rmdir(cgroup)
+        except FileNotFoundError:
+            return
+        except OSError:
+            time.sleep(0.005)
+        else:
+            return
+
+
 class Watch:
     """Waits for the end of the program, and brings it about where a limit is passed."""
 
@@ -574,12 +616,18 @@ class Watch:
 
 def run(config: dict, stdout: int, stderr: int, channel: int) -> dict:
     began = time.monotonic()
-    child, status = start(config, stdout, stderr)
-    watch = Watch(config, child, status, channel)
     try:
+        if config["cgroup"]:
+            make_cgroup(config)
+        child, status = start(config, stdout, stderr)
+        watch = Watch(config, child, status, channel)
         ended, kilobytes = watch.until_end()
+        if config["cgroup"] and watch.why is None and ran_out_of_memory(config["cgroup"]):
+            watch.why = "memory"
     finally:
         kill_all()
+        if config["cgroup"]:
+            remove_cgroup(config["cgroup"])
     return {
         "exitCode": os.WEXITSTATUS(ended) if os.WIFEXITED(ended) else None,
         "signal": os.WTERMSIG(ended) if os.WIFSIGNALED(ended) else None,

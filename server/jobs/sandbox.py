@@ -21,6 +21,8 @@ from typing import Any
 
 import structlog
 
+from server.jobs import cgroups
+
 log = structlog.get_logger()
 
 LAUNCHER = Path(__file__).parent / "launcher.py"
@@ -109,15 +111,17 @@ class Tier:
     name: str
     users: tuple[str, ...]  # whose worker may use it
     bubblewrap: bool = False
+    cgroup: bool = False
     namespaces: bool = False
 
 
 ROOT, SOMEBODY = "root", "somebody"
+BWRAP_CGROUP = Tier("bwrap-cgroup", (ROOT, SOMEBODY), bubblewrap=True, cgroup=True)
 BWRAP = Tier("bwrap", (ROOT, SOMEBODY), bubblewrap=True)
 LANDLOCK_UID = Tier("landlock-uid", (ROOT,), namespaces=True)
 LANDLOCK = Tier("landlock", (SOMEBODY,), namespaces=True)
 LANDLOCK_BARE = Tier("landlock-bare", (SOMEBODY,))
-TIERS = (BWRAP, LANDLOCK_UID, LANDLOCK, LANDLOCK_BARE)
+TIERS = (BWRAP_CGROUP, BWRAP, LANDLOCK_UID, LANDLOCK, LANDLOCK_BARE)
 """From best to worst."""
 NO_TIER = Tier("none", ())
 
@@ -156,6 +160,7 @@ def installed() -> tuple[Language, ...]:
 class Sandbox:
     tier: Tier
     _launcher: "_Launcher | None" = None
+    _cgroup: Path | None = None
     _languages: Mapping[str, Language] = field(default_factory=dict)
     _starting: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -169,7 +174,10 @@ class Sandbox:
         where none does. To be closed."""
         launcher = await _Launcher.start()
         for tier in tiers() if candidates is None else candidates:
-            sandbox = cls(tier, launcher)
+            cgroup = cgroups.delegated() if tier.cgroup else None
+            if tier.cgroup and cgroup is None:
+                continue
+            sandbox = cls(tier, launcher, cgroup)
             for language in installed():
                 if language.name not in sandbox._languages and await sandbox._works(language):
                     sandbox._languages = {**sandbox._languages, language.name: language}
@@ -286,7 +294,8 @@ class Sandbox:
         for each in (work, code, stdin):
             os.chown(each, -1 if uid is None else uid, -1 if uid is None else uid)
         python = self._languages.get("python", program.language)
-        (root / "config.json").write_text(json.dumps(_config(root, program, self.tier, uid, python)))
+        config = _config(root, program, self.tier, uid, python) | _cgroup_config(self._cgroup, root, program.limits)
+        (root / "config.json").write_text(json.dumps(config))
 
 
 async def _in_thread(work: Callable[..., object], *arguments: object) -> None:
@@ -520,6 +529,13 @@ def _config(root: Path, program: Program, tier: Tier, uid: int | None, python: L
         "diskMb": limits.disk_mb,
         "openFiles": limits.open_files,
     }
+
+
+def _cgroup_config(top: Path | None, root: Path, limits: Limits) -> dict[str, Any]:
+    if top is None:
+        return {"cgroup": None}
+    files = cgroups.limits(memory_mb=limits.memory_mb, processes=limits.processes)
+    return {"cgroup": str(top / root.name), "cgroupLimits": files}
 
 
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")

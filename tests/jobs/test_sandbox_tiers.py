@@ -7,13 +7,15 @@ import re
 import struct
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
-from server.jobs import launcher, sandbox
+from server.jobs import cgroups, launcher, sandbox
 from server.jobs.sandbox import BWRAP, Sandbox, SandboxError, tiers
+from tests.devstack.pids import gone
 
 BPF_JUMP = 5
 HEADERS = {
@@ -107,6 +109,49 @@ def impatient_launcher(folder: Path) -> Path:
     path = folder / "launcher.py"
     path.write_text(source.replace("STALE_SECONDS = 60.0", "STALE_SECONDS = 0.05"))
     return path
+
+
+@pytest.fixture
+def group() -> Iterator[Path]:
+    """A control group that is ours, on any machine that has version 2 at all: with or without its controllers."""
+    tree = cgroups.mount()
+    if tree is None or not os.access(tree, os.W_OK):
+        pytest.skip("no cgroup v2 that may be written: it takes root outside of a container")
+    top = tree / f"test-{uuid4().hex}"
+    top.mkdir()
+    yield top
+    assert [each for each in top.iterdir() if each.is_dir()] == []
+    top.rmdir()
+
+
+async def test_a_programs_control_group_holds_all_of_it_and_ends_with_it(
+    group: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cgroups, "delegated", lambda: group)
+    if not set((group / "cgroup.controllers").read_text().split()) >= cgroups.NEEDED:
+        monkeypatch.setattr(cgroups, "limits", lambda **_: {})
+    else:
+        (group / "cgroup.subtree_control").write_text("+memory +pids")
+    box = await Sandbox.detect([sandbox.BWRAP_CGROUP])
+    assert box.tier.name == "bwrap-cgroup"
+    said = asyncio.Event()
+    code = "import os, time; os.fork() or os.setsid(); os.fork(); print('up', flush=True); time.sleep(60)"
+    job = asyncio.create_task(box.run("python", code, on_output=lambda *_: said.set()))
+    await said.wait()
+    [made] = [each for each in group.iterdir() if each.is_dir()]
+    processes = (made / "cgroup.procs").read_text().split()
+    assert len(processes) >= 4  # the program's, and what is around it
+    assert str(os.getpid()) not in processes
+    job.cancel()
+    await asyncio.wait([job])
+    assert not made.exists()
+    assert gone(map(int, processes), seconds=2)
+    await box.close()
+
+
+def test_a_control_group_that_nobody_delegated_is_left_alone() -> None:
+    found = cgroups.find()
+    assert found is None or cgroups.delegated() == found
 
 
 @pytest.mark.parametrize("machine", HEADERS)
