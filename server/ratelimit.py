@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from ipaddress import ip_network
 from typing import Any, TypeVar
 
 import limits
@@ -22,6 +23,7 @@ H = TypeVar("H", bound=Callable[..., Any])
 LISTEN_SECONDS, LISTEN_TIMES = 0.1, 5  # so long may Redis answer nobody before the local count does
 ASKING = 20  # at once, of two connections each: fewer than the pool has, which refuses whom it keeps waiting
 LOCAL_SECONDS = 5.0  # how long to count locally before Redis is asked again
+IPV6_PREFIX = 64
 BY_ADDRESS = frozenset({"auth"})  # budgets that the users of one address share, signed in or not
 
 
@@ -41,7 +43,17 @@ def limit_of(handler: Callable[..., Any]) -> str | None:
 
 def payer(name: str, *, user: object | None, client: str) -> str:
     """Whose budget a request is taken from: the user's, or the address's where nobody signed in."""
-    return f"address:{client}" if user is None or name in BY_ADDRESS else f"user:{user}"
+    return f"address:{_household(client)}" if user is None or name in BY_ADDRESS else f"user:{user}"
+
+
+def _household(client: str) -> str:
+    """Of IPv6 the first 64 bits: whoever has one such address has all of them."""
+    if ":" not in client:
+        return client
+    try:
+        return str(ip_network((client, IPV6_PREFIX), strict=False))
+    except ValueError:
+        return client
 
 
 @dataclass(frozen=True)

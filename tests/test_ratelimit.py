@@ -13,7 +13,7 @@ import limits
 import pytest
 from prometheus_client import REGISTRY
 
-from server.ratelimit import RateLimiter
+from server.ratelimit import RateLimiter, payer
 from server.resources import redis_client
 from server.settings import Settings
 from tests.actors import PASSWORD, Actor, Answer
@@ -141,6 +141,19 @@ async def test_a_forwarded_address_is_believed_from_trusted_proxies_only(
 
 def fallbacks() -> float:
     return REGISTRY.get_sample_value("rate_limiter_fallbacks_total") or 0.0
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("2001:db8:1:2::1", "2001:db8:1:2:ffff::9", True),
+        ("2001:db8:1:2::1", "2001:db8:1:3::1", False),
+        ("192.0.2.1", "192.0.2.2", False),
+        ("fe80::1%eth0", "fe80::1%eth0", True),
+    ],
+)
+def test_of_ipv6_the_network_pays(one: str, other: str, same: bool) -> None:
+    assert (payer("auth", user=None, client=one) == payer("auth", user=None, client=other)) is same
 
 
 async def test_while_redis_is_away_each_process_counts_for_itself(unused_tcp_port: int) -> None:

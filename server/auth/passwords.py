@@ -46,6 +46,10 @@ class Hasher:
         fits = await self._run(bcrypt.checkpw, _digest(password), against)
         return fits and hashed is not None
 
+    def is_current(self, hashed: str) -> bool:
+        """Whether it was made at this cost: ``$2b$12$…``."""
+        return hashed.split("$")[2] == f"{self.rounds:02}"
+
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 

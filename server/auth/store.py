@@ -71,6 +71,13 @@ async def change_user(
     )
 
 
+async def renew_hash(db: Executor, *, user: UUID, old_hash: str, new_hash: str) -> None:
+    """The same password, hashed at another cost."""
+    await db.execute(
+        "UPDATE users SET password_hash = $3 WHERE id = $1 AND password_hash = $2", user, old_hash, new_hash
+    )
+
+
 async def change_password(db: Executor, *, user: UUID, old_hash: str, new_hash: str) -> bool:
     """Whether the password was still the one that was verified."""
     return bool(

@@ -108,3 +108,25 @@ async def test_too_many_sign_ins_at_once_are_told_to_come_back(monkeypatch: pyte
     hasher.close()
     assert [answer for answer in answers if answer is True] == [True] * 5
     assert {getattr(answer, "code", None) for answer in answers if answer is not True} == {"unavailable"}
+
+
+async def test_a_login_renews_a_hash_of_another_cost(
+    make_server: MakeServer, http: aiohttp.ClientSession, database_url: str
+) -> None:
+    alice = await Actor(http, await make_server(bcrypt_rounds=4), "Alice").register()
+    dearer = alice.at(await make_server(bcrypt_rounds=5))
+    connection = await asyncpg.connect(database_url)
+
+    async def kept() -> str:
+        return await connection.fetchval("SELECT password_hash FROM users WHERE id = $1", alice.id)
+
+    try:
+        refused = await dearer.post("/auth/login", {"email": alice.email, "password": "Wrong12345"})
+        assert (refused.status, (await kept())[:7]) == (401, "$2b$04$")
+        await dearer.log_in()
+        renewed = await kept()
+        assert renewed[:7] == "$2b$05$"
+        await dearer.log_in()
+        assert await kept() == renewed
+    finally:
+        await connection.close()
