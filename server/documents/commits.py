@@ -14,6 +14,7 @@ import asyncpg
 import structlog
 from asyncpg import Record
 
+from server import metrics
 from server.documents import store
 from server.errors import ServiceError, Unavailable
 from server.postgres import Executor
@@ -99,14 +100,15 @@ class Commits:
 
     async def _commit(self, batch: Sequence[Edit]) -> None:
         try:
-            rows = await store.append(
-                self._db,
-                documents=[edit.room.id for edit in batch],
-                authors=[edit.author for edit in batch],
-                updates=[edit.update for edit in batch],
-                sizes=[edit.size for edit in batch],
-                pause_seconds=PAUSE_SECONDS,
-            )
+            with metrics.DOCUMENT_COMMITS.time():
+                rows = await store.append(
+                    self._db,
+                    documents=[edit.room.id for edit in batch],
+                    authors=[edit.author for edit in batch],
+                    updates=[edit.update for edit in batch],
+                    sizes=[edit.size for edit in batch],
+                    pause_seconds=PAUSE_SECONDS,
+                )
         except ServiceError as error:
             self._failed(batch, error)
         except asyncpg.PostgresError:

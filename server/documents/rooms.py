@@ -18,6 +18,7 @@ from aiohttp import web
 from asyncpg import Record
 from redis.exceptions import RedisError
 
+from server import metrics
 from server.documents import news, store, wire
 from server.documents.awareness import Awareness, Presence
 from server.documents.commits import PAUSE_SECONDS, Commits, Edit
@@ -183,10 +184,6 @@ class Rooms:
         self._unpublished: list[tuple[str, str, bytes]] = []
         self._to_publish = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        self.loads = 0  # from PostgreSQL, since the start
-
-    def __len__(self) -> int:
-        return len(self._rooms)
 
     # Life
 
@@ -269,6 +266,7 @@ class Rooms:
         room = self._rooms.get(document)
         if room is None:
             room = self._rooms[document] = Room(document, self)
+            metrics.DOCUMENTS_OPEN.inc()
             self._own(self._load(room))
         room.users += 1
         try:
@@ -289,7 +287,7 @@ class Rooms:
 
     async def _load(self, room: Room) -> None:
         """Subscribed before it is read: what is committed in between is heard."""
-        self.loads += 1
+        metrics.DOCUMENTS_LOADED.inc()
         room.users += 1
         try:
             await self._subscribe(room)
@@ -317,6 +315,7 @@ class Rooms:
     def _drop(self, room: Room) -> None:
         if self._rooms.get(room.id) is room:
             del self._rooms[room.id]
+            metrics.DOCUMENTS_OPEN.dec()
             self._subscriber.unsubscribe(room.channel, room)
 
     # Editing
@@ -376,6 +375,7 @@ class Rooms:
     def _pass_on(self, edit: Edit, update: Update) -> None:
         room = edit.room
         room.in_flight -= 1
+        metrics.DOCUMENT_UPDATES.labels("committed").inc()
         if edit.generation != room.generation and not room.knows(update.version):
             room.reapply(update)
         room.note(update.version)
@@ -395,6 +395,7 @@ class Rooms:
         """The live document shows what is not in the log: it must not be shown to anybody any more."""
         room = edit.room
         room.in_flight -= 1
+        metrics.DOCUMENT_UPDATES.labels("refused").inc()
         if not edit.done.done():
             edit.done.set_exception(error)
             edit.done.exception()  # not everybody waits

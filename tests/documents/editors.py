@@ -1,15 +1,20 @@
 """An editor as tests speak of it: a Yjs document in step with the server's, through the JSON socket."""
 
 import asyncio
+import itertools
 import random
 from base64 import b64decode, b64encode
 
+import aiohttp
 from pycrdt import Doc, Text
 
+from server.documents import wire
 from tests.actors import Actor
 from tests.sockets import Closed, Refused, Socket
 
 PATIENCE_SECONDS = 10.0
+RECONNECT_SECONDS = 30.0
+FAILURES = (Refused, Closed, aiohttp.ClientError, OSError, TimeoutError)
 
 
 class Editor:
@@ -19,7 +24,6 @@ class Editor:
         self.actor, self.document = actor, document
         self.doc: Doc[Text] = Doc()
         self.content = self.doc.get("content", type=Text)
-        self.acknowledged: list[str] = []
         self.socket: Socket
         self.version = 0
 
@@ -65,38 +69,56 @@ class Editor:
             while self.text != text:
                 self._apply(await self.socket.next(seconds=PATIENCE_SECONDS))
 
+    async def show(self, *entries: wire.Entry) -> None:
+        state = b64encode(wire.awareness_content(entries)).decode()
+        await self.socket.push("document:awareness", documentId=self.document, state=state)
+
+    async def sees(self) -> list[wire.Entry]:
+        """The next cursors that are shown."""
+        while (frame := await self.socket.next())["event"] != "document:awareness":
+            self._apply(frame)
+        return wire.parse_awareness(b64decode(frame["data"]["state"]))
+
+    async def mark(self, name: str, acknowledged: list[str]) -> None:
+        """Type numbered marks, one after the other, for as long as that works; note which were acknowledged."""
+        try:
+            for number in itertools.count():
+                mark = f"<{name}{number}>"
+                await self.type(mark, at=0)
+                acknowledged.append(mark)
+        except FAILURES:
+            return
+
     async def type_at_random(self, characters: str, *, seed: int, disconnects: float = 0.0) -> None:
         """One by one at random places; after a failure or a disconnect it comes back and carries on."""
         chance = random.Random(seed)
         for character in characters:
-            update = self.insert(character, at=chance.randrange(len(self.content) + 1))
+            before = self.text[: chance.randrange(len(self.text) + 1)]
+            update = self.insert(character, at=len(before.encode()))
             if chance.random() < disconnects:
                 await self.socket.raw.close()
             await self.deliver(update)
 
     async def deliver(self, update: bytes) -> None:
         """Until it is acknowledged, whatever it takes."""
-        async with asyncio.timeout(60):
-            while True:
-                try:
-                    await self.send(update)
-                except (Refused, Closed, ConnectionError, TimeoutError, OSError, AssertionError):
-                    await asyncio.sleep(0.1)
-                    await self.reconnect()
-                else:
-                    return
+        while True:
+            try:
+                await self.send(update)
+            except FAILURES:
+                await self.reconnect()
+            else:
+                return
 
     async def reconnect(self) -> None:
         await self.socket.raw.close()
-        while True:
-            try:
-                await self.open()
-            except (Refused, Closed, OSError, TimeoutError, AssertionError) as error:
-                if "WSServerHandshakeError" in repr(error):
-                    raise
-                await asyncio.sleep(0.2)
-            else:
-                return
+        async with asyncio.timeout(RECONNECT_SECONDS):
+            while True:
+                try:
+                    await self.open()
+                except FAILURES:
+                    await asyncio.sleep(0.1)
+                else:
+                    return
 
     def _apply(self, frame: dict) -> None:
         if frame["event"] == "document:update":

@@ -1,0 +1,195 @@
+"""Nothing acknowledged is lost, and all converge: over several processes, disconnects and kills."""
+
+import asyncio
+import contextlib
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from server.devstack.stack import Stack
+from tests.actors import Actor
+from tests.conftest import TEST_SETTINGS, MakeServer
+from tests.documents.editors import Editor, make_document
+from tests.processes import Processes, Server
+
+UNHURRIED = {"WS_FRAMES_PER_SECOND": "100000", "WS_BURST": "100000"}  # machines type faster than they may
+LETTERS = "abcdefghijklmnopqrstuvwxyzäöü𝄞é\n"
+
+
+@pytest.fixture
+def own_processes(own_stack: Stack, tmp_path: Path) -> Iterator[Processes]:
+    with Processes(TEST_SETTINGS | own_stack.environment, tmp_path) as running:
+        yield running
+
+
+@contextlib.asynccontextmanager
+async def typing(*editors: Editor) -> AsyncIterator[list[str]]:
+    """All type marks for as long as it works; what was acknowledged so far."""
+    acknowledged: list[str] = []
+    tasks = [asyncio.ensure_future(each.mark(f"{n}:", acknowledged)) for n, each in enumerate(editors)]
+    yield acknowledged
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    await asyncio.gather(*(each.socket.raw.close() for each in editors))
+
+
+async def text_of(actor: Actor, document: str) -> str:
+    """As REST has it, as soon as it answers."""
+    async with asyncio.timeout(20):
+        while True:
+            with contextlib.suppress(aiohttp.ClientError, OSError):
+                answer = await actor.get(f"/documents/{document}/content")
+                if answer.status == 200:
+                    return answer.body
+            await asyncio.sleep(0.1)
+
+
+async def test_two_editors_on_two_processes_converge_in_spite_of_disconnects(
+    alice: Actor, bob: Actor, workspace: str, make_server: MakeServer, full: bool, hang_up: None
+) -> None:
+    document = await make_document(alice, workspace)
+    hers, his = await Editor(alice, document).open(), await Editor(bob.at(await make_server()), document).open()
+    chance = random.Random(5)
+    many = 2000 if full else 200
+    typed = ["".join(chance.choice(LETTERS) for _ in range(many)) for _ in range(2)]
+    async with asyncio.timeout(300 if full else 60):
+        await asyncio.gather(
+            hers.type_at_random(typed[0], seed=1, disconnects=0.02),
+            his.type_at_random(typed[1], seed=2, disconnects=0.02),
+        )
+    text = await text_of(alice, document)
+    assert Counter(text) == Counter("".join(typed))
+    await asyncio.gather(hers.until(text), his.until(text))
+
+
+async def test_a_killed_server_loses_nothing_acknowledged(
+    alice: Actor, bob: Actor, workspace: str, processes: Processes, full: bool, hang_up: None
+) -> None:
+    document = await make_document(alice, workspace)
+    doomed = processes.server(**UNHURRIED)
+    for _ in range(5 if full else 1):
+        base = doomed.base
+        editors = [await Editor(alice.at(base), document).open() for _ in range(5)]
+        async with typing(*editors, await Editor(bob, document).open()) as acknowledged:
+            await asyncio.sleep(random.uniform(0.3, 1))
+            doomed.kill()
+            await asyncio.sleep(0.2)
+        assert acknowledged
+        doomed = processes.server(PORT=base.rpartition(":")[2], **UNHURRIED)
+        for actor in (alice, bob.at(doomed.base)):
+            text = await text_of(actor, document)
+            assert [mark for mark in acknowledged if mark not in text] == []
+
+
+async def servers_of(processes: Processes, http: aiohttp.ClientSession) -> tuple[Actor, Actor, str, str]:
+    """Two people on two processes, and a document."""
+    servers: list[Server] = [processes.server(**UNHURRIED), processes.server(**UNHURRIED)]
+    ada = await Actor(http, servers[0].base, "Ada").register()
+    ben = await Actor(http, servers[1].base, "Ben").register()
+    workspace = await ada.make_workspace(None, ben)
+    return ada, ben, await make_document(ada, workspace), workspace
+
+
+async def test_a_killed_postgresql_loses_nothing_acknowledged(
+    own_stack: Stack, own_processes: Processes, http: aiohttp.ClientSession, full: bool
+) -> None:
+    ada, ben, document, _ = await servers_of(own_processes, http)
+    for _ in range(5 if full else 1):
+        hers, his = await Editor(ada, document).open(), await Editor(ben, document).open()
+        listener = await Editor(ben, document).open()
+        async with typing(hers, his) as acknowledged:
+            await asyncio.sleep(random.uniform(0.3, 1))
+            await asyncio.to_thread(own_stack.postgres.kill)
+            await asyncio.sleep(0.5)
+        assert acknowledged
+        await asyncio.to_thread(own_stack.postgres.restart)
+        text = await text_of(ada, document)
+        assert [mark for mark in acknowledged if mark not in text] == []
+        # Who stayed connected carries on, and sees what was committed at the last moment.
+        await listener.deliver(listener.insert("back ", at=0))
+        text = await text_of(ada, document)
+        await listener.until(text)
+        late = await Editor(ada, document).open()
+        assert late.text == text
+        await asyncio.gather(late.socket.close(), listener.socket.close())
+
+
+async def test_a_killed_valkey_loses_nothing_and_delays_nobody_for_long(
+    own_stack: Stack, own_processes: Processes, http: aiohttp.ClientSession, full: bool
+) -> None:
+    ada, ben, document, _ = await servers_of(own_processes, http)
+    for _ in range(5 if full else 1):
+        hers, his = await Editor(ada, document).open(), await Editor(ben, document).open()
+        listener = await Editor(ben, document).open()
+        async with typing(hers, his) as acknowledged:
+            await asyncio.sleep(random.uniform(0.3, 1))
+            await asyncio.to_thread(own_stack.valkey.kill)
+            before = len(acknowledged)
+            await asyncio.sleep(1)
+        assert len(acknowledged) > before, "typing went on without Redis"
+        # Without Redis, what others have committed is found in PostgreSQL.
+        text = await text_of_committed(own_stack, ada, document, acknowledged)
+        await listener.until(text)
+        await asyncio.to_thread(own_stack.valkey.restart)
+        assert [mark for mark in acknowledged if mark not in await text_of(ada, document)] == []
+        await listener.socket.close()
+
+
+async def text_of_committed(stack: Stack, actor: Actor, document: str, acknowledged: list[str]) -> str:
+    text = await text_of(actor, document)
+    assert [mark for mark in acknowledged if mark not in text] == []
+    return text
+
+
+async def test_a_cold_document_is_loaded_once_however_many_open_it(
+    alice: Actor, workspace: str, make_server: MakeServer, hang_up: None
+) -> None:
+    document = await make_document(alice, workspace, content="x" * 100_000)
+
+    async def loads() -> float:
+        metrics = (await alice.get("/metrics")).body
+        return next(
+            float(line.split()[1]) for line in metrics.splitlines() if line.startswith("documents_loaded_total")
+        )
+
+    before = await loads()
+    sockets = await asyncio.gather(*(alice.connect() for _ in range(50)))
+    opened = await asyncio.gather(*(socket.push("document:open", documentId=document) for socket in sockets))
+    assert len({each["update"] for each in opened}) == 1
+    assert await loads() == before + 1
+
+
+def resident_megabytes(pid: int) -> float:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 / 1e6
+
+
+async def test_memory_returns_when_documents_are_closed(
+    alice: Actor, workspace: str, processes: Processes, full: bool, hang_up: None
+) -> None:
+    server = processes.server(**UNHURRIED)
+    many = 1000 if full else 150
+    documents = [
+        await make_document(alice, workspace, path=f"{n}.txt", content="0123456789" * 10_000) for n in range(many)
+    ]
+    socket = await alice.at(server.base).connect()
+
+    async def open_and_close_all() -> None:
+        for document in documents:
+            await socket.push("document:open", documentId=document)
+            await socket.push("document:close", documentId=document)
+
+    async def megabytes() -> float:
+        await asyncio.sleep(0.5)
+        return resident_megabytes(server.pid)
+
+    await open_and_close_all()
+    first = await megabytes()
+    await open_and_close_all()
+    assert await megabytes() - first < many * 0.1 / 3, "a third of what the texts alone would take"
+    metrics = (await alice.at(server.base).get("/metrics")).body
+    assert "documents_open 0.0" in metrics
