@@ -104,8 +104,13 @@ class unavailable:  # noqa: N801 - reads as a statement: with unavailable():
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, _AWAY):
+        if isinstance(error, _AWAY) or _is_closed_transport(error):
             raise Unavailable("PostgreSQL is unavailable") from error
+
+
+def _is_closed_transport(error: BaseException | None) -> bool:
+    """What uvloop says when asyncpg writes to a connection that the server has just dropped."""
+    return isinstance(error, RuntimeError) and "closed" in str(error)
 
 
 _AWAY = (
@@ -120,6 +125,7 @@ _AWAY = (
     asyncpg.DeadlockDetectedError,  # one of the two is to come back
     asyncpg.ReadOnlySQLTransactionError,
     asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # the connection broke in the middle of a statement
 )
 
 

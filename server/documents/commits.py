@@ -61,6 +61,7 @@ class Commits:
         self._more = asyncio.Event()
 
     async def run(self) -> None:
+        self._busy.clear()
         async with asyncio.TaskGroup() as lanes:
             for _ in range(LANES):
                 lanes.create_task(self._work())
@@ -114,6 +115,9 @@ class Commits:
         except asyncpg.PostgresError:
             log.exception("updates not committed", updates=len(batch))
             self._failed(batch, Unavailable("The update could not be stored"))
+        except Exception:
+            self._failed(batch, Unavailable("The update could not be stored"))
+            raise
         else:
             self._committed(batch, rows)
         finally:

@@ -7,13 +7,11 @@ from server.documents.logs import read_log
 from server.documents.workshop import Workshop
 from server.postgres import Database
 
-GRACE_SECONDS = 60.0  # that updates stay in the log after a snapshot, for those who catch up
 
-
-async def compact(db: Database, workshop: Workshop, document: UUID, *, grace_seconds: float = GRACE_SECONDS) -> bool:
+async def compact(db: Database, workshop: Workshop, document: UUID, *, grace_seconds: float) -> bool:
     """Merge the log of a document into a snapshot, by one process at a time; whether it was done.
 
-    Before the log is gone, the texts of the versions that users can name are kept.
+    For ``grace_seconds`` updates stay in the log all the same. Before they go, the texts of the versions that users can name are kept.
 
     Raises:
         NotFound, Unavailable: the document is gone; PostgreSQL is.

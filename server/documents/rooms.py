@@ -7,7 +7,7 @@ missed something compares version numbers, and reads the log.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 from uuid import UUID, uuid4
@@ -44,6 +44,7 @@ NAMING_SECONDS = 20.0
 NAMED_AT_ONCE = 100
 COMPACT_UPDATES = 1000
 COMPACT_BYTES = 2 << 20
+GRACE_SECONDS = 60.0  # that updates stay in the log after a snapshot, for those who catch up
 
 
 class Room:
@@ -188,8 +189,17 @@ class Rooms:
     # Life
 
     def start(self) -> None:
-        for coroutine in (self._commits.run(), self._publish(), self._sweep(), self._name_pauses()):
-            self._own(coroutine)
+        for endless in (self._commits.run, self._publish, self._sweep, self._name_pauses):
+            self._own(self._keep_running(endless))
+
+    async def _keep_running(self, endless: Callable[[], Awaitable[None]]) -> None:
+        """What was not foreseen ends one round, never the task: all documents depend on these."""
+        while True:
+            try:
+                await endless()
+            except Exception:  # a door of its own: nobody stands behind it
+                log.exception("a task of the documents failed")
+            await asyncio.sleep(RELOAD_SECONDS)
 
     async def stop(self) -> None:
         for task in list(self._tasks):
@@ -578,7 +588,7 @@ class Rooms:
 
     async def _compact(self, document: UUID) -> None:
         try:
-            await compact(self._db, self.workshop, document)
+            await compact(self._db, self.workshop, document, grace_seconds=GRACE_SECONDS)
         except (ServiceError, asyncpg.PostgresError) as error:
             log.warning("log not compacted", document=str(document), error=str(error))
 

@@ -83,8 +83,8 @@ class Connection:
 
     def write(self, frame: bytes, delivery: Delivery = Delivery.DURABLE, key: Hashable = None) -> None:
         """Send a prebuilt frame; ``key`` names what a newer one of ``Delivery.NEWEST`` replaces."""
-        if self.close_code is not None:
-            return
+        if self.close_code is not None or self._transport.is_closing():
+            return  # uvloop raises over a transport that is gone before its reader has noticed
         if self._writer is None and self._transport.get_write_buffer_size() < DIRECT_BYTES:
             self._transport.write(frame)
         else:

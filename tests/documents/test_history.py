@@ -1,0 +1,187 @@
+"""Named versions and compaction: what users can name is kept, and the log stays short while others append."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from uuid import UUID
+
+import asyncpg
+import pytest
+
+from server import postgres
+from server.documents import compaction, logs, store
+from server.documents.workshop import Workshop
+from server.postgres import Database
+from tests.actors import Actor
+from tests.documents.editors import Editor, make_document
+
+pytestmark = pytest.mark.usefixtures("hang_up")
+
+
+@pytest.fixture
+async def db(database_url: str) -> AsyncIterator[Database]:
+    made = await postgres.connect(database_url, size=5)
+    yield made
+    await made.close()
+
+
+async def rest_for(database_url: str, document: str, seconds: int) -> None:
+    """As if nobody had edited for so long."""
+    connection = await asyncpg.connect(database_url)
+    await connection.execute(
+        "UPDATE documents SET updated_at = updated_at - make_interval(secs => $2) WHERE id = $1",
+        UUID(document),
+        seconds,
+    )
+    await connection.execute(
+        "UPDATE document_updates SET at = at - make_interval(secs => $2) WHERE document_id = $1",
+        UUID(document),
+        seconds,
+    )
+    await connection.close()
+
+
+async def versions_of(actor: Actor, document: str) -> list[tuple[int, str]]:
+    return [(each["version"], each["cause"]) for each in (await actor.get(f"/documents/{document}/versions"))["items"]]
+
+
+async def test_a_pause_in_editing_names_what_was_there_before(
+    alice: Actor, bob: Actor, workspace: str, database_url: str
+) -> None:
+    document = await make_document(alice, workspace)
+    room, hers = await bob.connect(workspace), await Editor(alice, document).open()
+    await hers.type("before")
+    await rest_for(database_url, document, 299)
+    await hers.type(", still before")
+    assert await versions_of(bob, document) == [(1, "created")]
+    await rest_for(database_url, document, 301)
+    await hers.type(", after")
+    assert await versions_of(bob, document) == [(3, "pause"), (1, "created")]
+    assert (await bob.get(f"/documents/{document}/versions/3"))["content"] == "before, still before"
+    await room.assert_push("DOCUMENT_CHANGED", documentId=document, version=3, userId=alice.id, userName="Alice")
+    await room.refute_push()
+
+
+async def test_a_pause_is_named_though_nobody_comes_back(
+    alice: Actor, workspace: str, db: Database, database_url: str
+) -> None:
+    document = await make_document(alice, workspace)
+    hers = await Editor(alice, document).open()
+    await hers.type("the end")
+    await rest_for(database_url, document, 301)
+    named = await asyncio.gather(*(store.name_pauses(db, pause_seconds=300, limit=1000) for _ in range(5)))
+    mine = [row for rows in named for row in rows if str(row["document"]) == document]
+    assert [(row["paused_version"], str(row["paused_by"])) for row in mine] == [(2, alice.id)]
+    assert await versions_of(alice, document) == [(2, "pause"), (1, "created")]
+
+
+async def test_a_write_after_a_pause_names_both(alice: Actor, workspace: str, database_url: str) -> None:
+    document = await make_document(alice, workspace)
+    await (await Editor(alice, document).open()).type("typed")
+    await rest_for(database_url, document, 301)
+    await alice.put(f"/documents/{document}/content", data=b"put", headers={"If-Match": "*"})
+    assert await versions_of(alice, document) == [(3, "put"), (2, "pause"), (1, "created")]
+    assert (await alice.get(f"/documents/{document}/versions/2"))["content"] == "typed"
+
+
+async def log_length(db: Database, document: str) -> int:
+    return len(await store.read_log(db, document=UUID(document), after=0, limit=100_000))
+
+
+async def test_a_compacted_document_and_its_versions_read_as_before(
+    alice: Actor, workspace: str, db: Database, database_url: str
+) -> None:
+    document = await make_document(alice, workspace, content="0")
+    editor = await Editor(alice, document).open()
+    for number in range(1, 60):
+        await editor.type(f" {number}")
+        if number in (20, 40):
+            await rest_for(database_url, document, 301)
+    before = await versions_of(alice, document)
+    assert [version for version, _ in before] == [41, 21, 1]
+    texts = [(await alice.get(f"/documents/{document}/versions/{version}"))["content"] for version, _ in before]
+    await rest_for(database_url, document, 61)
+    assert await compaction.compact(db, Workshop(), UUID(document), grace_seconds=60)
+    assert await log_length(db, document) == 0
+    assert await versions_of(alice, document) == before
+    kept = [(await alice.get(f"/documents/{document}/versions/{version}"))["content"] for version, _ in before]
+    assert kept == texts
+    assert (await alice.get(f"/documents/{document}/content")).body == editor.text
+    await editor.type(" more")
+    late = await Editor(alice, document).open()
+    assert late.text == editor.text
+    assert (await alice.post(f"/documents/{document}/restore", {"version": 21})).status == 200
+    await late.until(texts[1])
+
+
+async def test_updates_that_are_appended_while_the_log_is_compacted_are_kept(
+    alice: Actor, bob: Actor, workspace: str, db: Database
+) -> None:
+    document = await make_document(alice, workspace)
+    hers, his = await Editor(alice, document).open(), await Editor(bob, document).open()
+    acknowledged: list[str] = []
+    typing = [asyncio.ensure_future(each.mark(name, acknowledged)) for each, name in ((hers, "a"), (his, "b"))]
+    done = 0
+    for _ in range(20):
+        made = await asyncio.gather(
+            *(compaction.compact(db, Workshop(), UUID(document), grace_seconds=0) for _ in range(3))
+        )
+        done += sum(made)
+        await asyncio.sleep(0.02)
+    for task in typing:
+        task.cancel()
+    await asyncio.wait(typing)
+    assert done >= 10
+    assert await log_length(db, document) < len(acknowledged)
+    text = (await alice.get(f"/documents/{document}/content")).body
+    assert [mark for mark in acknowledged if mark not in text] == []
+    assert (await (Editor(alice, document)).open()).text == text
+
+
+async def test_an_update_that_came_too_early_survives_compaction(alice: Actor, workspace: str, db: Database) -> None:
+    document = await make_document(alice, workspace)
+    editor = await Editor(alice, document).open()
+    first, second = editor.insert("a"), editor.insert("b")
+    await editor.send(second)
+    await editor.socket.close()
+    assert await compaction.compact(db, Workshop(), UUID(document), grace_seconds=0)
+    fresh = await Editor(alice, document).open()
+    assert fresh.text == ""
+    await fresh.send(first)
+    assert (await alice.get(f"/documents/{document}/content")).body == "ab"
+
+
+async def test_a_process_that_missed_more_than_the_log_holds_begins_anew(
+    alice: Actor, bob: Actor, workspace: str, db: Database, database_url: str
+) -> None:
+    """Another process, of which nothing is heard, writes and compacts."""
+    document = await make_document(alice, workspace, content="old")
+    his = await Editor(bob, document).open()
+    await logs.rewrite(db, Workshop(), UUID(document), author=UUID(alice.id), text="new one", cause="put")
+    await logs.rewrite(db, Workshop(), UUID(document), author=UUID(alice.id), text="new two", cause="put")
+    await compaction.compact(db, Workshop(), UUID(document), grace_seconds=0)
+    await his.until("new two")
+    assert await his.type("!") == 4
+
+
+async def test_a_log_of_a_thousand_updates_is_compacted_by_itself(
+    alice: Actor, workspace: str, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.documents.rooms.COMPACT_UPDATES", 50)
+    monkeypatch.setattr("server.documents.rooms.GRACE_SECONDS", 0)
+    document = await make_document(alice, workspace)
+    editor = await Editor(alice, document).open()
+    for number in range(60):
+        await editor.type(f"{number} ")
+    async with asyncio.timeout(5):
+        while await log_length(db, document) > 30:
+            await asyncio.sleep(0.05)
+    assert (await alice.get(f"/documents/{document}/content")).body == editor.text
+
+
+async def test_heavy_work_is_done_by_a_child(alice: Actor, workspace: str, db: Database) -> None:
+    document = await make_document(alice, workspace)
+    text = "".join(f"{number}\n" for number in range(100_000))
+    assert len(text) > 2 * 256 * 1024
+    await logs.rewrite(db, Workshop(), UUID(document), author=UUID(alice.id), text=text, cause="put")
+    assert await compaction.compact(db, Workshop(), UUID(document), grace_seconds=0)
+    assert (await alice.get(f"/documents/{document}/content")).body == text
