@@ -175,6 +175,7 @@ async def strike(town: Town, chance: random.Random, seconds: float) -> Counter[s
     return struck
 
 
+@pytest.mark.timeout(600)
 async def test_a_bad_day_loses_nothing_and_doubles_nothing(
     town: Town, http: aiohttp.ClientSession, full: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
