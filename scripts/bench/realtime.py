@@ -1,0 +1,423 @@
+"""How fast the socket is, beside the floor: a bare aiohttp handler that broadcasts to as many, in the same run.
+
+    .venv/bin/python scripts/bench/realtime.py [--seconds 5] [--only fanout,latency,rooms,connect,memory]
+
+Starts its own stores and one server process with the default settings, but for the limits. Deliveries are counted
+at the clients; the rate per second of the server's processor time says more where the machine has other work.
+"""
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import os
+import re
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import orjson
+import uvloop
+from aiohttp import web
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from server import migrations  # noqa: E402
+from server.devstack.stack import Stack  # noqa: E402
+from server.realtime.protocol import websocket_frame  # noqa: E402
+
+READERS = 500
+ROOMS, WRITERS = 100, 5
+WINDOW = 8  # messages that a writer has under way
+IDLE = (2000, 6000)
+PAYLOAD = {"path": "src/engine.py", "change": {"insert": "x" * 40, "at": 1234}}
+WELCOME = {"event": "welcome", "data": {"connectionId": "0" * 32, "userId": "0" * 36, "userName": "Somebody"}}
+
+
+class Client(asyncio.Protocol):
+    """A raw socket: hands over frames where asked to, and counts bytes where not."""
+
+    def __init__(self, token: str, on_frame: Callable[[bytes], None] | None = None) -> None:
+        self.token = token
+        self.on_frame = on_frame
+        self.bytes = 0
+        self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._answers: asyncio.Queue[bytes] = asyncio.Queue()
+        self._buffer = b""
+        self._shaken = False
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        key = base64.b64encode(os.urandom(16)).decode()
+        transport.write(
+            "GET /ws HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+            f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\nAuthorization: Bearer {self.token}\r\n\r\n".encode()
+        )
+
+    def data_received(self, data: bytes) -> None:
+        if self._shaken and self.on_frame is None:
+            self.bytes += len(data)
+            return
+        self._buffer += data
+        if not self._shaken:
+            head, found, rest = self._buffer.partition(b"\r\n\r\n")
+            if not found:
+                return
+            if b" 101 " not in head.split(b"\r\n")[0]:
+                raise SystemExit(head.decode())
+            self._shaken, self._buffer = True, rest
+        self._parse()
+
+    def _parse(self) -> None:
+        buffer, at = self._buffer, 0
+        while len(buffer) - at >= 2:
+            size, head = buffer[at + 1], 2
+            if size == 126:
+                size, head = int.from_bytes(buffer[at + 2 : at + 4], "big"), 4
+            elif size == 127:
+                size, head = int.from_bytes(buffer[at + 2 : at + 10], "big"), 10
+            if len(buffer) - at < head + size or (size == 0 and len(buffer) - at < head):
+                break
+            payload = buffer[at + head : at + head + size]
+            at += head + size
+            if not self.opened.done():
+                self.opened.set_result(None)
+            elif self.on_frame is not None:
+                self.on_frame(payload)
+            else:
+                self._answers.put_nowait(payload)
+        self._buffer = buffer[at:]
+
+    def send(self, event: str, data: Any, *, id: int) -> None:
+        payload = orjson.dumps({"event": event, "data": data, "id": id})
+        size = len(payload)
+        head = bytes([0x81, 0x80 | size]) if size < 126 else b"\x81\xfe" + size.to_bytes(2, "big")
+        self.transport.write(head + b"\0\0\0\0" + payload)  # masked with zeros
+
+
+class Target:
+    """A server under test: where it is, who may connect, and what it uses."""
+
+    def __init__(self, name: str, port: int, pid: int, tokens: list[str], rooms: list[str]) -> None:
+        self.name, self.port, self.pid, self.tokens, self.rooms = name, port, pid, tokens, rooms
+
+    async def connect(self, number: int = 0, on_frame: Callable[[bytes], None] | None = None) -> Client:
+        token = self.tokens[number % len(self.tokens)]
+        loop = asyncio.get_running_loop()
+        _, client = await loop.create_connection(lambda: Client(token, on_frame or ignore), "127.0.0.1", self.port)
+        await client.opened
+        return client
+
+    async def join(self, room: int, number: int = 0, on_frame: Callable[[bytes], None] | None = None) -> Client:
+        joined = asyncio.get_running_loop().create_future()
+
+        def wait(frame: bytes) -> None:
+            if b'"ack"' in frame[:20] and not joined.done():
+                joined.set_result(None)
+
+        client = await self.connect(number, wait)
+        client.send("join:workspace", {"workspaceId": self.rooms[room]}, id=1)
+        await joined
+        client.on_frame = on_frame
+        return client
+
+    def cpu(self) -> float:
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def memory(self) -> int:
+        return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def ignore(_: bytes) -> None:
+    return None
+
+
+def change(target: Target, room: int) -> dict[str, Any]:
+    return {"workspaceId": target.rooms[room], **PAYLOAD}
+
+
+async def fanout(target: Target, seconds: float) -> dict[str, float]:
+    """One room, one writer as fast as the room goes, READERS readers."""
+    sizes: list[int] = []
+    readers = [await target.join(0, number) for number in range(READERS - 1)]
+    sampled = await target.join(0, 1, lambda frame: sizes.append(len(websocket_frame(frame))))
+    sent = 0
+    writer = await target.join(0, 2, ignore)
+    await asyncio.sleep(1)
+    sizes.clear()
+    before, began, cpu = sum(reader.bytes for reader in readers), time.perf_counter(), target.cpu()
+    while time.perf_counter() - began < seconds:
+        while sent < len(sizes) + WINDOW:
+            writer.send("file:change", change(target, 0), id=sent)
+            sent += 1
+        await asyncio.sleep(0)
+    elapsed, used = time.perf_counter() - began, target.cpu() - cpu
+    received = sum(reader.bytes for reader in readers) - before + sum(sizes)
+    deliveries = received / statistics.mean(sizes)
+    await close([*readers, sampled, writer])
+    return {"deliveries/s": deliveries / elapsed, "deliveries/cpu s": deliveries / used}
+
+
+async def latency(target: Target, seconds: float) -> dict[str, float]:
+    """5,000 deliveries a second to READERS readers: from the writer's send to the reader's frame."""
+    times: list[float] = []
+    began = 0.0
+
+    def note(_: bytes) -> None:
+        times.append(time.perf_counter() - began)
+
+    readers = [await target.join(0, number, note) for number in range(READERS)]
+    writer = await target.join(0, 0, ignore)
+    await asyncio.sleep(1)
+    times.clear()
+    for number in range(int(seconds * 10)):
+        began = time.perf_counter()
+        writer.send("file:change", change(target, 0), id=number)
+        await asyncio.sleep(max(0.0, began + READERS / 5000 - time.perf_counter()))
+    await close([*readers, writer])
+    times.sort()
+    return {"p50 ms": times[len(times) // 2] * 1000, "p99 ms": times[len(times) * 99 // 100] * 1000}
+
+
+async def rooms(target: Target, seconds: float) -> dict[str, float]:
+    """ROOMS rooms of WRITERS members who all write, each a message at a time."""
+    counts = {"deliveries": 0, "messages": 0}
+    writers: list[Client] = []
+    running = True
+
+    def member(room: int) -> Callable[[bytes], None]:
+        def hear(frame: bytes) -> None:
+            if b'"ack"' in frame[:20]:
+                counts["messages"] += 1
+                if running:
+                    clients[0].send("file:change", change(target, room), id=1)
+            else:
+                counts["deliveries"] += 1
+
+        clients: list[Client] = []
+        hear.clients = clients  # type: ignore[attr-defined]
+        return hear
+
+    for room in range(ROOMS):
+        for number in range(WRITERS):
+            hear = member(room)
+            client = await target.join(room, number, hear)
+            hear.clients.append(client)  # type: ignore[attr-defined]
+            writers.append(client)
+    await asyncio.sleep(1)
+    counts.update(deliveries=0, messages=0)
+    began, cpu = time.perf_counter(), target.cpu()
+    for number, client in enumerate(writers):
+        client.send("file:change", change(target, number // WRITERS), id=1)
+    await asyncio.sleep(seconds)
+    elapsed, used = time.perf_counter() - began, target.cpu() - cpu
+    made = dict(counts)
+    running = False
+    await close(writers)
+    return {
+        "messages/s": made["messages"] / elapsed,
+        "deliveries/s": made["deliveries"] / elapsed,
+        "deliveries/cpu s": made["deliveries"] / used,
+    }
+
+
+async def connect(target: Target, _: float) -> dict[str, float]:
+    """Authenticated connections, 32 at a time, until each has its welcome."""
+    count, slots = 3000, asyncio.Semaphore(32)
+
+    async def one(number: int) -> Client:
+        async with slots:
+            return await target.connect(number)
+
+    began, cpu = time.perf_counter(), target.cpu()
+    clients = await asyncio.gather(*map(one, range(count)))
+    elapsed, used = time.perf_counter() - began, target.cpu() - cpu
+    await close(clients)
+    return {"connections/s": count / elapsed, "connections/cpu s": count / used}
+
+
+async def memory(target: Target, _: float) -> dict[str, float]:
+    """Of an idle connection: the slope of resident memory from the first number of them to the second."""
+    clients: list[Client] = []
+    sizes = []
+    for goal in IDLE:
+        while len(clients) < goal:
+            batch = range(len(clients), min(goal, len(clients) + 100))
+            clients += await asyncio.gather(*map(target.connect, batch))
+        await asyncio.sleep(2)
+        sizes.append(target.memory())
+    await close(clients)
+    return {"kB/connection": (sizes[1] - sizes[0]) / (IDLE[1] - IDLE[0]) / 1000}
+
+
+async def close(clients: list[Client]) -> None:
+    for client in clients:
+        client.transport.abort()
+    await asyncio.sleep(1.5)
+
+
+SCENARIOS: dict[str, Callable[[Target, float], Awaitable[dict[str, float]]]] = {
+    "fanout": fanout,
+    "latency": latency,
+    "rooms": rooms,
+    "connect": connect,
+    "memory": memory,
+}
+
+
+@contextlib.contextmanager
+def ours(folder: Path) -> Iterator[Target]:
+    with Stack(folder / "data") as stack:
+        migrations.apply(stack.postgres.url)
+        settings = {
+            "APP_ENV": "test",
+            "HOST": "127.0.0.1",
+            "PORT": "0",
+            "BCRYPT_ROUNDS": "4",
+            "RATE_LIMIT_AUTH": "off",
+            "RATE_LIMIT_DEFAULT": "off",
+            "LOG_LEVEL": "info",
+            "WS_FRAMES_PER_SECOND": "100000",
+            "WS_BURST": "100000",
+        }
+        environment = {**os.environ, **stack.environment, **settings}
+        log = folder / "server.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, str(ROOT / "run.py"), "server"], env=environment, stdout=output, stderr=output
+            )
+        try:
+            port = int(until(log, r"address\s*=\s*http://127.0.0.1:(\d+)|\"address\":\"http://127.0.0.1:(\d+)"))
+            tokens, made = asyncio.run(people_and_rooms(f"http://127.0.0.1:{port}/api/v1"))
+            yield Target("ours", port, process.pid, tokens, made)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            stack.mongo.kill()
+
+
+def until(log: Path, pattern: str) -> str:
+    for _ in range(300):
+        if found := re.search(pattern, log.read_text()):
+            return next(group for group in found.groups() if group)
+        time.sleep(0.1)
+    raise SystemExit(log.read_text())
+
+
+async def people_and_rooms(base: str) -> tuple[list[str], list[str]]:
+    async with aiohttp.ClientSession() as http:
+
+        async def post(path: str, body: Any, token: str = "") -> Any:
+            headers = {"Authorization": f"Bearer {token}"} if token else {}
+            async with http.post(base + path, json=body, headers=headers) as answer:
+                assert answer.status == 201, await answer.text()
+                return await answer.json()
+
+        emails = [f"user{number}@example.org" for number in range(10)]
+        people = [
+            await post("/auth/register", {"email": email, "password": "Lovelace1815", "name": "Somebody"})
+            for email in emails
+        ]
+        tokens = [each["accessToken"] for each in people]
+        project = (await post("/projects", {"name": "Bench"}, tokens[0]))["id"]
+        for email in emails[1:]:
+            await post(f"/projects/{project}/collaborators", {"email": email, "role": "COLLABORATOR"}, tokens[0])
+        made = [
+            (await post("/workspaces", {"projectId": project, "name": f"Room {number}"}, tokens[0]))["id"]
+            for number in range(ROOMS)
+        ]
+        return tokens, made
+
+
+@contextlib.contextmanager
+def floor() -> Iterator[Target]:
+    with subprocess.Popen([sys.executable, __file__, "--serve-floor"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            port = int(process.stdout.readline())
+            yield Target("floor", port, process.pid, ["nobody"], [str(room) for room in range(ROOMS)])
+        finally:
+            process.kill()
+
+
+async def serve_floor() -> None:
+    """A bare aiohttp handler: no identity, no access, no history, no other process; one prebuilt frame for all."""
+    members: dict[str, set[asyncio.Transport]] = {}
+
+    async def handler(request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse(compress=False)
+        await socket.prepare(request)
+        transport = request.transport
+        assert transport is not None
+        transport.write(websocket_frame(orjson.dumps(WELCOME)))
+        try:
+            async for message in socket:
+                frame = orjson.loads(message.data)
+                room = members.setdefault(frame["data"]["workspaceId"], set())
+                if frame["event"] == "join:workspace":
+                    room.add(transport)
+                else:
+                    event = {
+                        "event": "collaboration:event",
+                        "data": {
+                            "eventId": "1780000000000-0",
+                            **frame["data"],
+                            "type": "FILE_CHANGE",
+                            "userId": "0" * 36,
+                            "userName": "Somebody",
+                            "timestamp": "2026-01-01T00:00:00.000Z",
+                        },
+                    }
+                    built = websocket_frame(orjson.dumps(event))
+                    for each in room:
+                        if each is not transport and not each.is_closing():
+                            each.write(built)
+                transport.write(websocket_frame(orjson.dumps({"event": "ack", "data": {}, "id": frame["id"]})))
+        finally:
+            for room in members.values():
+                room.discard(transport)
+        return socket
+
+    app = web.Application()
+    app.router.add_get("/ws", handler)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0, backlog=1024)
+    await site.start()
+    print(runner.addresses[0][1], flush=True)
+    await asyncio.Event().wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--only", default=",".join(SCENARIOS), help="comma list of: %(default)s")
+    parser.add_argument("--serve-floor", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve_floor:
+        uvloop.run(serve_floor())
+        return
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    chosen = [name for name in SCENARIOS if name in arguments.only.split(",")]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, ours(Path(folder)) as one, floor() as other:
+        print(f"{'':10} {'':18} {'ours':>12} {'floor':>12} {'ratio':>7}")
+        for name in chosen:
+            mine = uvloop.run(SCENARIOS[name](one, arguments.seconds))
+            bare = uvloop.run(SCENARIOS[name](other, arguments.seconds))
+            for what, value in mine.items():
+                print(f"{name:10} {what:18} {value:12,.1f} {bare[what]:12,.1f} {value / bare[what]:7.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
