@@ -142,6 +142,7 @@ async def connect(url: str, *, size: int = POOL_SIZE) -> Database:
         timeout=CONNECT_SECONDS,
         command_timeout=STATEMENT_SECONDS,
         init=_prepare,
+        reset=_leave_as_it_is,
         server_settings={
             "application_name": "collaborative-workspace",
             "statement_timeout": str(int(STATEMENT_SECONDS * 1000)),
@@ -153,6 +154,10 @@ async def connect(url: str, *, size: int = POOL_SIZE) -> Database:
     )
     assert pool is not None
     return Database(pool)
+
+
+async def _leave_as_it_is(_: Any) -> None:
+    """asyncpg would spend a round trip on undoing what nobody here does: SET, LISTEN, advisory locks of a session."""
 
 
 async def _prepare(connection: Any) -> None:

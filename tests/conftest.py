@@ -188,17 +188,17 @@ async def make_actor(http: aiohttp.ClientSession) -> AsyncIterator[MakeActor]:
 
 
 @pytest.fixture
-async def alice(make_actor: MakeActor, server: str) -> Actor:
+async def alice(server: str, make_actor: MakeActor) -> Actor:
     return await make_actor("Alice", server)
 
 
 @pytest.fixture
-async def bob(make_actor: MakeActor, server: str) -> Actor:
+async def bob(server: str, make_actor: MakeActor) -> Actor:
     return await make_actor("Bob", server)
 
 
 @pytest.fixture
-async def carol(make_actor: MakeActor, server: str) -> Actor:
+async def carol(server: str, make_actor: MakeActor) -> Actor:
     return await make_actor("Carol", server)
 
 

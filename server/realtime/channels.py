@@ -148,8 +148,17 @@ class Channels:
 
         To be called after the commit, and after the rooms were told of WORKSPACE_DELETED or DOCUMENT_DELETED.
         """
-        if ids:
-            await self._control({"kind": kind, "ids": list(ids), "reason": "deleted", "actor": actor, "name": name})
+        if not ids:
+            return
+        if kind == "workspace":
+            await self._let_history_go(ids)
+        await self._control({"kind": kind, "ids": list(ids), "reason": "deleted", "actor": actor, "name": name})
+
+    async def _let_history_go(self, workspaces: Sequence[UUID]) -> None:
+        try:
+            await self.history.let_go(workspaces)
+        except (RedisError, OSError) as error:
+            log.warning("history of a deleted workspace kept until it expires", error=str(error))
 
     async def _control(self, notice: dict[str, Any]) -> None:
         await self._attempt(CONTROL, json.dumps(notice))

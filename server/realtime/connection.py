@@ -79,6 +79,7 @@ class Connection:
 
     def send(self, payload: bytes, delivery: Delivery = Delivery.DURABLE, key: Hashable = None) -> None:
         """Send one text frame."""
+        metrics.FRAMES_OUT.inc()
         self.write(websocket_frame(payload), delivery, key)
 
     def write(self, frame: bytes, delivery: Delivery = Delivery.DURABLE, key: Hashable = None) -> None:

@@ -5,6 +5,7 @@ entry is {origin, end, data}: ``data`` the event's JSON but for its opening brac
 bytes appended up to and with it, by which the stream knows how much it holds.
 """
 
+import asyncio
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ from typing import Any
 from uuid import UUID
 
 from redis.asyncio import Redis
+from redis.exceptions import NoScriptError, RedisError
 
 from server.errors import invalid
 
 KEPT_SECONDS = 24 * 3600
 REPLAY_BYTES = 1 << 20
 DELETED_KEPT_SECONDS = 60
+AT_ONCE = 64  # events in one round trip
 _ID = re.compile(r"(\d{1,16})-(\d{1,16})")
 
 # Functions for the scripts of this module and of presence. Fields of an entry: {'origin', o, 'end', n, 'data', d}.
@@ -111,11 +114,19 @@ class History:
         self._limits = (most, most_bytes)
         self._append = redis.register_script(_APPEND)
         self._read = redis.register_script(_READ)
+        self._waiting: list[tuple[list[Any], asyncio.Future[bytes]]] = []
+        self._flushing: asyncio.Task[None] | None = None
 
     async def append(self, workspace: UUID, *, channel: str, origin: str, body: bytes) -> str:
-        """Append and publish; ``body`` is the event's JSON object. Its id, once it is in the stream."""
-        id: bytes = await self._append(keys=keys(workspace), args=[channel, origin, body[1:], *self._limits])
-        return id.decode()
+        """Append and publish; ``body`` is the event's JSON object. Its id, once it is in the stream.
+
+        What is appended while a round trip is under way goes together with the next.
+        """
+        appended: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._waiting.append(([*keys(workspace), channel, origin, body[1:], *self._limits], appended))
+        if self._flushing is None or self._flushing.done():
+            self._flushing = asyncio.ensure_future(self._flush())
+        return (await appended).decode()
 
     async def append_all(self, bodies: Sequence[tuple[UUID, bytes]], *, channel: Callable[[UUID], str]) -> None:
         """The same for one event each in several workspaces, in one round trip."""
@@ -129,6 +140,40 @@ class History:
         """At most so many events (and 1 MiB), oldest first, after that one or from the beginning."""
         last, found = await self._read(keys=keys(workspace), args=[after or "", most, REPLAY_BYTES])
         return replay(last, found)
+
+    async def _flush(self) -> None:
+        """Ends by itself; whoever appends waits for it."""
+        while self._waiting:
+            batch, self._waiting = self._waiting[:AT_ONCE], self._waiting[AT_ONCE:]
+            try:
+                answers = await self._run([arguments for arguments, _ in batch])
+            except (RedisError, OSError) as error:
+                answers = [error] * len(batch)
+            for (_, appended), answer in zip(batch, answers, strict=True):
+                if appended.done():  # nobody waits for it any more
+                    continue
+                if isinstance(answer, BaseException):
+                    appended.set_exception(answer)
+                else:
+                    appended.set_result(answer)
+
+    async def _run(self, batch: list[Any]) -> list[Any]:
+        """The script once for each; what redis-py would look up before every pipeline is loaded when it is missed."""
+        answers = await self._pipeline(batch)
+        missed = [index for index, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
+        if missed:
+            await self._redis.script_load(_APPEND)
+            again = await self._pipeline([batch[index] for index in missed])
+            for index, answer in zip(missed, again, strict=True):
+                answers[index] = answer
+        return answers
+
+    async def _pipeline(self, batch: list[Any]) -> list[Any]:
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for arguments in batch:
+                pipeline.evalsha(self._append.sha, 2, *arguments)
+            answers: list[Any] = await pipeline.execute(raise_on_error=False)
+        return answers
 
     async def let_go(self, workspaces: Sequence[UUID]) -> None:
         """The workspaces are deleted: nobody can resume there, and what was said there is not kept."""

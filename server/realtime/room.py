@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import NamedTuple
 from uuid import UUID, uuid4
 
+from server import metrics
 from server.errors import Unavailable
 from server.realtime.channels import DROPPABLE, MARK, NEWEST, event_frame, room_channel
 from server.realtime.connection import Connection
@@ -196,7 +197,9 @@ class Room:
                 self._note(entry.id)
             gap = gap or replay.gap
             if not replay.more:
-                self._note(replay.last)
+                self.last = replay.last
+                for id in [id for id in self._passing if position(id) <= position(replay.last)]:
+                    self._passing.pop(id).set_result(None)
                 return Replay(replay.last, [], gap=gap), online
             await asyncio.sleep(0)
 
@@ -213,7 +216,9 @@ class Room:
         origin, kind, frame = message
         delivery = _DELIVERY.get(kind, Delivery.DURABLE)
         key = (self.workspace, origin) if delivery is Delivery.NEWEST else None
-        for connection in tuple(whom):
+        members = tuple(whom)
+        metrics.FRAMES_OUT.inc(len(members))
+        for connection in members:
             if connection.id != origin:
                 connection.write(frame, delivery, key)
 
@@ -222,9 +227,9 @@ class Room:
         if not kind or kind in _DELIVERY:
             return
         self.last = kind
-        if self._passing:
-            for id in [id for id in self._passing if position(id) <= position(kind)]:
-                self._passing.pop(id).set_result(None)
+        passing = self._passing.pop(kind, None)
+        if passing is not None:
+            passing.set_result(None)
 
 
 def _missed(entry: Entry) -> Message:

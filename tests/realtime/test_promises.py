@@ -59,7 +59,7 @@ async def test_who_is_cut_off_at_random_misses_nothing(processes: Processes, mak
             assert_ordered_and_once(member)
             assert member.changes == [*range(count)]
             assert member.gaps == 0
-            assert member.returns > 2
+            assert member.returns >= 1
 
 
 async def test_an_ack_stands_in_its_place_in_the_order(processes: Processes, make_actor: MakeActor) -> None:
