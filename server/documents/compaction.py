@@ -11,7 +11,8 @@ from server.postgres import Database
 async def compact(db: Database, workshop: Workshop, document: UUID, *, grace_seconds: float) -> bool:
     """Merge the log of a document into a snapshot, by one process at a time; whether it was done.
 
-    For ``grace_seconds`` updates stay in the log all the same. Before they go, the texts of the versions that users can name are kept.
+    For ``grace_seconds`` updates stay in the log all the same. Before they go, the texts of the versions that users
+    can name are kept.
 
     Raises:
         NotFound, Unavailable: the document is gone; PostgreSQL is.

@@ -48,13 +48,12 @@ class Live:
     """A pycrdt document, its text, and what it keeps aside."""
 
     def __init__(self, log_of_updates: Sequence[bytes]) -> None:
-        self._doc, self._text = revive(log_of_updates)
+        self._doc, self._text = updates.load(())
         self._bytes = sum(map(len, log_of_updates))  # at most so many
         self._measured = False
         self._since_measured = 0
         self._aside: bytes | None = None
-        if log_of_updates:
-            self._aside = updates.missing(updates.merge(log_of_updates), self._doc)
+        self._revive(log_of_updates)
 
     @property
     def size(self) -> int:
@@ -88,6 +87,17 @@ class Live:
         with guarded():
             return updates.is_known(update, self._doc)
 
+    def is_next(self, update: bytes) -> bool:
+        """Whether a well-formed update goes on where its one client stopped, as those of an editor do."""
+        known = wire.state_vector(self._doc.get_state())
+        try:
+            if wire.adds_nothing(update):
+                return all(known.get(each.client, 0) >= each.end for each in wire.deletions(update))
+            begins = wire.adds_at(update)
+        except wire.Malformed:
+            return False
+        return begins is not None and known.get(begins[0], 0) == begins[1]
+
     def demand_room_for(self, update: bytes) -> None:
         """Raises TooLarge where the document would become too large."""
         if self._bytes + len(update) <= MOST_STATE_BYTES:
@@ -113,19 +123,24 @@ class Live:
         self._bytes += len(update)
         self._since_measured += len(update)
 
-
-def revive(log_of_updates: Sequence[bytes]) -> tuple[updates.LiveDoc, updates.LiveText]:
-    """The document of a log. An update that pycrdt chokes on now, though it did not then, is left out."""
-    try:
-        with guarded():
-            return updates.load(log_of_updates)
-    except ValidationFailed:
-        log.exception("a log cannot be applied at once")
-    doc, text = updates.load(())
-    for update in log_of_updates:
+    def _revive(self, log_of_updates: Sequence[bytes]) -> None:
+        """Begin with a log. An update that pycrdt chokes on now, though it did not then, is left out."""
+        # A snapshot is large and complete: merging it with what follows would only take time.
+        first, rest = log_of_updates[:1], log_of_updates[1:]
         try:
             with guarded():
-                doc.apply_update(update)
+                parts = [*first, updates.merge(rest)] if rest else first
+                for part in parts:
+                    self._doc.apply_update(part)
+                aside = [missing for part in parts if (missing := updates.missing(part, self._doc))]
+                self._aside = updates.merge(aside) if aside else None
         except ValidationFailed:
-            log.exception("an update of a log cannot be applied", bytes=len(update))
-    return doc, text
+            log.exception("a log cannot be applied at once")
+        else:
+            return
+        self._doc, self._text = updates.load(())
+        for update in log_of_updates:
+            try:
+                self.apply(update)
+            except ValidationFailed:
+                log.exception("an update of a log cannot be applied", bytes=len(update))

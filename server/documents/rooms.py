@@ -336,12 +336,27 @@ class Rooms:
         Raises:
             ValidationFailed, TooLarge, NotFound, Forbidden, Unavailable: it is not in the log.
         """
-        edit = await self.begin(document, author=author, update=well_formed(update), origin=origin)
-        return await asyncio.shield(edit.done)
-
-    async def begin(self, document: UUID, *, author: UUID, update: bytes, origin: str) -> Edit:
-        """As ``edit``, for a well-formed update, and for who does not wait until it is in the log."""
         async with self.used(document) as room:
+            edit = await self.begin(document, author=author, update=well_formed(update), origin=origin)
+            if edit is not None:
+                return await asyncio.shield(edit.done)
+            while not await self._is_durable(room):
+                await self._ready(room)
+            return room.version
+
+    async def begin(self, document: UUID, *, author: UUID, update: bytes, origin: str) -> Edit | None:
+        """As ``edit``, for a well-formed update, and for who does not wait until it is in the log.
+
+        None where it is known already.
+        """
+        async with self.used(document) as room:
+            if not room.live.is_next(update):
+                if room.live.knows(update):
+                    return None
+                # pycrdt can be crashed by updates that contradict what is there. Those of an editor that types
+                # go on where it stopped, and have never been seen to.
+                await self.workshop.taste(room.live.update(), update)
+                await self._ready(room)
             return self._take(room, author=author, update=update, origin=origin)
 
     def vector(self, document: UUID) -> bytes:

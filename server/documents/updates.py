@@ -171,3 +171,11 @@ def _common_prefix(a: str, b: str) -> int:
         else:
             end = middle - 1
     return at
+
+
+def taste(state: bytes, update: bytes) -> int:
+    """Do with an update all that is done with it later; the size of the state it leads to."""
+    doc, text = load([state])
+    doc.apply_update(update)
+    missing(update, doc)
+    return len(str(text)) and len(doc.get_update())

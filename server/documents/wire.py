@@ -193,6 +193,15 @@ def deletions(update: bytes) -> Iterator[Range]:
             yield Range(client, start, start + reader.number())
 
 
+def adds_at(update: bytes) -> tuple[int, int] | None:
+    """The client, and the number of its first element, of an update that adds elements of one client only."""
+    reader = Reader(update)
+    if reader.number() != 1:
+        return None
+    reader.number()
+    return reader.number(), reader.number()
+
+
 def adds_nothing(update: bytes) -> bool:
     """Whether an update only deletes, if anything."""
     return update[:1] == b"\x00"

@@ -198,18 +198,20 @@ async def _handle(editor: YjsEditor, message: wire.Message, rooms: Rooms) -> Non
         case wire.Sync(wire.STEP_1, vector):
             update, _, _ = await rooms.difference(editor.document, vector)
             editor.say(wire.sync(wire.STEP_2, update))
-        case wire.Sync(_, update):
-            await _edit(editor, update, rooms)
+        case wire.Sync(step, update):
+            await _edit(editor, well_formed(update), rooms, compared=step == wire.STEP_2)
         case wire.Awareness(entries):
             rooms.say(editor.document, editor.id, editor.user.id, entries)
         case wire.QueryAwareness():
             _show_all(editor, rooms)
 
 
-async def _edit(editor: YjsEditor, raw: bytes, rooms: Rooms) -> None:
-    """Apply and commit; others hear of it when it is durable. The client is not told, but if it fails, closed."""
-    update = well_formed(raw)
-    if update == wire.NOTHING or rooms.knows(editor.document, update):
+async def _edit(editor: YjsEditor, update: bytes, rooms: Rooms, *, compared: bool) -> None:
+    """Apply and commit; others hear of it when it is durable. The client is not told, but if it fails, closed.
+
+    ``compared``: the update is an answer, which tells of every deletion anew.
+    """
+    if update == wire.NOTHING or (compared and rooms.knows(editor.document, update)):
         return
     access = editor.grants.get(Thing("document", editor.document))
     if access is None:  # in doubt
@@ -220,7 +222,8 @@ async def _edit(editor: YjsEditor, raw: bytes, rooms: Rooms) -> None:
         editor.say(PERMISSION_DENIED)
         return
     edit = await rooms.begin(editor.document, author=editor.user.id, update=update, origin=editor.id)
-    editor.in_flight.append(edit.done)
+    if edit is not None:
+        editor.in_flight.append(edit.done)
     while editor.in_flight and (editor.in_flight[0].done() or len(editor.in_flight) > IN_FLIGHT_EDITS):
         await asyncio.wait({editor.in_flight.popleft()})
 
