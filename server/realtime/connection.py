@@ -11,7 +11,7 @@ from server import metrics
 from server.realtime.channels import event_body, event_frame
 from server.realtime.outbox import Delivery, Outbox
 from server.realtime.peers import Revocation, Thing
-from server.realtime.protocol import close_frame, websocket_frame
+from server.realtime.protocol import close_frame, close_reply, websocket_frame
 from server.realtime.throttle import Throttle
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 DIRECT_BYTES = 64 << 10  # a transport with less than this to send is written to at once
 CLOSE_SECONDS = 2.0  # for a peer to take what waits for it, and again to answer the close frame
 OVERLOADED, GONE = 1013, 1006
-_ECHOED = {*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)}  # codes that may be sent (RFC 6455, 7.4)
 
 
 class Connection:
@@ -136,7 +135,7 @@ class Connection:
     def closed_by_peer(self, code: int | None) -> None:
         """The peer has closed, or is gone (None)."""
         if code is not None and self.close_code is None and not self._transport.is_closing():
-            self._transport.write(close_frame(code if code in _ECHOED else 1000))
+            self._transport.write(close_frame(close_reply(code)))
             self._transport.close()
 
     def ended(self) -> None:

@@ -71,7 +71,7 @@ class Realtime:
         self._rooms: dict[UUID, Room] = {}
         self._users: dict[UUID, UserPushes] = {}
         self._evict: dict[str, Callable[[Connection, UUID], None]] = {"workspace": self._turn_out}
-        self._departed: set[tuple[UUID, str]] = set()  # whom Redis has not been told of yet
+        self._departing: dict[tuple[UUID, str], asyncio.Task[None]] = {}  # of whom Redis has not been told yet
         self._tasks: set[asyncio.Task[Any]] = set()
         self._forever: list[asyncio.Task[None]] = []
 
@@ -135,11 +135,10 @@ class Realtime:
         """Say goodbye to all sockets: within DRAIN_SECONDS each has been closed with 1012."""
         self.draining = True
         deadline = asyncio.get_running_loop().time() + self.settings.drain_seconds
-        milliseconds = random.randint(0, RECONNECT_MILLISECONDS)  # noqa: S311 - spreads load
-        goodbye = websocket_frame(encode("server:draining", {"reconnectAfterMs": milliseconds}))
         peers = list(self.peers.values())
         for peer in peers:
-            peer.announce_draining(goodbye)
+            milliseconds = random.randint(0, RECONNECT_MILLISECONDS)  # noqa: S311 - spreads load
+            peer.announce_draining(websocket_frame(encode("server:draining", {"reconnectAfterMs": milliseconds})))
         if peers:
             await asyncio.sleep(min(LAST_WORDS_SECONDS, self.settings.drain_seconds / 4))
         spread = max(1, round(self.settings.drain_seconds / 2 / CLOSE_PAUSE_SECONDS))
@@ -176,6 +175,7 @@ class Realtime:
                 return await self.presence.join(workspace, member, since=None)
         if len(connection.grants) >= MOST_ROOMS:
             raise Conflict("In too many workspaces and documents at once")
+        await self._has_departed(workspace, connection)
         room = self._rooms.setdefault(workspace, Room(workspace, self._restore))
         connection.grants.pop(thing, None)
         arrival = await room.expect(connection)
@@ -195,9 +195,14 @@ class Realtime:
             connection.after_answer(lambda: room.admit(connection, last=replay.last))
         return replay, online
 
-    def leave(self, connection: Connection, workspace: UUID) -> None:
+    async def leave(self, connection: Connection, workspace: UUID) -> None:
+        """
+        Raises:
+            Unavailable: they are out, but Redis is away: others hear of it later.
+        """
         if connection.grants.pop(Thing("workspace", workspace), _NOTHING) is not _NOTHING:
             self._turn_out(connection, workspace)
+            await self._has_departed(workspace, connection)
 
     async def announce(self, type: str, *, workspace: UUID, connection: Connection, **more: Any) -> str:
         """Tell the others in the room, for good; the event's id once all that comes before it has been sent here."""
@@ -233,8 +238,18 @@ class Realtime:
                 del self._rooms[workspace]
                 self.subscriber.unsubscribe(room.channel, room)
         self.cursors.forget(workspace, connection.id)
-        self._departed.add((workspace, connection.id))
-        self.own(self._uncount(workspace, connection.id))
+        self._depart(workspace, connection.id)
+
+    def _depart(self, workspace: UUID, connection: str) -> None:
+        self._departing[workspace, connection] = self.own(self._uncount(workspace, connection))
+
+    async def _has_departed(self, workspace: UUID, connection: Connection) -> None:
+        """Who was here before may come again when they are known to have gone: else the two would cross."""
+        departing = self._departing.get((workspace, connection.id))
+        if departing is not None:
+            await asyncio.wait({departing})
+            if (workspace, connection.id) in self._departing:
+                raise Unavailable("Redis is unavailable")
 
     async def _uncount(self, workspace: UUID, connection: str) -> None:
         try:
@@ -242,7 +257,7 @@ class Realtime:
         except (RedisError, OSError) as error:
             log.debug("departure not told yet", error=str(error))
         else:
-            self._departed.discard((workspace, connection))
+            self._departing.pop((workspace, connection), None)
 
     async def _restore(self, room: Room, mark: str) -> tuple[Replay, list[Online]]:
         return await self.presence.restore(room.workspace, room.people(), since=room.last or None, mark=mark)
@@ -259,8 +274,9 @@ class Realtime:
                 log.warning("presence not renewed", error=str(error))
 
     async def _renew_leases(self) -> None:
-        for workspace, connection in list(self._departed):
-            await self._uncount(workspace, connection)
+        for (workspace, connection), departing in list(self._departing.items()):
+            if departing.done():  # in vain
+                self._depart(workspace, connection)
         rooms = [workspace for workspace, room in self._rooms.items() if room.members]
         taken_for_dead: list[UUID] = []
         for start in range(0, len(rooms), RENEWED_AT_ONCE):

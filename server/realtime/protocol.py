@@ -90,6 +90,16 @@ def close_frame(code: int, reason: str = "") -> bytes:
     return b"\x88" + len(body).to_bytes(1, "big") + body
 
 
+def close_reply(code: int) -> int:
+    """The code that answers the peer's (0 where it sent none): the same, where it may be sent (RFC 6455, 7.4)."""
+    if code == 0:
+        return 1000
+    return code if code in _SENDABLE else 1002
+
+
+_SENDABLE = {*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)}
+
+
 def pong_frame(body: bytes) -> bytes:
     return b"\x8a" + len(body).to_bytes(1, "big") + body
 

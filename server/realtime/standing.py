@@ -56,22 +56,22 @@ class Standing:
     def deliver(self, _origin: str, _kind: str, payload: bytes) -> None:
         self.notices += 1
         notice: dict[str, Any] = json.loads(payload)
-        sessions, user = set(notice.get("sessions", ())), notice.get("user")
+        sessions, users = _ids(notice, "sessions"), _ids(notice, "users")
+        user, project = _id(notice, "user"), _id(notice, "project")
         why = Revocation(notice.get("reason", ""), notice.get("actor"), notice.get("name", ""))
-        project, users = notice.get("project"), set(notice.get("users", ()))
-        things = {Thing(notice["kind"], UUID(id)) for id in notice.get("ids", ())}
+        things = {Thing(notice["kind"], id) for id in _ids(notice, "ids")}
         for peer in list(self._peers.values()):
-            if str(peer.user.session) in sessions or str(peer.user.id) == user:
+            if peer.user.session in sessions or peer.user.id == user:
                 peer.close(4401, "the session has ended")
             elif things:
                 for thing in things & peer.grants.keys():
                     peer.lose(thing, why)
-            elif str(peer.user.id) in users:
+            elif peer.user.id in users:
                 self._distrust(peer, project, why)
 
-    def _distrust(self, peer: Peer, project: str | None, why: Revocation) -> None:
+    def _distrust(self, peer: Peer, project: UUID | None, why: Revocation) -> None:
         for thing, access in peer.grants.items():
-            if access is None or str(access.project) == project:
+            if access is None or access.project == project:
                 peer.grants[thing] = None
                 self.doubt(peer, why)
 
@@ -123,3 +123,11 @@ class Standing:
             peer.lose(thing, why)
         else:
             peer.grants[thing] = access
+
+
+def _ids(notice: dict[str, Any], name: str) -> set[UUID]:
+    return {UUID(id) for id in notice.get(name, ())}
+
+
+def _id(notice: dict[str, Any], name: str) -> UUID | None:
+    return UUID(notice[name]) if name in notice else None

@@ -80,7 +80,7 @@ async def join_workspace(socket: Connection, data: dict[str, Any]) -> dict[str, 
 @messages.on("leave:workspace", LeaveWorkspace)
 async def leave_workspace(socket: Connection, data: dict[str, Any]) -> None:
     """Leave a workspace."""
-    socket.realtime.leave(socket, data["workspace_id"])
+    await socket.realtime.leave(socket, data["workspace_id"])
 
 
 @messages.on("file:change", FileChange, ack=FileChanged)

@@ -48,6 +48,20 @@ async def test_who_is_cut_off_leaves(alice: Actor, bob: Actor) -> None:
     await hers.assert_push("USER_LEAVE", seconds=3, userId=bob.id)
 
 
+async def test_leaving_and_joining_in_one_breath_ends_as_it_should(alice: Actor, bob: Actor) -> None:
+    workspace = await alice.make_workspace(None, bob)
+    hers, his = await alice.connect(workspace), await bob.connect(workspace)
+    for _ in range(30):
+        await his.send("leave:workspace", {"workspaceId": workspace})
+        await his.send("join:workspace", {"workspaceId": workspace})
+    await his.push("ping")
+    assert await online(alice, workspace) == {"Alice": 1, "Bob": 1}
+    heard = [(await hers.next())["data"]["type"] for _ in range(61)]
+    assert heard == ["USER_JOIN", *["USER_LEAVE", "USER_JOIN"] * 30]
+    await his.push("leave:workspace", workspaceId=workspace)
+    assert await online(alice, workspace) == {"Alice": 1}
+
+
 async def test_who_is_online_comes_in_pages(alice: Actor, bob: Actor, carol: Actor) -> None:
     workspace = await alice.make_workspace(None, bob, carol)
     for each in (alice, bob, carol):
