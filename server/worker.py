@@ -18,6 +18,7 @@ from server.jobs import collections, lifecycle, recovery, workers
 from server.jobs.announcements import Announcements
 from server.jobs.bell import Bell
 from server.jobs.dispatch import Dispatcher
+from server.jobs.files import Files
 from server.jobs.leases import Leases
 from server.jobs.lifecycle import Bench
 from server.jobs.queue import InOrder, UpkeepLane
@@ -95,6 +96,7 @@ def make_bench(settings: Settings, stores: Resources, sandbox: Sandbox) -> Bench
         announcements=Announcements(Channels(stores.redis, history)),
         leases=Leases(stores.mongo, worker=worker),
         sandbox=sandbox,
+        files=Files(stores.db),
         types=JOB_TYPES,
         worker=worker,
     )

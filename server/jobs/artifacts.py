@@ -1,50 +1,64 @@
 """Files that jobs make, in GridFS. One belongs to the attempt that made it; only a completed job's is shown."""
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from typing import Any
 
-from bson import ObjectId
+from bson import Binary, ObjectId
 from motor.motor_asyncio import AsyncIOMotorGridFSBucket
 from pymongo import ASCENDING
 
+from server.errors import TooLarge
 from server.jobs.store import Job
 
 KEPT = timedelta(days=7)
 LARGEST = 1 << 30
 ABANDONED = timedelta(hours=1)  # an upload that takes longer than any attempt
-READ_BYTES = 255 << 10
+CHUNK_BYTES = READ_BYTES = 255 << 10
 _NAME = "artifacts"
 
 
-class TooLargeArtifactError(Exception):
-    """More than an artifact may hold."""
-
-
 class Upload:
-    """What has been written so far: its size and hash."""
+    """Writes chunks as the specification of GridFS has them. PyMongo's own writer gathers 48 MB before it sends."""
 
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
+    def __init__(self, mongo: Any, id: ObjectId) -> None:
+        self._chunks = mongo[f"{_NAME}.chunks"]
+        self._id = id
         self._hash = hashlib.sha256()
+        self._buffer = bytearray()
+        self._written = 0
         self.size = 0
 
     async def write(self, data: bytes) -> None:
+        """Raises TooLarge where it becomes more than an artifact may hold."""
         self.size += len(data)
         if self.size > LARGEST:
-            raise TooLargeArtifactError(f"more than {LARGEST} bytes")
+            raise TooLarge(f"An artifact may have {LARGEST} bytes")
         self._hash.update(data)
-        await self._stream.write(data)
+        self._buffer += data
+        while len(self._buffer) >= CHUNK_BYTES:
+            await self._send(bytes(self._buffer[:CHUNK_BYTES]))
+            del self._buffer[:CHUNK_BYTES]
+
+    async def finish(self) -> None:
+        if self._buffer:
+            await self._send(bytes(self._buffer))
 
     @property
     def sha256(self) -> str:
         return self._hash.hexdigest()
 
+    async def _send(self, data: bytes) -> None:
+        await self._chunks.insert_one({"files_id": self._id, "n": self._written, "data": Binary(data)})
+        self._written += 1
+
 
 async def prepare(mongo: Any) -> None:
     await mongo[f"{_NAME}.files"].create_index([("metadata.job", ASCENDING)], name="job")
+    await mongo[f"{_NAME}.chunks"].create_index([("files_id", ASCENDING), ("n", ASCENDING)], name="chunk", unique=True)
 
 
 @asynccontextmanager
@@ -56,13 +70,16 @@ async def upload(mongo: Any, *, job: Job, name: str, content_type: str, now: dat
         "contentType": content_type,
         "expiresAt": now + KEPT,
     }
-    stream = _bucket(mongo).open_upload_stream(name, metadata=metadata)
+    id = ObjectId()
+    written = Upload(mongo, id)
     try:
-        yield Upload(stream)
+        yield written
+        await written.finish()
     except BaseException:
-        await stream.abort()
+        await asyncio.shield(mongo[f"{_NAME}.chunks"].delete_many({"files_id": id}))
         raise
-    await stream.close()
+    file = {"_id": id, "filename": name, "length": written.size, "chunkSize": CHUNK_BYTES, "uploadDate": now}
+    await mongo[f"{_NAME}.files"].insert_one({**file, "metadata": metadata})
 
 
 def described(upload: Upload, *, job: Job, name: str, now: datetime) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from server.jobs.files import Files
 from server.jobs.output import Output
 from server.jobs.sandbox import Sandbox
 from server.resources import Resources
@@ -20,6 +21,7 @@ class Attempt:
     stores: Resources
     sandbox: Sandbox
     output: Output
+    files: Files
     tell_progress: Callable[[float], Awaitable[None]]
     _told: float = field(default=0.0, init=False)
 

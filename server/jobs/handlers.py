@@ -13,7 +13,7 @@ from aiohttp_apispec import docs, json_schema, querystring_schema, response_sche
 from server import fields, json
 from server.auth.store import name_of_session
 from server.errors import Conflict, FieldError, Gone, NotFound, RangeNotSatisfiable, ValidationFailed, invalid
-from server.jobs import artifacts, bell, output, schemas, store
+from server.jobs import artifacts, bell, files, output, schemas, store
 from server.jobs.announcements import Announcements
 from server.jobs.dispatch import Dispatcher
 from server.jobs.store import Job
@@ -261,15 +261,19 @@ async def _place(
     request: web.Request, body: dict[str, Any], payload: dict[str, Any]
 ) -> tuple[UUID | None, UUID | None]:
     """Project and workspace of the job: what the request and the payload name must be of one project."""
+    db = request.app[RESOURCES].db
     granted = request.get(ACCESS)
-    workspace: UUID | None = body["workspace_id"] or payload.get("workspace_id")
-    if workspace and payload.get("workspace_id") not in (None, workspace):
-        raise invalid("workspaceId", "Not the workspace of the payload.")
-    inner = await access.check_named(request.app[RESOURCES].db, _IN_PAYLOAD, user=request[USER].id, values=payload)
+    inner = await access.check_named(db, _IN_PAYLOAD, user=request[USER].id, values=payload)
     if granted and inner and granted.project != inner.project:
         raise invalid("payload", "It names things of another project than the request.")
-    project = granted or inner
-    return project.project if project else None, workspace
+    workspaces = {body["workspace_id"], payload.get("workspace_id")}
+    if document := payload.get("document_id"):
+        workspaces.add(await files.workspace_of(db, document=document))
+    workspaces.discard(None)
+    if len(workspaces) > 1:
+        raise invalid("workspaceId", "Of another workspace than the rest.")
+    place = granted or inner
+    return place.project if place else None, next(iter(workspaces), None)
 
 
 async def _name(request: web.Request) -> str:

@@ -19,6 +19,7 @@ from server.jobs import artifacts, output, store
 from server.jobs.announcements import Announcements
 from server.jobs.attempt import Attempt
 from server.jobs.dispatch import Dispatcher
+from server.jobs.files import Files
 from server.jobs.leases import Held, Leases
 from server.jobs.output import Output
 from server.jobs.sandbox import Sandbox
@@ -49,6 +50,7 @@ class Bench:
     announcements: Announcements
     leases: Leases
     sandbox: Sandbox
+    files: Files
     types: Mapping[str, JobType]
     worker: str
 
@@ -154,7 +156,9 @@ async def _run(bench: Bench, record: Job) -> dict[str, Any]:
     payload = fields.load(type.schema, record["payload"])
     writer = await _output(bench, record)
     keeping = asyncio.ensure_future(writer.keep())
-    attempt = Attempt(record, bench.stores, bench.sandbox, writer, lambda percent: _progress(bench, record, percent))
+    attempt = Attempt(
+        record, bench.stores, bench.sandbox, writer, bench.files, lambda percent: _progress(bench, record, percent)
+    )
     try:
         async with asyncio.timeout(type.timeout):
             result = await type.run(attempt, payload)

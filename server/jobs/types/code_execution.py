@@ -2,10 +2,11 @@
 
 import dataclasses
 from typing import Any
+from uuid import UUID
 
-from marshmallow import fields, validate
+from marshmallow import ValidationError, fields, validate, validates_schema
 
-from server.fields import Schema, camel
+from server.fields import Id, Schema, camel
 from server.jobs.attempt import Attempt
 from server.jobs.sandbox import Limits
 from server.jobs.table import JobTable
@@ -18,7 +19,9 @@ MOST_ARGUMENTS = 64
 
 class CodeExecution(Schema):
     language = fields.String(required=True, validate=validate.OneOf(("python", "javascript", "bash")))
-    code = fields.String(required=True, validate=validate.Length(1, LONGEST_CODE))
+    code = fields.String(validate=validate.Length(1, LONGEST_CODE))
+    document_id = Id()
+    workspace_id = Id()
     stdin = fields.String(load_default="", validate=validate.Length(max=LONGEST_INPUT))
     args = fields.List(
         fields.String(validate=validate.Length(max=4096)),
@@ -28,15 +31,25 @@ class CodeExecution(Schema):
     timeout_seconds = fields.Integer(load_default=10, strict=True, validate=validate.Range(1, 60))
     memory_mb = fields.Integer(load_default=128, strict=True, validate=validate.Range(16, 512))
 
+    @validates_schema
+    def has_one_program(self, data: dict[str, Any], **_: Any) -> None:
+        if len({"document_id", "code"} & data.keys()) != 1:
+            raise ValidationError("Give either code or documentId.", "code")
+
 
 @jobs.on("CODE_EXECUTION", CodeExecution, timeout=90, needs=lambda payload: payload["language"])
 async def execute(attempt: Attempt, payload: dict[str, Any]) -> dict[str, Any]:
     """Run a program. One that exits non-zero, or hits a limit, is a completed job that says so."""
+    code, workspace = payload.get("code"), attempt.record["workspaceId"]
+    if code is None:
+        code = await attempt.files.text(payload["document_id"])
+    files = await attempt.files.for_program(UUID(workspace)) if workspace else {}
     outcome = await attempt.sandbox.run(
         payload["language"],
-        payload["code"],
+        code,
         stdin=payload["stdin"],
         args=payload["args"],
+        files=files,
         limits=Limits(timeout_seconds=payload["timeout_seconds"], memory_mb=payload["memory_mb"]),
         on_output=attempt.output.add,
     )

@@ -1,0 +1,98 @@
+"""The files of workspaces, as jobs read them: what PostgreSQL has, one at a time."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from asyncpg import Record
+
+from server.documents import logs
+from server.documents import store as documents
+from server.documents.workshop import Workshop
+from server.errors import NotFound, TooLarge
+from server.jobs.sandbox import MOST_FILE_BYTES, MOST_FILES
+from server.postgres import Executor
+from server.workspaces import store as workspaces
+
+PAGE = 200
+
+
+@dataclass(frozen=True)
+class File:
+    id: UUID
+    path: str
+    mime_type: str
+    size: int
+    updated_at: datetime
+
+
+class Files:
+    def __init__(self, db: Executor) -> None:
+        self._db = db
+        self._workshop = Workshop()
+
+    async def of_workspace(self, workspace: UUID) -> AsyncIterator[File]:
+        """In the order of their paths."""
+        after: str | None = None
+        while True:
+            rows = await documents.list_documents(self._db, workspace=workspace, limit=PAGE, after=after)
+            for row in rows[:PAGE]:
+                yield _file(row)
+            if len(rows) <= PAGE:
+                return
+            after = rows[PAGE - 1]["path"]
+
+    async def workspaces(self, project: UUID) -> AsyncIterator[tuple[UUID, str]]:
+        """Ids and names, oldest first."""
+        after: tuple[Any, Any] = (None, None)
+        while True:
+            rows = await workspaces.list_workspaces(self._db, project=project, limit=PAGE, after=after)
+            for row in rows[:PAGE]:
+                yield row["id"], row["name"]
+            if len(rows) <= PAGE:
+                return
+            after = rows[PAGE - 1]["created_at"], rows[PAGE - 1]["id"]
+
+    async def text(self, document: UUID) -> str:
+        """Raises NotFound where there is no such document (any more)."""
+        text, _ = await logs.text_at(self._db, self._workshop, document)
+        return text
+
+    async def content(self, file: File) -> bytes | None:
+        """None where it was deleted in the meantime."""
+        try:
+            return (await self.text(file.id)).encode()
+        except NotFound:
+            return None
+
+    async def for_program(self, workspace: UUID) -> dict[str, bytes]:
+        """All files of a workspace, for the sandbox.
+
+        Raises:
+            TooLarge: they are more than a sandbox takes.
+        """
+        found: dict[str, bytes] = {}
+        size = 0
+        async for file in self.of_workspace(workspace):
+            size += file.size
+            if len(found) >= MOST_FILES or size > MOST_FILE_BYTES:
+                raise TooLarge(f"A program may have {MOST_FILES} files of {MOST_FILE_BYTES} bytes in all")
+            content = await self.content(file)
+            if content is not None:
+                found[file.path] = content
+        return found
+
+
+async def workspace_of(db: Executor, *, document: UUID) -> UUID:
+    """Raises NotFound where there is no such document."""
+    row = await documents.read_document(db, document=document)
+    if row is None:
+        raise NotFound("No such document")
+    workspace: UUID = row["workspace_id"]
+    return workspace
+
+
+def _file(row: Record) -> File:
+    return File(row["id"], row["path"], row["mime_type"], row["size"], row["updated_at"])

@@ -1,0 +1,109 @@
+"""EXPORT: the files of a project or a workspace as one artifact, in constant memory."""
+
+import asyncio
+import tarfile
+import zlib
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+from marshmallow import ValidationError, fields, validate, validates_schema
+from zipstream import ZIP_DEFLATED, ZipStream
+
+from server import json
+from server.fields import Id, Schema
+from server.jobs import artifacts, store
+from server.jobs.attempt import Attempt
+from server.jobs.files import File
+from server.jobs.table import JobTable
+
+jobs = JobTable()
+GZIP = 31  # zlib's word for a gzip header and the largest window
+Member = tuple[str, File, bytes]
+
+
+class Export(Schema):
+    project_id = Id()
+    workspace_id = Id()
+    format = fields.String(required=True, validate=validate.OneOf(("json", "tar.gz", "zip")))
+
+    @validates_schema
+    def has_one_subject(self, data: dict[str, Any], **_: Any) -> None:
+        if len({"project_id", "workspace_id"} & data.keys()) != 1:
+            raise ValidationError("Give either projectId or workspaceId.", "projectId")
+
+
+@jobs.on("EXPORT", Export, timeout=300)
+async def export(attempt: Attempt, payload: dict[str, Any]) -> dict[str, Any]:
+    """Pack all files of a project or a workspace into one that can be downloaded for a week."""
+    pack, content_type = PACKERS[payload["format"]]
+    name, now = f"export.{payload['format']}", store.moment()
+    job, mongo = attempt.record, attempt.stores.mongo
+    async with artifacts.upload(mongo, job=job, name=name, content_type=content_type, now=now) as upload:
+        async for data in pack(members(attempt, payload)):
+            await upload.write(data)
+    return {"artifact": artifacts.described(upload, job=job, name=name, now=now)}
+
+
+async def members(attempt: Attempt, payload: dict[str, Any]) -> AsyncIterator[Member]:
+    """Path in the archive, file and content of every file; in a project's, paths begin with the workspace's name."""
+    taken: set[str] = set()
+    async for folder, workspace in folders(attempt, payload, taken):
+        async for file in attempt.files.of_workspace(workspace):
+            content = await attempt.files.content(file)
+            if content is not None:
+                yield folder + file.path, file, content
+
+
+async def folders(attempt: Attempt, payload: dict[str, Any], taken: set[str]) -> AsyncIterator[tuple[str, UUID]]:
+    if workspace := payload.get("workspace_id"):
+        yield "", workspace
+        return
+    async for id, name in attempt.files.workspaces(payload["project_id"]):
+        yield f"{folder_for(name, id, taken)}/", id
+
+
+def folder_for(name: str, id: UUID, taken: set[str]) -> str:
+    """The workspace's name as a directory: none that leads elsewhere, and each its own."""
+    safe = "".join(c if c.isprintable() and c not in '/\\:*?"<>|' else "_" for c in name).strip(" .") or "workspace"
+    folder = safe if safe.casefold() not in taken else f"{safe} ({id})"
+    taken.add(folder.casefold())
+    return folder
+
+
+async def zipped(files: AsyncIterator[Member]) -> AsyncIterator[bytes]:
+    archive = ZipStream(compress_type=ZIP_DEFLATED)
+    async for path, _, content in files:
+        archive.add(content, path)
+        yield await asyncio.to_thread(b"".join, archive.file())
+    yield await asyncio.to_thread(b"".join, archive.finalize())
+
+
+async def tarred(files: AsyncIterator[Member]) -> AsyncIterator[bytes]:
+    compressor = zlib.compressobj(wbits=GZIP)
+    async for path, file, content in files:
+        header = tarfile.TarInfo(path)
+        header.size, header.mtime = len(content), int(file.updated_at.timestamp())
+        padding = b"\0" * (-len(content) % tarfile.BLOCKSIZE)
+        raw = b"".join((header.tobuf(tarfile.PAX_FORMAT), content, padding))
+        yield await asyncio.to_thread(compressor.compress, raw)
+    yield compressor.compress(b"\0" * (2 * tarfile.BLOCKSIZE)) + compressor.flush()
+
+
+async def as_json(files: AsyncIterator[Member]) -> AsyncIterator[bytes]:
+    yield b'{"exportedAt":' + json.dumps(datetime.now(UTC)) + b',"documents":['
+    comma = b""
+    async for path, file, content in files:
+        described = {"path": path, "mimeType": file.mime_type, "updatedAt": file.updated_at}
+        yield comma + json.dumps({**described, "content": content.decode()})
+        comma = b","
+    yield b"]}"
+
+
+Pack = Callable[[AsyncIterator[Member]], AsyncIterator[bytes]]
+PACKERS: dict[str, tuple[Pack, str]] = {
+    "zip": (zipped, "application/zip"),
+    "tar.gz": (tarred, "application/gzip"),
+    "json": (as_json, "application/json"),
+}

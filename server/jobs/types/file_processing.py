@@ -1,0 +1,103 @@
+"""FILE_PROCESSING: what a workspace's files are."""
+
+import asyncio
+import hashlib
+from collections import Counter
+from typing import Any
+
+import charset_normalizer
+import filetype
+from marshmallow import fields, validate
+from pygments.lexers import get_lexer_for_filename
+from pygments.util import ClassNotFound
+
+from server.errors import NotFound, TooLarge
+from server.fields import Id, Schema, Text
+from server.jobs.attempt import Attempt
+from server.jobs.files import File
+from server.jobs.table import JobTable
+
+jobs = JobTable()
+MOST_PATHS = 1000
+MOST_FILES = 10_000
+ENCODING_SAMPLE = 64 << 10
+
+
+class FileProcessing(Schema):
+    workspace_id = Id(required=True)
+    paths = fields.List(Text(1, 512), validate=validate.Length(1, MOST_PATHS))
+
+
+@jobs.on("FILE_PROCESSING", FileProcessing, timeout=300)
+async def process(attempt: Attempt, payload: dict[str, Any]) -> dict[str, Any]:
+    """Measure and recognise the files of a workspace, or those at some paths."""
+    files = await chosen(attempt, payload)
+    found = []
+    for number, file in enumerate(files):
+        content = await attempt.files.content(file)
+        if content is not None:
+            found.append(await asyncio.to_thread(describe, file, content))
+        await attempt.progress(100 * (number + 1) / len(files))
+    return {"files": found, "totals": totals(found)}
+
+
+async def chosen(attempt: Attempt, payload: dict[str, Any]) -> list[File]:
+    wanted = payload.get("paths")
+    files = []
+    async for file in attempt.files.of_workspace(payload["workspace_id"]):
+        if wanted is None or file.path in wanted:
+            files.append(file)
+        if len(files) > MOST_FILES:
+            raise TooLarge(f"The workspace has more than {MOST_FILES} files")
+    if missing := set(wanted or ()) - {file.path for file in files}:
+        raise NotFound(f"No such file: {min(missing)}")
+    return files
+
+
+def describe(file: File, content: bytes) -> dict[str, Any]:
+    text = decoded(content)
+    return {
+        "path": file.path,
+        "size": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "mimeType": filetype.guess_mime(content) or file.mime_type,
+        "encoding": text and text[1],
+        "language": language_of(file.path),
+        "lines": text and text[0].count("\n") + (not text[0].endswith("\n") and bool(text[0])),
+        "words": text and len(text[0].split()),
+    }
+
+
+def decoded(content: bytes) -> tuple[str, str] | None:
+    """The text and its encoding; None where it is none."""
+    try:
+        return content.decode("ascii"), "ascii"
+    except UnicodeDecodeError:
+        pass
+    try:
+        return content.decode("utf-8"), "utf-8"
+    except UnicodeDecodeError:
+        best = charset_normalizer.from_bytes(content[:ENCODING_SAMPLE]).best()
+    if best is None:
+        return None
+    return content.decode(best.encoding, errors="replace"), best.encoding
+
+
+def language_of(path: str) -> str | None:
+    """By the file's name: to guess from its text takes a second for a megabyte."""
+    try:
+        name: str = get_lexer_for_filename(path).name
+    except ClassNotFound:
+        return None
+    return name
+
+
+def totals(found: list[dict[str, Any]]) -> dict[str, Any]:
+    languages = Counter(each["language"] for each in found if each["language"])
+    return {
+        "files": len(found),
+        "size": sum(each["size"] for each in found),
+        "lines": sum(each["lines"] or 0 for each in found),
+        "words": sum(each["words"] or 0 for each in found),
+        "languages": [{"language": name, "files": count} for name, count in sorted(languages.items())],
+    }

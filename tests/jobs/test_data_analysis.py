@@ -1,0 +1,132 @@
+"""DATA_ANALYSIS: what is in a table, within bounds."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.jobs import analysis
+from tests.actors import Actor
+from tests.jobs.asking import ask
+
+pytestmark = pytest.mark.usefixtures("worker")
+MEASURE = """
+import os, resource, subprocess, sys
+done = subprocess.run([sys.executable, "-I", sys.argv[1], str(os.getpid()), *sys.argv[2:]], env={}, capture_output=True)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, done.returncode, done.stdout.decode(), sep="\\n")
+"""
+
+
+async def analysed(who: Actor, format: str, content: str) -> dict[str, Any]:
+    job = await ask(who, {"type": "DATA_ANALYSIS", "payload": {"format": format, "content": content}})
+    done = await who.finished_job(job["id"])
+    assert done["status"] == "completed", done
+    result: dict[str, Any] = done["result"]
+    return result
+
+
+async def test_a_table_is_described_column_by_column(alice: Actor) -> None:
+    rows = [f"{n},{n * 2.5},{'Rome' if n < 8 else 'Oslo'},2024-01-{n + 1:02},{n % 2 == 0}" for n in range(10)]
+    result = await analysed(alice, "csv", "\n".join(["n,price,city,day,even", *rows, ",,,,"]))
+    assert result["rows"] == 11
+    n, price, city, day, even = result["columns"]
+    assert (n["name"], n["type"], n["nulls"], n["distinct"], n["min"], n["max"]) == ("n", "integer", 1, 10, 0, 9)
+    assert (n["mean"], round(n["std"], 3), n["quartiles"]) == (4.5, 3.028, [2.25, 4.5, 6.75])
+    assert (price["type"], price["max"], price["mean"]) == ("number", 22.5, 11.25)
+    assert (city["type"], city["distinct"], city["mean"], city["quartiles"]) == ("string", 2, None, None)
+    assert city["top"] == [{"value": "Rome", "count": 8}, {"value": "Oslo", "count": 2}]
+    assert (day["type"], day["min"], day["max"]) == ("date", "2024-01-01", "2024-01-10")
+    assert (even["type"], even["min"], even["max"]) == ("boolean", False, True)
+    assert result["correlations"] == [{"columns": ["n", "price"], "coefficient": 1.0}]
+    assert result["insights"] == [
+        "11 rows, 5 columns",
+        "n is missing in 1 of 11 rows (9.1 %)",
+        "price is missing in 1 of 11 rows (9.1 %)",
+        "city is missing in 1 of 11 rows (9.1 %)",
+        "city is mostly Rome (80 %)",
+        "day is missing in 1 of 11 rows (9.1 %)",
+        "even is missing in 1 of 11 rows (9.1 %)",
+        "price rises with n (correlation 1.00)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("format", "content"),
+    [("json", '[{"a": 1, "b": {"c": [1]}}, {"a": 3.5}]'), ("jsonl", '{"a": 1, "b": {"c": [1]}}\n{"a": 3.5}\n')],
+)
+async def test_json_is_a_table_too(alice: Actor, format: str, content: str) -> None:
+    result = await analysed(alice, format, content)
+    assert [(each["name"], each["type"], each["nulls"]) for each in result["columns"]] == [
+        ("a", "number", 0),
+        ("b", "json", 1),
+    ]
+
+
+async def test_the_data_of_a_document_are_analysed(alice: Actor, bob: Actor) -> None:
+    workspace = await alice.make_workspace()
+    made = await alice.post(f"/workspaces/{workspace}/documents", {"path": "data.csv", "content": "x\n1\n2\n"})
+    asked = {"type": "DATA_ANALYSIS", "payload": {"format": "csv", "documentId": made["id"]}}
+    job = await ask(alice, asked)
+    assert job["workspaceId"] == workspace
+    assert (await alice.finished_job(job["id"]))["result"]["columns"][0]["mean"] == 1.5
+    assert (await bob.post("/jobs", asked)).code == "not_found"
+
+
+async def test_what_is_not_what_it_is_said_to_be_fails_for_good(alice: Actor) -> None:
+    asked = {"type": "DATA_ANALYSIS", "payload": {"format": "jsonl", "content": '{"a":'}}
+    done = await alice.finished_job((await ask(alice, asked))["id"])
+    assert (done["status"], done["attempts"], done["error"]["code"]) == ("failed", 1, "validation_failed")
+    assert "JSON" in done["error"]["message"]
+    assert "/" not in done["error"]["message"]  # none of our paths
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        {"format": "csv"},
+        {"format": "csv", "content": ""},
+        {"format": "xlsx", "content": "x"},
+        {"format": "csv", "content": "x", "documentId": "6f0ffee8-9a3c-4cd9-8ffb-3f7e0f2b7a44"},
+    ],
+)
+async def test_a_payload_that_does_not_fit_is_refused(alice: Actor, payload: dict[str, Any]) -> None:
+    assert (await alice.post("/jobs", {"type": "DATA_ANALYSIS", "payload": payload})).status == 422
+
+
+def table(path: Path, size: int, row: Any) -> None:
+    with path.open("w") as file:
+        file.write("id,name,price,note\n")
+        number = 0
+        while file.tell() < size:
+            file.write(row(number))
+            number += 1
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        lambda n: f"{n},name{n % 5000},{random.random() * 100:.3f},{random.choice(['a', 'b'])}\n",
+        lambda n: f"{n},{random.randbytes(16).hex()},{random.random()},{random.randbytes(40).hex()}\n",
+    ],
+    ids=["few values", "every value its own"],
+)
+def test_ten_megabytes_are_analysed_within_128_mb(tmp_path: Path, row: Any) -> None:
+    table(tmp_path / "data", 10 << 20, row)
+    command = [sys.executable, "-c", MEASURE, analysis.__file__, str(tmp_path / "data"), "csv"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n", 2)
+    assert told[1] == "0"
+    assert json.loads(told[2])["columns"][0]["distinct"] > 50_000
+    assert int(told[0]) < 128 * 1024  # kilobytes
+
+
+def test_the_analysis_does_not_outlive_its_worker(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("x\n1\n")
+    stranger = subprocess.run(
+        [sys.executable, "-I", analysis.__file__, str(os.getppid()), str(tmp_path / "data"), "csv"], check=False
+    )
+    assert stranger.returncode == 1

@@ -1,0 +1,169 @@
+"""EXPORT: a workspace's or a project's files as one artifact, downloaded in whole or in parts."""
+
+import asyncio
+import hashlib
+import io
+import json
+import random
+import re
+import string
+import tarfile
+import zipfile
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pymongo
+import pytest
+
+from server.devstack.stack import Stack
+from tests.actors import Actor
+from tests.conftest import environment
+from tests.jobs.asking import ask
+from tests.processes import Processes
+
+FILES = {"main.py": "print('hé')\n", "docs/read me.md": "# Hello\n", "empty.txt": ""}
+
+
+async def workspace_with(who: Actor, files: dict[str, str], project: str | None = None) -> str:
+    workspace = await who.make_workspace(project)
+    for path, content in files.items():
+        made = await who.post(f"/workspaces/{workspace}/documents", {"path": path, "content": content})
+        assert made.status == 201, made
+    return workspace
+
+
+async def exported(who: Actor, **payload: Any) -> dict[str, Any]:
+    """The artifact, as the job's result shows it."""
+    done = await who.finished_job((await ask(who, {"type": "EXPORT", "payload": payload}))["id"], seconds=120)
+    assert done["status"] == "completed", done
+    artifact: dict[str, Any] = done["result"]["artifact"]
+    return artifact
+
+
+async def download(who: Actor, artifact: dict[str, Any], **headers: str) -> tuple[int, bytes, Any]:
+    async with who.http.get(who.base + artifact["url"], headers=who.headers | headers) as answer:
+        return answer.status, await answer.read(), answer.headers
+
+
+def unzipped(raw: bytes) -> dict[str, str]:
+    with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+        assert archive.testzip() is None
+        return {name: archive.read(name).decode() for name in archive.namelist()}
+
+
+def untarred(raw: bytes) -> dict[str, str]:
+    with tarfile.open(fileobj=io.BytesIO(raw), mode="r:gz") as archive:
+        return {each.name: archive.extractfile(each).read().decode() for each in archive}  # type: ignore[union-attr]
+
+
+def unpacked(raw: bytes) -> dict[str, str]:
+    return {each["path"]: each["content"] for each in json.loads(raw)["documents"]}
+
+
+@pytest.mark.usefixtures("worker")
+@pytest.mark.parametrize(("format", "read"), [("zip", unzipped), ("tar.gz", untarred), ("json", unpacked)])
+async def test_what_is_exported_is_what_was_there(
+    alice: Actor, format: str, read: Callable[[bytes], dict[str, str]]
+) -> None:
+    workspace = await workspace_with(alice, FILES)
+    artifact = await exported(alice, workspaceId=workspace, format=format)
+    status, raw, headers = await download(alice, artifact)
+    assert (status, len(raw), hashlib.sha256(raw).hexdigest()) == (200, artifact["size"], artifact["sha256"])
+    assert read(raw) == FILES
+    assert artifact["name"] == f"export.{format}"
+    assert artifact["url"].startswith("/api/v1/jobs/")
+    assert headers["Content-Disposition"] == f"attachment; filename*=UTF-8''export.{format}"
+    assert headers["Accept-Ranges"] == "bytes"
+    expires = datetime.fromisoformat(artifact["expiresAt"])
+    assert timedelta(days=6) < expires - datetime.now(UTC) < timedelta(days=8)
+
+
+@pytest.mark.usefixtures("worker")
+async def test_a_projects_workspaces_are_folders_of_their_own(alice: Actor) -> None:
+    project = await alice.make_project()
+    first = await workspace_with(alice, {"a.txt": "1"}, project)
+    second = await workspace_with(alice, {"a.txt": "2"}, project)  # of the same name
+    await alice.patch(f"/workspaces/{first}", {"name": "../../etc"})
+    third = await workspace_with(alice, {"a.txt": "3"}, project)
+    artifact = await exported(alice, projectId=project, format="zip")
+    _, raw, _ = await download(alice, artifact)
+    assert unzipped(raw) == {"_.._etc/a.txt": "1", "Numbers/a.txt": "2", f"Numbers ({third})/a.txt": "3"}
+    assert second != third
+
+
+@pytest.mark.usefixtures("worker")
+async def test_parts_of_an_artifact_can_be_asked_for(alice: Actor) -> None:
+    noise = "".join(random.choices(string.ascii_letters, k=600_000))
+    artifact = await exported(alice, workspaceId=await workspace_with(alice, {"noise.txt": noise}), format="zip")
+    _, raw, headers = await download(alice, artifact)
+    size = len(raw)
+    for asked, expected in (
+        ("0-9", raw[:10]),
+        ("300000-", raw[300_000:]),
+        ("-5", raw[-5:]),
+        (f"5-{size * 2}", raw[5:]),
+    ):
+        status, part, got = await download(alice, artifact, Range=f"bytes={asked}")
+        assert (status, part == expected) == (206, True)
+        start = size - len(expected) if asked != "0-9" and not asked.startswith("5-") else int(asked[0])
+        assert got["Content-Range"] == f"bytes {start}-{start + len(part) - 1}/{size}"
+    status, body, got = await download(alice, artifact, Range=f"bytes={size}-")
+    assert (status, json.loads(body)["code"]) == (416, "range_not_satisfiable")
+    assert got["Content-Range"] == f"bytes */{size}"
+    for whole in ({"Range": "bytes=0-1,5-6"}, {"Range": "lines=1-2"}, {"Range": "bytes=0-9", "If-Range": '"other"'}):
+        assert (await download(alice, artifact, **whole))[:2] == (200, raw)
+    assert (await download(alice, artifact, **{"If-None-Match": headers["ETag"]}))[0] == 304
+
+
+@pytest.mark.usefixtures("worker")
+async def test_an_artifact_is_for_those_who_see_its_job(alice: Actor, bob: Actor, carol: Actor) -> None:
+    project = await alice.make_project(bob)
+    artifact = await exported(alice, projectId=project, format="json")
+    assert (await download(bob, artifact))[0] == 200
+    assert (await download(carol, artifact))[0] == 404
+    other = artifact | {"url": artifact["url"] + "x"}
+    assert (await download(alice, other))[0] == 404
+
+
+@pytest.mark.usefixtures("worker")
+async def test_an_expired_artifact_is_gone(alice: Actor, stack: Stack) -> None:
+    artifact = await exported(alice, workspaceId=await workspace_with(alice, {}), format="zip")
+    job = artifact["url"].split("/")[4]
+    with pymongo.MongoClient[dict[str, Any]](stack.mongo.url) as client:
+        jobs = client.get_default_database()["jobs"]
+        jobs.update_one({"_id": job}, {"$set": {"result.artifact.expiresAt": datetime.now(UTC) - timedelta(1)}})
+    status, body, _ = await download(alice, artifact)
+    assert (status, json.loads(body)["code"]) == (410, "gone")
+
+
+async def test_many_documents_are_exported_in_constant_memory(
+    processes: Processes, quiet: dict[str, str], http: aiohttp.ClientSession, full: bool
+) -> None:
+    where = environment(quiet)
+    server, worker = processes.server(**where), processes.worker(**where).ready()
+    ada = await Actor(http, server.base, "Ada").register()
+    small = await workspace_with(ada, {"a.txt": "a"})
+    await exported(ada, workspaceId=small, format="zip")
+    before = peak_of(worker.pid)
+    workspace = await ada.make_workspace()
+    noise = "".join(random.choices(string.ascii_letters, k=200_000))
+    count = 1000 if full else 200
+    for start in range(0, count, 10):
+        made = [
+            ada.post(f"/workspaces/{workspace}/documents", {"path": f"{n}.txt", "content": f"{n}{noise}"})
+            for n in range(start, start + 10)
+        ]
+        assert {answer.status for answer in await asyncio.gather(*made)} == {201}
+    artifact = await exported(ada, workspaceId=workspace, format="tar.gz")
+    assert artifact["size"] > count * 100_000
+    assert peak_of(worker.pid) - before < 24_000  # kilobytes, of which there were 40,000 or 200,000
+
+
+def peak_of(pid: int) -> int:
+    """The most resident memory so far, in kilobytes."""
+    found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    assert found
+    return int(found.group(1))
