@@ -24,13 +24,14 @@ from server.documents import handlers as documents
 from server.documents.messages import messages as document_messages
 from server.documents.rooms import ROOMS, Rooms
 from server.documents.yjs import yjs
-from server.jobs import collections
+from server.jobs import collections, dashboard
 from server.jobs import handlers as jobs
 from server.jobs.announcements import Announcements
 from server.jobs.dispatch import Dispatcher
 from server.jobs.types import JOB_TYPES
 from server.jobs.workers import Roster
 from server.ops import handlers as ops
+from server.ops import operators
 from server.projects import access, invitations
 from server.projects import handlers as projects
 from server.ratelimit import RateLimiter, limit
@@ -98,6 +99,9 @@ def create_app(settings: Settings, stores: Resources) -> web.Application:
         app.router.add_routes(routes)
     app.router.add_get("/ws", limit(None)(public(websocket)))
     app.router.add_get("/yjs/{documentId}", limit(None)(public(yjs)))
+    if not operators.are_shut_out(settings):
+        lanes = app[jobs.DISPATCHER].lanes.values()
+        app.add_subapp(dashboard.PREFIX, dashboard.make(lanes, operators.demand(settings)))
     openapi.add_swagger(app, swagger_document())
     described = asyncapi_document()
     openapi.add_page(app, asyncapi.DOCUMENT, json.dumps(described))

@@ -8,8 +8,10 @@ from typing import Any
 import prometheus_client
 from aiohttp import web
 from aiohttp_apispec import docs
+from redis.exceptions import RedisError
 
 from server import __version__
+from server.jobs.handlers import ROSTER
 from server.ratelimit import limit
 from server.resources import ping
 from server.rest import answers
@@ -32,7 +34,7 @@ DRAINING = web.AppKey("draining", Draining)
 _ANSWERS = {
     "health": {200: {"description": "with the version, and the seconds since the start"}},
     "ready": {
-        200: {"description": "every store answers"},
+        200: {"description": "every store answers; with what the workers report"},
         503: {"description": "one does not, or the process is stopping; with each store's state and latency"},
     },
     "metrics": {200: {"description": "the text format"}},
@@ -66,7 +68,7 @@ async def ready(request: web.Request) -> web.Response:
     draining = request.app[DRAINING].begun
     up = not draining and all(store["status"] == "up" for store in stores.values())
     status = "draining" if draining else "ready" if up else "unavailable"
-    body = {"status": status, "version": __version__, "stores": stores}
+    body = {"status": status, "version": __version__, "stores": stores, "workers": await _workers(request)}
     return answers.json(body, status=200 if up else 503, headers=None if up else {"Retry-After": "2"})
 
 
@@ -79,6 +81,15 @@ async def metrics(_: web.Request) -> web.Response:
         body=prometheus_client.generate_latest(),
         headers={"Content-Type": prometheus_client.CONTENT_TYPE_LATEST},
     )
+
+
+async def _workers(request: web.Request) -> list[dict[str, Any]] | None:
+    """What the workers report of themselves; None where it is not known. Readiness does not depend on them."""
+    try:
+        workers = await request.app[ROSTER].workers()
+    except (RedisError, OSError):
+        return None
+    return [{"worker": each.worker, "sandbox": each.tier, "languages": each.languages} for each in workers]
 
 
 async def check_stores(pings: Mapping[str, Awaitable[Any]]) -> dict[str, dict[str, Any]]:

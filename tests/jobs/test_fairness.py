@@ -47,7 +47,7 @@ async def test_two_servers_together_do_not_give_a_user_more_than_the_share(
     sleeper = program("import time\ntime.sleep(0.3)")
     jobs = await asyncio.gather(*(ask(doors[n % 2], sleeper) for n in range(12)))
     for _ in range(2):
-        processes.worker(**where).ready()
+        processes.worker(**where)
     most = 0
     async with asyncio.timeout(60):
         while (stats := (await ada.get("/jobs/stats")).body)["user"]["completed"] < len(jobs):

@@ -1,0 +1,45 @@
+"""Operators show Basic credentials of their own: OPS_USERNAME and OPS_PASSWORD."""
+
+import base64
+import hmac
+
+from aiohttp import hdrs, web
+from aiohttp_basicauth import BasicAuthMiddleware
+
+from server.settings import Settings
+
+
+class Operators(BasicAuthMiddleware):  # type: ignore[misc]
+    """As its parent, but how long it takes tells nothing."""
+
+    async def authenticate(self, request: web.Request) -> bool:
+        # Not by its parent: that asks a class of aiohttp which warns that it will go.
+        scheme, _, encoded = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+        try:
+            username, _, password = base64.b64decode(encoded, validate=True).decode().partition(":")
+        except ValueError:
+            return False
+        return scheme.lower() == "basic" and await self.check_credentials(username, password, request)
+
+    async def check_credentials(self, username: str, password: str, request: web.Request) -> bool:  # noqa: ARG002
+        return _same(username, self.username) & _same(password, self.password)
+
+
+def are_configured(settings: Settings) -> bool:
+    return bool(settings.ops_username and settings.ops_password)
+
+
+def are_shut_out(settings: Settings) -> bool:
+    """Whether what is for operators is not there at all: nobody has said who they are, and the world can reach it."""
+    return settings.production and not are_configured(settings)
+
+
+def demand(settings: Settings) -> list[Operators]:
+    """The middleware that asks for the credentials; none where none are set."""
+    if not are_configured(settings):
+        return []
+    return [Operators(username=settings.ops_username, password=settings.ops_password, realm="operators")]
+
+
+def _same(given: str, expected: str) -> bool:
+    return hmac.compare_digest(given.encode(), expected.encode())

@@ -1,0 +1,73 @@
+"""POST refuses a language only when workers have said that none of them offers it."""
+
+import asyncio
+
+import pytest
+from redis.asyncio import Redis
+
+from server.jobs import workers
+from server.jobs.workers import Report
+from tests.conftest import MakeActor, MakeServer, environment
+from tests.jobs.asking import ask, program
+from tests.processes import Processes
+
+
+def report(worker: str, *languages: str) -> Report:
+    tier = "landlock" if languages else "none"
+    return Report(worker, tier, languages, ["high", "normal", "low"], 10)
+
+
+@pytest.fixture
+async def redis(quiet: dict[str, str]):
+    client = Redis.from_url(quiet["redis_url"])
+    yield client
+    await client.aclose()
+
+
+async def test_what_no_worker_offers_is_refused_and_what_one_does_is_not(
+    make_server: MakeServer, make_actor: MakeActor, quiet: dict[str, str], redis: Redis
+) -> None:
+    ada = await make_actor("Ada", await make_server(**quiet))
+    javascript = program("1", language="javascript")
+    await ask(ada, javascript)  # nobody has reported: it waits
+    await workers.report(redis, report("first"))
+    await asyncio.sleep(workers.REMEMBERED_SECONDS + 0.1)
+    refused = await ada.post("/jobs", javascript)
+    assert (refused.status, refused.code) == (503, "sandbox_unavailable")
+    assert refused.headers["Retry-After"]
+    await workers.report(redis, report("second", "python", "bash"))
+    await asyncio.sleep(workers.REMEMBERED_SECONDS + 0.1)
+    refused = await ada.post("/jobs", javascript)
+    assert (refused.status, refused.code) == (422, "language_unavailable")
+    await ask(ada)
+    await ask(ada, {"type": "DATA_ANALYSIS", "payload": {"format": "csv", "content": "x"}})
+    await workers.report(redis, report("third", "javascript"))
+    await asyncio.sleep(workers.REMEMBERED_SECONDS + 0.1)
+    await ask(ada, javascript)
+    await workers.withdraw(redis, "third")
+    await asyncio.sleep(workers.REMEMBERED_SECONDS + 0.1)
+    assert (await ada.post("/jobs", javascript)).code == "language_unavailable"
+
+
+async def test_a_report_is_forgotten_after_30_s(redis: Redis) -> None:
+    await workers.report(redis, report("first", "python"))
+    assert [each.worker for each in await workers.reported(redis)] == ["first"]
+    [key] = [key async for key in redis.scan_iter("{jobs.workers}:first")]
+    assert 25 < await redis.ttl(key) <= 30
+    await redis.delete(key)
+    assert await workers.reported(redis) == []
+
+
+async def test_a_worker_says_what_it_offers(
+    make_server: MakeServer, make_actor: MakeActor, quiet: dict[str, str], processes: Processes
+) -> None:
+    ada = await make_actor("Ada", await make_server(**quiet))
+    worker = processes.worker(**environment(quiet)).ready()
+    async with asyncio.timeout(20):
+        while not (told := (await ada.get("/health/ready"))["workers"]):
+            await asyncio.sleep(0.1)
+    assert "python" in told[0]["languages"]
+    assert told[0]["sandbox"] in worker.output
+    assert await asyncio.to_thread(worker.terminate) == 0
+    await asyncio.sleep(workers.REMEMBERED_SECONDS + 0.1)
+    assert (await ada.get("/health/ready"))["workers"] == []

@@ -1,0 +1,73 @@
+"""SAQ's dashboard, for operators."""
+
+import re
+
+import aiohttp
+import pytest
+
+from tests.conftest import MakeActor, MakeServer
+from tests.jobs.asking import ask
+
+CREDENTIALS = {"ops_username": "operator", "ops_password": "a secret of theirs"}
+
+
+def basic(username: str, password: str) -> dict[str, str]:
+    return {"Authorization": aiohttp.encode_basic_auth(username, password)}
+
+
+OPERATOR = basic(*CREDENTIALS.values())
+
+
+async def test_an_operator_sees_what_waits(
+    http: aiohttp.ClientSession, make_server: MakeServer, make_actor: MakeActor, quiet: dict[str, str]
+) -> None:
+    base = await make_server(**quiet, **CREDENTIALS)
+    job = (await ask(await make_actor("Ada", base)))["id"]
+    for path in ("", "/", "/queues/%7Bjobs.normal%7D"):
+        async with http.get(f"{base}/ops/queues{path}", headers=OPERATOR) as page:
+            assert (page.status, page.content_type) == (200, "text/html")
+            assets = re.findall(r'(?:src|href)="([^"]+)"', await page.text())
+    assert len(assets) == 3
+    for asset in assets:
+        async with http.get(base + asset, headers=OPERATOR) as answer:
+            assert answer.status == 200
+            assert await answer.text()
+    async with http.get(f"{base}/ops/queues/api/queues", headers=OPERATOR) as answer:
+        queued = {each["name"]: each["queued"] for each in (await answer.json())["queues"]}
+    assert queued == {"{jobs.high}": 0, "{jobs.normal}": 1, "{jobs.low}": 0}
+    async with http.get(f"{base}/ops/queues/api/queues/%7Bjobs.normal%7D", headers=OPERATOR) as answer:
+        [message] = (await answer.json())["queue"]["jobs"]
+    assert job in message["key"]
+
+
+@pytest.mark.parametrize(
+    "auth", [{}, basic("operator", "guessed"), {"Authorization": "Basic !"}, {"Authorization": "Bearer x"}]
+)
+async def test_others_are_asked_who_they_are(
+    http: aiohttp.ClientSession, make_server: MakeServer, auth: dict[str, str]
+) -> None:
+    base = await make_server(**CREDENTIALS)
+    for path in ("/ops/queues", "/ops/queues/api/queues", "/ops/queues/static/app.js"):
+        async with http.get(base + path, headers=auth) as refused:
+            assert refused.status == 401
+            assert refused.headers["WWW-Authenticate"].startswith("Basic")
+
+
+async def test_in_production_it_is_not_there_until_operators_have_a_password(
+    http: aiohttp.ClientSession, make_server: MakeServer
+) -> None:
+    production = {"app_env": "production", "cors_origin": (), "bcrypt_rounds": 10}
+    async with http.get(f"{await make_server(**production)}/ops/queues") as answer:
+        assert answer.status == 404
+    async with http.get(f"{await make_server(**production, **CREDENTIALS)}/ops/queues", headers=OPERATOR) as answer:
+        assert answer.status == 200
+
+
+async def test_nothing_can_be_changed_there(http: aiohttp.ClientSession, make_server: MakeServer) -> None:
+    base = await make_server(**CREDENTIALS)
+    path = "/ops/queues/api/queues/%7Bjobs.normal%7D/jobs/any/abort"
+    async with http.post(base + path, headers=OPERATOR) as refused:
+        assert refused.status in (404, 405)
+    for unknown in ("/api/queues/none", "/api/queues/%7Bjobs.low%7D/jobs/none", "/static/none.js"):
+        async with http.get(f"{base}/ops/queues{unknown}", headers=OPERATOR) as answer:
+            assert answer.status == 404
