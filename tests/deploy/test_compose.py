@@ -125,7 +125,7 @@ def test_the_stores_are_asked_with_the_names_and_the_password_they_have(service:
     assert urls[0].path == f"/{postgres['POSTGRES_DB']}"
 
 
-@pytest.mark.parametrize("service", LASTING)
+@pytest.mark.parametrize("service", sorted(LASTING))
 def test_every_service_that_stays_is_watched(service: str) -> None:
     check = SERVICES[service].get("healthcheck")
     if service in SERVERS:
