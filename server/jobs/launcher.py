@@ -39,6 +39,7 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SE
 # What comes over a program's status pipe: that it has a guardian who will tell of its end, or has none; a wall that
 # cannot be put up; the end.
 GUARDED, ALONE, FAILED, ENDED = b"+", b"-", b"!", b"="
+LAUNCHED = b"\n"  # over the channel, before the outcome: white space to JSON
 ENDING = struct.Struct("<iq")  # wait status, peak kilobytes
 
 
@@ -670,6 +671,7 @@ def act_as_shim(path: str, stdout: int, stderr: int, channel: int) -> None:
     os.setsid()
     LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
+        os.write(channel, LAUNCHED)
         with open(path) as file:
             config = json.load(file)
         outcome = run(config, stdout, stderr, channel)

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 
 from server.devstack.stack import Stack
-from server.jobs import cgroups, sandbox
+from server.jobs import cgroups, tiers
 from tests.conftest import TEST_SETTINGS
 from tests.jobs.runner import Runner
 from tests.processes import Processes, Worker
 
 SOMEBODY = 20_000 + os.getpid() % 40_000  # whose processes, and limits, are of this run alone
-TIERS = [tier for tier in sandbox.TIERS if not tier.cgroup or cgroups.find()]  # few machines have that one
+TIERS = [tier for tier in tiers.TIERS if not tier.cgroup or cgroups.find()]  # few machines have that one
 EVERYWHERE = [f"{tier.name} as {user}" for tier in TIERS for user in tier.users]
 HOW_TO_HAVE_IT = {"bwrap": "apt-get install bubblewrap, and user namespaces"}
 
@@ -44,9 +44,9 @@ def own_runner(request: pytest.FixtureRequest) -> Iterator[Runner]:
 
 def running(where: str) -> Iterator[Runner]:
     tier, _, user = where.partition(" as ")
-    if user == sandbox.ROOT and os.geteuid() != 0:
+    if user == tiers.ROOT and os.geteuid() != 0:
         pytest.skip("the tests are not run as root")
-    uid = SOMEBODY if user == sandbox.SOMEBODY and os.geteuid() == 0 else os.geteuid()
+    uid = SOMEBODY if user == tiers.SOMEBODY and os.geteuid() == 0 else os.geteuid()
     # Not in pytest's directories, which are closed to other users.
     folder = Path(tempfile.mkdtemp(prefix="runner-"))
     folder.chmod(0o711)

@@ -19,7 +19,7 @@ from typing import Any
 
 import structlog
 
-from server.jobs import sandbox
+from server.jobs import shims, tiers
 from server.jobs.sandbox import FilesRefusedError, Limits, Outcome, Sandbox, SandboxError
 from tests.devstack.pids import gone
 
@@ -164,7 +164,7 @@ def leaves_no_process(word: str, *, seconds: float = 2) -> bool:
 
 async def serve(tier: str) -> None:
     jobs: dict[int, asyncio.Task[None]] = {}
-    box = await Sandbox.detect([each for each in sandbox.TIERS if each.name == tier])
+    box = await Sandbox.detect([each for each in tiers.TIERS if each.name == tier])
     tell(tier=box.tier.name, languages=box.languages)
     reader = asyncio.StreamReader(limit=1 << 27)
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
@@ -214,8 +214,8 @@ def become(uid: int) -> None:
     """Another user, who may be unable to reach our interpreter and our files: it is given others."""
     copies = Path(tempfile.mkdtemp(prefix="copies-"))
     copies.chmod(0o755)
-    sandbox.LAUNCHER = Path(shutil.copy(sandbox.LAUNCHER, copies))
-    sandbox.INSIDE = Path(shutil.copy(sandbox.INSIDE, copies))
+    shims.LAUNCHER = Path(shutil.copy(shims.LAUNCHER, copies))
+    tiers.INSIDE = Path(shutil.copy(tiers.INSIDE, copies))
     asyncio.run(asyncio.to_thread(os.getpid))  # imports what it will need, while it may
     asyncio.run(Sandbox.detect([]))
     os.setgroups([])

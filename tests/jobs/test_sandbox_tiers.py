@@ -13,8 +13,8 @@ from uuid import uuid4
 
 import pytest
 
-from server.jobs import cgroups, launcher, sandbox
-from server.jobs.sandbox import BWRAP, Sandbox, SandboxError, tiers
+from server.jobs import cgroups, launcher, shims, tiers
+from server.jobs.sandbox import Sandbox, SandboxError
 from tests.devstack.pids import gone
 
 BPF_JUMP = 5
@@ -32,24 +32,24 @@ async def best() -> AsyncIterator[Sandbox]:
 
 
 async def test_the_best_tier_that_holds_is_taken(best: Sandbox) -> None:
-    assert best.tier in tiers()
-    for better in tiers()[: tiers().index(best.tier)]:
+    assert best.tier in tiers.ours()
+    for better in tiers.ours()[: tiers.ours().index(best.tier)]:
         box = await Sandbox.detect([better])
         assert box.tier.name == "none"
         await box.close()
 
 
 async def test_a_tier_that_does_not_hold_falls_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "BWRAP_PROGRAM", "/nowhere/bwrap")
+    monkeypatch.setattr(tiers, "BWRAP_PROGRAM", "/nowhere/bwrap")
     box = await Sandbox.detect()
-    assert box.tier in tiers()
-    assert box.tier != BWRAP
+    assert box.tier in tiers.ours()
+    assert box.tier != tiers.BWRAP
     assert (await box.run("python", "print('confined')")).sandbox == box.tier.name
     await box.close()
 
 
 async def test_a_tier_with_a_door_open_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "SYSTEM", (*sandbox.SYSTEM, "/etc"))  # a view of too much
+    monkeypatch.setattr(tiers, "SYSTEM", (*tiers.SYSTEM, "/etc"))  # a view of too much
     box = await Sandbox.detect()
     assert box.tier.name == "none"
 
@@ -67,8 +67,8 @@ async def test_a_tier_that_fails_later_refuses_and_does_not_run_unconfined(
 ) -> None:
     proof = tmp_path / "ran"
     tmp_path.chmod(0o777)
-    monkeypatch.setattr(sandbox, "BWRAP_PROGRAM", "/nowhere/bwrap")
-    monkeypatch.setattr(sandbox, "_rules", lambda *_: [("/proc/self/mem", "nonsense")])
+    monkeypatch.setattr(tiers, "BWRAP_PROGRAM", "/nowhere/bwrap")
+    monkeypatch.setattr(tiers, "_rules", lambda *_: [("/proc/self/mem", "nonsense")])
     with pytest.raises(SandboxError):
         await best.run("python", f"open({str(proof)!r}, 'w')")
     assert not proof.exists()
@@ -87,7 +87,7 @@ async def test_a_closed_sandbox_leaves_no_process_and_no_directory() -> None:
 async def test_what_killed_workers_left_is_cleared_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     with tempfile.TemporaryDirectory() as folder:
         monkeypatch.setattr(tempfile, "tempdir", folder)
-        monkeypatch.setattr(sandbox, "LAUNCHER", impatient_launcher(Path(folder)))
+        monkeypatch.setattr(shims, "LAUNCHER", impatient_launcher(Path(folder)))
         Path(folder).chmod(0o755)
         left, in_use, foreign = (Path(folder, name) for name in ("sandbox-left", "sandbox-used", "precious"))
         for each in (left, in_use, foreign):
@@ -104,7 +104,7 @@ async def test_what_killed_workers_left_is_cleared_by_the_next(monkeypatch: pyte
 
 def impatient_launcher(folder: Path) -> Path:
     """What is left must be old, or it might be somebody's who has not locked it yet."""
-    source = sandbox.LAUNCHER.read_text()
+    source = shims.LAUNCHER.read_text()
     assert "STALE_SECONDS = 60.0" in source
     path = folder / "launcher.py"
     path.write_text(source.replace("STALE_SECONDS = 60.0", "STALE_SECONDS = 0.05"))
@@ -132,7 +132,7 @@ async def test_a_programs_control_group_holds_all_of_it_and_ends_with_it(
         monkeypatch.setattr(cgroups, "limits", lambda **_: {})
     else:
         (group / "cgroup.subtree_control").write_text("+memory +pids")
-    box = await Sandbox.detect([sandbox.BWRAP_CGROUP])
+    box = await Sandbox.detect([tiers.BWRAP_CGROUP])
     assert box.tier.name == "bwrap-cgroup"
     said = asyncio.Event()
     code = "import os, time; os.fork() or os.setsid(); os.fork(); print('up', flush=True); time.sleep(60)"
@@ -182,7 +182,7 @@ def test_the_filter_fits_and_its_jumps_lead_somewhere() -> None:
 
 
 def test_the_launcher_needs_no_package() -> None:
-    for program in (sandbox.LAUNCHER, sandbox.INSIDE):
+    for program in (shims.LAUNCHER, tiers.INSIDE):
         check = (
             f"import ast, sys; compile(open({str(program)!r}).read(), 'x', 'exec'); exec('import ' + ', '.join(sorted("
             f"{{n.name for each in ast.walk(ast.parse(open({str(program)!r}).read())) if isinstance(each, ast.Import) "

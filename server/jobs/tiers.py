@@ -1,0 +1,119 @@
+"""Ways to confine a program, from best to worst, and what each tells the launcher to do."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from server.jobs import cgroups
+from server.jobs.programs import Language, Program
+
+INSIDE = Path(__file__).parent / "inside.py"
+SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
+READABLE = ("/etc/ld.so.cache", "/etc/localtime", "/etc/alternatives", "/etc/ssl/openssl.cnf")  # node reads the last
+DEVICES = tuple(f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom"))
+BWRAP_PROGRAM = "/usr/bin/bwrap"
+BWRAP_HOME, BWRAP_FILES, BWRAP_INSIDE = "/job/work", "/job/files", "/inside.py"
+BWRAP_TEMPORARY_BYTES = 16 << 20
+NAMESPACES = ("user", "pid", "net", "ipc", "uts", "cgroup-try")
+
+
+@dataclass(frozen=True)
+class Tier:
+    """One way to confine. Where the worker is root, each program has a user of its own in every tier."""
+
+    name: str
+    users: tuple[str, ...]  # whose worker may use it
+    bubblewrap: bool = False
+    cgroup: bool = False
+    namespaces: bool = False
+
+
+ROOT, SOMEBODY = "root", "somebody"
+BWRAP_CGROUP = Tier("bwrap-cgroup", (ROOT, SOMEBODY), bubblewrap=True, cgroup=True)
+BWRAP = Tier("bwrap", (ROOT, SOMEBODY), bubblewrap=True)
+LANDLOCK_UID = Tier("landlock-uid", (ROOT,), namespaces=True)
+LANDLOCK = Tier("landlock", (SOMEBODY,), namespaces=True)
+LANDLOCK_BARE = Tier("landlock-bare", (SOMEBODY,))
+TIERS = (BWRAP_CGROUP, BWRAP, LANDLOCK_UID, LANDLOCK, LANDLOCK_BARE)
+"""From best to worst."""
+NO_TIER = Tier("none", ())
+
+
+def ours() -> tuple[Tier, ...]:
+    """Those for our user."""
+    user = ROOT if os.geteuid() == 0 else SOMEBODY
+    return tuple(tier for tier in TIERS if user in tier.users)
+
+
+def config(
+    root: Path, program: Program, tier: Tier, *, uid: int | None, python: Language, cgroup: Path | None
+) -> dict[str, Any]:
+    """For the launcher. ``root`` is the job's directory, ``uid`` a user for it alone, ``python`` an interpreter for
+    ``inside.py``, ``cgroup`` the top of the groups that we may make."""
+    language, limits, work = program.language, program.limits, root / "work"
+    home, temporary = (BWRAP_HOME, "/tmp") if tier.bubblewrap else (str(work), str(work))  # noqa: S108 - its own
+    return {
+        "work": str(work),
+        "directory": str(work),
+        "stdin": str(root / "stdin") if program.stdin else os.devnull,
+        "command": [*language.command, *language.options(limits.memory_mb), language.file, *program.args],
+        "environment": {
+            "PATH": "/usr/local/bin:/usr/bin:/bin",
+            "HOME": home,
+            "TMPDIR": temporary,
+            "LANG": "C.UTF-8",
+        },
+        "uid": uid,
+        "namespaces": tier.namespaces,
+        "rules": [] if tier.bubblewrap else _rules(root, language),
+        "bubblewrap": _bubblewrap(root, {language.command[0], python.command[0]}) if tier.bubblewrap else [],
+        "inside": [python.command[0], "-I", "-S", BWRAP_INSIDE],
+        "timeout": limits.timeout_seconds,
+        "cpuSeconds": 2 * limits.timeout_seconds + 1,  # of each process; several threads use up more than the clock
+        "memoryMb": limits.memory_mb,
+        "addressSpaceMb": language.address_space_mb(limits.memory_mb),
+        "processes": limits.processes,
+        "fileMb": limits.file_mb,
+        "diskMb": limits.disk_mb,
+        "openFiles": limits.open_files,
+        "cgroup": str(cgroup / root.name) if cgroup else None,
+        "cgroupLimits": cgroups.limits(memory_mb=limits.memory_mb, processes=limits.processes),
+    }
+
+
+def _prefixes(interpreters: Iterable[str]) -> list[str]:
+    """Programs and libraries of interpreters that do not come with the system. Not the whole of where they are: that
+    may be somebody's home."""
+    found = {Path(interpreter).parent.parent for interpreter in interpreters}
+    foreign = sorted(prefix for prefix in found if prefix != Path("/") and not prefix.is_relative_to("/usr"))
+    return [str(prefix / name) for prefix in foreign for name in ("bin", "lib", "lib64")]
+
+
+def _rules(root: Path, language: Language) -> list[tuple[str, str]]:
+    """What may be seen: the system's programs and libraries, harmless devices, and the job's own directory."""
+    return [
+        *((path, "read") for path in (*SYSTEM, *READABLE, *_prefixes(language.command[:1]))),
+        *((path, "device") for path in DEVICES),
+        (str(root / "files"), "look"),
+        (str(root / "work"), "write"),
+    ]
+
+
+def _bubblewrap(root: Path, interpreters: Iterable[str]) -> list[str]:
+    """The same view as a root directory of its own; the launcher adds the filter and what runs within."""
+    command = [BWRAP_PROGRAM, *(f"--unshare-{space}" for space in NAMESPACES), "--disable-userns"]
+    command += ["--die-with-parent", "--new-session", "--as-pid-1", "--cap-drop", "ALL", "--clearenv"]
+    command += ["--hostname", "sandbox"]
+    for path in SYSTEM:
+        if Path(path).is_symlink():
+            command += ["--symlink", str(Path(path).readlink()), path]
+        else:
+            command += ["--ro-bind-try", path, path]
+    for path in (*READABLE, *_prefixes(interpreters)):
+        command += ["--ro-bind-try", path, path]
+    command += ["--dev", "/dev", "--remount-ro", "/dev", "--proc", "/proc"]
+    command += ["--size", str(BWRAP_TEMPORARY_BYTES), "--tmpfs", "/tmp"]  # noqa: S108 - its own
+    command += ["--ro-bind", str(INSIDE), BWRAP_INSIDE, "--ro-bind", str(root / "files"), BWRAP_FILES]
+    return [*command, "--bind", str(root / "work"), BWRAP_HOME, "--chdir", BWRAP_HOME, "--remount-ro", "/"]
