@@ -368,9 +368,9 @@ def become_bubblewrap(config: dict, report: int) -> None:
     for descriptor in (filter, report):
         os.set_inheritable(descriptor, True)
     last = ",".join(f"{what}:{value}" for what, value in limits(config, config["processes"]))
-    inside = [*config["inside"], str(report), last, *config["command"]]
-    environment = [part for name, value in config["environment"].items() for part in ("--setenv", name, value)]
-    bubblewrap = [*config["bubblewrap"], *environment, "--seccomp", str(filter), "--", *inside]
+    environment = "\n".join(f"{name}={value}" for name, value in config["environment"].items())
+    inside = [*config["inside"], str(report), last, environment, *config["command"]]
+    bubblewrap = [*config["bubblewrap"], "--seccomp", str(filter), "--", *inside]
     os.execve(bubblewrap[0], bubblewrap, {})  # an empty environment: process 1's can be read within
 
 

@@ -160,8 +160,8 @@ class Job:
         self._reading.append(asyncio.create_task(output.read(reader)))
 
     async def until_end(self) -> dict[str, Any]:
-        """What the shim tells: first by an empty line that there is one. At its end nothing is left that could write, so
-        the output ends too."""
+        """What the shim tells: first by an empty line that there is one. At its end nothing is left that could
+        write, so the output ends too."""
         try:
             raw = await self._told()
             await asyncio.wait(self._reading, timeout=STOP_SECONDS)
