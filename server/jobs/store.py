@@ -18,7 +18,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from pymongo import ASCENDING, DESCENDING
-from pymongo.errors import DuplicateKeyError
+from pymongo.errors import DuplicateKeyError, OperationFailure
 
 from server import json
 from server.errors import ValidationFailed
@@ -36,9 +36,18 @@ Job = dict[str, Any]
 
 
 async def prepare(mongo: Any) -> None:
-    """Create the indexes; safe to call at every start."""
+    """Create the indexes; safe to call at every start. One that an older version made otherwise is made anew."""
     for name, keys, options in _INDEXES:
-        await mongo.jobs.create_index(keys, name=name, **options)
+        try:
+            await mongo.jobs.create_index(keys, name=name, **options)
+        except OperationFailure as error:
+            if error.code not in _OTHERWISE:
+                raise
+            await mongo.jobs.drop_index(name)
+            await mongo.jobs.create_index(keys, name=name, **options)
+
+
+_OTHERWISE = (85, 86)  # IndexOptionsConflict, IndexKeySpecsConflict
 
 
 _INDEXES: list[tuple[str, list[tuple[str, int]], dict[str, Any]]] = [

@@ -1,0 +1,17 @@
+"""Indexes of the records: there at every start, and made anew where an older version made them otherwise."""
+
+from server.jobs import store
+from server.resources import connect
+from server.settings import Settings
+
+
+async def test_an_index_of_an_older_version_is_made_anew(settings: Settings) -> None:
+    async with connect(settings) as stores:
+        mongo = stores.mongo.client["indexes_of_old"]
+        await mongo.jobs.create_index([("status", 1)], name="due")
+        await store.prepare(mongo)
+        await store.prepare(mongo)
+        made = await mongo.jobs.index_information()
+        await stores.mongo.client.drop_database("indexes_of_old")
+    assert [key for key, _ in made["due"]["key"]] == ["status", "slot", "runAt"]
+    assert made["idempotency"]["unique"]
