@@ -37,7 +37,7 @@ from server.realtime.protocol import websocket_frame  # noqa: E402
 
 READERS = 500
 ROOMS, WRITERS = 100, 5
-WINDOW = 8  # messages that a writer has under way
+WINDOW = 8  # messages under way in the busy room
 IDLE = (2000, 6000)
 PAYLOAD = {"path": "src/engine.py", "change": {"insert": "x" * 40, "at": 1234}}
 WELCOME = {"event": "welcome", "data": {"connectionId": "0" * 32, "userId": "0" * 36, "userName": "Somebody"}}
@@ -148,24 +148,24 @@ def change(target: Target, room: int) -> dict[str, Any]:
 
 
 async def fanout(target: Target, seconds: float) -> dict[str, float]:
-    """One room, one writer as fast as the room goes, READERS readers."""
+    """One room of READERS readers, and WINDOW writers who take turns as fast as the room goes."""
     sizes: list[int] = []
     readers = [await target.join(0, number) for number in range(READERS - 1)]
     sampled = await target.join(0, 1, lambda frame: sizes.append(len(websocket_frame(frame))))
     sent = 0
-    writer = await target.join(0, 2, ignore)
+    writers = [await target.join(0, number, ignore) for number in range(WINDOW)]
     await asyncio.sleep(1)
     sizes.clear()
     before, began, cpu = sum(reader.bytes for reader in readers), time.perf_counter(), target.cpu()
     while time.perf_counter() - began < seconds:
         while sent < len(sizes) + WINDOW:
-            writer.send("file:change", change(target, 0), id=sent)
+            writers[sent % WINDOW].send("file:change", change(target, 0), id=sent)
             sent += 1
         await asyncio.sleep(0)
     elapsed, used = time.perf_counter() - began, target.cpu() - cpu
     received = sum(reader.bytes for reader in readers) - before + sum(sizes)
     deliveries = received / statistics.mean(sizes)
-    await close([*readers, sampled, writer])
+    await close([*readers, sampled, *writers])
     return {"deliveries/s": deliveries / elapsed, "deliveries/cpu s": deliveries / used}
 
 
