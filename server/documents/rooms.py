@@ -350,6 +350,8 @@ class Rooms:
         None where it is known already.
         """
         async with self.used(document) as room:
+            if update == wire.NOTHING:
+                return None
             if not room.live.is_next(update):
                 if room.live.knows(update):
                     return None
@@ -360,8 +362,15 @@ class Rooms:
             return self._take(room, author=author, update=update, origin=origin)
 
     def vector(self, document: UUID) -> bytes:
-        """The state vector of an open document."""
-        return self._rooms[document].live.vector()
+        """The state vector of an open document.
+
+        Raises:
+            NotFound: it was deleted at this moment.
+        """
+        room = self._rooms.get(document)
+        if room is None:
+            raise NotFound("The document was deleted")
+        return room.live.vector()
 
     def knows(self, document: UUID, update: bytes) -> bool:
         """Whether a well-formed update brings nothing new to an open document."""
@@ -537,7 +546,9 @@ class Rooms:
         Raises:
             Malformed: what they say is not JSON, or too much.
         """
-        room = self._rooms[document]
+        room = self._rooms.get(document)
+        if room is None:
+            return  # it was deleted at this moment
         said = room.awareness.say(listener, user, entries, now=time.time())
         if said is not None:
             sight = Sight(room.id, user, said)

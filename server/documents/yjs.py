@@ -147,8 +147,10 @@ async def _serve(editor: YjsEditor, socket: web.WebSocketResponse, rooms: Rooms)
     try:
         await rooms.enter(editor.document, editor)
         editor.realtime.grant(editor, Thing("document", editor.document))
-        if editor.close_code is not None:
+        if editor.close_code is not None:  # meanwhile, and nobody knew that it is in there
             rooms.leave(editor.document, editor.id)
+            await _until_closed(socket)
+            return
         vector = rooms.vector(editor.document)
         editor.say(wire.sync(wire.STEP_1, vector))
         _show_all(editor, rooms)

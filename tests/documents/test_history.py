@@ -14,8 +14,6 @@ from server.postgres import Database
 from tests.actors import Actor
 from tests.documents.editors import Editor, make_document
 
-pytestmark = pytest.mark.usefixtures("hang_up")
-
 
 @pytest.fixture
 async def db(database_url: str) -> AsyncIterator[Database]:

@@ -12,8 +12,6 @@ from tests.conftest import MakeServer
 from tests.documents.editors import Editor, make_document
 from tests.sockets import Refused
 
-pytestmark = pytest.mark.usefixtures("hang_up")
-
 
 def coded(content: bytes) -> str:
     return b64encode(content).decode()
@@ -137,6 +135,18 @@ async def test_an_update_that_came_too_early_is_not_lost(alice: Actor, bob: Acto
     await hers.send(first)
     await his.until("ab")
     assert (await alice.get(f"/documents/{document}/content")).body == "ab"
+
+
+async def test_what_is_sent_again_is_acknowledged_and_makes_no_version(
+    alice: Actor, bob: Actor, workspace: str
+) -> None:
+    document = await make_document(alice, workspace)
+    hers, his = await Editor(alice, document).open(), await Editor(bob, document).open()
+    update = hers.insert("once")
+    assert [await hers.send(each) for each in (update, update, b"\x00\x00")] == [2, 2, 2]
+    await his.until("once")
+    await his.socket.refute_push()
+    assert (await alice.get(f"/documents/{document}"))["version"] == 2
 
 
 async def test_opening_again_with_a_state_vector_brings_only_what_is_missing(alice: Actor, workspace: str) -> None:

@@ -7,7 +7,6 @@ import pytest
 from tests.actors import Actor
 from tests.documents.editors import Editor, make_document
 
-pytestmark = pytest.mark.usefixtures("hang_up")
 TEXT = {"Content-Type": "text/plain"}
 
 

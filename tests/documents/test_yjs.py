@@ -17,7 +17,6 @@ from tests.conftest import MakeServer
 from tests.documents.editors import Editor, make_document
 from tests.processes import Processes
 
-pytestmark = pytest.mark.usefixtures("hang_up")
 CLIENTS = Path(__file__).parent.parent / "clients"
 PATIENCE_SECONDS = 15.0
 
@@ -212,6 +211,15 @@ async def raw_socket(actor: Actor, document: str) -> aiohttp.ClientWebSocketResp
     return socket
 
 
+async def compared(socket: aiohttp.ClientWebSocketResponse) -> bytes:
+    """All there is; what was sent before is durable then."""
+    await socket.send_bytes(wire.sync(wire.STEP_1, b"\x00"))
+    while True:
+        answer = wire.parse((await socket.receive(timeout=PATIENCE_SECONDS)).data)
+        if isinstance(answer, wire.Sync):
+            return answer.payload
+
+
 @pytest.mark.parametrize(
     "hostile",
     [
@@ -240,20 +248,16 @@ async def test_a_hostile_frame_ends_that_socket_only(
 async def test_what_the_server_has_already_makes_no_version(alice: Actor, workspace: str) -> None:
     document = await make_document(alice, workspace, content="text")
     socket = await raw_socket(alice, document)
-    await socket.send_bytes(wire.sync(wire.STEP_1, b"\x00"))
-    while True:
-        answer = wire.parse((await socket.receive(timeout=5)).data)
-        if isinstance(answer, wire.Sync):
-            break
+    answer = await compared(socket)
     doc: Doc[Text] = Doc()
     text = doc.get("content", type=Text)
-    doc.apply_update(answer.payload)
+    doc.apply_update(answer)
     assert str(text) == "text"
     del text[0:2]
     await socket.send_bytes(wire.sync(wire.UPDATE, doc.get_update()))
     for _ in range(3):
         await socket.send_bytes(wire.sync(wire.STEP_2, doc.get_update()))
-    await asyncio.sleep(0.5)
+    await compared(socket)
     assert (await alice.get(f"/documents/{document}"))["version"] == 2
     assert (await alice.get(f"/documents/{document}/content")).body == "xt"
     await socket.close()
