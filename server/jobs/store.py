@@ -50,11 +50,13 @@ async def prepare(mongo: Any) -> None:
 _OTHERWISE = (85, 86)  # IndexOptionsConflict, IndexKeySpecsConflict
 
 
+# Filters of partial indexes are comparisons: MongoDB does not see that a value fits {"$type": "string"}, and would
+# not use them.
 _INDEXES: list[tuple[str, list[tuple[str, int]], dict[str, Any]]] = [
     (
-        "idempotency",
+        "keys",
         [("userId", ASCENDING), ("idempotencyKey", ASCENDING)],
-        {"unique": True, "partialFilterExpression": {"idempotencyKey": {"$type": "string"}}},
+        {"unique": True, "partialFilterExpression": {"idempotencyKey": {"$gt": ""}}},
     ),
     (
         "slots",
@@ -69,14 +71,14 @@ _INDEXES: list[tuple[str, list[tuple[str, int]], dict[str, Any]]] = [
     ),
     ("mine", [("userId", ASCENDING), ("createdAt", DESCENDING), ("_id", DESCENDING)], {}),
     (
-        "project",
+        "of_project",
         [("projectId", ASCENDING), ("createdAt", DESCENDING), ("_id", DESCENDING)],
-        {"partialFilterExpression": {"projectId": {"$type": "string"}}},
+        {"partialFilterExpression": {"projectId": {"$gt": ""}}},
     ),
     ("due", [("status", ASCENDING), ("slot", ASCENDING), ("runAt", ASCENDING)], {}),
-    ("leases", [("lease", ASCENDING)], {"partialFilterExpression": {"lease": {"$type": "date"}}}),
-    ("sent", [("sentAt", ASCENDING)], {"partialFilterExpression": {"sentAt": {"$type": "date"}}}),
-    ("finished", [("completedAt", ASCENDING)], {"partialFilterExpression": {"completedAt": {"$type": "date"}}}),
+    ("by_lease", [("lease", ASCENDING)], {}),
+    ("by_sent_at", [("sentAt", ASCENDING)], {}),
+    ("by_completed_at", [("completedAt", ASCENDING)], {}),
 ]
 
 

@@ -1,0 +1,81 @@
+"""What nobody may expect to find any more is deleted; what is young or still waits is kept."""
+
+import dataclasses
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any, cast
+from uuid import uuid4
+
+import pytest
+from bson import ObjectId
+
+from server.jobs import artifacts, collections, output, recovery, store
+from server.jobs.lifecycle import Bench
+from server.resources import Resources, connect
+from server.settings import Settings
+
+
+@pytest.fixture
+async def stores(settings: Settings, quiet: dict[str, str]) -> AsyncIterator[Resources]:
+    async with connect(dataclasses.replace(settings, **quiet)) as opened:
+        await collections.prepare(opened.mongo)
+        yield opened
+
+
+async def job_of(mongo: Any, *, age: timedelta, status: str = "completed") -> dict[str, Any]:
+    """A job that ended so long ago, with output and an artifact."""
+    now = store.moment()
+    job: dict[str, Any] = {"_id": str(uuid4()), "claim": 1, "status": status, "completedAt": now - age}
+    if status == "pending":
+        job["completedAt"] = None
+    await mongo.jobs.insert_one(job)
+    chunk = {"_id": f"{job['_id']}:0000000000", "job": job["_id"], "offset": 0, "stream": "stdout", "text": "x"}
+    await mongo.logs.insert_one({**chunk, "time": now - age})
+    async with artifacts.upload(mongo, job=job, name="a", content_type="text/plain", now=now - age) as upload:
+        await upload.write(b"x" * 300_000)
+    return job
+
+
+async def left(mongo: Any, job: dict[str, Any]) -> tuple[bool, bool, bool]:
+    """Whether record, output and artifact are there."""
+    record = await store.read(mongo, job=job["_id"])
+    text, _ = await output.read(mongo, job=job["_id"], after=0, limit=10)
+    return record is not None, bool(text), await artifacts.find(mongo, job=job, name="a") is not None
+
+
+async def test_old_things_go_and_young_ones_stay(stores: Resources) -> None:
+    mongo = stores.mongo
+    young = await job_of(mongo, age=timedelta(hours=1))
+    week = await job_of(mongo, age=timedelta(days=8))
+    month = await job_of(mongo, age=timedelta(days=31))
+    waiting = await job_of(mongo, age=timedelta(0), status="pending")
+    await recovery.clean_up(cast("Bench", SimpleNamespace(stores=stores)))
+    assert await left(mongo, young) == (True, True, True)
+    assert await left(mongo, week) == (True, False, False)
+    assert await left(mongo, month) == (False, False, False)
+    assert await left(mongo, waiting) == (True, True, True)
+    assert await mongo["artifacts.chunks"].count_documents({}) == 4  # two artifacts, of two chunks each
+
+
+async def test_what_a_killed_upload_left_goes_after_an_hour(stores: Resources) -> None:
+    mongo, now = stores.mongo, store.moment()
+    old = ObjectId.from_datetime(now - timedelta(hours=2))
+    await mongo["artifacts.chunks"].insert_one({"_id": old, "files_id": ObjectId(), "n": 0, "data": b"x"})
+    await mongo["artifacts.chunks"].insert_one({"files_id": ObjectId(), "n": 0, "data": b"x"})
+    await artifacts.delete_abandoned(mongo, now=now)
+    assert await mongo["artifacts.chunks"].count_documents({}) == 1
+
+
+async def test_an_upload_that_fails_leaves_nothing(stores: Resources) -> None:
+    job = {"_id": str(uuid4()), "claim": 1}
+    with pytest.raises(RuntimeError):
+        await fail_in_the_middle(stores.mongo, job)
+    assert await stores.mongo["artifacts.chunks"].count_documents({}) == 0
+    assert await artifacts.find(stores.mongo, job=job, name="a") is None
+
+
+async def fail_in_the_middle(mongo: Any, job: dict[str, Any]) -> None:
+    async with artifacts.upload(mongo, job=job, name="a", content_type="text/plain", now=store.moment()) as upload:
+        await upload.write(b"x" * 600_000)
+        raise RuntimeError
