@@ -44,6 +44,8 @@ def missing(update: bytes, doc: LiveDoc) -> bytes | None:
     """What of an applied update the document keeps aside, because what it builds on is not there yet."""
     vector = doc.get_state()
     rest = get_update(update, vector)
+    if rest == wire.NOTHING:
+        return None
     if not wire.adds_nothing(rest):
         return rest
     known = wire.state_vector(vector)
