@@ -7,28 +7,29 @@ import os
 import subprocess
 import sys
 import time
+from base64 import b64decode, b64encode
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import aiohttp
+from pycrdt import Doc, Text
 
 from server.devstack.stack import read_env
 
 ROOT = Path(__file__).parent.parent
 START_SECONDS = 60
 PASSWORD = "Lovelace1815"
-PROGRAM = """\
-import sys
-print("hello from", sys.version.split()[0])
-for n in range(5):
-    print(n, n * n)
-try:
-    open("/etc/shadow")
-except OSError as error:
-    print("the sandbox says:", error.strerror)
-"""
+PROGRAM = (
+    ("Ada", "import sys\n"),
+    ("Bob", "print('hello from', sys.version.split()[0])\n"),
+    ("Ada", "for n in range(5):\n    print(n, n * n)\n"),
+    (
+        "Bob",
+        "try:\n    open('/etc/shadow')\nexcept OSError as error:\n    print('the sandbox says:', error.strerror)\n",
+    ),
+)
 COLOURS = {"Ada": "36", "Bob": "33", "job": "32", "": "2"}
 
 
@@ -86,6 +87,11 @@ class Person:
                 if frame["event"] == event and all(frame.get(key) == value for key, value in expected.items()):
                     return frame
 
+    async def hear_of(self, type: str) -> None:
+        while (event := (await self.hear("collaboration:event"))["data"])["type"] != type:
+            pass
+        tell(self.name, f"hears {type}: {event['userName']}")
+
 
 async def play(base: str) -> None:
     async with aiohttp.ClientSession() as http:
@@ -99,10 +105,10 @@ async def play(base: str) -> None:
         workspace = await ada.call("POST", "/workspaces", {"projectId": project["id"], "name": "Number crunching"})
         tell("Ada", f"creates the workspace “{workspace['name']}”")
         await meet(ada, bob, workspace["id"])
-        await edit(ada, bob, workspace["id"])
-        await run_program(bob, workspace["id"])
+        document = await edit(ada, bob, workspace["id"])
+        await run_program(bob, document)
         await bob.socket.close()
-        await follow(ada)
+        await ada.hear_of("USER_LEAVE")
         await ada.socket.close()
 
 
@@ -114,8 +120,7 @@ async def meet(ada: Person, bob: Person, workspace: str) -> None:
     joined = await bob.say("join:workspace", workspaceId=workspace)
     online = " and ".join(sorted(user["userName"] for user in joined["users"]))
     tell("Bob", f"joins the workspace; online now: {online}")
-    event = (await ada.hear("collaboration:event"))["data"]
-    tell("Ada", f"hears {event['type']}: {event['userName']}")
+    await ada.hear_of("USER_JOIN")
 
 
 async def follow(ada: Person) -> None:
@@ -127,21 +132,51 @@ async def follow(ada: Person) -> None:
             return
 
 
-async def edit(ada: Person, bob: Person, workspace: str) -> None:
-    change = {"insert": "print('squares')", "at": 0}
-    sent = time.perf_counter()
-    ack = await bob.say("file:change", workspaceId=workspace, path="main.py", change=change)
-    tell("Bob", f"changes main.py: {change['insert']!r} (event {ack['eventId']})")
-    event = (await ada.hear("collaboration:event"))["data"]
-    passed = (time.perf_counter() - sent) * 1000
-    tell("Ada", f"sees {event['userName']}'s change of {event['path']}, {passed:.1f} ms after it was made")
+class Editor:
+    """A person's copy of the document, in step with everybody else's."""
+
+    def __init__(self, person: Person, document: str) -> None:
+        self.person, self.document = person, document
+        self.doc: Doc[Text] = Doc()
+        self.text = self.doc.get("content", type=Text)
+
+    async def open(self) -> "Editor":
+        opened = await self.person.say("document:open", documentId=self.document)
+        self.doc.apply_update(b64decode(opened["update"]))
+        return self
+
+    async def type(self, line: str) -> None:
+        before = self.doc.get_state()
+        self.text.insert(len(self.text), line)
+        update = b64encode(self.doc.get_update(before)).decode()
+        await self.person.say("document:update", documentId=self.document, update=update)
+
+    async def hear(self) -> None:
+        heard = await self.person.hear("document:update")
+        self.doc.apply_update(b64decode(heard["data"]["update"]))
 
 
-async def run_program(bob: Person, workspace: str) -> None:
-    payload = {"language": "python", "code": PROGRAM}
-    body = {"type": "CODE_EXECUTION", "payload": payload, "workspaceId": workspace}
-    job = (await bob.call("POST", "/jobs", body))["job"]
-    tell("Bob", f"runs a program: job {job['id']}")
+async def edit(ada: Person, bob: Person, workspace: str) -> str:
+    """The document that both have written."""
+    body = {"path": "main.py"}
+    document = (await ada.call("POST", f"/workspaces/{workspace}/documents", body))["id"]
+    tell("Ada", "creates main.py; both open it")
+    editors = {"Ada": await Editor(ada, document).open(), "Bob": await Editor(bob, document).open()}
+    for name, line in PROGRAM:
+        reader = editors["Bob" if name == "Ada" else "Ada"]
+        began = time.perf_counter()
+        await editors[name].type(line)
+        await reader.hear()
+        seen = (time.perf_counter() - began) * 1000
+        tell(name, f"types {line.splitlines()[0]!r}; {reader.person.name} sees it after {seen:.1f} ms")
+    assert str(editors["Ada"].text) == str(editors["Bob"].text) == "".join(line for _, line in PROGRAM)
+    return document
+
+
+async def run_program(bob: Person, document: str) -> None:
+    payload = {"language": "python", "documentId": document}
+    job = (await bob.call("POST", "/jobs", {"type": "CODE_EXECUTION", "payload": payload}))["job"]
+    tell("Bob", f"runs main.py: job {job['id']}")
     shown = ""
     async with asyncio.timeout(60):
         while job["status"] not in ("completed", "failed", "cancelled"):
