@@ -30,7 +30,7 @@ def from_address(address: str) -> dict[str, str]:
 
 
 def fresh_address() -> str:
-    return str(IPv6Address(0x20010DB8 << 96 | secrets.randbits(64)))
+    return str(IPv6Address(0x20010DB8 << 96 | secrets.randbits(32) << 64 | 1))
 
 
 async def wrong_login(actor: Actor, address: str) -> Answer:

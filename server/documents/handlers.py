@@ -122,7 +122,12 @@ async def delete_document(request: web.Request) -> web.Response:
 
 
 @routes.get("/api/v1/documents/{documentId}/content")
-@docs(tags=["documents"], summary="The text itself; its ETag is the version", produces=["text/plain"])
+@docs(
+    tags=["documents"],
+    summary="The text itself; its ETag is the version",
+    produces=["text/plain"],
+    responses={200: {"description": "the text"}, 304: {"description": "`If-None-Match` names its `ETag`"}},
+)
 @requires(Role.VIEWER)
 async def read_content(request: web.Request) -> web.Response:
     row, rooms = await _found(request), request.app[ROOMS]
