@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from marshmallow import INCLUDE, fields, validate
 from marshmallow import Schema as AnySchema
-from marshmallow import fields, validate
 
 from server.errors import CODES
 from server.fields import Id, Schema, Time
@@ -45,6 +45,13 @@ class CollaborationEvent(Schema):
     user_id = Id(required=True, allow_none=True, metadata={"description": "who did it; null where it is not known"})
     user_name = fields.String(required=True)
     timestamp = Time(required=True)
+
+
+class AnyEvent(CollaborationEvent):
+    """Of whatever type, with the fields that its type has."""
+
+    class Meta(Schema.Meta):
+        unknown = INCLUDE
 
 
 def event_id() -> fields.Field[Any]:

@@ -11,7 +11,7 @@ from orjson import Fragment
 from server.errors import NotFound
 from server.projects import announcements
 from server.projects.access import ACCESS, Role, named, requires
-from server.realtime.events import CollaborationEvent
+from server.realtime.events import AnyEvent
 from server.realtime.history import parse_event_id
 from server.realtime.hub import REALTIME
 from server.resources import reported
@@ -89,7 +89,7 @@ async def list_online(request: web.Request) -> web.Response:
 @docs(tags=["workspaces"], summary="The retained history of realtime events, oldest first")
 @querystring_schema(schemas.EventsQuery)
 @response_schema(
-    page_of(CollaborationEvent, gap=fields.Boolean(metadata={"description": "`after` is not in the history any more"})),
+    page_of(AnyEvent, gap=fields.Boolean(metadata={"description": "`after` is not in the history any more"})),
     200,
 )
 @requires(Role.VIEWER)
