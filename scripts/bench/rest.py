@@ -1,0 +1,334 @@
+"""How fast one server process answers REST, beside two floors in the same run.
+
+    .venv/bin/python scripts/bench/rest.py [--seconds 3] [--repeats 3] [--only project,profile] [--no-half-load]
+
+needs wrk (`apt-get install wrk`) and nothing else: it starts its own stores, fills them, and starts four processes:
+
+    bare     an aiohttp handler on uvloop that answers a small JSON object: what the framework costs
+    select   the same handler after one SELECT by primary key, from an asyncpg pool of the server's size
+    off      `run.py server` with RATE_LIMIT_DEFAULT=off
+    limited  the same with a limit that nobody reaches, so that every request is counted in Redis
+
+One of them is loaded at a time, by wrk with one thread and 32 open connections that always have a request under way,
+after a second of warming up. Every round measures all of them once; the figures are the medians of the rounds, and
+`of select` is the median of the ratios within a round, so that a machine with other work to do is at least unfair to
+all. `cpu ratio` is the same by the process's own processor time, which other work disturbs less. Login is bound by
+bcrypt, which runs on every core: its row tells how many cores it kept busy with two connections for each.
+
+Half load is the same 32 connections, each waiting between two requests so that half of the measured throughput
+comes; the tail of the latency means something only there, for at full load every request stands in a queue of 32.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import asyncpg
+import orjson
+import uvloop
+from aiohttp import web
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from server import migrations, postgres  # noqa: E402
+from server.devstack.stack import Stack  # noqa: E402
+
+CONNECTIONS = 32
+WARM_SECONDS = 1
+LOGINS, LOGIN_SECONDS = 2 * (os.cpu_count() or 1), 5.0  # each takes a core for 0.3 s
+PROJECTS = 20
+BCRYPT_ROUNDS = 12  # the default
+PERSON = {"email": "ada@example.org", "password": "Lovelace1815", "name": "Ada"}
+SCRIPT = """
+wrk.method, wrk.body = "%(method)s", %(body)s
+wrk.headers["Content-Type"] = "application/json"
+wrk.headers["Authorization"] = "Bearer %(token)s"
+local pause = %(pause)f
+if pause > 0 then
+    function delay() return math.random() * 2 * pause end
+end
+function done(summary, latency)
+    local errors = summary.errors
+    local failed = errors.connect + errors.read + errors.write + errors.status + errors.timeout
+    io.write(string.format("measured %%d %%d %%d %%d %%d\\n", summary.requests, summary.duration, failed,
+        latency:percentile(50), latency:percentile(99)))
+end
+"""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    name: str
+    path: str
+    method: str = "GET"
+    body: Any = None
+    token: str = ""
+    connections: int = CONNECTIONS
+    least_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Target:
+    """A process under test."""
+
+    name: str
+    port: int
+    pid: int
+
+    def cpu(self) -> float:
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Measured:
+    rate: float  # answers per second
+    per_cpu: float  # answers per second of the process's own processor time
+    cores: float
+    p50: float  # milliseconds
+    p99: float
+
+
+@dataclass
+class Row:
+    target: Target
+    endpoint: Endpoint
+    rounds: list[Measured] = field(default_factory=list)
+    half: Measured | None = None
+
+    def median(self, name: str) -> float:
+        return statistics.median(getattr(each, name) for each in self.rounds)
+
+    def ratio(self, floor: "Row", name: str) -> float:
+        pairs = zip(self.rounds, floor.rounds, strict=True)
+        return statistics.median(getattr(mine, name) / getattr(least, name) for mine, least in pairs)
+
+
+def load(target: Target, endpoint: Endpoint, seconds: float, *, rate: float | None = None) -> Measured:
+    """wrk's figures; with ``rate`` the connections pause so that about as many requests a second come."""
+    cycle = 1000 * endpoint.connections / rate if rate else 0.0
+    text = SCRIPT % {
+        "method": endpoint.method,
+        "body": "nil" if endpoint.body is None else f"[==[{orjson.dumps(endpoint.body).decode()}]==]",
+        "token": endpoint.token,
+        "pause": cycle,
+    }
+    with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
+        script.write(text)
+        script.flush()
+        command = ["wrk", "-t1", f"-c{endpoint.connections}", "--timeout", "30s", "-s", script.name]
+        url = f"http://127.0.0.1:{target.port}{endpoint.path}"
+        before = target.cpu()
+        command += [f"-d{max(seconds, endpoint.least_seconds):g}s", url]
+        ran = subprocess.run(command, capture_output=True, text=True, check=True)
+        used = target.cpu() - before
+    found = re.search(r"measured (\d+) (\d+) (\d+) (\d+) (\d+)", ran.stdout)
+    assert found is not None, ran.stdout
+    requests, duration, failed, p50, p99 = map(int, found.groups())
+    if failed or not requests:
+        raise SystemExit(f"{target.name} {endpoint.name}: {failed} of {requests} failed\n{ran.stdout}")
+    elapsed = duration / 1e6
+    return Measured(requests / elapsed, requests / max(used, 0.01), used / elapsed, p50 / 1000, p99 / 1000)
+
+
+async def fill(base: str) -> list[Endpoint]:
+    """A user with PROJECTS projects and a workspace; another one for what is created. What is asked of the server."""
+    api = "/api/v1"
+    async with aiohttp.ClientSession(base) as http:
+
+        async def post(path: str, body: Any, token: str = "") -> Any:
+            headers = {"Authorization": f"Bearer {token}"} if token else {}
+            async with http.post(api + path, json=body, headers=headers) as answer:
+                assert answer.status == 201, await answer.text()
+                return await answer.json()
+
+        token = (await post("/auth/register", PERSON))["accessToken"]
+        maker = (await post("/auth/register", {**PERSON, "email": "maker@example.org"}))["accessToken"]
+        # Of a user with many sessions the oldest ends: who signs in all the time is nobody else.
+        credentials = {"email": "often@example.org", "password": PERSON["password"]}
+        await post("/auth/register", {**PERSON, **credentials})
+        made = [await post("/projects", {"name": f"Project {number}"}, token) for number in range(PROJECTS)]
+        project = made[0]["id"]
+        workspace = (await post("/workspaces", {"projectId": project, "name": "Room"}, token))["id"]
+    new = {"name": "Made", "description": "by the bench"}
+    return [
+        Endpoint("health", "/health"),
+        Endpoint("login", f"{api}/auth/login", "POST", credentials, "", LOGINS, LOGIN_SECONDS),
+        Endpoint("profile", f"{api}/auth/profile", token=token),
+        Endpoint("project", f"{api}/projects/{project}", token=token),
+        Endpoint("list of 20", f"{api}/projects?limit={PROJECTS}", token=token),
+        Endpoint("new project", f"{api}/projects", "POST", new, maker),
+        Endpoint("workspace", f"{api}/workspaces/{workspace}", token=token),
+    ]
+
+
+@contextlib.contextmanager
+def server(name: str, stack: Stack, folder: Path, **settings: str) -> Iterator[Target]:
+    log = folder / f"{name}.log"
+    chosen = {
+        "APP_ENV": "test",
+        "HOST": "127.0.0.1",
+        "PORT": "0",
+        "LOG_LEVEL": "info",
+        "LOG_FORMAT": "json",
+        "ACCESS_TOKEN_TTL": "1h",
+        "BCRYPT_ROUNDS": str(BCRYPT_ROUNDS),
+        "RATE_LIMIT_AUTH": "off",
+        **settings,
+    }
+    environment = {**os.environ, **stack.environment, **chosen}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "run.py"), "server"], env=environment, stdout=output, stderr=output
+        )
+    try:
+        yield Target(name, int(until(log, r'"address":"http://127.0.0.1:(\d+)"')), process.pid)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+
+
+def until(log: Path, pattern: str) -> str:
+    for _ in range(300):
+        if found := re.search(pattern, log.read_text()):
+            return found.group(1)
+        time.sleep(0.1)
+    raise SystemExit(log.read_text())
+
+
+@contextlib.contextmanager
+def floor(name: str, database_url: str) -> Iterator[Target]:
+    command = [sys.executable, __file__, "--serve-floor", database_url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield Target(name, int(process.stdout.readline()), process.pid)
+        finally:
+            process.kill()
+
+
+async def serve_floor(database_url: str) -> None:
+    pool = await asyncpg.create_pool(database_url, min_size=1, max_size=postgres.POOL_SIZE)
+
+    async def bare(_: web.Request) -> web.Response:
+        return web.Response(body=orjson.dumps({"status": "ok"}), content_type="application/json")
+
+    async def select(request: web.Request) -> web.Response:
+        row = await pool.fetchrow("SELECT id, name FROM users WHERE id = $1", request.match_info["id"])
+        body = orjson.dumps({"id": str(row["id"]), "name": row["name"]})
+        return web.Response(body=body, content_type="application/json")
+
+    app = web.Application()
+    app.router.add_get("/bare", bare)
+    app.router.add_get("/select/{id}", select)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    print(runner.addresses[0][1], flush=True)
+    await asyncio.Event().wait()
+
+
+async def somebody(database_url: str) -> str:
+    connection = await asyncpg.connect(database_url)
+    try:
+        return str(await connection.fetchval("SELECT id FROM users LIMIT 1"))
+    finally:
+        await connection.close()
+
+
+def measure(rows: list[Row], options: argparse.Namespace) -> None:
+    for number in range(options.repeats):
+        for row in rows:
+            load(row.target, row.endpoint, WARM_SECONDS)
+            row.rounds.append(load(row.target, row.endpoint, options.seconds))
+            say(f"round {number + 1}: {row.target.name} {row.endpoint.name} {row.rounds[-1].rate:,.0f}/s")
+    for row in rows if options.half_load else []:
+        row.half = load(row.target, row.endpoint, options.seconds, rate=row.median("rate") / 2)
+        say(f"half load: {row.target.name} {row.endpoint.name}")
+
+
+def say(text: str) -> None:
+    print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def show(rows: list[Row]) -> None:
+    say("")
+    least = next(row for row in rows if row.target.name == "select")
+    heads = ("", "", "answers/s", "of select", "cpu ratio", "cores", "p50 ms", "p99 ms", "half: /s", "p50", "p99", "×")
+    print(("{:8} {:12}" + " {:>10}" * 4 + " {:>8}" * 6).format(*heads))
+    for row in rows:
+        half = row.half
+        tail = (f"{half.rate:,.0f}", f"{half.p50:.1f}", f"{half.p99:.1f}", f"{half.p99 / half.p50:.1f}") if half else ()
+        cells = (
+            f"{row.median('rate'):,.0f}",
+            f"{row.ratio(least, 'rate'):.0%}",
+            f"{row.ratio(least, 'per_cpu'):.0%}",
+            f"{row.median('cores'):.2f}",
+            f"{row.median('p50'):.1f}",
+            f"{row.median('p99'):.1f}",
+            *tail,
+        )
+        text = f"{row.target.name:8} {row.endpoint.name:12}"
+        text += "".join(f" {cell:>10}" for cell in cells[:4]) + "".join(f" {cell:>8}" for cell in cells[4:])
+        print(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of one measurement")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds; the medians are shown")
+    parser.add_argument("--only", default="", help="comma list of words in the names of endpoints")
+    parser.add_argument("--no-half-load", dest="half_load", action="store_false", help="leave out the latency at half")
+    parser.add_argument("--serve-floor", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve_floor:
+        uvloop.run(serve_floor(options.serve_floor))
+        return
+    if shutil.which("wrk") is None:
+        raise SystemExit("wrk is missing: apt-get install wrk")
+    bench(options)
+
+
+def bench(options: argparse.Namespace) -> None:
+    words = options.only.split(",")
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as name,
+        Stack(Path(name) / "data") as stack,
+    ):
+        folder = Path(name)
+        migrations.apply(stack.postgres.url)
+        with (
+            server("off", stack, folder, RATE_LIMIT_DEFAULT="off") as off,
+            server("limited", stack, folder, RATE_LIMIT_DEFAULT="1000000000/15minutes") as limited,
+            floor("bare", stack.postgres.url) as bare,
+            floor("select", stack.postgres.url) as select,
+        ):
+            endpoints = asyncio.run(fill(f"http://127.0.0.1:{off.port}"))
+            chosen = [each for each in endpoints if any(word in each.name for word in words)]
+            rows = [
+                Row(bare, Endpoint("floor", "/bare")),
+                Row(select, Endpoint("floor", f"/select/{asyncio.run(somebody(stack.postgres.url))}")),
+                *(Row(target, each) for target in (off, limited) for each in chosen),
+            ]
+            measure(rows, options)
+            show(rows)
+        stack.mongo.kill()  # it would take 2 s to stop
+
+
+if __name__ == "__main__":
+    main()
