@@ -19,7 +19,7 @@ from server.auth import handlers as auth
 from server.auth.blacklist import Blacklist
 from server.auth.passwords import Hasher
 from server.auth.sessions import Issuer
-from server.auth.tokens import Keys
+from server.auth.tokens import Keys, Verifier
 from server.documents import handlers as documents
 from server.documents.messages import messages as document_messages
 from server.documents.rooms import ROOMS, Rooms
@@ -128,12 +128,14 @@ def asyncapi_document() -> dict[str, Any]:
 
 
 def make_issuer(settings: Settings, stores: Resources) -> Issuer:
+    access_keys = Keys.of(settings.jwt_secret, settings.jwt_secret_previous)
     return Issuer(
-        access_keys=Keys.of(settings.jwt_secret, settings.jwt_secret_previous),
+        access_keys=access_keys,
+        verifier=Verifier(access_keys),
         refresh_keys=Keys.of(settings.jwt_refresh_secret, settings.jwt_refresh_secret_previous),
         access_ttl=settings.access_token_ttl,
         refresh_ttl=settings.refresh_token_ttl,
-        blacklist=Blacklist(stores.redis, token_ttl=settings.access_token_ttl),
+        blacklist=Blacklist(stores.redis, stores.pipelines, token_ttl=settings.access_token_ttl),
         channels=make_channels(settings, stores),
     )
 
@@ -163,7 +165,7 @@ def admission(settings: Settings, stores: Resources, issuer: Issuer) -> Admissio
         confirm=confirm,
         authorize=access.authorize,
         authorize_named=access.authorize_named,
-        limiter=RateLimiter(stores.redis, rates=rates),
+        limiter=RateLimiter(stores.pipelines, rates=rates),
         trusted=settings.trusted_proxies,
     )
 

@@ -29,13 +29,13 @@ class Executor(Protocol):
 class Database:
     """asyncpg's pool, with a deadline that also holds when the server is stopped or black-holed.
 
-    asyncpg itself waits for the server to confirm a cancelled statement; so the statement runs in a task of
-    its own, which is left behind (and owned here) when its time is up.
+    asyncpg itself waits for the server to confirm a cancelled statement, before it takes the connection back; so
+    the connection of a statement that failed is given back in a task of its own, which nobody waits for.
     """
 
     def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]") -> None:
         self.pool = pool
-        self._left_behind: set[asyncio.Task[Any]] = set()
+        self._given_back: set[asyncio.Task[None]] = set()
 
     async def fetch(self, query: str, *args: Any) -> list[asyncpg.Record]:
         return await self._run(lambda connection: connection.fetch(query, *args))
@@ -60,7 +60,7 @@ class Database:
         await self.fetchval("SELECT 1")
 
     async def close(self) -> None:
-        for task in self._left_behind:
+        for task in self._given_back:
             task.cancel()
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
@@ -69,30 +69,24 @@ class Database:
             self.pool.terminate()
 
     async def _run(self, statement: Callable[[Any], Awaitable[T]]) -> T:
-        task = asyncio.ensure_future(self._on_a_connection(statement))
-        try:
-            done, _ = await asyncio.wait({task}, timeout=STATEMENT_SECONDS)
-        except asyncio.CancelledError:
-            self._leave(task)
-            raise
-        if not done:
-            self._leave(task)
-            raise Unavailable("PostgreSQL did not answer in time")
         with unavailable():
-            return task.result()
+            async with asyncio.timeout(STATEMENT_SECONDS):
+                connection = await self.pool.acquire()
+                try:
+                    result = await statement(connection)
+                except BaseException:
+                    self._give_back(connection)
+                    raise
+                await self.pool.release(connection)
+                return result
 
-    async def _on_a_connection(self, statement: Callable[[Any], Awaitable[T]]) -> T:
-        async with self.pool.acquire() as connection:
-            return await statement(connection)
+    def _give_back(self, connection: Any) -> None:
+        task = asyncio.ensure_future(self.pool.release(connection))
+        self._given_back.add(task)
+        task.add_done_callback(self._forget)
 
-    def _leave(self, task: "asyncio.Future[Any]") -> None:
-        task.cancel()
-        if isinstance(task, asyncio.Task) and not task.done():
-            self._left_behind.add(task)
-            task.add_done_callback(self._forget)
-
-    def _forget(self, task: "asyncio.Task[Any]") -> None:
-        self._left_behind.discard(task)
+    def _forget(self, task: "asyncio.Task[None]") -> None:
+        self._given_back.discard(task)
         if not task.cancelled():
             task.exception()  # seen: the caller was told already
 

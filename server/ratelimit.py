@@ -1,7 +1,7 @@
 """Rate limits: the ``@limit`` mark and the check.
 
-Counted in Redis by the limits library, so they hold over all processes (fixed window). While Redis is away
-each process counts for itself, and counts that it did.
+Counted in Redis, so they hold over all processes (fixed window, the notation is the limits library's). While Redis
+is away each process counts for itself, and counts that it did.
 """
 
 import asyncio
@@ -13,17 +13,23 @@ from ipaddress import ip_network
 from typing import Any, TypeVar
 
 import limits
-from limits.aio.storage import MemoryStorage, RedisStorage
-from redis.asyncio import Redis
+from limits.aio.storage import MemoryStorage
 from redis.exceptions import RedisError
 
 from server import metrics
+from server.pipelines import Pipelines
 
 H = TypeVar("H", bound=Callable[..., Any])
 LISTEN_SECONDS, LISTEN_TIMES = 0.1, 5  # so long may Redis answer nobody before the local count does
-ASKING = 20  # at once, of two connections each: fewer than the pool has, which refuses whom it keeps waiting
 LOCAL_SECONDS = 5.0  # how long to count locally before Redis is asked again
 IPV6_PREFIX = 64
+# What the limits library does on Redis, and the time that is left in the same breath, in milliseconds: the library
+# rounds to seconds, down too, and Retry-After would be too early.
+_COUNT = """
+local count = redis.call('INCR', KEYS[1])
+if count == 1 then redis.call('PEXPIRE', KEYS[1], ARGV[1]) end
+return {count, redis.call('PTTL', KEYS[1])}
+"""
 BY_ADDRESS = frozenset({"auth"})  # budgets that the users of one address share, signed in or not
 
 
@@ -76,12 +82,12 @@ class Budget:
 
 
 class RateLimiter:
-    def __init__(self, redis: Redis, *, rates: dict[str, limits.RateLimitItem | None], prefix: str = "limit") -> None:
+    def __init__(
+        self, redis: Pipelines, *, rates: dict[str, limits.RateLimitItem | None], prefix: str = "limit"
+    ) -> None:
         self.rates = rates
         self._redis = redis
-        pool: Any = redis.connection_pool  # the library's types know scalar options only
-        self._shared = RedisStorage("redis://", implementation="redispy", key_prefix=prefix, connection_pool=pool)
-        self._asking = asyncio.Semaphore(ASKING)
+        self._prefix = prefix
         self._answers = 0  # of Redis, to anybody
         self._local = MemoryStorage()
         self._local_until = 0.0
@@ -95,21 +101,16 @@ class RateLimiter:
         if time.monotonic() < self._local_until:
             return await self._hit_local(name, rate, key)
         try:
-            return await self._heard(asyncio.ensure_future(self._hit_shared(name, rate, key)))
+            milliseconds = rate.get_expiry() * 1000
+            answer = self._redis.ask("EVAL", _COUNT, 1, f"{self._prefix}:{key}", milliseconds)
+            count, left = await self._heard(answer)
         except (RedisError, OSError, TimeoutError):
             self._local_until = time.monotonic() + LOCAL_SECONDS
             metrics.LIMITER_FALLBACKS.inc()
             return await self._hit_local(name, rate, key)
-
-    async def _hit_shared(self, name: str, rate: limits.RateLimitItem, key: str) -> Budget:
-        async with self._asking:
-            # Not the library's own get_expiry: that rounds to seconds, down too, and Retry-After would be too early.
-            count, left = await asyncio.gather(
-                self._shared.incr(key, rate.get_expiry()), self._redis.pttl(self._shared.bridge.prefixed_key(key))
-            )
         return _budget(name, rate, count, left / 1000)
 
-    async def _heard(self, answer: "asyncio.Task[Budget]") -> Budget:
+    async def _heard(self, answer: "asyncio.Future[Any]") -> Any:
         """The answer; TimeoutError where Redis is silent, to everybody.
 
         A crowd that waits for its turn, or a busy loop, is no silence: a plain timeout would let a burst of
@@ -121,9 +122,9 @@ class RateLimiter:
                 answers = self._answers
                 await asyncio.wait({answer}, timeout=LISTEN_SECONDS)
                 if answer.done():
-                    budget = answer.result()
+                    found = answer.result()
                     self._answers += 1
-                    return budget
+                    return found
                 silence = silence + 1 if self._answers == answers else 0
             raise TimeoutError("Redis is silent")
         finally:

@@ -20,6 +20,7 @@ from redis.exceptions import RedisError
 
 from server import postgres
 from server.errors import Unavailable
+from server.pipelines import Pipelines
 from server.settings import Settings
 
 START_SECONDS = 3.0  # for each store at start: all three are named within 10 s
@@ -37,6 +38,7 @@ class Resources:
     settings: Settings
     db: postgres.Database
     redis: Redis
+    pipelines: Pipelines  # the same Redis, for what every request asks
     blocking_redis: Redis
     mongo: Any  # AsyncIOMotorDatabase, which carries no types
 
@@ -54,13 +56,20 @@ async def connect(settings: Settings) -> AsyncIterator[Resources]:
         redis = redis_client(settings.redis_url)
         stack.push_async_callback(redis.aclose)
         await _started("Redis", settings.redis_url, ping(redis))
+        pipelines = Pipelines(redis)
+        stack.push_async_callback(pipelines.close)
         blocking = blocking_redis_client(settings.redis_url)
         stack.push_async_callback(blocking.aclose)
         client: Any = mongo_client(settings.mongodb_uri)
         stack.callback(client.close)
         await _started("MongoDB", settings.mongodb_uri, client.admin.command("ping"))
         yield Resources(
-            settings=settings, db=db, redis=redis, blocking_redis=blocking, mongo=client.get_default_database()
+            settings=settings,
+            db=db,
+            redis=redis,
+            pipelines=pipelines,
+            blocking_redis=blocking,
+            mongo=client.get_default_database(),
         )
 
 

@@ -13,6 +13,7 @@ import limits
 import pytest
 from prometheus_client import REGISTRY
 
+from server.pipelines import Pipelines
 from server.ratelimit import RateLimiter, payer
 from server.resources import redis_client
 from server.settings import Settings
@@ -158,7 +159,7 @@ def test_of_ipv6_the_network_pays(one: str, other: str, same: bool) -> None:
 
 async def test_while_redis_is_away_each_process_counts_for_itself(unused_tcp_port: int) -> None:
     redis = redis_client(f"redis://127.0.0.1:{unused_tcp_port}")
-    limiter = RateLimiter(redis, rates={"auth": TEN})
+    limiter = RateLimiter(Pipelines(redis), rates={"auth": TEN})
     before = fallbacks()
     try:
         budgets = [await limiter.hit("auth", "somebody") for _ in range(12)]
@@ -177,7 +178,7 @@ async def test_a_redis_that_does_not_answer_costs_half_a_second_once(settings: S
 
     silent = await asyncio.start_server(swallow, "127.0.0.1", 0)
     redis = redis_client(f"redis://127.0.0.1:{silent.sockets[0].getsockname()[1]}")
-    limiter = RateLimiter(redis, rates={"auth": TEN})
+    limiter = RateLimiter(Pipelines(redis), rates={"auth": TEN})
     try:
         began = time.monotonic()
         budgets = await asyncio.gather(*(limiter.hit("auth", "somebody") for _ in range(300)))

@@ -50,7 +50,7 @@ from server.devstack.stack import Stack  # noqa: E402
 
 CONNECTIONS = 32
 WARM_SECONDS = 1
-LOGINS, LOGIN_SECONDS = 2 * (os.cpu_count() or 1), 5.0  # each takes a core for 0.3 s
+LOGINS, LOGIN_SECONDS = 2 * (os.cpu_count() or 1), 10.0  # each takes a core for 0.3 s
 PROJECTS = 20
 BCRYPT_ROUNDS = 12  # the default
 PERSON = {"email": "ada@example.org", "password": "Lovelace1815", "name": "Ada"}

@@ -16,6 +16,8 @@ from uuid import UUID
 from redis.asyncio import Redis
 from redis.exceptions import NoScriptError, RedisError
 
+from server.pipelines import Pipelines
+
 ANSWER_SECONDS = 0.5  # beyond that the row is quicker
 REST_SECONDS = 2.0  # how long Redis is left alone after it did not answer
 RETRY_SECONDS = 0.5
@@ -36,8 +38,9 @@ _AWAY = (RedisError, OSError, TimeoutError)
 
 
 class Blacklist:
-    def __init__(self, redis: Redis, *, token_ttl: int) -> None:
+    def __init__(self, redis: Redis, pipelines: Pipelines, *, token_ttl: int) -> None:
         self._redis: Any = redis
+        self._pipelines = pipelines
         self._seconds = token_ttl + _MARGIN_SECONDS
         self._ask_sha: str = self._redis.register_script(_ASK).sha
         self._resting_until = 0.0
@@ -82,7 +85,7 @@ class Blacklist:
                 await self._start_anew()
 
     async def _ask(self, *keys: str) -> bool | None:
-        noted, remembers = await self._redis.evalsha(self._ask_sha, 1 + len(keys), _SINCE, *keys)
+        noted, remembers = await self._pipelines.ask("EVALSHA", self._ask_sha, 1 + len(keys), _SINCE, *keys)
         if noted:
             return True
         return False if remembers > self._seconds else None

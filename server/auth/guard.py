@@ -3,7 +3,9 @@
 In two steps, so that the second can be asked together with what else a request needs of the stores.
 """
 
-from server.auth import store, tokens
+from datetime import UTC, datetime
+
+from server.auth import store
 from server.auth.sessions import Issuer
 from server.errors import Unauthenticated
 from server.postgres import Executor
@@ -16,7 +18,7 @@ def identify(issuer: Issuer, token: str) -> User:
     Raises:
         Unauthenticated: the token is not valid.
     """
-    claims = tokens.verify(token, keys=issuer.access_keys)
+    claims = issuer.verifier.verify(token, now=datetime.now(UTC))
     return User(id=claims.user, session=claims.session, token=claims.token, expires_at=claims.expires_at)
 
 

@@ -25,6 +25,7 @@ class Issuer:
     """What issuing tokens takes, and whom to tell of sessions that ended."""
 
     access_keys: tokens.Keys
+    verifier: tokens.Verifier  # of access tokens
     refresh_keys: tokens.Keys
     access_ttl: int
     refresh_ttl: int

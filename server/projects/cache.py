@@ -7,29 +7,29 @@ nothing needs to be invalidated. Without Redis everything is read from PostgreSQ
 import asyncio
 from uuid import UUID
 
-from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from server import metrics
+from server.pipelines import Pipelines
 
 KEPT_SECONDS = 300
 PATIENCE_SECONDS = 0.2  # a cache that takes longer is none
 
 
-async def find(redis: Redis, *, project: UUID, revision: int, role: str) -> bytes | None:
+async def find(redis: Pipelines, *, project: UUID, revision: int, role: str) -> bytes | None:
     try:
         async with asyncio.timeout(PATIENCE_SECONDS):
-            found: bytes | None = await redis.get(_key(project, revision, role))
+            found: bytes | None = await redis.ask("GET", _key(project, revision, role))
     except (RedisError, OSError, TimeoutError):
         found = None
     metrics.PROJECT_CACHE.labels("miss" if found is None else "hit").inc()
     return found
 
 
-async def keep(redis: Redis, body: bytes, *, project: UUID, revision: int, role: str) -> None:
+async def keep(redis: Pipelines, body: bytes, *, project: UUID, revision: int, role: str) -> None:
     try:
         async with asyncio.timeout(PATIENCE_SECONDS):
-            await redis.set(_key(project, revision, role), body, ex=KEPT_SECONDS)
+            await redis.ask("SET", _key(project, revision, role), body, "EX", KEPT_SECONDS)
     except (RedisError, OSError, TimeoutError):
         return
 

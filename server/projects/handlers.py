@@ -70,14 +70,14 @@ async def read_project(request: web.Request) -> web.Response:
     tag = etag(revision, role)
     if unchanged(request, tag):
         return answers.tagged(request, b"", tag=tag)
-    body = await cache.find(stores.redis, project=project, revision=revision, role=role)
+    body = await cache.find(stores.pipelines, project=project, revision=revision, role=role)
     if body is None:
         found = await store.read_project_with_members(stores.db, project=project, most=SHOWN_MEMBERS)
         if found is None:
             raise NotFound("No such project")
         # It may have changed since the access query: what is kept and tagged is what was read.
         revision, body = found["revision"], json.dumps(PROJECT_WITH_MEMBERS.dump({**found, "role": role}))
-        await cache.keep(stores.redis, body, project=project, revision=revision, role=role)
+        await cache.keep(stores.pipelines, body, project=project, revision=revision, role=role)
     return answers.tagged(request, body, tag=etag(revision, role))
 
 
