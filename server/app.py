@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import socket
 import time
 from collections.abc import AsyncIterator, Iterable
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any
 import aiohttp_cors
 import structlog
 import uvloop
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from server import json, resources
 from server.auth import guard, tickets, upkeep
@@ -49,7 +50,7 @@ from server.rest.keys import RESOURCES, User
 from server.rest.marks import public
 from server.rest.middlewares import Admission, dress, middlewares
 from server.settings import Settings, SettingsError
-from server.signals import stop_signal
+from server.signals import stop_signal, tell_ready
 from server.workspaces import handlers as workspaces
 from server.workspaces.messages import messages as workspace_messages
 
@@ -57,6 +58,8 @@ log = structlog.get_logger()
 
 BODY_BYTES = 1 << 20
 BACKLOG = 1024
+CLOSE_SECONDS = 10.0
+LINGER_SECONDS = 0.3  # for the requests of connections that have just come: aiohttp would close these unheard
 KEEPALIVE_SECONDS = 12.0  # also what a client may take for its headers: aiohttp knows no other limit
 API: tuple[Iterable[web.AbstractRouteDef], ...] = (
     auth.routes,
@@ -93,7 +96,7 @@ def create_app(settings: Settings, stores: Resources) -> web.Application:
     app[ROOMS] = app[REALTIME].documents = make_rooms(stores, app[REALTIME])
     app[ops.STARTED] = time.monotonic()
     app[ops.DRAINING] = ops.Draining()
-    app.on_response_prepare.append(dress)
+    app.on_response_prepare.extend((dress, send_away))
     for routes in API:
         access.assemble(routes)
         app.router.add_routes(routes)
@@ -230,19 +233,22 @@ async def vary_by_origin(_: web.Request, response: web.StreamResponse) -> None:
     response.headers.add("Vary", "Origin")
 
 
-def run(settings: Settings) -> None:
-    """One server process, until SIGTERM or SIGINT."""
-    uvloop.run(serve(settings))
+def run(settings: Settings, *, listener: int | None = None, ready: int | None = None) -> None:
+    """One server process, until SIGTERM or SIGINT.
+
+    From a supervisor: ``listener``, an open socket, and ``ready``, a pipe that hears when requests are served.
+    """
+    uvloop.run(serve(settings, listener=listener, ready=ready))
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings, *, listener: int | None = None, ready: int | None = None) -> None:
     """Open the stores, listen, and stop gently when told to.
 
     Raises:
         StoreDownError: a store cannot be used.
         SettingsError: the address cannot be listened on.
     """
-    stop = stop_signal()
+    stop = stop_signal(replaceable=True)
     async with resources.connect(settings) as stores:
         app = create_app(settings, stores)
         runner = web.AppRunner(
@@ -250,18 +256,26 @@ async def serve(settings: Settings) -> None:
         )
         await runner.setup()
         try:
-            await listen(runner, settings)
+            site = await listen(runner, settings, listener)
+            tell_ready(ready)
             await stop.wait()
             log.info("server stopping")
             app[ops.DRAINING].begun = True
+            if stop.replaced:
+                await site.stop()
             await app[REALTIME].drain()
+            await asyncio.sleep(LINGER_SECONDS)
         finally:
             await runner.cleanup()
     log.info("server stopped")
 
 
-async def listen(runner: web.AppRunner, settings: Settings) -> None:
-    site = web.TCPSite(runner, settings.host, settings.port, backlog=BACKLOG)
+async def listen(runner: web.AppRunner, settings: Settings, listener: int | None) -> web.BaseSite:
+    site: web.BaseSite
+    if listener is None:
+        site = web.TCPSite(runner, settings.host, settings.port, backlog=BACKLOG)
+    else:
+        site = web.SockSite(runner, socket.socket(fileno=listener), backlog=BACKLOG)
     try:
         await site.start()
     except OSError as error:
@@ -269,3 +283,16 @@ async def listen(runner: web.AppRunner, settings: Settings) -> None:
         raise SettingsError(f"Cannot listen on {settings.host}:{settings.port}: {why}") from error
     host, port = runner.addresses[0][:2]
     log.info("server ready", address=f"http://{host}:{port}")
+    return site
+
+
+def stop_seconds(settings: Settings) -> float:
+    """What ``serve`` needs at most to stop: sockets, then requests, then the stores."""
+    return 2 * settings.drain_seconds + CLOSE_SECONDS
+
+
+async def send_away(request: web.Request, response: web.StreamResponse) -> None:
+    """Signal: while the process stops, each answer is the last of its connection."""
+    if request.app[ops.DRAINING].begun:
+        response.headers[hdrs.CONNECTION] = "close"
+        response.force_close()

@@ -25,11 +25,14 @@ def main() -> None:
         sys.exit(130)
 
 
-def serve(_: argparse.Namespace) -> int:
+def serve(arguments: argparse.Namespace) -> int:
     loaded = settings.load()
     logs.configure(loaded)
     _refuse_pending(loaded.database_url)
-    app.run(loaded)
+    if arguments.processes > 1:
+        address, patience = (loaded.host, loaded.port), app.stop_seconds(loaded)
+        return asyncio.run(supervise(["server"], processes=arguments.processes, patience=patience, address=address))
+    app.run(loaded, listener=arguments.listener, ready=arguments.ready)
     return 0
 
 
@@ -41,7 +44,7 @@ def work(arguments: argparse.Namespace) -> int:
     if arguments.processes > 1:
         command = ["worker", "--queues", ",".join(arguments.queues)]
         return asyncio.run(supervise(command, processes=arguments.processes, patience=worker.STOP_SECONDS))
-    worker.run(loaded, arguments.queues)
+    worker.run(loaded, arguments.queues, ready=arguments.ready)
     return 0
 
 
@@ -85,16 +88,23 @@ def _refuse_pending(url: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="run.py", description="Collaborative Workspace Backend")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _command(commands, serve, "server", "serve REST and WebSockets on HOST:PORT")
+    server = _command(commands, serve, "server", "serve REST and WebSockets on HOST:PORT")
+    _several(server)
+    server.add_argument("--listener", type=int, help=argparse.SUPPRESS)  # an open socket, from the supervisor
     worker = _command(commands, work, "worker", "run queued jobs")
     worker.add_argument("--queues", type=_queues, default=CLASSES, metavar="LIST", help="high,normal,low")
-    worker.add_argument("--processes", type=_at_least_one, default=1, metavar="N", help="so many, supervised")
+    _several(worker)
     _command(commands, develop, "dev", "embedded stores, migrations, one server and one worker")
     check = _command(commands, migrate, "migrate", "apply what is pending in sql/migrations")
     check.add_argument("--check", action="store_true", help="apply nothing; exit 1 when something is pending")
     _command(commands, print_openapi, "openapi", "print the OpenAPI document")
     _command(commands, print_asyncapi, "asyncapi", "print the AsyncAPI document of the socket")
     return parser
+
+
+def _several(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--processes", type=_at_least_one, default=1, metavar="N", help="so many, supervised")
+    command.add_argument("--ready", type=int, help=argparse.SUPPRESS)  # a pipe, from the supervisor
 
 
 def _at_least_one(text: str) -> int:

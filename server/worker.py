@@ -29,7 +29,7 @@ from server.realtime.channels import Channels
 from server.realtime.history import History
 from server.resources import Resources
 from server.settings import Settings
-from server.signals import stop_signal
+from server.signals import stop_signal, tell_ready
 
 log = structlog.get_logger()
 
@@ -42,18 +42,18 @@ CANCEL_SECONDS = 0.2
 TIMERS = TimersDict(schedule=1, worker_info=10, sweep=15, abort=60)
 
 
-def run(settings: Settings, queues: Sequence[str]) -> None:
-    """One worker process, until SIGTERM or SIGINT."""
-    uvloop.run(work(settings, queues))
+def run(settings: Settings, queues: Sequence[str], *, ready: int | None = None) -> None:
+    """One worker process, until SIGTERM or SIGINT; ``ready`` is a pipe that hears when it works."""
+    uvloop.run(work(settings, queues, ready=ready))
 
 
-async def work(settings: Settings, queues: Sequence[str]) -> None:
+async def work(settings: Settings, queues: Sequence[str], *, ready: int | None = None) -> None:
     """Open the stores, test the sandbox, run jobs, and stop gently when told to.
 
     Raises:
         StoreDownError: a store cannot be used.
     """
-    stop = stop_signal()
+    stop = stop_signal(replaceable=True)
     async with resources.connect(settings) as stores:
         await collections.prepare(stores.mongo)
         bench = make_bench(settings, stores, await Sandbox.detect())
@@ -76,6 +76,7 @@ async def work(settings: Settings, queues: Sequence[str]) -> None:
         ]
         working = asyncio.ensure_future(worker.start())
         log.info("worker ready", worker=bench.worker, sandbox=report.tier, languages=report.languages, queues=queues)
+        tell_ready(ready)
         _warn(settings)
         stopping = asyncio.ensure_future(stop.wait())
         await asyncio.wait({stopping, working, *background}, return_when=asyncio.FIRST_COMPLETED)

@@ -28,7 +28,8 @@ class Child:
     ``goodbye`` is the signal that asks it to stop in order; ``orphaned`` is what the kernel sends it when we are
     killed: SIGKILL is certain, while a Python program that waits in its main thread may sleep through another.
     ``lock`` is a file whose lock the program and all its processes inherit: as long as one of them lives,
-    whoever started it, the next start waits. Two of a store on one directory would ruin the data.
+    whoever started it, the next start waits. Two of a store on one directory would ruin the data. ``inherit`` are
+    further open files that it gets.
     """
 
     def __init__(
@@ -42,9 +43,11 @@ class Child:
         orphaned: signal.Signals = signal.SIGKILL,
         user: int | None = None,
         environment: dict[str, str] | None = None,
+        inherit: tuple[int, ...] = (),
     ) -> None:
         self.name = name
         self._command = list(command)
+        self._inherit = inherit
         self._log = log
         self._log_begin = 0
         self._lock = lock
@@ -57,6 +60,11 @@ class Child:
     @property
     def pid(self) -> int | None:
         return self._process.pid if self._process and self.alive else None
+
+    @property
+    def number(self) -> int | None:
+        """Its process number, also when it is dead."""
+        return self._process.pid if self._process else None
 
     @property
     def alive(self) -> bool:
@@ -81,7 +89,7 @@ class Child:
                     stdout=output,
                     stderr=output if output is None else subprocess.STDOUT,
                     env=self._environment,
-                    pass_fds=inherited,
+                    pass_fds=(*inherited, *self._inherit),
                     start_new_session=True,
                     user=self._user,
                     group=self._user,
@@ -112,9 +120,9 @@ class Child:
                 raise StackError(f"{self.name} of an earlier run has not ended yet; end its process {holder}")
             time.sleep(POLL_SECONDS)
 
-    def ask_to_stop(self) -> None:
+    def ask_to_stop(self, how: signal.Signals | None = None) -> None:
         if self._process and self.alive:
-            self._process.send_signal(self._goodbye)
+            self._process.send_signal(how or self._goodbye)
 
     def wait(self, *, seconds: float = STOP_SECONDS) -> None:
         """Wait for its end; kill it when it takes too long."""

@@ -1,0 +1,160 @@
+"""What an operator may rely on in a server of several processes."""
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from tests.actors import Actor
+from tests.devstack.pids import gone
+from tests.processes import Processes, Server
+
+
+async def started(processes: Processes, *, number: int = 2, **settings: str) -> Server:
+    server = processes.server("--processes", str(number), **settings)
+    await asyncio.to_thread(server.until, rf"(?s)(server ready.*){{{number}}}")
+    return server
+
+
+def members(server: Server) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()]
+
+
+class Hammer:
+    """Clients of which each request makes a connection of its own; ``failures`` is what they see beside 200."""
+
+    def __init__(self, base: str, *, clients: int = 4) -> None:
+        self.answers = 0
+        self.failures: list[str] = []
+        self._base = base
+        self._clients = clients
+
+    async def __aenter__(self) -> "Hammer":
+        self._tasks = [asyncio.ensure_future(self._run()) for _ in range(self._clients)]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _run(self) -> None:
+        connector = aiohttp.TCPConnector(force_close=True)
+        async with aiohttp.ClientSession(connector=connector) as session:
+            while True:
+                try:
+                    async with session.get(f"{self._base}/health") as answer:
+                        await answer.read()
+                        if answer.status != 200:
+                            self.failures.append(str(answer.status))
+                except aiohttp.ClientError as error:
+                    self.failures.append(repr(error))
+                self.answers += 1
+
+
+async def test_connections_go_to_all_processes_on_one_port(processes: Processes, http: aiohttp.ClientSession) -> None:
+    server = await started(processes, LOG_LEVEL="info")
+    async with Hammer(server.base) as hammer:
+        while hammer.answers < 100:
+            await asyncio.sleep(0.05)
+    assert hammer.failures == []
+    inodes = [_listening(pid) for pid in members(server)]
+    assert len(inodes) == 2
+    assert inodes[0] != inodes[1]
+
+
+def _listening(pid: int) -> str:
+    """The listening socket that a process was given."""
+    arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    return str(Path(f"/proc/{pid}/fd/{arguments[arguments.index('--listener') + 1]}").readlink())
+
+
+async def test_a_rolling_restart_is_not_noticed(processes: Processes) -> None:
+    server = await started(processes)
+    before = members(server)
+    async with Hammer(server.base) as hammer:
+        os.kill(server.pid, signal.SIGHUP)
+        await asyncio.to_thread(server.until, "processes restarted", seconds=60)
+    assert hammer.failures == []
+    assert hammer.answers > 50
+    after = members(server)
+    assert len(after) == 2
+    assert not set(before) & set(after)
+    assert await asyncio.to_thread(server.terminate) == 0
+    assert gone([*before, *after], seconds=1)
+
+
+async def test_sockets_are_told_of_a_rolling_restart_and_find_the_successor(
+    processes: Processes, http: aiohttp.ClientSession
+) -> None:
+    server = await started(processes)
+    ada = await Actor(http, server.base, "Ada").register()
+    workspace = await ada.make_workspace()
+    socket = await ada.connect(workspace)
+    os.kill(server.pid, signal.SIGHUP)
+    await socket.assert_push("server:draining", seconds=20)
+    assert await socket.closed() == 1012
+    again = await ada.connect(workspace)
+    assert again.joined
+
+
+async def test_who_dies_is_replaced_and_its_waiting_connections_are_answered(processes: Processes) -> None:
+    server = await started(processes)
+    first = members(server)
+    host, _, port = server.base.removeprefix("http://").partition(":")
+    os.kill(first[0], signal.SIGSTOP)
+    with waiting_in(host, int(port), connections=16) as clients:
+        os.kill(first[0], signal.SIGKILL)
+        for client in clients:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: ada\r\nConnection: close\r\n\r\n")
+        answers = await asyncio.gather(*(asyncio.to_thread(client.recv, 12) for client in clients))
+    assert set(answers) == {b"HTTP/1.1 200"}
+    assert len(members(server)) == 2
+    assert first[0] not in members(server)
+
+
+@contextmanager
+def waiting_in(host: str, port: int, *, connections: int) -> Iterator[list[socket.socket]]:
+    clients = [socket.create_connection((host, port), timeout=20) for _ in range(connections)]
+    yield clients
+    for client in clients:
+        client.close()
+
+
+async def test_who_dies_again_and_again_is_started_at_growing_intervals(processes: Processes) -> None:
+    server = await started(processes)
+    for pause in (0.0, 1.0, 2.0):
+        os.kill(members(server)[-1], signal.SIGKILL)
+        await asyncio.to_thread(server.until, rf'"again_in":{pause}')
+        while len(members(server)) < 2:
+            await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_ends_all_of_them(number: int, processes: Processes) -> None:
+    server = await started(processes, number=3)
+    family = members(server)
+    assert await asyncio.to_thread(server.terminate, number=number) == 0
+    assert gone(family, seconds=1)
+    assert "Traceback" not in server.output
+
+
+async def test_servers_do_not_outlive_a_killed_supervisor(processes: Processes) -> None:
+    server = await started(processes)
+    family = members(server)
+    server.kill()
+    assert gone(family, seconds=10)
+
+
+async def test_a_port_that_another_server_has_is_not_shared(processes: Processes) -> None:
+    server = await started(processes)
+    port = server.base.rpartition(":")[2]
+    second = processes.server("--processes", "2", PORT=port)
+    assert await asyncio.to_thread(second.wait) == 1
+    assert "Cannot listen on" in second.output
