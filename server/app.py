@@ -32,7 +32,7 @@ from server.jobs.dispatch import Dispatcher
 from server.jobs.types import JOB_TYPES
 from server.jobs.workers import Roster
 from server.ops import handlers as ops
-from server.ops import operators
+from server.ops import operators, watch
 from server.projects import access, invitations
 from server.projects import handlers as projects
 from server.ratelimit import RateLimiter, limit
@@ -95,8 +95,8 @@ def create_app(settings: Settings, stores: Resources) -> web.Application:
     app[jobs.ROSTER] = Roster(stores.redis)
     app[ROOMS] = app[REALTIME].documents = make_rooms(stores, app[REALTIME])
     app[ops.STARTED] = time.monotonic()
-    app[ops.DRAINING] = ops.Draining()
-    app.on_response_prepare.extend((dress, send_away))
+    app[ops.DRAINING] = draining = ops.Draining()
+    app.on_response_prepare.extend((dress, partial(send_away, draining)))
     for routes in API:
         access.assemble(routes)
         app.router.add_routes(routes)
@@ -111,7 +111,7 @@ def create_app(settings: Settings, stores: Resources) -> web.Application:
     openapi.add_page(app, asyncapi.PAGE, asyncapi.page(described), policy=asyncapi.PAGE_POLICY)
     app.on_startup.extend((prepare_stores, start_realtime))
     app.on_shutdown.append(stop_realtime)  # before aiohttp closes the connections that are left
-    app.cleanup_ctx.extend((close_hasher, keep_accounts))
+    app.cleanup_ctx.extend((close_hasher, keep_accounts, watch_itself))
     allow_origins(app, settings.cors_origin)
     return app
 
@@ -217,6 +217,16 @@ async def keep_accounts(app: web.Application) -> AsyncIterator[None]:
     await asyncio.wait({task})
 
 
+async def watch_itself(app: web.Application) -> AsyncIterator[None]:
+    realtime = app[REALTIME]
+    looking = watch.look(app[RESOURCES].db, partial(watch.show_sockets, realtime))
+    tasks = {asyncio.ensure_future(each) for each in (looking, watch.probe(realtime))}
+    yield
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+
+
 def allow_origins(app: web.Application, origins: Iterable[str]) -> None:
     """CORS by aiohttp-cors; it does not look at WebSockets, the socket's door does."""
     options = aiohttp_cors.ResourceOptions(allow_headers="*", allow_methods="*", expose_headers="*", max_age=3600)
@@ -291,8 +301,8 @@ def stop_seconds(settings: Settings) -> float:
     return 2 * settings.drain_seconds + CLOSE_SECONDS
 
 
-async def send_away(request: web.Request, response: web.StreamResponse) -> None:
+async def send_away(draining: ops.Draining, _: web.Request, response: web.StreamResponse) -> None:
     """Signal: while the process stops, each answer is the last of its connection."""
-    if request.app[ops.DRAINING].begun:
+    if draining.begun:
         response.headers[hdrs.CONNECTION] = "close"
         response.force_close()

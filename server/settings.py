@@ -217,6 +217,7 @@ class Settings:
     drain_seconds: int = setting(integer(0, 3600), default=10, help="time that a stopping server gives its sockets")
     ops_username: str = setting(text, default="", help="Basic credentials for `/metrics` and `/ops/queues`")
     ops_password: str = setting(text, default="", help="the same; unset, both answer 404 in production", secret=True)
+    metrics_port: int = setting(integer(0, 65535), default=0, help="port of a worker's own `/metrics`; 0 for none")
     log_level: str = setting(
         one_of("debug", "info", "warning", "error"),
         default="info",
@@ -278,6 +279,11 @@ def load_stack() -> StackSettings:
 def child_environment(**changes: str) -> dict[str, str]:
     """The environment of a process that we start: ours, with these changes."""
     return {**os.environ, **changes}
+
+
+def metrics_folder() -> str | None:
+    """Where the processes of a supervisor, which names it, count together (prometheus_client's own variable)."""
+    return os.environ.get("PROMETHEUS_MULTIPROC_DIR")
 
 
 def table() -> Iterator[tuple[str, str, str]]:

@@ -25,6 +25,7 @@ from server.jobs.queue import InOrder, UpkeepLane
 from server.jobs.sandbox import Sandbox
 from server.jobs.types import JOB_TYPES
 from server.jobs.workers import Report
+from server.ops import exposition, watch
 from server.realtime.channels import Channels
 from server.realtime.history import History
 from server.resources import Resources
@@ -54,7 +55,7 @@ async def work(settings: Settings, queues: Sequence[str], *, ready: int | None =
         StoreDownError: a store cannot be used.
     """
     stop = stop_signal(replaceable=True)
-    async with resources.connect(settings) as stores:
+    async with resources.connect(settings) as stores, exposition.served(settings, stores):
         await collections.prepare(stores.mongo)
         bench = make_bench(settings, stores, await Sandbox.detect())
         report = Report(
@@ -71,6 +72,7 @@ async def work(settings: Settings, queues: Sequence[str], *, ready: int | None =
                 bench.leases.keep(),
                 workers.keep_reporting(stores.redis, report),
                 recovery.keep_admitting_due(bench, stores.redis),
+                watch.look(stores.db),
                 UpkeepWorker(UpkeepLane(stores.redis), bench).start(),
             )
         ]

@@ -26,6 +26,13 @@ def members(server: Server) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()]
 
 
+async def counting(server: Server, number: int) -> None:
+    """Returns when it has so many processes, of which none is dead."""
+    async with asyncio.timeout(20):
+        while len(members(server)) != number:
+            await asyncio.sleep(0.05)
+
+
 class Hammer:
     """Clients of which each request makes a connection of its own; ``failures`` is what they see beside 200."""
 
@@ -132,8 +139,7 @@ async def test_who_dies_again_and_again_is_started_at_growing_intervals(processe
     for pause in (0.0, 1.0, 2.0):
         os.kill(members(server)[-1], signal.SIGKILL)
         await asyncio.to_thread(server.until, rf'"again_in":{pause}')
-        while len(members(server)) < 2:
-            await asyncio.sleep(0.05)
+        await counting(server, 2)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

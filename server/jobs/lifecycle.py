@@ -77,8 +77,16 @@ async def before_process(bench: Bench, *, job: str, claim: int) -> Job | None:
     mongo, worker = bench.stores.mongo, bench.worker
     record, _ = await _patiently(lambda: store.claim(mongo, job=job, claim=claim, worker=worker, now=store.moment()))
     if record is not None:
+        _measure_wait(record)
         await bench.announcements.moved(record)
     return record
+
+
+def _measure_wait(record: Job) -> None:
+    due = record["runAt"] or (record["createdAt"] if record["claim"] == 1 else None)
+    if due is not None:
+        waited = (record["startedAt"] - due).total_seconds()
+        metrics.JOB_WAIT.labels(record["type"]).observe(max(0.0, waited))
 
 
 async def after_process(
@@ -198,6 +206,8 @@ async def _progress(bench: Bench, record: Job, percent: float) -> None:
 
 async def _tell_end(bench: Bench, record: Job, outcome: str, *, written: bool) -> None:
     metrics.JOBS_FINISHED.labels(record["type"], outcome if written else "superseded").inc()
+    ran = (store.moment() - record["startedAt"]).total_seconds()
+    metrics.JOB_DURATION.labels(record["type"]).observe(max(0.0, ran))
     log.info("attempt ended", outcome=outcome, written=written)
     if written:
         await bench.announcements.moved(record)

@@ -13,6 +13,7 @@ lost    workers lost in a row
 import hashlib
 import random
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -209,6 +210,35 @@ async def count(mongo: Any, *, user: UUID, now: datetime) -> tuple[dict[str, int
 
 
 # Slots -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    type: str
+    state: str  # pending or processing; scheduled: pending, and not due yet
+    number: int
+    oldest_seconds: float
+
+
+async def unfinished(mongo: Any, *, now: datetime) -> list[Unfinished]:
+    """All users' jobs that are not finished, and since when the oldest of each kind has been due."""
+    waits = {"$and": [{"$eq": ["$status", PENDING]}, {"$gt": ["$runAt", now]}]}
+    grouped = [
+        {"$match": {"status": {"$in": [PENDING, PROCESSING]}}},
+        {
+            "$group": {
+                "_id": {"type": "$type", "state": {"$cond": [waits, "scheduled", "$status"]}},
+                "number": {"$sum": 1},
+                "oldest": {"$min": {"$ifNull": ["$runAt", "$createdAt"]}},
+            }
+        },
+    ]
+    return [
+        Unfinished(
+            each["_id"]["type"], each["_id"]["state"], each["number"], max(0.0, (now - each["oldest"]).total_seconds())
+        )
+        async for each in mongo.jobs.aggregate(grouped)
+    ]
 
 
 async def free_slots(mongo: Any, *, user: str, slots: int) -> list[int]:

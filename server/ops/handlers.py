@@ -5,13 +5,14 @@ import time
 from collections.abc import Awaitable, Mapping
 from typing import Any
 
-import prometheus_client
 from aiohttp import web
 from aiohttp_apispec import docs
 from redis.exceptions import RedisError
 
 from server import __version__
+from server.errors import NotFound
 from server.jobs.handlers import ROSTER
+from server.ops import exposition, operators
 from server.ratelimit import limit
 from server.resources import ping
 from server.rest import answers
@@ -37,7 +38,11 @@ _ANSWERS = {
         200: {"description": "every store answers; with what the workers report"},
         503: {"description": "one does not, or the process is stopping; with each store's state and latency"},
     },
-    "metrics": {200: {"description": "the text format"}},
+    "metrics": {
+        200: {"description": "the text format; of all processes of this host's supervisor"},
+        401: {"description": "needs the operators' Basic credentials, where these are set"},
+        404: {"description": "in production, where none are set"},
+    },
 }
 
 
@@ -76,11 +81,11 @@ async def ready(request: web.Request) -> web.Response:
 @docs(tags=["operations"], summary="For Prometheus", produces=["text/plain"], responses=_ANSWERS["metrics"])
 @limit(None)
 @public
-async def metrics(_: web.Request) -> web.Response:
-    return web.Response(
-        body=prometheus_client.generate_latest(),
-        headers={"Content-Type": prometheus_client.CONTENT_TYPE_LATEST},
-    )
+async def metrics(request: web.Request) -> web.Response:
+    stores = request.app[RESOURCES]
+    if operators.are_shut_out(stores.settings):
+        raise NotFound("No such path")
+    return await exposition.answer(request, stores)
 
 
 async def _workers(request: web.Request) -> list[dict[str, Any]] | None:

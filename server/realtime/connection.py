@@ -73,6 +73,11 @@ class Connection:
         self._afterwards: list[Callable[[], None]] = []
         self._gone = asyncio.Event()
 
+    @property
+    def waiting(self) -> tuple[int, int]:
+        """Frames and bytes in the outbox."""
+        return (len(self._outbox), self._outbox.bytes) if self._outbox else (0, 0)
+
     def is_in(self, workspace: UUID) -> bool:
         return Thing("workspace", workspace) in self.grants
 

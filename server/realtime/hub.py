@@ -86,6 +86,15 @@ class Realtime:
         """``do`` takes a connection out of a thing of this kind, when it closes or its access has ended."""
         self._evict[kind] = do
 
+    @property
+    def room_count(self) -> int:
+        return len(self._rooms)
+
+    def waiting(self) -> tuple[int, int]:
+        """Frames and bytes that slow sockets have not taken yet."""
+        counted = [peer.waiting for peer in self.peers.values() if isinstance(peer, Connection)]
+        return sum(frames for frames, _ in counted), sum(size for _, size in counted)
+
     def start(self) -> None:
         for coroutine in (
             self.subscriber.listen(),

@@ -6,9 +6,10 @@ from uuid import UUID
 
 from marshmallow import ValidationError, fields, validate, validates_schema
 
+from server import metrics
 from server.fields import Id, Schema, camel
 from server.jobs.attempt import Attempt
-from server.jobs.sandbox import Limits
+from server.jobs.sandbox import Limits, Outcome
 from server.jobs.table import JobTable
 
 jobs = JobTable()
@@ -53,4 +54,13 @@ async def execute(attempt: Attempt, payload: dict[str, Any]) -> dict[str, Any]:
         limits=Limits(timeout_seconds=payload["timeout_seconds"], memory_mb=payload["memory_mb"]),
         on_output=attempt.output.add,
     )
+    metrics.SANDBOX_RUNS.labels(outcome.sandbox, payload["language"], _ending(outcome)).inc()
     return {camel(name): value for name, value in dataclasses.asdict(outcome).items()}
+
+
+def _ending(outcome: Outcome) -> str:
+    if outcome.timed_out:
+        return "timed out"
+    if outcome.out_of_memory:
+        return "out of memory"
+    return "killed" if outcome.signal else "succeeded" if outcome.exit_code == 0 else "failed"

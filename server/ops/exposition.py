@@ -1,0 +1,93 @@
+"""What Prometheus reads: all processes of one supervisor added up, and the jobs that wait, which MongoDB knows."""
+
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import prometheus_client
+import structlog
+from aiohttp import web
+from prometheus_client import CollectorRegistry, multiprocess
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+
+from server import settings as environment
+from server.errors import Unavailable
+from server.jobs import store
+from server.ops import operators
+from server.resources import Resources, reported
+from server.settings import Settings
+
+log = structlog.get_logger()
+
+
+async def answer(request: web.Request, stores: Resources) -> web.Response:
+    """The text format, for operators only."""
+    for guard in operators.demand(stores.settings):
+        if not await guard.authenticate(request):
+            challenge: web.Response = guard.challenge()
+            return challenge
+    return web.Response(
+        body=prometheus_client.generate_latest(Together(_counted(), await _jobs(stores.mongo))),
+        headers={"Content-Type": prometheus_client.CONTENT_TYPE_LATEST},
+    )
+
+
+@asynccontextmanager
+async def served(settings: Settings, stores: Resources) -> AsyncIterator[None]:
+    """A worker's own ``/metrics`` at METRICS_PORT. Of several workers any may answer: they share the port."""
+    if not settings.metrics_port or operators.are_shut_out(settings):
+        yield
+        return
+
+    async def metrics(request: web.Request) -> web.Response:
+        return await answer(request, stores)
+
+    app = web.Application()
+    app.router.add_get("/metrics", metrics)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, settings.host, settings.metrics_port, reuse_port=True).start()
+        yield
+    finally:
+        await runner.cleanup()
+
+
+class Together(CollectorRegistry):
+    """A registry, and further samples that no process counts."""
+
+    def __init__(self, counted: CollectorRegistry, more: Sequence[Metric]) -> None:
+        super().__init__()
+        self._counted = counted
+        self._more = more
+
+    def collect(self) -> Iterable[Metric]:
+        yield from self._counted.collect()
+        yield from self._more
+
+
+def _counted() -> CollectorRegistry:
+    folder = environment.metrics_folder()
+    if folder is None:
+        return prometheus_client.REGISTRY
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry, path=folder)  # type: ignore[no-untyped-call]
+    return registry
+
+
+async def _jobs(mongo: Any) -> list[Metric]:
+    """Without MongoDB these are absent, not zero."""
+    number = GaugeMetricFamily("jobs_unfinished", "Jobs that wait or run", labels=["type", "state"])
+    oldest = GaugeMetricFamily("jobs_oldest_seconds", "How long the oldest has been due", labels=["type", "state"])
+    try:
+        with reported():
+            groups = await store.unfinished(mongo, now=store.moment())
+    except Unavailable as error:
+        log.warning("jobs not counted", error=error.detail)
+        return []
+    for each in groups:
+        labels = [each.type, each.state]
+        number.add_metric(labels, each.number)
+        oldest.add_metric(labels, each.oldest_seconds)
+    return [number, oldest]

@@ -1,0 +1,140 @@
+"""What Prometheus reads: of one process, of several, of workers; for operators only."""
+
+import asyncio
+import os
+import re
+import signal
+
+import aiohttp
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.devstack.stack import free_port
+from tests.actors import Actor
+from tests.conftest import MakeServer, environment
+from tests.jobs.asking import ask, program
+from tests.processes import Processes, Server
+from tests.test_supervisor import members, started
+
+HEALTH = 'http_request_duration_seconds_count{method="GET",route="/health",status="200"}'
+
+
+async def scrape(http: aiohttp.ClientSession, base: str) -> dict[str, float]:
+    """The samples by name and labels."""
+    async with http.get(f"{base}/metrics", headers={"Connection": "close"}) as answer:
+        assert answer.status == 200, await answer.text()
+        text = await answer.text()
+    list(text_string_to_metric_families(text))  # it is what Prometheus understands
+    pairs = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
+    return {name: float(value) for name, _, value in pairs}
+
+
+async def measured(http: aiohttp.ClientSession, base: str, name: str, value: float) -> None:
+    """Returns when that sample has that value."""
+    async with asyncio.timeout(10):
+        while (await scrape(http, base)).get(name) != value:
+            await asyncio.sleep(0.1)
+
+
+async def test_sockets_rooms_and_the_loop_are_measured(http: aiohttp.ClientSession, server: str, alice: Actor) -> None:
+    workspace = await alice.make_workspace()
+    await measured(http, server, "websocket_connections", 0)
+    first, _ = await alice.connect(workspace), await alice.connect(workspace)
+    await measured(http, server, "websocket_connections", 2)
+    await measured(http, server, "websocket_rooms", 1)
+    await first.close()
+    await measured(http, server, "websocket_connections", 1)
+    samples = await scrape(http, server)
+    assert samples["event_loop_lag_seconds_count"] > 0
+    assert samples["redis_publish_lag_seconds_count"] > 0
+    assert samples['postgres_pool_connections{state="idle"}'] >= 1
+    assert samples["websocket_outbox_frames"] == 0
+
+
+async def test_every_process_tells_the_same_sums(processes: Processes, http: aiohttp.ClientSession) -> None:
+    server = await started(processes)
+    connector = aiohttp.TCPConnector(force_close=True)
+    async with aiohttp.ClientSession(connector=connector) as strangers:
+        for _ in range(40):
+            async with strangers.get(f"{server.base}/health") as answer:
+                assert answer.status == 200
+        for _ in range(10):
+            assert (await scrape(strangers, server.base))[HEALTH] == 40
+
+
+async def test_what_a_dead_process_counted_stays_and_what_it_had_goes(
+    processes: Processes, http: aiohttp.ClientSession
+) -> None:
+    server = await started(processes)
+    ada = await Actor(http, server.base, "Ada").register()
+    sockets = [await ada.connect() for _ in range(8)]
+    assert len(sockets) == 8
+    await measured(http, server.base, "websocket_connections", 8)
+    registered = 'http_request_duration_seconds_count{method="POST",route="/api/v1/auth/register",status="201"}'
+    for pid in members(server):
+        os.kill(pid, signal.SIGKILL)
+    await replaced(server, times=2)
+    await measured(http, server.base, "websocket_connections", 0)
+    assert (await scrape(http, server.base))[registered] == 1
+
+
+async def replaced(server: Server, *, times: int) -> None:
+    async with asyncio.timeout(20):
+        while len(re.findall("server ready", server.output)) < 2 + times:
+            await asyncio.sleep(0.05)
+
+
+async def test_jobs_that_wait_are_counted_by_type_and_state(
+    http: aiohttp.ClientSession, make_server: MakeServer, quiet: dict[str, str]
+) -> None:
+    base = await make_server(**quiet)
+    ada = await Actor(http, base, "Ada").register()
+    for _ in range(3):
+        await ask(ada, program("print(1)"))
+    await ask(ada, {**program("print(1)"), "runAt": "2100-01-01T00:00:00Z"})
+    samples = await scrape(http, base)
+    assert samples['jobs_unfinished{state="pending",type="CODE_EXECUTION"}'] == 3
+    assert samples['jobs_unfinished{state="scheduled",type="CODE_EXECUTION"}'] == 1
+    assert samples['jobs_oldest_seconds{state="pending",type="CODE_EXECUTION"}'] >= 0
+
+
+async def test_workers_tell_at_a_port_of_their_own(
+    processes: Processes, quiet: dict[str, str], http: aiohttp.ClientSession
+) -> None:
+    where, port = environment(quiet), free_port()
+    server = processes.server(**where)
+    workers = processes.worker("--processes", "2", METRICS_PORT=str(port), **where)
+    ada = await Actor(http, server.base, "Ada").register()
+    job = await ask(ada, program("print(1)"))
+    await ada.finished_job(job["id"])
+    workers.ready()
+    base = f"http://127.0.0.1:{port}"
+    await measured(http, base, 'jobs_finished_total{outcome="completed",type="CODE_EXECUTION"}', 1)
+    samples = await scrape(http, base)
+    assert samples['job_wait_seconds_count{type="CODE_EXECUTION"}'] == 1
+    assert sum(value for name, value in samples.items() if name.startswith("sandbox_runs_total")) == 1
+
+
+@pytest.mark.parametrize("app_env", ["development", "production"])
+async def test_credentials_are_asked_for_where_they_are_set(
+    app_env: str, make_server: MakeServer, http: aiohttp.ClientSession
+) -> None:
+    base = await make_server(app_env=app_env, ops_username="ada", ops_password="difference engine")
+
+    async def status(*login: str) -> int:
+        auth = aiohttp.encode_basic_auth(*login) if login else ""
+        async with http.get(f"{base}/metrics", headers={"Authorization": auth} if auth else {}) as answer:
+            return answer.status
+
+    assert await status() == 401
+    assert await status("ada", "wrong") == 401
+    assert await status("ada", "difference engine") == 200
+
+
+@pytest.mark.parametrize(("app_env", "expected"), [("development", 200), ("production", 404)])
+async def test_without_credentials_production_has_no_metrics(
+    app_env: str, expected: int, make_server: MakeServer, http: aiohttp.ClientSession
+) -> None:
+    base = await make_server(app_env=app_env)
+    async with http.get(f"{base}/metrics") as answer:
+        assert answer.status == expected
