@@ -15,7 +15,7 @@ after a second of warming up. Every round measures all of them once; the figures
 all. `cpu ratio` is the same by the process's own processor time, which other work disturbs less. Login is bound by
 bcrypt, which runs on every core: its row tells how many cores it kept busy with two connections for each.
 
-Half load is the same 32 connections, each waiting between two requests so that half of the measured throughput
+Half load is the same 32 connections, each waiting between two requests so that at most half of that throughput
 comes; the tail of the latency means something only there, for at full load every request stands in a queue of 32.
 """
 

@@ -1,0 +1,48 @@
+"""Commands of many requests share round trips, and each gets its own answer."""
+
+import asyncio
+
+import pytest
+from redis.exceptions import RedisError, ResponseError
+
+from server.devstack.stack import Stack
+from server.pipelines import TOGETHER, Pipelines
+from server.resources import redis_client
+
+
+async def test_each_gets_its_own_answer_and_a_mistake_is_nobody_elses(stack: Stack) -> None:
+    redis = redis_client(stack.valkey.url)
+    pipelines = Pipelines(redis)
+    try:
+        many = [pipelines.ask("ECHO", str(number)) for number in range(3 * TOGETHER)]
+        mistake = pipelines.ask("EVALSHA", "0" * 40, 0)
+        many.append(pipelines.ask("ECHO", "after"))
+        assert await asyncio.gather(*many) == [*(str(n).encode() for n in range(3 * TOGETHER)), b"after"]
+        with pytest.raises(ResponseError):
+            await mistake
+    finally:
+        await pipelines.close()
+        await redis.aclose()
+
+
+async def test_who_gives_up_is_not_asked_for_and_hurts_nobody(stack: Stack) -> None:
+    redis = redis_client(stack.valkey.url)
+    pipelines = Pipelines(redis)
+    try:
+        await redis.delete("given-up")
+        one, other = pipelines.ask("INCR", "given-up"), pipelines.ask("ECHO", "x")
+        one.cancel()
+        assert await other == b"x"
+        assert await redis.get("given-up") is None
+    finally:
+        await pipelines.close()
+        await redis.aclose()
+
+
+async def test_without_redis_all_are_told(unused_tcp_port: int) -> None:
+    redis = redis_client(f"redis://127.0.0.1:{unused_tcp_port}")
+    pipelines = Pipelines(redis)
+    answers = await asyncio.gather(*(pipelines.ask("ECHO", "x") for _ in range(300)), return_exceptions=True)
+    assert all(isinstance(answer, RedisError | OSError) for answer in answers)
+    await pipelines.close()
+    await redis.aclose()
