@@ -9,6 +9,7 @@ import asyncpg
 import orjson
 
 from server import json
+from server.budget import within
 from server.errors import Unavailable
 
 POOL_SIZE = 20
@@ -51,10 +52,18 @@ class Database:
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Executor]:
-        """Several statements or none; each has the pool's own statement timeout."""
+        """Several statements or none, within the time of one: then the connection is torn down, which ends them."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + within(STATEMENT_SECONDS)
         with unavailable():
-            async with self.pool.acquire(timeout=STATEMENT_SECONDS) as connection, connection.transaction():
-                yield connection
+            connection: Any = await self.pool.acquire(timeout=deadline - loop.time())
+            timer = loop.call_at(deadline, connection.terminate)
+            try:
+                async with connection.transaction():
+                    yield connection
+            finally:
+                timer.cancel()
+                self._give_back(connection)
 
     async def ping(self) -> None:
         await self.fetchval("SELECT 1")
@@ -70,7 +79,7 @@ class Database:
 
     async def _run(self, statement: Callable[[Any], Awaitable[T]]) -> T:
         with unavailable():
-            async with asyncio.timeout(STATEMENT_SECONDS):
+            async with asyncio.timeout(within(STATEMENT_SECONDS)):
                 connection = await self.pool.acquire()
                 try:
                     result = await statement(connection)

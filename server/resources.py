@@ -11,14 +11,18 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 import asyncpg
+import pymongo
 from motor.motor_asyncio import AsyncIOMotorClient
 from pymongo.errors import PyMongoError
 from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.client import Pipeline
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from server import postgres
+from server.budget import within
 from server.errors import Unavailable
 from server.pipelines import Pipelines
 from server.settings import Settings
@@ -26,7 +30,8 @@ from server.settings import Settings
 START_SECONDS = 3.0  # for each store at start: all three are named within 10 s
 REDIS_SECONDS = 1.0
 REDIS_CONNECTIONS = 50
-MONGO_MILLISECONDS = 1500
+MONGO_SECONDS = 1.5
+MONGO_ANSWER_SECONDS = 1.2  # where somebody waits: pymongo notices a little late
 
 
 class StoreDownError(Exception):
@@ -87,7 +92,34 @@ def redis_client(url: str) -> Redis:
         socket_keepalive=True,
         retry=Retry(NoBackoff(), 0),
     )
-    return Redis.from_pool(pool)
+    return TimedRedis.from_pool(pool)
+
+
+class TimedRedis(Redis):
+    """Every call has a deadline as a whole: a free connection, the connecting, the command, the answer."""
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        with _silence():
+            async with asyncio.timeout(within(REDIS_SECONDS)):
+                return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
+
+    def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> "TimedPipeline":
+        return TimedPipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
+
+
+class TimedPipeline(Pipeline):
+    async def execute(self, raise_on_error: bool = True) -> list[Any]:
+        with _silence():
+            async with asyncio.timeout(within(REDIS_SECONDS)):
+                return await super().execute(raise_on_error)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError as error:
+        raise RedisTimeoutError("Redis did not answer in time") from error
 
 
 def blocking_redis_client(url: str) -> Redis:
@@ -107,22 +139,25 @@ async def ping(redis: Redis) -> None:
 
 
 def mongo_client(uri: str) -> Any:
+    milliseconds = int(MONGO_SECONDS * 1000)
     return AsyncIOMotorClient(
         uri,
         tz_aware=True,
         uuidRepresentation="standard",
-        serverSelectionTimeoutMS=MONGO_MILLISECONDS,
-        connectTimeoutMS=MONGO_MILLISECONDS,
-        socketTimeoutMS=MONGO_MILLISECONDS,
-        waitQueueTimeoutMS=MONGO_MILLISECONDS,
+        # Of a call as a whole: with its repetition, and with the search for a server.
+        timeoutMS=milliseconds,
+        serverSelectionTimeoutMS=milliseconds,
+        connectTimeoutMS=milliseconds,
+        waitQueueTimeoutMS=milliseconds,
     )
 
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Turns what the clients of Redis and MongoDB raise when these are away into our 503."""
+    """Turns what the clients of Redis and MongoDB raise when these are away into our 503, in time."""
     try:
-        yield
+        with pymongo.timeout(within(MONGO_ANSWER_SECONDS)):
+            yield
     except RedisError as error:
         raise Unavailable("Redis is unavailable") from error
     except PyMongoError as error:

@@ -18,6 +18,7 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from server import errors, fields, json, metrics
+from server.budget import budget
 from server.errors import ServiceError, Unauthenticated
 from server.ratelimit import RateLimiter, limit_of, payer
 from server.rest.keys import BODY, BROKEN_OFF, CLIENT, HEADERS, QUERY, REQUEST_ID, USER, User
@@ -27,6 +28,7 @@ from server.settings import Network
 log = structlog.get_logger()
 
 BODY_SECONDS = 10.0
+STORES_SECONDS = 1.6  # every answer within 2 s
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -55,7 +57,7 @@ class Admission:
 
 
 def middlewares(admission: Admission) -> list[Middleware]:
-    return [trace(admission.trusted), render, admit(admission), validate, authorize_named(admission)]
+    return [trace(admission.trusted), render, in_time, admit(admission), validate, authorize_named(admission)]
 
 
 def trace(trusted: Sequence[Network]) -> Middleware:
@@ -90,6 +92,15 @@ async def render(request: web.Request, handler: Handler) -> web.StreamResponse:
     except Exception:
         log.exception("request failed", method=request.method, path=request.path)
         return problem(request, ServiceError("Something went wrong on our side"))
+
+
+@web.middleware
+async def in_time(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """A request of the API has a budget for its stores; a socket outlives every budget."""
+    if not request.path.startswith("/api/"):
+        return await handler(request)
+    with budget(STORES_SECONDS):
+        return await handler(request)
 
 
 def admit(admission: Admission) -> Middleware:

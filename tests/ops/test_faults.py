@@ -1,0 +1,161 @@
+"""A store stops, falls silent, is slow or hangs up: answers come in time, name it, and let nobody in."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import pytest
+
+from server.devstack.stack import Stack
+from tests.actors import PASSWORD, Actor, Answer
+from tests.conftest import MakeActor, MakeServer, addresses_of
+from tests.faults import Mode, Network
+from tests.jobs.asking import program
+
+LONGEST_SECONDS = 2.0
+BACK_SECONDS = 2.0
+AWAY = (Mode.STOPPED, Mode.BLACK_HOLE, Mode.RESET)
+POSTGRES, REDIS, MONGO = "database_url", "redis_url", "mongodb_uri"
+MOST_CONNECTIONS = {POSTGRES: 200, REDIS: 200, MONGO: 200}
+NAMES = {POSTGRES: "PostgreSQL", REDIS: "Redis", MONGO: "MongoDB"}
+
+
+@pytest.fixture
+async def network(stack: Stack, database_url: str) -> AsyncIterator[Network]:
+    async with Network.to(addresses_of(stack)) as network:
+        yield network
+
+
+@dataclass
+class World:
+    """Alice's project, workspace and job; Mallory is a member of nothing."""
+
+    alice: Actor
+    mallory: Actor
+    project: str
+    workspace: str
+    job: str
+
+
+@pytest.fixture
+async def world(network: Network, make_server: MakeServer, make_actor: MakeActor) -> World:
+    base = await make_server(**network.urls, rate_limit_default=None)
+    alice, mallory = await make_actor("Alice", base), await make_actor("Mallory", base)
+    project = await alice.make_project()
+    workspace = await alice.make_workspace(project)
+    job = (await alice.post("/jobs", {**program("1"), "runAt": "2100-01-01T00:00:00Z"}))["job"]["id"]
+    return World(alice, mallory, project, workspace, job)
+
+
+def calls(who: Actor, world: World) -> list[tuple[str, str, object]]:
+    """At least one call for every store, and every combination of them."""
+    return [
+        ("GET", "/auth/profile", None),
+        ("GET", "/auth/sessions", None),
+        ("GET", "/projects", None),
+        ("GET", f"/projects/{world.project}", None),
+        ("GET", f"/projects/{world.project}/activity", None),
+        ("POST", "/projects", {"name": "Another"}),
+        ("PATCH", f"/projects/{world.project}", {"name": "Renamed"}),
+        ("POST", f"/projects/{world.project}/invitations", {"email": "eve@example.org", "role": "VIEWER"}),
+        ("POST", "/workspaces", {"projectId": world.project, "name": "Letters"}),
+        ("GET", f"/workspaces/{world.workspace}", None),
+        ("GET", f"/workspaces/{world.workspace}/events", None),
+        ("GET", "/jobs", None),
+        ("GET", "/jobs/stats", None),
+        ("GET", f"/jobs/{world.job}", None),
+        ("POST", "/jobs", {**program("1"), "workspaceId": world.workspace}),
+        ("POST", "/auth/ws-ticket", None),
+        ("POST", "/auth/refresh", {"refreshToken": who.refresh_token}),
+        ("POST", "/auth/login", {"email": who.email, "password": PASSWORD}),
+    ]
+
+
+async def timed(who: Actor, method: str, path: str, body: object = None) -> Answer:
+    began = time.monotonic()
+    answer = await who.call(method, path, body)
+    took = time.monotonic() - began
+    assert took < LONGEST_SECONDS, f"{method} {path}: {answer.status} after {took:.2f} s"
+    return answer
+
+
+@pytest.mark.parametrize("mode", AWAY, ids=lambda mode: mode.name.lower())
+@pytest.mark.parametrize("store", [POSTGRES, REDIS, MONGO])
+async def test_every_answer_comes_in_time_and_names_what_is_away(
+    store: str, mode: Mode, network: Network, world: World
+) -> None:
+    await network.stores[store].turn(mode)
+    told = []
+    for method, path, body in calls(world.alice, world):
+        answer = await timed(world.alice, method, path, body)
+        assert answer.status < 500 or answer.status == 503, (path, answer)
+        if answer.status == 503:
+            assert NAMES[store] in answer["detail"], (path, answer)
+            assert int(answer.headers["Retry-After"]) > 0
+            told.append(path)
+    assert set(told) >= NEEDED[store]
+    assert not [path for path in told if path in FREE_OF[store]]
+
+
+NEEDED = {
+    POSTGRES: {"/auth/profile", "/projects", "/auth/login"},
+    REDIS: {"/auth/ws-ticket"},
+    MONGO: {"/jobs", "/jobs/stats"},
+}
+FREE_OF = {
+    POSTGRES: set[str](),
+    REDIS: {"/auth/profile", "/projects", "/auth/login", "/workspaces", "/jobs"},
+    MONGO: {"/auth/profile", "/projects", "/auth/login", "/workspaces", "/auth/ws-ticket"},
+}
+
+
+@pytest.mark.parametrize("store", [POSTGRES, REDIS, MONGO])
+async def test_every_answer_comes_in_time_where_a_store_is_slow(store: str, network: Network, world: World) -> None:
+    await network.stores[store].turn(Mode.SLOW)
+    for method, path, body in calls(world.alice, world):
+        answer = await timed(world.alice, method, path, body)
+        assert answer.status < 500 or (answer.status == 503 and NAMES[store] in answer["detail"]), (path, answer)
+
+
+@pytest.mark.parametrize("mode", [*AWAY, Mode.SLOW], ids=lambda mode: mode.name.lower())
+@pytest.mark.parametrize("store", [POSTGRES, REDIS, MONGO])
+async def test_nobody_is_let_in_by_a_failure(store: str, mode: Mode, network: Network, world: World) -> None:
+    ended = world.alice.at(world.alice.base)
+    await ended.log_in()
+    await ended.post("/auth/logout")
+    stranger = Actor(world.alice.http, world.alice.base, "Nobody")
+    await network.stores[store].turn(mode)
+    paths = (f"/projects/{world.project}", f"/workspaces/{world.workspace}", f"/jobs/{world.job}")
+    for path in paths:
+        assert (await timed(world.mallory, "GET", path)).status in (404, 503), path
+        assert (await timed(ended, "GET", path)).status in (401, 503), path
+        assert (await timed(stranger, "GET", path)).status == 401, path
+
+
+@pytest.mark.parametrize("mode", AWAY, ids=lambda mode: mode.name.lower())
+@pytest.mark.parametrize("store", [POSTGRES, REDIS, MONGO])
+async def test_a_store_that_is_back_is_used_within_2_s_and_not_stormed(
+    store: str, mode: Mode, network: Network, world: World
+) -> None:
+    proxy = network.stores[store]
+    await proxy.turn(mode)
+    before = proxy.connections
+
+    async def ask(path: str) -> None:
+        async with asyncio.timeout(3):
+            while True:
+                await world.alice.get(path)
+
+    async def crowd() -> None:
+        asking = [ask(path) for path in ("/projects", "/jobs", "/jobs/stats", "/auth/profile") for _ in range(4)]
+        await asyncio.gather(*asking, return_exceptions=True)
+
+    await crowd()
+    assert proxy.connections - before <= MOST_CONNECTIONS[store]
+    await proxy.turn(Mode.PASS)
+    returned = time.monotonic()
+    for method, path in (("GET", "/projects"), ("GET", "/jobs"), ("POST", "/auth/ws-ticket")):
+        while (await world.alice.call(method, path)).status >= 500:
+            assert time.monotonic() - returned < BACK_SECONDS, path
+            await asyncio.sleep(0.05)
