@@ -14,7 +14,7 @@ import structlog
 import uvloop
 from aiohttp import hdrs, web
 
-from server import json, resources
+from server import json, resources, tracing
 from server.auth import guard, tickets, upkeep
 from server.auth import handlers as auth
 from server.auth.blacklist import Blacklist
@@ -76,7 +76,10 @@ MESSAGES: tuple[MessageTable, ...] = (socket_messages, workspace_messages, docum
 def create_app(settings: Settings, stores: Resources) -> web.Application:
     """The application over open stores. The caller owns the stores and closes them afterwards."""
     issuer = make_issuer(settings, stores)
-    app = web.Application(middlewares=middlewares(admission(settings, stores, issuer)), client_max_size=BODY_BYTES)
+    app = web.Application(
+        middlewares=middlewares(admission(settings, stores, issuer), traced=bool(settings.otel_exporter_otlp_endpoint)),
+        client_max_size=BODY_BYTES,
+    )
     app[RESOURCES] = stores
     app[auth.ISSUER] = issuer
     app[auth.HASHER] = Hasher(rounds=settings.bcrypt_rounds)
@@ -259,7 +262,7 @@ async def serve(settings: Settings, *, listener: int | None = None, ready: int |
         SettingsError: the address cannot be listened on.
     """
     stop = stop_signal(replaceable=True)
-    async with resources.connect(settings) as stores:
+    async with tracing.exported(settings, "server"), resources.connect(settings) as stores:
         app = create_app(settings, stores)
         runner = web.AppRunner(
             app, access_log=None, keepalive_timeout=KEEPALIVE_SECONDS, shutdown_timeout=settings.drain_seconds

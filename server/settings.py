@@ -109,6 +109,11 @@ def urls(*schemes: str) -> Parse:
     return parse
 
 
+def optional(parse: Parse) -> Parse:
+    """The empty value, or what ``parse`` takes."""
+    return lambda env, name, default: parse(env, name, default) if text(env, name, default) else ""
+
+
 def check_url(name: str, value: str, schemes: tuple[str, ...], *, database: bool) -> str:
     if urlsplit(value).scheme not in schemes:
         raise SettingsError(f'Environment variable "{name}" invalid: Must begin with {schemes[0]}://')
@@ -218,6 +223,11 @@ class Settings:
     ops_username: str = setting(text, default="", help="Basic credentials for `/metrics` and `/ops/queues`")
     ops_password: str = setting(text, default="", help="the same; unset, both answer 404 in production", secret=True)
     metrics_port: int = setting(integer(0, 65535), default=0, help="port of a worker's own `/metrics`; 0 for none")
+    otel_exporter_otlp_endpoint: str = setting(
+        optional(url("http", "https")),
+        default="",
+        help="collector of OpenTelemetry traces, OTLP over HTTP; needs the extra `otel`",
+    )
     log_level: str = setting(
         one_of("debug", "info", "warning", "error"),
         default="info",

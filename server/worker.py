@@ -13,7 +13,7 @@ from croniter import croniter
 from saq import CronJob, Job, Worker
 from saq.types import TimersDict
 
-from server import resources
+from server import resources, tracing
 from server.jobs import collections, lifecycle, recovery, workers
 from server.jobs.announcements import Announcements
 from server.jobs.bell import Bell
@@ -55,7 +55,11 @@ async def work(settings: Settings, queues: Sequence[str], *, ready: int | None =
         StoreDownError: a store cannot be used.
     """
     stop = stop_signal(replaceable=True)
-    async with resources.connect(settings) as stores, exposition.served(settings, stores):
+    async with (
+        tracing.exported(settings, "worker"),
+        resources.connect(settings) as stores,
+        exposition.served(settings, stores),
+    ):
         await collections.prepare(stores.mongo)
         bench = make_bench(settings, stores, await Sandbox.detect())
         report = Report(

@@ -10,7 +10,7 @@ from uuid import UUID
 from aiohttp import hdrs, web
 from aiohttp_apispec import docs, json_schema, querystring_schema, response_schema
 
-from server import fields, json
+from server import fields, json, tracing
 from server.auth.store import name_of_session
 from server.errors import Conflict, FieldError, Gone, NotFound, RangeNotSatisfiable, ValidationFailed, invalid
 from server.jobs import artifacts, bell, files, output, schemas, store
@@ -62,6 +62,7 @@ async def create_job(request: web.Request) -> web.Response:
             run_at=body["run_at"],
             idempotency_key=_idempotency_key(request, body),
             slots=request.app[DISPATCHER].slots,
+            trace=tracing.here(),
             now=store.moment(),
         )
         if not duplicate:

@@ -11,9 +11,10 @@ from uuid import UUID
 
 import structlog
 from bson.errors import InvalidDocument
+from opentelemetry.trace import SpanKind
 from pymongo.errors import ConnectionFailure, DocumentTooLarge
 
-from server import fields, metrics
+from server import fields, metrics, tracing
 from server.errors import ServiceError
 from server.jobs import artifacts, output, store
 from server.jobs.announcements import Announcements
@@ -132,7 +133,7 @@ def pause_after(attempts: int, *, chance: float | None = None) -> timedelta:
 
 async def _run_and_write(bench: Bench, record: Job, held: Held) -> None:
     try:
-        held.work = asyncio.ensure_future(_run(bench, record))
+        held.work = asyncio.ensure_future(_run_in_span(bench, record))
         result = await held.work
     except asyncio.CancelledError:
         if held.why == "lost":
@@ -154,6 +155,19 @@ async def _run_and_write(bench: Bench, record: Job, held: Held) -> None:
             await after_process(
                 bench, record, error={"code": "result_too_large", "message": "the result cannot be stored"}
             )
+
+
+async def _run_in_span(bench: Bench, record: Job) -> dict[str, Any]:
+    """In the trace of the request that asked for the job."""
+    with tracing.span(
+        f"attempt {record['type']}",
+        SpanKind.CONSUMER,
+        parent=record.get("trace"),  # absent in records of older versions
+        job_id=record["_id"],
+        job_type=record["type"],
+        job_attempt=record["attempts"],
+    ):
+        return await _run(bench, record)
 
 
 async def _run(bench: Bench, record: Job) -> dict[str, Any]:

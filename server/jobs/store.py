@@ -8,6 +8,7 @@ slot    one of its user's few, held while an attempt is queued or runs: unique, 
         out one slot twice
 sentAt  when the message of a queued attempt was sent
 lost    workers lost in a row
+trace   the traceparent of the request that asked for it
 """
 
 import hashlib
@@ -31,7 +32,7 @@ MOST_LOST = 5  # workers in a row
 LEASE = timedelta(seconds=10)
 HISTORY_LENGTH = 50
 PAGE_BYTES = 4 << 20  # a page of jobs with large results ends early
-_HIDDEN = ("_id", "claim", "lease", "slot", "sentAt", "lost", "bodyHash", "workerId", "userName")
+_HIDDEN = ("_id", "claim", "lease", "slot", "sentAt", "lost", "bodyHash", "workerId", "userName", "trace")
 
 Job = dict[str, Any]
 
@@ -96,6 +97,7 @@ async def create(
     run_at: datetime | None,
     idempotency_key: str | None,
     slots: int,
+    trace: str | None,
     now: datetime,
 ) -> tuple[Job, bool]:
     """The job, and whether it was there already under the same key.
@@ -134,6 +136,7 @@ async def create(
         "sentAt": now if is_due else None,
         "lost": 0,
         "userName": user_name,
+        "trace": trace,
         "bodyHash": hashlib.sha256(json.dumps(asked)).hexdigest(),
     }
     try:

@@ -17,7 +17,7 @@ import structlog
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from server import errors, fields, json, metrics
+from server import errors, fields, json, metrics, tracing
 from server.budget import budget
 from server.errors import ServiceError, Unauthenticated
 from server.ratelimit import RateLimiter, limit_of, payer
@@ -56,8 +56,9 @@ class Admission:
     trusted: Sequence[Network]
 
 
-def middlewares(admission: Admission) -> list[Middleware]:
-    return [trace(admission.trusted), render, in_time, admit(admission), validate, authorize_named(admission)]
+def middlewares(admission: Admission, *, traced: bool) -> list[Middleware]:
+    outermost = [trace(admission.trusted), *([in_span] if traced else [])]
+    return [*outermost, render, in_time, admit(admission), validate, authorize_named(admission)]
 
 
 def trace(trusted: Sequence[Network]) -> Middleware:
@@ -76,6 +77,17 @@ def trace(trusted: Sequence[Network]) -> Middleware:
         return response
 
     return middleware
+
+
+@web.middleware
+async def in_span(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """A span of OpenTelemetry's; a socket's would last for hours, and has none."""
+    if not request.path.startswith("/api/"):
+        return await handler(request)
+    with tracing.request(request.method, request.headers) as span:
+        response = await handler(request)
+        tracing.answered(span, method=request.method, route=_route(request), status=response.status)
+        return response
 
 
 @web.middleware
@@ -214,10 +226,14 @@ def _request_id(request: web.Request) -> str:
     return given if _SANE_ID.fullmatch(given) else uuid4().hex
 
 
-def _record(request: web.Request, status: int, seconds: float) -> None:
+def _route(request: web.Request) -> str:
+    """Its template."""
     resource = request.match_info.route.resource
-    route = resource.canonical if resource else "unmatched"
-    metrics.REQUESTS.labels(request.method, route, str(status)).observe(seconds)
+    return resource.canonical if resource else "unmatched"
+
+
+def _record(request: web.Request, status: int, seconds: float) -> None:
+    metrics.REQUESTS.labels(request.method, _route(request), str(status)).observe(seconds)
     user = request.get(USER)
     log.info(
         "request",

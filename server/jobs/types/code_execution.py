@@ -6,7 +6,7 @@ from uuid import UUID
 
 from marshmallow import ValidationError, fields, validate, validates_schema
 
-from server import metrics
+from server import metrics, tracing
 from server.fields import Id, Schema, camel
 from server.jobs.attempt import Attempt
 from server.jobs.sandbox import Limits, Outcome
@@ -45,16 +45,18 @@ async def execute(attempt: Attempt, payload: dict[str, Any]) -> dict[str, Any]:
     if code is None:
         code = await attempt.files.text(payload["document_id"])
     files = await attempt.files.for_program(UUID(workspace)) if workspace else {}
-    outcome = await attempt.sandbox.run(
-        payload["language"],
-        code,
-        stdin=payload["stdin"],
-        args=payload["args"],
-        files=files,
-        limits=Limits(timeout_seconds=payload["timeout_seconds"], memory_mb=payload["memory_mb"]),
-        on_output=attempt.output.add,
-    )
-    metrics.SANDBOX_RUNS.labels(outcome.sandbox, payload["language"], _ending(outcome)).inc()
+    language, tier = payload["language"], attempt.sandbox.tier.name
+    with tracing.span("sandbox", sandbox_tier=tier, sandbox_language=language):
+        outcome = await attempt.sandbox.run(
+            language,
+            code,
+            stdin=payload["stdin"],
+            args=payload["args"],
+            files=files,
+            limits=Limits(timeout_seconds=payload["timeout_seconds"], memory_mb=payload["memory_mb"]),
+            on_output=attempt.output.add,
+        )
+    metrics.SANDBOX_RUNS.labels(outcome.sandbox, language, _ending(outcome)).inc()
     return {camel(name): value for name, value in dataclasses.asdict(outcome).items()}
 
 

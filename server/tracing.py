@@ -1,0 +1,97 @@
+"""OpenTelemetry traces: one from a request to the sandbox that its job ran in.
+
+The API is always there and does nothing by itself. With the extra ``otel`` installed and OTEL_EXPORTER_OTLP_ENDPOINT
+set, spans are exported by OTLP over HTTP; the SDK reads its other variables itself (OTEL_TRACES_SAMPLER,
+OTEL_EXPORTER_OTLP_HEADERS, ...). Names follow OpenTelemetry's semantic conventions. A trace crosses processes as a
+``traceparent`` (W3C Trace Context).
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import structlog
+from opentelemetry import trace
+from opentelemetry.trace import Span, SpanKind
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from server import __version__
+from server.settings import Settings, SettingsError
+
+log = structlog.get_logger()
+
+EXPORT_SECONDS = 5.0
+_TRACEPARENT = "traceparent"
+_tracer = trace.get_tracer("server", __version__)
+_propagator = TraceContextTextMapPropagator()
+
+
+@asynccontextmanager
+async def exported(settings: Settings, service: str) -> AsyncIterator[None]:
+    """Spans are sent to the collector meanwhile, from a thread of the SDK's, and the last ones at the end.
+
+    Raises:
+        SettingsError: the extra is not installed.
+    """
+    if not settings.otel_exporter_otlp_endpoint:
+        yield
+        return
+    try:
+        provider = _provider(settings.otel_exporter_otlp_endpoint, service)
+    except ImportError as error:
+        raise SettingsError(
+            f'Environment variable "OTEL_EXPORTER_OTLP_ENDPOINT" invalid: Needs the extra otel: {error}'
+        ) from error
+    trace.set_tracer_provider(provider)
+    log.info("traces exported", service=service)
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(provider.shutdown)
+
+
+def _provider(endpoint: str, service: str) -> Any:
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    resource = Resource.create({"service.name": service, "service.version": __version__})
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+    exporter = OTLPSpanExporter(endpoint=f"{endpoint.rstrip('/')}/v1/traces", timeout=EXPORT_SECONDS)
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    return provider
+
+
+@contextmanager
+def span(
+    name: str, kind: SpanKind = SpanKind.INTERNAL, *, parent: str | None = None, **attributes: str | int
+) -> Iterator[Span]:
+    """A span around what is inside: a child of ``parent`` (a ``traceparent``), else of the span we are in.
+
+    Attributes are written with ``_`` for their dots.
+    """
+    context = _propagator.extract({_TRACEPARENT: parent}) if parent else None
+    named = {key.replace("_", "."): value for key, value in attributes.items()}
+    with _tracer.start_as_current_span(name, context=context, kind=kind, attributes=named) as started:
+        yield started
+
+
+def request(method: str, headers: Mapping[str, str]) -> Any:
+    """The span of a request; the client may have begun the trace."""
+    return span(method, SpanKind.SERVER, parent=headers.get(_TRACEPARENT), http_request_method=method)
+
+
+def answered(started: Span, *, method: str, route: str, status: int) -> None:
+    started.update_name(f"{method} {route}")
+    started.set_attributes({"http.route": route, "http.response.status_code": status})
+    if status >= 500:
+        started.set_status(trace.StatusCode.ERROR)
+
+
+def here() -> str | None:
+    """The ``traceparent`` of the span that we are in, to go on elsewhere; None outside of any."""
+    carrier: dict[str, str] = {}
+    _propagator.inject(carrier)
+    return carrier.get(_TRACEPARENT)
