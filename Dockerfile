@@ -5,7 +5,7 @@ WORKDIR /build
 # server/ beside it, `pip install .` adds the package's metadata (its version) and all it requires.
 COPY setup.cfg pyproject.toml ./
 RUN --mount=type=cache,target=/root/.cache/pip \
-    python -m venv --without-pip /venv && pip --python /venv/bin/python install .
+    python -m venv --without-pip /venv && pip --python /venv/bin/python install '.[otel]'
 WORKDIR /app
 COPY run.py ./
 COPY sql ./sql

@@ -33,4 +33,5 @@ DOCUMENTS_OPEN = Gauge("documents_open", "Documents in memory", multiprocess_mod
 DOCUMENT_COMMITS = Histogram("document_commit_seconds", "Commits of document updates")
 DOCUMENT_UPDATES = Counter("document_updates_total", "Document updates by outcome", ["outcome"])
 POOL_CONNECTIONS = Gauge("postgres_pool_connections", "Connections by state", ["state"], multiprocess_mode=LIVE)
+REPLICA_READS = Counter("postgres_replica_reads_total", "Reads meant for a replica, by who answered", ["store"])
 LOOP_LAG = Histogram("event_loop_lag_seconds", "How late a sleeping task is woken", buckets=LAGS)

@@ -132,15 +132,15 @@ _AWAY = (
 )
 
 
-async def connect(url: str, *, size: int = POOL_SIZE) -> Database:
-    """The pool, with at least one live connection.
+async def connect(url: str, *, size: int = POOL_SIZE, least: int = 1) -> Database:
+    """The pool, with at least so many live connections.
 
     Raises:
         OSError, TimeoutError, asyncpg.PostgresError: the server is away or refuses us.
     """
     pool = await asyncpg.create_pool(
         url,
-        min_size=1,
+        min_size=least,
         max_size=size,
         timeout=CONNECT_SECONDS,
         command_timeout=STATEMENT_SECONDS,

@@ -21,10 +21,11 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from server import postgres
+from server import postgres, replicas
 from server.budget import within
 from server.errors import Unavailable
 from server.pipelines import Pipelines
+from server.replicas import Replicas
 from server.settings import Settings
 
 START_SECONDS = 3.0  # for each store at start: all three are named within 10 s
@@ -42,6 +43,7 @@ class StoreDownError(Exception):
 class Resources:
     settings: Settings
     db: postgres.Database
+    replicas: Replicas  # of the same, for reads that may lag
     redis: Redis
     pipelines: Pipelines  # the same Redis, for what every request asks
     blocking_redis: Redis
@@ -58,6 +60,7 @@ async def connect(settings: Settings) -> AsyncIterator[Resources]:
     async with AsyncExitStack() as stack:
         db = await _started("PostgreSQL", settings.database_url, postgres.connect(settings.database_url))
         stack.push_async_callback(db.close)
+        copies = await replicas.connect(stack, db, settings.database_replica_urls)
         redis = redis_client(settings.redis_url)
         stack.push_async_callback(redis.aclose)
         await _started("Redis", settings.redis_url, ping(redis))
@@ -71,6 +74,7 @@ async def connect(settings: Settings) -> AsyncIterator[Resources]:
         yield Resources(
             settings=settings,
             db=db,
+            replicas=copies,
             redis=redis,
             pipelines=pipelines,
             blocking_redis=blocking,

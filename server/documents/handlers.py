@@ -1,5 +1,6 @@
 """Documents over REST."""
 
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -136,7 +137,7 @@ async def read_content(request: web.Request) -> web.Response:
         return web.Response(status=304, headers={"ETag": f'"{tag}"'})
     text = rooms.text(row["id"], version=row["version"])
     if text is None:
-        text, version = await logs.text_at(_db(request), rooms.workshop, row["id"])
+        text, version = await logs.text_now(_db(request), rooms.workshop, row["id"])
         tag = etag(version)
     return web.Response(
         body=text.encode(), headers={"ETag": f'"{tag}"'}, content_type=row["mime_type"], charset="utf-8"
@@ -186,7 +187,7 @@ async def read_version(request: web.Request) -> web.Response:
     given = request.match_info["version"]
     if not given.isdecimal() or not given.isascii() or len(given) > 15:
         raise NotFound("No such version")
-    found = await _version(request, int(given))
+    found = await _version(request, int(given), is_read=True)
     return answers.tagged(request, VERSION_WITH_CONTENT.dump(found), tag=etag(found["version"]))
 
 
@@ -196,7 +197,7 @@ async def read_version(request: web.Request) -> web.Response:
 @response_schema(schemas.Document, 200)
 @requires(Role.COLLABORATOR)
 async def restore_version(request: web.Request) -> web.Response:
-    found = await _version(request, request[BODY]["version"])
+    found = await _version(request, request[BODY]["version"], is_read=False)
     return await _rewritten(request, text=found["content"], cause="restore", versions=None)
 
 
@@ -215,27 +216,16 @@ async def _rewritten(request: web.Request, *, text: str, cause: str, versions: l
     return answers.tagged(request, DOCUMENT.dump(row), tag=etag(row["version"]))
 
 
-async def _version(request: web.Request, version: int) -> dict[str, Any]:
-    """A named version with its text.
+async def _version(request: web.Request, version: int, *, is_read: bool) -> dict[str, Any]:
+    """A named version with its text; one that is only read does not change, and may be a replica's.
 
     Raises:
         NotFound: there is none.
     """
-    db, rooms, document = _db(request), request.app[ROOMS], _id(request)
-    found = await store.read_version(db, document=document, version=version)
-    if found is None:
-        raise NotFound("No such version")
-    if found["content"] is not None:
-        return dict(found)
-    try:
-        text, _ = await logs.text_at(db, rooms.workshop, document, until=version)
-    except NotFound:
-        # The log was shortened since; then the text was kept.
-        found = await store.read_version(db, document=document, version=version)
-        if found is None or found["content"] is None:
-            raise
-        return dict(found)
-    return {**found, "content": text}
+    stores, workshop = request.app[RESOURCES], request.app[ROOMS].workshop
+    ask = partial(logs.read_version, document=_id(request), version=version)
+    found, log = await (stores.replicas.read(ask) if is_read else ask(stores.db))
+    return {**found, "content": found["content"] if log is None else await logs.text_of(log, workshop)}
 
 
 async def _text(request: web.Request) -> str:

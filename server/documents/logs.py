@@ -69,14 +69,39 @@ async def read_tail(db: Executor, document: UUID, *, after: int, until: int) -> 
     return tail
 
 
-async def text_at(db: Executor, workshop: Workshop, document: UUID, *, until: int | None = None) -> tuple[str, int]:
+async def text_now(db: Executor, workshop: Workshop, document: UUID) -> tuple[str, int]:
     """The text, and its version.
 
     Raises:
-        NotFound: no such document, or its log reaches no longer back to that version.
+        NotFound: no such document.
     """
-    log = await read_log(db, document, until=until)
-    return await workshop.do(updates.text_of, log.updates, size=log.bytes), log.version
+    log = await read_log(db, document)
+    return await text_of(log, workshop), log.version
+
+
+async def text_of(log: Log, workshop: Workshop) -> str:
+    return await workshop.do(updates.text_of, log.updates, size=log.bytes)
+
+
+async def read_version(db: Executor, *, document: UUID, version: int) -> tuple[Record, Log | None]:
+    """A named version; with the log that its text is to be had of, where that is not kept beside it.
+
+    Raises:
+        NotFound: there is none.
+    """
+    found = await store.read_version(db, document=document, version=version)
+    if found is None:
+        raise NotFound("No such version")
+    if found["content"] is not None:
+        return found, None
+    try:
+        return found, await read_log(db, document, until=version)
+    except NotFound:
+        # The log was shortened since; then the text was kept.
+        found = await store.read_version(db, document=document, version=version)
+        if found is None or found["content"] is None:
+            raise
+        return found, None
 
 
 async def rewrite(

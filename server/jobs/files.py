@@ -57,7 +57,7 @@ class Files:
 
     async def text(self, document: UUID) -> str:
         """Raises NotFound where there is no such document (any more)."""
-        text, _ = await logs.text_at(self._db, self._workshop, document)
+        text, _ = await logs.text_now(self._db, self._workshop, document)
         return text
 
     async def content(self, file: File) -> bytes | None:

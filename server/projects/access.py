@@ -19,6 +19,7 @@ from server.postgres import Executor
 from server.realtime.connection import Connection
 from server.realtime.peers import Thing
 from server.realtime.table import Message
+from server.replicas import Proof
 from server.rest.keys import BODY, QUERY, RESOURCES, USER
 
 H = TypeVar("H", bound=Callable[..., Any])
@@ -99,6 +100,16 @@ async def check(db: Executor, *, user: UUID, kind: Kind, id: UUID, role: Role) -
     return access
 
 
+def proof(access: Access) -> Proof:
+    """Whether a replica shows the project as it was when this access was granted, or as it is since."""
+
+    async def is_as_new(db: Executor) -> bool:
+        return bool(await db.fetchval(_AS_NEW, access.project, access.revision))
+
+    return is_as_new
+
+
+_AS_NEW = "SELECT true FROM projects WHERE id = $1 AND revision >= $2"
 _ACCESS = """
 SELECT m.project_id, m.role, p.revision
 FROM members m JOIN projects p ON p.id = m.project_id

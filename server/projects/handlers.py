@@ -1,6 +1,7 @@
 """Projects over REST: the project itself, its people, the invitations to it, and what happened in it."""
 
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -72,7 +73,8 @@ async def read_project(request: web.Request) -> web.Response:
         return answers.tagged(request, b"", tag=tag)
     body = await cache.find(stores.pipelines, project=project, revision=revision, role=role)
     if body is None:
-        found = await store.read_project_with_members(stores.db, project=project, most=SHOWN_MEMBERS)
+        ask = partial(store.read_project_with_members, project=project, most=SHOWN_MEMBERS)
+        found = await stores.replicas.read(ask, proof=access.proof(request[ACCESS]))
         if found is None:
             raise NotFound("No such project")
         # It may have changed since the access query: what is kept and tagged is what was read.
@@ -151,12 +153,13 @@ async def transfer_project(request: web.Request) -> web.Response:
 @requires(Role.VIEWER)
 async def list_collaborators(request: web.Request) -> web.Response:
     query = request[QUERY]
-    rows = await store.list_members(
-        request.app[RESOURCES].db,
+    ask = partial(
+        store.list_members,
         project=request[ACCESS].project,
         limit=query["limit"],
         after=keys_of(query["cursor"], datetime, UUID),
     )
+    rows = await request.app[RESOURCES].replicas.read(ask, proof=access.proof(request[ACCESS]))
     return answers.page(COLLABORATOR, *page(rows, query["limit"], "joined_at", "id"))
 
 

@@ -1,6 +1,7 @@
 """Workspaces over REST."""
 
 from datetime import datetime
+from functools import partial
 from uuid import UUID
 
 from aiohttp import web
@@ -9,7 +10,7 @@ from marshmallow import fields
 from orjson import Fragment
 
 from server.errors import NotFound
-from server.projects import announcements
+from server.projects import access, announcements
 from server.projects.access import ACCESS, Role, named, requires
 from server.realtime.events import AnyEvent
 from server.realtime.history import parse_event_id
@@ -51,12 +52,13 @@ async def create_workspace(request: web.Request) -> web.Response:
 @requires(Role.VIEWER)
 async def list_workspaces(request: web.Request) -> web.Response:
     query = request[QUERY]
-    rows = await store.list_workspaces(
-        request.app[RESOURCES].db,
+    ask = partial(
+        store.list_workspaces,
         project=request[ACCESS].project,
         limit=query["limit"],
         after=keys_of(query["cursor"], datetime, UUID),
     )
+    rows = await request.app[RESOURCES].replicas.read(ask, proof=access.proof(request[ACCESS]))
     return answers.page(WORKSPACE, *page(rows, query["limit"], "created_at", "id"))
 
 

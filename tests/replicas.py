@@ -1,0 +1,63 @@
+"""A streaming replica of the embedded PostgreSQL, as an operator makes one."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import psycopg
+
+from server.devstack.postgres import Postgres
+from server.devstack.stack import free_port
+from server.devstack.stores import Place, Store
+
+
+class Replica(Postgres):
+    """Follows ``primary``; ``folder`` is its own and empty."""
+
+    name = "PostgreSQL's replica"
+
+    def __init__(self, primary: Postgres, folder: Path) -> None:
+        for name in ("logs", "locks"):
+            (folder / name).mkdir()
+        folder.chmod(0o711)
+        self._primary = primary
+        self._folder = folder
+        super().__init__(Place(folder, free_port(), lambda _: None), password=primary._password)
+
+    def wait_ready(self) -> None:
+        Store.wait_ready(self)  # it makes no database of its own
+
+    def pause(self) -> None:
+        """What comes from the primary is not shown until ``resume``."""
+        self._run("SELECT pg_wal_replay_pause()")
+
+    def resume(self) -> None:
+        self._run("SELECT pg_wal_replay_resume()")
+
+    def count(self, table: str) -> int:
+        return self._run(f"SELECT count(*)::int FROM {table}")
+
+    def _run(self, statement: str) -> int:
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            return (connection.execute(statement).fetchone() or (0,))[0]
+
+    def _create(self) -> None:
+        data = self._folder / "postgres"
+        data.mkdir(mode=0o700)
+        if self._user is not None:
+            os.chown(data, self._user, self._user)
+        subprocess.run(
+            [
+                str(self.programs / "pg_basebackup"),
+                *("--pgdata", str(data)),
+                *("--dbname", self._primary.url),
+                "--write-recovery-conf",
+                "--checkpoint=fast",
+            ],
+            check=True,
+            capture_output=True,
+            timeout=60,
+            user=self._user,
+            group=self._user,
+            extra_groups=None if self._user is None else [],
+        )

@@ -1,0 +1,162 @@
+"""Reads on a real streaming replica: nobody misses what they wrote, and nothing is decided there."""
+
+import asyncio
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from server import metrics
+from server.devstack.stack import Stack
+from tests.actors import Actor
+from tests.conftest import MakeActor, MakeServer, addresses_of
+from tests.faults import Mode, Network
+from tests.replicas import Replica
+
+ABSENT = "postgresql://nobody:nothing@127.0.0.1:9/workspace"
+
+
+@pytest.fixture
+def replica(own_stack: Stack) -> Iterator[Replica]:
+    with tempfile.TemporaryDirectory(prefix="replica-", ignore_cleanup_errors=True) as folder:
+        made = Replica(own_stack.postgres, Path(folder))
+        made.start()
+        yield made
+        made.kill()
+
+
+@dataclass
+class World:
+    ada: Actor
+    bob: Actor
+    project: str
+    member: str
+    workspace: str
+
+    @property
+    def lists(self) -> list[str]:
+        """What a replica may be asked for."""
+        return [
+            f"/projects/{self.project}",
+            f"/projects/{self.project}/collaborators",
+            f"/workspaces/project/{self.project}",
+        ]
+
+
+@pytest.fixture
+async def world(
+    own_stack: Stack, replica: Replica, make_server: MakeServer, make_actor: MakeActor
+) -> AsyncIterator[World]:
+    server = await make_server(**addresses_of(own_stack) | {"database_replica_urls": (replica.url,)})
+    ada, bob = await make_actor("Ada", server), await make_actor("Bob", server)
+    project = await ada.make_project()
+    made = World(ada, bob, project, await ada.add(bob, project), await ada.make_workspace(project))
+    await until_shown(replica, "workspaces", 1)
+    return made
+
+
+async def until_shown(replica: Replica, table: str, rows: int) -> None:
+    async with asyncio.timeout(10):
+        while replica.count(table) < rows:
+            await asyncio.sleep(0.02)
+
+
+def answered_by(store: str) -> float:
+    return metrics.REPLICA_READS.labels(store)._value.get()
+
+
+async def test_reads_go_to_the_replica(world: World) -> None:
+    before = answered_by("replica")
+    first, people, workspaces = [await world.ada.get(path) for path in world.lists]
+    assert answered_by("replica") == before + 3
+    assert [first["workspaces"][0]["id"], workspaces["items"][0]["id"]] == [world.workspace] * 2
+    assert {each["user"]["name"] for each in people["items"]} == {"Ada", "Bob"}
+
+
+async def test_nobody_misses_a_write_where_the_replica_lags(world: World, replica: Replica) -> None:
+    replica.pause()
+    made = await world.ada.make_workspace(world.project)
+    renamed = await world.bob.patch("/auth/profile", {"name": "Robert"})
+    assert renamed.status == 200
+    before = answered_by("primary")
+    for actor in (world.ada, world.bob):  # who wrote, and who may have heard of it
+        shown, people, workspaces = [await actor.get(path) for path in world.lists]
+        assert made in [each["id"] for each in shown["workspaces"]]
+        assert made in [each["id"] for each in workspaces["items"]]
+        assert "Robert" in [each["user"]["name"] for each in people["items"]]
+    assert answered_by("primary") > before
+    replica.resume()
+    await until_shown(replica, "workspaces", 2)
+    before = answered_by("replica")
+    assert len((await world.ada.get(world.lists[2]))["items"]) == 2
+    assert answered_by("replica") == before + 1
+
+
+async def test_who_was_removed_sees_nothing_though_the_replica_still_knows_them(world: World, replica: Replica) -> None:
+    replica.pause()
+    assert (await world.ada.delete(f"/projects/{world.project}/collaborators/{world.member}")).status == 204
+    for path in world.lists:
+        assert (await world.bob.get(path)).status == 404
+    assert (await world.bob.get("/projects"))["items"] == []
+    assert (await world.ada.delete(f"/projects/{world.project}")).status == 204
+    for path in world.lists:
+        assert (await world.ada.get(path)).status == 404
+
+
+async def test_the_text_of_a_version_may_come_from_the_replica(world: World, replica: Replica) -> None:
+    created = await world.ada.post(f"/workspaces/{world.workspace}/documents", {"path": "a.txt", "content": "one"})
+    document = created["id"]
+    newest = (await world.ada.get(f"/documents/{document}/versions"))["items"][0]["version"]
+    await until_shown(replica, "document_versions", 1)
+    before = answered_by("replica")
+    assert (await world.ada.get(f"/documents/{document}/versions/{newest}"))["content"] == "one"
+    assert answered_by("replica") == before + 1
+
+    replica.pause()
+    written = await world.ada.put(f"/documents/{document}/content", data="two", headers={"If-Match": "*"})
+    assert written.status == 200
+    version = written["version"]
+    assert (await world.ada.get(f"/documents/{document}/versions/{version}"))["content"] == "two"
+    assert (await world.ada.get(f"/documents/{document}/versions/{version + 1}")).status == 404
+
+
+async def test_the_primary_stands_in_for_a_replica_that_is_gone_until_it_is_back(
+    world: World, replica: Replica
+) -> None:
+    replica.kill()
+    for _ in range(2):
+        for path in world.lists:
+            assert (await world.ada.get(path)).status == 200
+    replica.start()
+    async with asyncio.timeout(10):
+        before = answered_by("replica")
+        while answered_by("replica") == before:
+            assert (await world.ada.get(world.lists[1])).status == 200
+            await asyncio.sleep(0.1)
+
+
+@pytest.mark.parametrize("mode", [Mode.BLACK_HOLE, Mode.SLOW], ids=lambda mode: mode.name.lower())
+async def test_a_replica_that_hangs_delays_an_answer_and_loses_none(
+    mode: Mode, own_stack: Stack, replica: Replica, make_server: MakeServer, make_actor: MakeActor
+) -> None:
+    async with Network.to({"replica": replica.url}) as network:
+        urls = (network.urls["replica"],)
+        ada = await make_actor("Ada", await make_server(**addresses_of(own_stack), database_replica_urls=urls))
+        paths = [f"/projects/{await ada.make_project()}{rest}" for rest in ("", "/collaborators")]
+        await network.stores["replica"].turn(mode)
+        for path in paths * 3:
+            began = time.monotonic()
+            assert (await ada.get(path)).status == 200
+            assert time.monotonic() - began < 2
+
+
+async def test_a_replica_that_is_down_at_the_start_stops_nobody(
+    own_stack: Stack, make_server: MakeServer, make_actor: MakeActor
+) -> None:
+    server = await make_server(**addresses_of(own_stack) | {"database_replica_urls": (ABSENT,)})
+    ada = await make_actor("Ada", server)
+    project = await ada.make_project()
+    assert (await ada.get(f"/projects/{project}/collaborators"))["items"][0]["user"]["name"] == "Ada"
