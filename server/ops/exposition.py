@@ -20,6 +20,12 @@ from server.settings import Settings
 
 log = structlog.get_logger()
 
+OF_JOBS = {
+    "jobs_unfinished": "Jobs that wait or run",
+    "jobs_oldest_seconds": "How long the oldest has been due",
+}
+JOB_LABELS = ("type", "state")
+
 
 async def answer(request: web.Request, stores: Resources) -> web.Response:
     """The text format, for operators only."""
@@ -78,8 +84,7 @@ def _counted() -> CollectorRegistry:
 
 async def _jobs(mongo: Any) -> list[Metric]:
     """Without MongoDB these are absent, not zero."""
-    number = GaugeMetricFamily("jobs_unfinished", "Jobs that wait or run", labels=["type", "state"])
-    oldest = GaugeMetricFamily("jobs_oldest_seconds", "How long the oldest has been due", labels=["type", "state"])
+    number, oldest = (GaugeMetricFamily(name, help, labels=JOB_LABELS) for name, help in OF_JOBS.items())
     try:
         with reported():
             groups = await store.unfinished(mongo, now=store.moment())

@@ -10,6 +10,7 @@ import yaml
 from prometheus_client.metrics import MetricWrapperBase
 
 from server import metrics
+from server.ops import exposition
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "scripts" / "observability"
@@ -21,8 +22,8 @@ GROUPING = re.compile(r"\bby \(([^)]*)\)")
 
 
 def told() -> dict[str, set[str]]:
-    """The series that server/metrics.py makes, with their labels."""
-    series = dict(OF_PROMETHEUS)
+    """The series that the servers tell, with their labels."""
+    series = OF_PROMETHEUS | {name: {*exposition.JOB_LABELS, *ADDED} for name in exposition.OF_JOBS}
     for metric in vars(metrics).values():
         if isinstance(metric, MetricWrapperBase):
             for suffix in SUFFIXES[metric._type]:
