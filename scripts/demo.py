@@ -3,12 +3,13 @@
 import argparse
 import asyncio
 import contextlib
-import os
-import subprocess
+import dataclasses
+import signal
 import sys
+import tempfile
 import time
 from base64 import b64decode, b64encode
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,10 +17,15 @@ from uuid import uuid4
 import aiohttp
 from pycrdt import Doc, Text
 
-from server.devstack.stack import read_env
+from server.devstack.dev import base_url
+from server.devstack.process import Child
+from server.devstack.stack import is_in_use, read_env
+from server.settings import StackSettings, StartError, load_stack
 
 ROOT = Path(__file__).parent.parent
 START_SECONDS = 60
+STOP_SECONDS = 60
+JOB_SECONDS = 60
 PASSWORD = "Lovelace1815"
 PROGRAM = (
     ("Ada", "import sys\n"),
@@ -123,15 +129,6 @@ async def meet(ada: Person, bob: Person, workspace: str) -> None:
     await ada.hear_of("USER_JOIN")
 
 
-async def follow(ada: Person) -> None:
-    """What Ada hears of the job, until Bob is gone."""
-    while True:
-        event = (await ada.hear("collaboration:event"))["data"]
-        tell("Ada", f"hears {event['type']}: {event.get('status') or event['userName']}")
-        if event["type"] == "USER_LEAVE":
-            return
-
-
 class Editor:
     """A person's copy of the document, in step with everybody else's."""
 
@@ -175,21 +172,32 @@ async def edit(ada: Person, bob: Person, workspace: str) -> str:
 
 async def run_program(bob: Person, document: str) -> None:
     payload = {"language": "python", "documentId": document}
-    job = (await bob.call("POST", "/jobs", {"type": "CODE_EXECUTION", "payload": payload}))["job"]
-    tell("Bob", f"runs main.py: job {job['id']}")
-    shown = ""
-    async with asyncio.timeout(60):
-        while job["status"] not in ("completed", "failed", "cancelled"):
-            if (state := state_of(job)) != shown:
-                tell("job", shown := state)
-            await asyncio.sleep(0.1)
-            job = await bob.call("GET", f"/jobs/{job['id']}")
+    asked = (await bob.call("POST", "/jobs", {"type": "CODE_EXECUTION", "payload": payload}))["job"]
+    tell("Bob", f"runs main.py: job {asked['id']}")
+    async with asyncio.timeout(JOB_SECONDS):
+        job = await follow(bob, asked["id"])
     if job["status"] != "completed":
         raise DemoError(f"the job {job['status']}: {job['error']}")
-    for line in job["result"]["stdout"].splitlines():
-        tell("job", f"│ {line}")
     result = job["result"]
     tell("job", f"exit code {result['exitCode']} after {result['durationMs']} ms, sandbox: {result['sandbox']}")
+
+
+async def follow(owner: Person, id: str) -> Any:
+    """What a job's owner hears of it, until it has ended; the job."""
+    shown, printed = "", ""
+    while True:
+        frame = await owner.socket.receive_json()
+        told = frame["data"]
+        if frame["event"] == "job:output" and told["jobId"] == id:
+            *lines, printed = (printed + told["text"]).split("\n")
+            for line in lines:
+                tell("job", f"│ {line}")
+        elif frame["event"] == "job:updated" and told["job"]["id"] == id:
+            job = told["job"]
+            if job["status"] in ("completed", "failed", "cancelled"):
+                return job
+            if (state := state_of(job)) != shown:
+                tell("job", shown := state)
 
 
 def state_of(job: dict[str, Any]) -> str:
@@ -210,44 +218,68 @@ async def is_ready(base: str) -> bool:
 @contextlib.asynccontextmanager
 async def running(base: str | None) -> AsyncIterator[str]:
     """The address of a running server: the given one, the stack's, or that of a stack started for the demo."""
-    data_dir = Path(os.environ.get("DATA_DIR", ROOT / ".data"))
-    found = base or address_of(data_dir)
+    wanted = load_stack()
+    found = base or address_of(wanted)
     if found and await is_ready(found):
         yield found
-        return
-    if base:
+    elif base:
         raise DemoError(f"no server is ready at {base}")
-    tell("", "no server is running: starting one for the demo")
-    port = os.environ.get("PORT", "3000")
-    command = [sys.executable, str(ROOT / "run.py"), "dev"]
-    log = (data_dir.parent / f".{data_dir.name}-demo.log").open("w+")
-    dev = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    elif await is_starting(wanted.data_dir):
+        tell("", "scripts/dev is starting: waiting for it")
+        yield await until_ready(lambda: address_of(wanted), lambda: is_in_use(wanted.data_dir))
+    else:
+        tell("", "no server is running: starting one for the demo")
+        with own_stack() as dev:
+            yield await until_ready(lambda: address_of(wanted), lambda: dev.alive)
+
+
+async def is_starting(data_dir: Path) -> bool:
+    """Whether scripts/dev uses it; one that was called a moment ago may not have come so far."""
+    for _ in range(10):
+        if is_in_use(data_dir):
+            return True
+        await asyncio.sleep(0.2)
+    return False
+
+
+@contextlib.contextmanager
+def own_stack() -> Iterator[Child]:
+    """``run.py dev`` for as long as the demo lasts; if that is killed, it ends too. Its log is kept where it fails."""
+    with tempfile.NamedTemporaryFile(prefix="demo-", suffix=".log", delete=False) as file:
+        log = Path(file.name)
+    dev = Child("dev", [sys.executable, str(ROOT / "run.py"), "dev"], log=log, orphaned=signal.SIGTERM)
+    dev.start()
     try:
-        yield await started(f"http://127.0.0.1:{port}", dev, Path(log.name))
+        yield dev
+    except Exception:
+        tell("", f"what the server said is in {log}")
+        raise
+    else:
+        log.unlink()
     finally:
-        dev.terminate()
-        dev.wait(timeout=60)
-        Path(log.name).unlink(missing_ok=True)
+        dev.ask_to_stop()
+        dev.wait(seconds=STOP_SECONDS)
 
 
-async def started(base: str, dev: "subprocess.Popen[bytes]", log: Path) -> str:
+async def until_ready(address: Callable[[], str | None], lives: Callable[[], bool]) -> str:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
-        if await is_ready(base):
-            return base
-        if dev.poll() is not None:
-            lines = log.read_text().strip().splitlines() or ["it said nothing"]
-            raise DemoError(f"the server did not start: {lines[-1]}")
+        found = address()
+        if found and await is_ready(found):
+            return found
+        if not lives():
+            raise DemoError("the server ended at its start")
         await asyncio.sleep(0.2)
     raise DemoError(f"the server was not ready within {START_SECONDS} s")
 
 
-def address_of(data_dir: Path) -> str | None:
-    """Where the stack of this data directory serves, from its stack.env."""
+def address_of(wanted: StackSettings) -> str | None:
+    """Where the stack of this data directory serves, or last served, from its stack.env."""
     try:
-        return f"http://127.0.0.1:{read_env(data_dir / 'stack.env')['PORT']}"
-    except (OSError, KeyError):
+        port = int(read_env(wanted.data_dir / "stack.env")["PORT"])
+    except (OSError, KeyError, ValueError):
         return None
+    return base_url(dataclasses.replace(wanted, port=port))
 
 
 async def main() -> None:
@@ -260,10 +292,20 @@ async def main() -> None:
         tell("", f"done in {time.perf_counter() - started_at:.1f} s")
 
 
+async def until_told_to_stop() -> None:
+    """SIGTERM ends the demo as Ctrl-C does: with the stack that it has started."""
+    playing = asyncio.current_task()
+    assert playing is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, playing.cancel)
+    await main()
+
+
 if __name__ == "__main__":
     try:
-        asyncio.run(main())
-    except (DemoError, TimeoutError, aiohttp.ClientError) as error:
-        sys.exit(f"demo: {error or 'no answer in time'}")
+        asyncio.run(until_told_to_stop())
+    except (DemoError, StartError, TimeoutError, aiohttp.ClientError) as error:
+        sys.exit(f"demo: {str(error) or 'no answer in time'}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except asyncio.CancelledError:
+        sys.exit(143)

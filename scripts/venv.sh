@@ -98,6 +98,16 @@ is_installed() {
     return 1
 }
 
+# What these scripts have not finished or made is somebody's: it stays, under another name.
+put_aside() {
+    if [ -e "$VENV" ] && [ ! -e "$VENV/made-at" ]; then
+        aside=$VENV.$(date +%Y%m%d-%H%M%S)
+        mv "$VENV" "$aside"
+        say "the .venv that was here is now $aside"
+    fi
+    rm -rf "$VENV"
+}
+
 is_ours() { [ "$(cat "$VENV/made-at" 2>/dev/null)" = "$VENV" ] && suits "$PYTHON"; }
 
 prepare_venv() {
@@ -110,7 +120,7 @@ prepare_venv() {
         if is_ours && is_installed "$1"; then exit; fi
         umask 022 # root's PostgreSQL runs as another user, who must be able to read it
         if ! is_ours; then
-            rm -rf "$VENV"
+            put_aside
             make_venv
             printf '%s\n' "$VENV" >"$VENV/made-at"
         fi

@@ -292,7 +292,8 @@ async def listen(runner: web.AppRunner, settings: Settings, listener: int | None
     try:
         await site.start()
     except OSError as error:
-        why = os.strerror(error.errno or 0)
+        # Of a taken port asyncio's own text is long; of an unknown name the number is none of the system's.
+        why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
         raise SettingsError(f"Cannot listen on {settings.host}:{settings.port}: {why}") from error
     host, port = runner.addresses[0][:2]
     log.info("server ready", address=f"http://{host}:{port}")

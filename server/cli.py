@@ -1,16 +1,15 @@
-"""The commands of ``run.py``."""
+"""The commands of ``run.py``.
+
+Each imports what it needs by itself: a worker has no use for the web, --help for neither, and starts are frequent.
+"""
 
 import argparse
 import asyncio
 import sys
 from collections.abc import Callable
 
-from server import app, json, logs, migrations, settings
-from server.jobs.queue import CLASSES
-from server.migrations import MigrationError
-from server.resources import StoreDownError
-from server.settings import SettingsError
-from server.supervisor import supervise
+from server import logs, settings
+from server.settings import StartError
 
 MOST_PROCESSES = 256
 
@@ -19,13 +18,16 @@ def main() -> None:
     arguments = _parser().parse_args()
     try:
         sys.exit(arguments.run(arguments))
-    except (SettingsError, StoreDownError, MigrationError) as error:
+    except StartError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def serve(arguments: argparse.Namespace) -> int:
+    from server import app
+    from server.supervisor import supervise
+
     loaded = settings.load()
     logs.configure(loaded)
     _refuse_pending(loaded.database_url)
@@ -38,6 +40,7 @@ def serve(arguments: argparse.Namespace) -> int:
 
 def work(arguments: argparse.Namespace) -> int:
     from server import worker
+    from server.supervisor import supervise
 
     loaded = settings.load()
     logs.configure(loaded)
@@ -50,16 +53,14 @@ def work(arguments: argparse.Namespace) -> int:
 
 def develop(_: argparse.Namespace) -> int:
     from server.devstack import dev
-    from server.devstack.process import StackError
 
-    try:
-        asyncio.run(dev.run(settings.load_stack()))
-    except StackError as error:
-        sys.exit(f"error: {error}")
+    asyncio.run(dev.run(settings.load_stack()))
     return 0
 
 
 def migrate(arguments: argparse.Namespace) -> int:
+    from server import migrations
+
     url = settings.load().database_url
     if arguments.check:
         waiting = migrations.pending(url)
@@ -70,19 +71,25 @@ def migrate(arguments: argparse.Namespace) -> int:
 
 
 def print_openapi(_: argparse.Namespace) -> int:
+    from server import app, json
+
     sys.stdout.buffer.write(json.dumps(app.swagger_document()) + b"\n")
     return 0
 
 
 def print_asyncapi(_: argparse.Namespace) -> int:
+    from server import app, json
+
     sys.stdout.buffer.write(json.dumps(app.asyncapi_document()) + b"\n")
     return 0
 
 
 def _refuse_pending(url: str) -> None:
+    from server import migrations
+
     waiting = migrations.pending(url)
     if waiting:
-        raise MigrationError(f"{len(waiting)} migrations are pending; run: python run.py migrate")
+        raise StartError(f"{len(waiting)} migrations are pending; run: python run.py migrate")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     _several(server)
     server.add_argument("--listener", type=int, help=argparse.SUPPRESS)  # an open socket, from the supervisor
     worker = _command(commands, work, "worker", "run queued jobs")
-    worker.add_argument("--queues", type=_queues, default=CLASSES, metavar="LIST", help="high,normal,low")
+    worker.add_argument("--queues", type=_queues, default="high,normal,low", metavar="LIST", help="%(default)s")
     _several(worker)
     _command(commands, develop, "dev", "embedded stores, migrations, one server and one worker")
     check = _command(commands, migrate, "migrate", "apply what is pending in sql/migrations")
@@ -114,6 +121,8 @@ def _at_least_one(text: str) -> int:
 
 
 def _queues(text: str) -> tuple[str, ...]:
+    from server.jobs.queue import CLASSES
+
     chosen = {part.strip() for part in text.split(",")}
     if not chosen <= set(CLASSES):
         raise argparse.ArgumentTypeError(f"choose from {', '.join(CLASSES)}")

@@ -14,12 +14,14 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 import psycopg
 import yoyo
 
+from server.settings import StartError
+
 FOLDER = Path(__file__).parent.parent / "sql" / "migrations"
 LOCK = 0x77_6B_73_70  # "wksp": any number, the same in every version
 CONNECT_SECONDS = 5
 
 
-class MigrationError(Exception):
+class MigrationError(StartError):
     """The migrations could not be read or applied; the text is one line."""
 
 

@@ -26,7 +26,7 @@ from server.budget import within
 from server.errors import Unavailable
 from server.pipelines import Pipelines
 from server.replicas import Replicas
-from server.settings import Settings
+from server.settings import Settings, StartError
 
 START_SECONDS = 3.0  # for each store at start: all three are named within 10 s
 REDIS_SECONDS = 1.0
@@ -35,7 +35,7 @@ MONGO_SECONDS = 1.5
 MONGO_ANSWER_SECONDS = 1.2  # where somebody waits: pymongo notices a little late
 
 
-class StoreDownError(Exception):
+class StoreDownError(StartError):
     """A store cannot be reached at start; the text is one line that names it."""
 
 
@@ -68,9 +68,7 @@ async def connect(settings: Settings) -> AsyncIterator[Resources]:
         stack.push_async_callback(pipelines.close)
         blocking = blocking_redis_client(settings.redis_url)
         stack.push_async_callback(blocking.aclose)
-        client: Any = mongo_client(settings.mongodb_uri)
-        stack.callback(client.close)
-        await _started("MongoDB", settings.mongodb_uri, client.admin.command("ping"))
+        client: Any = await _started("MongoDB", settings.mongodb_uri, _open_mongo(stack, settings.mongodb_uri))
         yield Resources(
             settings=settings,
             db=db,
@@ -140,6 +138,13 @@ def blocking_redis_client(url: str) -> Redis:
 
 async def ping(redis: Redis) -> None:
     await cast("Awaitable[bool]", redis.ping())  # typed for its synchronous sibling too
+
+
+async def _open_mongo(stack: AsyncExitStack, uri: str) -> Any:
+    client = mongo_client(uri)
+    stack.callback(client.close)
+    await client.admin.command("ping")
+    return client
 
 
 def mongo_client(uri: str) -> Any:

@@ -24,7 +24,11 @@ MINIMUM_PRODUCTION_ROUNDS = 10
 Network = IPv4Network | IPv6Network
 
 
-class SettingsError(Exception):
+class StartError(Exception):
+    """A process cannot start, or not go on; the text is one line for whoever started it."""
+
+
+class SettingsError(StartError):
     """A setting is missing or bad; the text is one line that names it."""
 
 
@@ -51,6 +55,12 @@ def text(env: Env, name: str, default: Any) -> str:
     return str(env.str(name, default)).strip()
 
 
+def folder(env: Env, name: str, default: Any) -> Path:
+    if not text(env, name, str(default)):
+        raise SettingsError(f'Environment variable "{name}" invalid: Must name a directory.')
+    return Path(env.path(name, default))
+
+
 def one_of(*choices: str) -> Parse:
     return lambda env, name, default: env.str(name, default, validate=validate.OneOf(choices))
 
@@ -73,6 +83,15 @@ def seconds(env: Env, name: str, default: Any) -> int:
 
 def names(env: Env, name: str, default: Any) -> tuple[str, ...]:
     return tuple(part.strip() for part in env.str(name, default).split(",") if part.strip())
+
+
+def origins(env: Env, name: str, default: Any) -> tuple[str, ...]:
+    """As browsers send them: ``scheme://host[:port]``, or ``*``."""
+    found = names(env, name, default)
+    for each in found:
+        if each != "*" and (not urlsplit(each).netloc or each.rstrip("/") != each or urlsplit(each).path):
+            raise SettingsError(f'Environment variable "{name}" invalid: {each} is not like https://app.example.org')
+    return found
 
 
 def networks(env: Env, name: str, default: Any) -> tuple[Network, ...]:
@@ -115,9 +134,15 @@ def optional(parse: Parse) -> Parse:
 
 
 def check_url(name: str, value: str, schemes: tuple[str, ...], *, database: bool) -> str:
-    if urlsplit(value).scheme not in schemes:
+    try:
+        parts = urlsplit(value)
+        if "," not in parts.netloc:  # several hosts of PostgreSQL or MongoDB: their clients know these
+            parts.port  # noqa: B018 - it raises where it is none
+    except ValueError as error:
+        raise SettingsError(f'Environment variable "{name}" invalid: {error}') from None
+    if parts.scheme not in schemes:
         raise SettingsError(f'Environment variable "{name}" invalid: Must begin with {schemes[0]}://')
-    if database and not urlsplit(value).path.strip("/"):
+    if database and not parts.path.strip("/"):
         raise SettingsError(f'Environment variable "{name}" invalid: Must name a database in its path.')
     return value
 
@@ -193,7 +218,7 @@ class Settings:
         networks, default="", help="comma list of addresses whose `X-Forwarded-For` is believed"
     )
     cors_origin: tuple[str, ...] = setting(
-        names,
+        origins,
         default=PerEnvironment("*", ""),
         help="comma list of origins; `*` only outside production",
     )
@@ -235,7 +260,7 @@ class Settings:
     )
     log_format: str = setting(one_of("text", "json"), default=PerEnvironment("text", "json"), help="`text` or `json`")
     data_dir: Path = setting(
-        lambda env, name, default: env.path(name, default),
+        folder,
         default=Path(".data"),
         help="where `run.py dev` keeps its data",
     )

@@ -42,6 +42,15 @@ def test_a_taken_port_is_named(processes: Processes) -> None:
         )
 
 
+def test_an_address_that_is_none_is_named(processes: Processes) -> None:
+    nameless = processes.server(HOST="nobody.invalid")
+    unquoted = processes.worker(MONGODB_URI="mongodb://us:er:hidden@127.0.0.1/app")
+    assert re.fullmatch(r"error: Cannot listen on nobody\.invalid:0: .*(known|resolution).*", complaint(nameless))
+    line = complaint(unquoted)
+    assert line.startswith("error: MongoDB at 127.0.0.1 cannot be used: ")
+    assert "hidden" not in line
+
+
 def test_production_wants_secrets(processes: Processes) -> None:
     missing = processes.server(**PRODUCTION | {"JWT_SECRET": ""})
     short = processes.worker(**PRODUCTION | {"JWT_REFRESH_SECRET": "short"})

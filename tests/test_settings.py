@@ -23,7 +23,7 @@ PRODUCTION = GOOD | {"APP_ENV": "production", "CORS_ORIGIN": "https://app.exampl
 
 @pytest.fixture(autouse=True)
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An empty one, restored afterwards: to read a .env file adds to it. The directory holds no .env file."""
+    """An empty one, restored afterwards; the directory holds no .env file."""
     monkeypatch.chdir(tmp_path)
     with mock.patch.dict(os.environ, clear=True):
         yield
@@ -71,10 +71,14 @@ def test_a_missing_setting_is_named(name: str) -> None:
         ("PORT", "70000"),
         ("DATABASE_URL", "mysql://db/app"),
         ("DATABASE_URL", "postgresql://db"),
+        ("DATABASE_URL", "postgresql://db:port/app"),
+        ("DATABASE_URL", "postgresql://[::1/app"),
         ("DATABASE_REPLICA_URLS", "postgresql://a/app,b/app"),
         ("MONGODB_URI", "mongodb://mongo"),
         ("MONGODB_URI", ""),
+        ("MONGODB_URI", "mongodb://mongo:port/app"),
         ("REDIS_URL", "http://redis"),
+        ("REDIS_URL", "redis://redis:port/0"),
         ("JWT_SECRET", "short"),
         ("JWT_SECRET", ""),
         ("JWT_REFRESH_SECRET", GOOD["JWT_SECRET"]),
@@ -87,6 +91,10 @@ def test_a_missing_setting_is_named(name: str) -> None:
         ("RATE_LIMIT_AUTH", "many"),
         ("RATE_LIMIT_DEFAULT", "10/fortnight"),
         ("TRUSTED_PROXIES", "10.0.0.0/8,proxy"),
+        ("CORS_ORIGIN", "app.example.org"),
+        ("CORS_ORIGIN", "https://app.example.org/"),
+        ("DATA_DIR", " "),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4318"),
         ("JOB_FAULT_RATE", "1.5"),
         ("WORKER_CONCURRENCY", "0"),
         ("JOBS_PER_USER", "-1"),
@@ -165,6 +173,12 @@ def test_redis_may_be_given_in_parts() -> None:
 
 def test_the_redis_url_wins_over_its_parts() -> None:
     assert load(**GOOD, REDIS_HOST="cache").redis_url == GOOD["REDIS_URL"]
+
+
+def test_several_hosts_are_their_clients_business() -> None:
+    several = {"MONGODB_URI": "mongodb://a:27017,b:27018/app", "DATABASE_URL": "postgresql://a:5432,b:5433/app"}
+    loaded = load(**GOOD | several)
+    assert {"MONGODB_URI": loaded.mongodb_uri, "DATABASE_URL": loaded.database_url} == several
 
 
 def test_a_bad_redis_port_is_named() -> None:

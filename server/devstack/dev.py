@@ -50,7 +50,7 @@ async def run(wanted: StackSettings) -> None:
 
 async def serve(wanted: StackSettings, stack: Stack, stop: asyncio.Event) -> None:
     """The programs on top of running stores, until ``stop``."""
-    env_file = stack.write_env(port=wanted.port)
+    env_file = stack.write_env(host=wanted.host, port=wanted.port)
     environment = settings.child_environment(**stack.environment, HOST=wanted.host, PORT=str(wanted.port))
     await migrate(environment, stop)
     if stop.is_set():
@@ -80,10 +80,28 @@ async def migrate(environment: dict[str, str], stop: asyncio.Event) -> None:
         stderr=asyncio.subprocess.STDOUT,
         start_new_session=True,  # Ctrl-C is for us: a migration is not cut in two
     )
-    output, _ = await child.communicate()
+    output = await last_words(child, stop)
     if child.returncode and not stop.is_set():
         lines = output.decode(errors="replace").strip().splitlines() or [f"they ended with {child.returncode}"]
         raise StackError(f"the migrations failed: {lines[-1]}")
+
+
+async def last_words(child: asyncio.subprocess.Process, stop: asyncio.Event) -> bytes:
+    """All that it says until its end; one signal lets it finish, one more kills it."""
+    said = asyncio.ensure_future(child.communicate())
+    signals = 0
+    while not said.done() and signals < 2:
+        signalled = asyncio.ensure_future(stop.wait())
+        await asyncio.wait({said, signalled}, return_when=asyncio.FIRST_COMPLETED)
+        signalled.cancel()
+        signals += stop.is_set()
+        stop.clear()
+    if signals:
+        stop.set()
+    if not said.done():
+        child.kill()
+    output, _ = await said
+    return output
 
 
 @contextlib.asynccontextmanager

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from server.settings import StartError
+
 START_SECONDS = 30.0
 STOP_SECONDS = 15.0
 POLL_SECONDS = 0.02
@@ -18,7 +20,7 @@ _PR_SET_PDEATHSIG = 1
 _prctl = ctypes.CDLL(None).prctl  # looked up here: between fork and exec nothing may wait for a lock
 
 
-class StackError(Exception):
+class StackError(StartError):
     """Something cannot be started; the text is one line."""
 
 

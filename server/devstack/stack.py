@@ -76,10 +76,10 @@ class Stack:
         """What a server or worker needs to join."""
         return self.urls | self.secrets
 
-    def write_env(self, *, port: int) -> Path:
+    def write_env(self, *, host: str, port: int) -> Path:
         """``stack.env``, in shell syntax, for whoever wants to join."""
         path = self.data_dir / "stack.env"
-        pairs = {**self.environment, "PORT": str(port)}.items()
+        pairs = {**self.environment, "HOST": host, "PORT": str(port)}.items()
         _write_private(path, "".join(f"{key}={shlex.quote(value)}\n" for key, value in pairs))
         return path
 
@@ -159,6 +159,15 @@ class Stack:
     @property
     def _kept_in(self) -> Path:
         return self.data_dir / "stack.json"
+
+
+def is_in_use(data_dir: Path) -> bool:
+    """Whether a `run.py dev` runs on it, or is starting."""
+    try:
+        with (data_dir / "locks" / "stack").open("a") as lock:
+            return not try_lock(lock.fileno())
+    except OSError:
+        return False
 
 
 def read_env(path: Path) -> dict[str, str]:

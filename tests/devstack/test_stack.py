@@ -18,8 +18,10 @@ import pymongo
 import pytest
 import redis
 
+from server.devstack.postgres import Postgres
 from server.devstack.process import Child, StackError
 from server.devstack.stack import Stack, check_address, read_env
+from server.devstack.stores import Place
 from tests.devstack.pids import gone
 from tests.processes import ROOT
 
@@ -129,7 +131,7 @@ def test_a_stack_keeps_its_addresses_and_secrets_and_only_a_taken_port_changes(f
 
 
 def test_the_folder_is_passable_and_everything_in_it_private(stack: Stack) -> None:
-    stack.write_env(port=3000)
+    stack.write_env(host="127.0.0.1", port=3000)
     assert mode(stack.data_dir) == 0o711
     assert {path.name: oct(mode(path)) for path in stack.data_dir.iterdir() if mode(path) & 0o077} == {
         "mongo.toml": oct(mode(stack.data_dir / "mongo.toml"))  # empty
@@ -138,12 +140,12 @@ def test_the_folder_is_passable_and_everything_in_it_private(stack: Stack) -> No
 
 
 def test_stack_env_is_readable_by_a_shell_and_by_us(stack: Stack) -> None:
-    path = stack.write_env(port=3456)
+    path = stack.write_env(host="127.0.0.1", port=3456)
     shell = subprocess.run(
         ["sh", "-c", 'set -a; . "$0"; env', str(path)], env={}, capture_output=True, text=True, check=True
     )
     seen = dict(line.split("=", 1) for line in shell.stdout.splitlines())
-    expected = {**stack.environment, "PORT": "3456"}
+    expected = {**stack.environment, "HOST": "127.0.0.1", "PORT": "3456"}
     assert {name: seen[name] for name in expected} == expected
     assert read_env(path) == expected
 
@@ -238,3 +240,15 @@ def test_a_taken_port_is_named() -> None:
 def test_an_address_that_is_not_ours_is_named() -> None:
     with pytest.raises(StackError, match=r"^Cannot listen on 192\.0\.2\.1:3000: "):
         check_address("192.0.2.1", 3000)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root runs PostgreSQL as somebody else")
+def test_of_the_directories_above_only_what_must_be_passed_is_opened_and_said(tmp_path: Path) -> None:
+    closed, open_already = tmp_path / "closed", tmp_path / "closed" / "open"
+    open_already.mkdir(parents=True)
+    closed.chmod(0o700)
+    open_already.chmod(0o755)
+    said: list[str] = []
+    Postgres(Place(open_already, 1, said.append), password="x")._let_pass(open_already / "postgres")
+    assert (mode(closed), mode(open_already)) == (0o701, 0o755)
+    assert f"made {closed} passable (o+x): PostgreSQL runs as nobody, not as root" in said
