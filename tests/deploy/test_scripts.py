@@ -1,0 +1,143 @@
+"""scripts/dev, scripts/test and what they share, on a machine whose Python only notes what it is asked."""
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.processes import ROOT
+
+TOOLS = ("sh", "cat", "cksum", "cp", "date", "dirname", "flock", "mkdir", "mv", "rm", "sed")
+PYTHON = """#!/bin/sh
+# Of the many questions that a Python is asked, those about itself are not noted.
+case "$1 $2" in
+"-c import ensurepip"*) exit ${NO_ENSUREPIP:-0} ;;
+"-c "*) exit 0 ;;
+"-m venv")
+    for folder; do :; done
+    mkdir -p "$folder/bin"
+    cp "$0" "$folder/bin/python" ;;
+esac
+echo "$*" >>"$NOTES"
+exit ${PIP_FAILS:-0}
+"""
+
+
+@dataclass
+class Machine:
+    root: Path
+
+    def run(
+        self, script: str, *arguments: str, cwd: Path | None = None, **beside: str
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(self.root / "scripts" / script), *arguments],
+            env={"PATH": str(self.root / "bin"), "NOTES": str(self.notes), **beside},
+            cwd=cwd or self.root,
+            capture_output=True,
+            text=True,
+        )
+
+    @property
+    def notes(self) -> Path:
+        return self.root / "notes"
+
+    def asked(self) -> list[str]:
+        """What Python was asked since the last look."""
+        lines = self.notes.read_text().splitlines() if self.notes.exists() else []
+        self.notes.unlink(missing_ok=True)
+        return [line.replace(str(self.root), "ROOT") for line in lines]
+
+
+INSTALL = "-m pip install --quiet --disable-pip-version-check --editable ROOT[{extra}]"
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    for folder in ("scripts", "bin", "tests"):
+        (tmp_path / folder).mkdir()
+    for script in ("dev", "demo", "test", "check", "venv.sh"):
+        shutil.copy(ROOT / "scripts" / script, tmp_path / "scripts")
+    for name in ("setup.cfg", "pyproject.toml", "run.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "tests" / "test_one.py").touch()
+    for tool in TOOLS:
+        found = shutil.which(tool)
+        assert found
+        (tmp_path / "bin" / tool).symlink_to(found)
+    python = tmp_path / "bin" / "python3.11"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    return Machine(tmp_path)
+
+
+def test_the_first_call_installs_and_the_second_does_not(machine: Machine) -> None:
+    assert machine.run("dev").returncode == 0
+    assert machine.asked() == ["-m venv ROOT/.venv", INSTALL.format(extra="embedded"), "run.py dev"]
+    assert machine.run("dev").returncode == 0
+    assert machine.asked() == ["run.py dev"]
+
+
+def test_the_tests_extra_serves_dev_too_and_a_change_of_dependencies_installs_anew(machine: Machine) -> None:
+    machine.run("test")
+    assert machine.asked() == ["-m venv ROOT/.venv", INSTALL.format(extra="test"), "-m pytest"]
+    machine.run("dev")
+    assert machine.asked() == ["run.py dev"]
+    with (machine.root / "setup.cfg").open("a") as file:
+        file.write("# another dependency\n")
+    machine.run("test")
+    assert machine.asked() == [INSTALL.format(extra="test"), "-m pytest"]
+
+
+def test_a_file_is_meant_as_seen_from_where_one_stands(machine: Machine) -> None:
+    machine.run("test", "test_one.py", "-k", "some/name", cwd=machine.root / "tests")
+    assert machine.asked()[-1] == "-m pytest ROOT/tests/test_one.py -k some/name"
+    machine.run("test", "--cov", "--full", "tests/test_one.py::test_x")
+    assert machine.asked()[-1] == "-m pytest --cov=server --cov-report=term --full ROOT/tests/test_one.py::test_x"
+
+
+def test_a_venv_that_somebody_made_is_put_aside_and_one_that_was_moved_is_made_anew(machine: Machine) -> None:
+    mine = machine.root / ".venv"
+    mine.mkdir()
+    (mine / "precious").touch()
+    told = machine.run("dev")
+    (aside,) = machine.root.glob(".venv.*")
+    assert (aside / "precious").exists()
+    assert f"the .venv that was here is now {aside}" in told.stderr
+    machine.asked()
+
+    (mine / "made-at").write_text("/elsewhere/.venv\n")
+    machine.run("dev")
+    assert machine.asked()[0] == "-m venv ROOT/.venv"
+    assert len(list(machine.root.glob(".venv.*"))) == 1
+
+
+def test_an_installation_that_fails_says_so_and_is_tried_again(machine: Machine) -> None:
+    failed = machine.run("dev", PIP_FAILS="1")
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1].startswith("dev: error: ")
+    machine.asked()
+    assert machine.run("dev").returncode == 0
+    assert machine.asked()[-2:] == [INSTALL.format(extra="embedded"), "run.py dev"]
+
+
+def test_without_ensurepip_a_venv_is_made_without_pip(machine: Machine) -> None:
+    assert machine.run("dev", NO_ENSUREPIP="1").returncode == 0
+    assert machine.asked()[0] == "-m venv --without-pip ROOT/.venv"
+
+
+def test_without_a_python_it_says_what_to_install(machine: Machine) -> None:
+    (machine.root / "bin" / "python3.11").unlink()
+    told = machine.run("dev")
+    assert told.returncode == 1
+    assert "no Python 3.11, 3.12 or 3.13 found" in told.stderr
+
+
+@pytest.mark.parametrize("script", ["dev", "demo", "test", "check"])
+def test_help_is_the_comment_at_the_head(script: str, machine: Machine) -> None:
+    told = machine.run(script, "--help")
+    assert told.returncode == 0
+    assert told.stdout.startswith(f"Usage: scripts/{script}")
+    assert not machine.asked()
