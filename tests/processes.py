@@ -10,14 +10,36 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 READY_SECONDS = 20.0
+SHORTER = """
+import runpy, sys
+import {module}
+{change}
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 class Process:
-    def __init__(self, command: str, *arguments: str, environment: dict[str, str], log: Path, **settings: str) -> None:
+    """``shorter`` sets constants of time, so that a test need not wait for them: ``server.worker.GRACE_SECONDS=1``."""
+
+    def __init__(
+        self,
+        command: str,
+        *arguments: str,
+        environment: dict[str, str],
+        log: Path,
+        shorter: str = "",
+        **settings: str,
+    ) -> None:
         self.log = log
+        run = (
+            ["-c", SHORTER.format(module=shorter.partition("=")[0].rpartition(".")[0], change=shorter)]
+            if shorter
+            else []
+        )
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, str(ROOT / "run.py"), command, *arguments],
+                [sys.executable, *run, str(ROOT / "run.py"), command, *arguments],
                 env={**os.environ, **environment, "LOG_LEVEL": "info", "LOG_FORMAT": "json", **settings},
                 stdout=output,
                 stderr=subprocess.STDOUT,

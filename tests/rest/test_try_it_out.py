@@ -1,0 +1,74 @@
+"""Swagger UI in a real browser: with a token, every operation can be tried."""
+
+import asyncio
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support import expected_conditions
+from selenium.webdriver.support.wait import WebDriverWait
+
+from tests.actors import Actor
+
+PATIENCE_SECONDS = 30
+
+
+class Browser:
+    def __init__(self, driver: webdriver.Chrome) -> None:
+        self._driver = driver
+        self._wait = WebDriverWait(driver, PATIENCE_SECONDS)
+
+    def open(self, address: str) -> None:
+        self._driver.get(address)
+
+    def click(self, where: str) -> None:
+        found = self.find(where)
+        self._driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", found)
+        self._wait.until(expected_conditions.element_to_be_clickable(found)).click()
+
+    def type(self, where: str, text: str) -> None:
+        self.find(where).send_keys(text)
+
+    def find(self, where: str) -> WebElement:
+        return self._wait.until(expected_conditions.visibility_of_element_located((By.CSS_SELECTOR, where)))
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    driver, chromium = shutil.which("chromedriver"), shutil.which("chromium")
+    if driver is None or chromium is None:
+        pytest.skip("Chromium is missing: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "window-size=1200,1000"):
+        options.add_argument(f"--{flag}")
+    for flag in ("background-networking", "component-update", "sync"):
+        options.add_argument(f"--disable-{flag}")
+    options.add_argument(f"--user-data-dir={tmp_path}")
+    with webdriver.Chrome(options, webdriver.ChromeService(driver)) as running:
+        yield Browser(running)
+
+
+def try_profile(browser: Browser, base: str, token: str) -> tuple[str, str]:
+    """As a developer does it: the status and the body that are shown."""
+    browser.open(f"{base}/api-docs")
+    browser.click(".btn.authorize")
+    browser.type(".auth-container input", token)
+    browser.click(".auth-btn-wrapper .authorize")
+    browser.click(".auth-btn-wrapper .btn-done")
+    operation = "[id$='-get_api_v1_auth_profile'], [id*='read_profile']"
+    browser.click(f":is({operation}) .opblock-summary-control")
+    browser.click(f":is({operation}) .try-out__btn")
+    browser.click(f":is({operation}) .execute")
+    answer = f":is({operation}) .live-responses-table .response"
+    return browser.find(f"{answer} .response-col_status").text, browser.find(f"{answer} .microlight").text
+
+
+async def test_a_developer_tries_an_operation_with_a_token(browser: Browser, alice: Actor) -> None:
+    status, body = await asyncio.to_thread(try_profile, browser, alice.base, alice.access_token)
+    assert status.startswith("200")
+    assert alice.email in body
