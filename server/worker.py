@@ -67,7 +67,7 @@ async def work(settings: Settings, queues: Sequence[str], *, ready: int | None =
         )
         bell = Bell(stores.blocking_redis, on_cancel=bench.leases.drop)
         lanes = [bench.dispatcher.lanes[name] for name in queues]
-        order = InOrder(stores.redis, lanes, bell, offers=lambda language: language in report.languages)
+        order = InOrder(stores.redis, lanes, bell, has=[*JOB_TYPES, *report.languages])
         worker = JobWorker(order, bench, concurrency=settings.worker_concurrency)
         background = [
             asyncio.ensure_future(each)

@@ -5,7 +5,7 @@ has a hash tag of its own, so that a Redis Cluster can spread them; hence no com
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import orjson
@@ -23,11 +23,11 @@ log = structlog.get_logger()
 
 CLASSES = ("high", "normal", "low")  # in the order in which they are drained
 UPKEEP = "upkeep"
-MARGIN_SECONDS = 30  # SAQ's own deadline comes after ours
+MARGIN_SECONDS = 240  # SAQ's own deadline comes after ours, and after all our patience with MongoDB
 FORGET = -1  # what SAQ keeps of a finished message: nothing, the record tells
 OPERATIONS = 100
 ABANDONED_MILLISECONDS = 60_000  # a message in hand that was never begun: its worker was killed
-ASIDE_SECONDS = 1.0
+FAR = 1000  # messages that a worker may not take are passed over, up to so many
 PAUSE_SECONDS = 0.5  # while Redis is away
 LOOK_SECONDS = 1.0  # a bell that was not heard delays no longer than this
 
@@ -40,11 +40,29 @@ redis.call('PUBLISH', ARGV[2], '')
 return 1
 """
 
+# The first message that asks for nothing that the worker has not; what it may not take stays in its place, for others.
 # SAQ gives every message a key of its own in the queue's slot; it is known only here.
 _TAKE = """
-local id = redis.call('LMOVE', KEYS[1], KEYS[2], 'LEFT', 'RIGHT')
-if not id then return nil end
-return {id, redis.call('GET', id)}
+local has = {}
+for i = 2, #ARGV do has[ARGV[i]] = true end
+local function fits(message)
+    local asks = message and cjson.decode(message).kwargs
+    if type(asks) ~= 'table' then return true end
+    return (has[asks.type] or not asks.type) and (has[asks.needs] or (asks.needs or cjson.null) == cjson.null)
+end
+for first = 0, ARGV[1] - 1, 10 do
+    local ids = redis.call('LRANGE', KEYS[1], first, first + 9)
+    for _, id in ipairs(ids) do
+        local message = redis.call('GET', id)
+        if fits(message) then
+            redis.call('LREM', KEYS[1], 1, id)
+            redis.call('RPUSH', KEYS[2], id)
+            return {id, message}
+        end
+    end
+    if #ids < 10 then return nil end
+end
+return nil
 """
 
 
@@ -62,20 +80,15 @@ class Lane(RedisQueue):
         self._enqueue_now = redis.register_script(_ENQUEUE)
         self._take = redis.register_script(_TAKE)
 
-    async def take(self) -> Job | None:
-        """The next message, without waiting for one."""
-        taken: Any = await self._take(keys=[self._queued, self._active])
+    async def take(self, has: Iterable[str] = ()) -> Job | None:
+        """The next message for a worker that has these types and languages, without waiting for one."""
+        taken: Any = await self._take(keys=[self._queued, self._active], args=[FAR, *has])
         if taken is None:
             return None
         job = self.deserialize(taken[1])
         if job is None:
             await self._forget([taken[0]])
         return job
-
-    async def put_aside(self, job: Job) -> None:
-        """Back into the queue, after a moment."""
-        job.retry_delay = ASIDE_SECONDS
-        await self.retry(job, error=None)
 
     async def waiting(self, keys: Sequence[str]) -> set[str]:
         """Those of these messages that are there and in nobody's hands."""
@@ -134,7 +147,7 @@ def message(job: dict[str, Any], type: JobType) -> Job:
     claim = job["claim"] + 1
     return Job(
         "attempt",
-        kwargs={"job": job["_id"], "claim": claim, "needs": type.needs(job["payload"])},
+        kwargs={"job": job["_id"], "claim": claim, "type": type.name, "needs": type.needs(job["payload"])},
         key=key_of(job),
         timeout=type.timeout + MARGIN_SECONDS,
         retries=1,
@@ -149,14 +162,14 @@ def key_of(job: dict[str, Any]) -> str:
 class InOrder(RedisQueue):
     """Several lanes as one, for a worker: the highest class first, and now and then another, so that none starves.
 
-    ``offers`` says whether this worker has what a message needs; one that it has not is put aside for others.
+    ``has`` are the types and languages of this worker; what needs others is left to others.
     """
 
-    def __init__(self, redis: Redis, lanes: Sequence[Lane], bell: Bell, *, offers: Callable[[str], bool]) -> None:
+    def __init__(self, redis: Redis, lanes: Sequence[Lane], bell: Bell, *, has: Iterable[str]) -> None:
         super().__init__(redis, name="{jobs}")
         self._lanes = lanes
         self._bell = bell
-        self._offers = offers
+        self._has = tuple(has)
         self._turn = asyncio.Lock()
         self._taken = 0
         self._closed = False
@@ -195,14 +208,10 @@ class InOrder(RedisQueue):
 
     async def _next(self) -> Job | None:
         for lane in in_turn(self._lanes, self._taken):
-            job = await lane.take()
-            if job is None:
-                continue
-            needs = (job.kwargs or {}).get("needs")
-            if needs is None or self._offers(needs):
+            job = await lane.take(self._has)
+            if job is not None:
                 self._taken += 1
                 return job
-            await lane.put_aside(job)
         return None
 
     async def _listen(self) -> None:

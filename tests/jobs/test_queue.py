@@ -4,8 +4,12 @@ import asyncio
 
 import aiohttp
 import pytest
+from redis.asyncio import Redis
 
-from server.jobs.queue import class_of, in_turn
+from server.jobs import lifecycle, queue
+from server.jobs.bell import Bell
+from server.jobs.queue import InOrder, class_of, in_turn
+from server.jobs.types import JOB_TYPES
 from tests.actors import Actor
 from tests.conftest import environment
 from tests.jobs.asking import ask
@@ -26,6 +30,58 @@ def test_the_highest_class_comes_first_but_none_starves() -> None:
     assert {name: firsts.count(name) for name in lanes} == {"high": 80, "normal": 10, "low": 10}
     assert [list(in_turn(lanes, 0)), list(in_turn(lanes, 9))] == [lanes, ["low", "high", "normal"]]  # type: ignore[arg-type]
     assert list(in_turn(["low"], 4)) == ["low"]  # type: ignore[arg-type]
+
+
+@pytest.fixture
+async def redis(quiet: dict[str, str]):
+    async with Redis.from_url(quiet["redis_url"]) as client:
+        await client.flushdb()
+        yield client
+
+
+async def send(redis: Redis, number: int, language: str, type: str = "CODE_EXECUTION") -> None:
+    job = {"_id": f"job-{number}", "claim": 0, "priority": 5, "payload": {"language": language}}
+    message = queue.message(job, JOB_TYPES["CODE_EXECUTION"])
+    message.kwargs["type"] = type
+    await queue.lanes(redis)["normal"].enqueue(message)
+
+
+async def taken(redis: Redis, *has: str) -> list[str]:
+    """What such a worker takes at once, one message after the other."""
+    messages = InOrder(redis, list(queue.lanes(redis).values()), Bell(redis, on_cancel=print), has=has)
+    jobs = []
+    while message := await messages._next():
+        jobs.append(message.kwargs["job"])
+    return jobs
+
+
+async def test_what_a_worker_cannot_run_keeps_its_place_and_holds_up_nobody(redis: Redis) -> None:
+    for number in range(45):
+        await send(redis, number, "python" if number in (20, 43) else "javascript")
+    assert await taken(redis, "CODE_EXECUTION", "python", "bash") == ["job-20", "job-43"]
+    await send(redis, 50, "python")
+    assert await taken(redis, "CODE_EXECUTION", "python", "bash") == ["job-50"]
+    others = [f"job-{number}" for number in range(45) if number not in (20, 43)]
+    assert await taken(redis, "CODE_EXECUTION", "javascript") == others
+
+
+async def test_a_type_that_only_newer_workers_know_is_left_to_them(redis: Redis) -> None:
+    await send(redis, 1, "python", type="NEWER")
+    await send(redis, 2, "python")
+    assert await taken(redis, "CODE_EXECUTION", "python") == ["job-2"]
+    assert await taken(redis, "CODE_EXECUTION", "NEWER", "python") == ["job-1"]
+
+
+async def test_a_message_whose_text_is_lost_is_forgotten(redis: Redis) -> None:
+    await send(redis, 1, "python")
+    await send(redis, 2, "python")
+    await redis.delete("saq:job:{jobs.normal}:{jobs.normal}:job-1:1")
+    assert await taken(redis, "CODE_EXECUTION", "python") == []
+    assert await taken(redis, "CODE_EXECUTION", "python") == ["job-2"]
+
+
+def test_saqs_deadline_comes_after_all_patience_with_mongodb() -> None:
+    assert queue.MARGIN_SECONDS > 3 * lifecycle.PATIENCE_SECONDS  # for the claim, the output and the outcome
 
 
 async def test_urgent_jobs_overtake(processes: Processes, quiet: dict[str, str], http: aiohttp.ClientSession) -> None:
