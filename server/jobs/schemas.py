@@ -1,5 +1,9 @@
 """What jobs look like from outside."""
 
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
 from marshmallow import fields, validate
 
 from server.fields import Id, Schema, Time
@@ -9,13 +13,23 @@ from server.jobs.types import JOB_TYPES
 from server.rest.pages import LARGEST, PageQuery
 
 
+class Instant(fields.AwareDateTime):
+    """With an offset; in UTC from then on."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **options: Any) -> datetime:
+        try:
+            return super()._deserialize(value, attr, data, **options).astimezone(UTC)
+        except OverflowError:  # near the ends of time
+            raise self.make_error("invalid", input=value, obj_type=self.OBJ_TYPE) from None
+
+
 class NewJob(Schema):
     type = fields.String(required=True, validate=validate.OneOf(sorted(JOB_TYPES)))
     payload = fields.Dict(required=True, keys=fields.String())
     priority = fields.Integer(load_default=5, strict=True, validate=validate.Range(1, 10))
     project_id = Id(load_default=None, allow_none=True)
     workspace_id = Id(load_default=None, allow_none=True)
-    run_at = fields.AwareDateTime(load_default=None, allow_none=True, format="iso")
+    run_at = Instant(load_default=None, allow_none=True, format="iso")
     idempotency_key = fields.String(load_default=None, allow_none=True, validate=validate.Length(1, 255))
 
 

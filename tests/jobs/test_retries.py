@@ -69,6 +69,16 @@ async def test_a_time_that_has_passed_means_now(alice: Actor) -> None:
     assert (await alice.finished_job(job["id"]))["status"] == "completed"
 
 
+@pytest.mark.parametrize("sign", ["+", "-"])
+async def test_a_time_at_either_end_of_time_is_refused_or_kept(alice: Actor, sign: str) -> None:
+    first, last = f"0001-01-01T00:00:00{sign}12:00", f"9999-12-31T23:59:59{sign}12:00"
+    refused, kept = (first, last) if sign == "+" else (last, first)
+    answer = await alice.post("/jobs", program() | {"runAt": refused})
+    assert (answer.status, answer.code, answer["details"][0]["field"]) == (422, "validation_failed", "runAt")
+    at = datetime.fromisoformat(kept).astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    assert (await ask(alice, runAt=kept))["runAt"] == at
+
+
 async def test_who_sees_a_job_but_is_a_viewer_can_neither_cancel_it_nor_start_it_anew(
     alice: Actor, bob: Actor, carol: Actor
 ) -> None:
