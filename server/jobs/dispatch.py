@@ -5,10 +5,12 @@ records. Whoever frees a slot fills it: the end of an attempt, a cancel. Whoever
 for one afterwards. So one of the two sees the other, and what a killed process left is found by the reconciler.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import structlog
+from pymongo.errors import PyMongoError
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
@@ -26,14 +28,15 @@ class Dispatcher:
         self.slots = slots
         self.lanes = queue.lanes(redis)
         self._mongo = mongo
-        self._types = types
+        self.types = types
 
     async def admit(self, job: Job) -> None:
         """A job that has just become pending: send it, or look whether its user has a slot."""
-        if job["slot"] is not None:
-            await self.send(job)
-        elif job["runAt"] is None or job["runAt"] <= store.moment():
-            await self.fill(job["userId"])
+        with _left_to_the_reconciler():
+            if job["slot"] is not None:
+                await self.send(job)
+            elif job["runAt"] is None or job["runAt"] <= store.moment():
+                await self.fill(job["userId"])
 
     async def fill(self, user: str) -> None:
         """Queue the user's next jobs, as many as there are free slots."""
@@ -41,7 +44,7 @@ class Dispatcher:
             free = await store.free_slots(self._mongo, user=user, slots=self.slots)
             if not free:
                 return
-            waiting = await store.waiting(self._mongo, user=user, most=len(free), now=store.moment())
+            waiting = await self._waiting(user, most=len(free))
             if not waiting:
                 return
             for job, slot in zip(waiting, free, strict=False):
@@ -51,24 +54,36 @@ class Dispatcher:
         """A slot has become free: it goes to the user's next job."""
         if slot is None or slot >= self.slots:
             return
-        while waiting := await store.waiting(self._mongo, user=user, most=1, now=store.moment()):
-            placed = await self._place(waiting[0], slot)
-            if placed:
-                return
-            if placed is None:  # somebody took it, who may not know of the others
-                await self.fill(user)
-                return
+        with _left_to_the_reconciler():
+            while waiting := await self._waiting(user, most=1):
+                placed = await self._place(waiting[0], slot)
+                if placed:
+                    return
+                if placed is None:  # somebody took it, who may not know of the others
+                    await self.fill(user)
+                    return
 
     async def send(self, job: Job) -> None:
-        """A message for the next attempt; when Redis is away the reconciler sends it later."""
+        """A message for the next attempt."""
         lane = self.lanes[queue.class_of(job["priority"])]
-        try:
-            await lane.enqueue(queue.message(job, self._types[job["type"]]))
-        except (RedisError, OSError) as error:
-            log.warning("job not sent", job=job["_id"], error=str(error))
+        with _left_to_the_reconciler():
+            await lane.enqueue(queue.message(job, self.types[job["type"]]))
+
+    async def _waiting(self, user: str, *, most: int) -> list[Job]:
+        """Of the types that are known here: others are for those who know them, in a deploy that rolls."""
+        return await store.waiting(self._mongo, user=user, types=self.types, most=most, now=store.moment())
 
     async def _place(self, job: Job, slot: int) -> bool | None:
         taken = await store.take_slot(self._mongo, job=job, slot=slot, now=store.moment())
         if taken:
             await self.send(job)
         return taken
+
+
+@contextmanager
+def _left_to_the_reconciler() -> Iterator[None]:
+    """The record stands: what cannot be done about it now is found and done later."""
+    try:
+        yield
+    except (PyMongoError, RedisError, OSError) as error:
+        log.warning("job not queued yet", error=str(error)[:200])

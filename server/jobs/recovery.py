@@ -31,8 +31,7 @@ async def reconcile(bench: Bench) -> None:
     """Back to work what has neither a lease nor a message."""
     await take_back_lost(bench)
     await send_missing(bench)
-    for user in await store.users_waiting(bench.stores.mongo, now=store.moment(), scheduled_only=False):
-        await bench.dispatcher.fill(user)
+    await fill_slots(bench, scheduled_only=False)
 
 
 async def take_back_lost(bench: Bench) -> None:
@@ -50,7 +49,7 @@ async def send_missing(bench: Bench) -> None:
     """Queued attempts without a message."""
     for _ in range(MOST_ROUNDS):
         before = store.moment() - UNHEARD
-        jobs = await store.long_sent(bench.stores.mongo, before=before, most=AT_ONCE)
+        jobs = await store.long_sent(bench.stores.mongo, types=bench.types, before=before, most=AT_ONCE)
         lanes = defaultdict(list)
         for job in jobs:
             lanes[queue.class_of(job["priority"])].append(job)
@@ -76,13 +75,19 @@ async def _send_missing(bench: Bench, lane: str, jobs: list[Job]) -> None:
         log.warning("messages sent again", lane=lane, jobs=len(missing))
 
 
+async def fill_slots(bench: Bench, *, scheduled_only: bool) -> None:
+    """Queue jobs of users who have some waiting, and perhaps a free slot."""
+    mongo, now = bench.stores.mongo, store.moment()
+    for user in await store.users_waiting(mongo, types=bench.types, now=now, scheduled_only=scheduled_only):
+        await bench.dispatcher.fill(user)
+
+
 async def keep_admitting_due(bench: Bench, redis: Redis) -> None:
     """Queue what has waited for its time, for as long as the worker lives. Of all workers one looks at a time."""
     while True:
         try:
             if await redis.set(_DUE_LOCK, "", nx=True, px=int(DUE_SECONDS * 900)):
-                for user in await store.users_waiting(bench.stores.mongo, now=store.moment(), scheduled_only=True):
-                    await bench.dispatcher.fill(user)
+                await fill_slots(bench, scheduled_only=True)
         except (PyMongoError, RedisError, OSError) as error:
             log.warning("due jobs not looked for", error=str(error)[:200])
         await asyncio.sleep(DUE_SECONDS)
