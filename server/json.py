@@ -17,6 +17,11 @@ def dumps(value: Any) -> bytes:
     return orjson.dumps(value, default=_default, option=orjson.OPT_PASSTHROUGH_DATETIME)
 
 
+def canonical(value: Any) -> bytes:
+    """The same bytes for the same value, whatever the order of its keys."""
+    return orjson.dumps(value, default=_default, option=orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_SORT_KEYS)
+
+
 def loads(raw: bytes | str) -> Any:
     """The value of a JSON text from outside.
 

@@ -16,6 +16,7 @@ from server.errors import Conflict, FieldError, Gone, NotFound, RangeNotSatisfia
 from server.jobs import artifacts, bell, files, output, schemas, store
 from server.jobs.announcements import Announcements
 from server.jobs.dispatch import Dispatcher
+from server.jobs.queue import class_of
 from server.jobs.store import Job
 from server.jobs.types import JOB_TYPES
 from server.jobs.workers import Roster
@@ -43,34 +44,49 @@ _IN_PAYLOAD = Requirement(Role.COLLABORATOR, named("documentId", "workspaceId", 
 @refuses("idempotency_key_reused", "language_unavailable", "sandbox_unavailable")
 @requires(Role.COLLABORATOR, of=named("workspaceId", "projectId"))
 async def create_job(request: web.Request) -> web.Response:
-    body = request[BODY]
-    type = JOB_TYPES[body["type"]]
+    body, mongo = request[BODY], request.app[RESOURCES].mongo
+    key, body_hash = _idempotency_key(request, body), store.hash_of(body)
+    with reported():
+        # Before all else: who repeats is not refused for what has changed since.
+        earlier = await store.under_key(mongo, user=request[USER].id, key=key, body_hash=body_hash)
+    job, duplicate = (earlier, True) if earlier else await _create(request, body, key, body_hash)
+    answer = {"job": store.shown(job), "duplicate": duplicate}
+    if duplicate:
+        return answers.json(answer)
+    await request.app[ANNOUNCEMENTS].moved(job)
+    await _admit(request, job)
+    return answers.created(f"/api/v1/jobs/{job['_id']}", answer)
+
+
+async def _create(request: web.Request, body: dict[str, Any], key: str | None, body_hash: str) -> tuple[Job, bool]:
     payload = _checked_payload(body["type"], body["payload"])
     project, workspace = await _place(request, body, payload)
-    if language := type.needs(body["payload"]):
-        await request.app[ROSTER].demand(language)
+    if language := JOB_TYPES[body["type"]].needs(body["payload"]):
+        await request.app[ROSTER].demand(language, queue=class_of(body["priority"]))
+    name = await _name(request) if workspace else ""
     with reported():
-        job, duplicate = await store.create(
+        return await store.create(
             request.app[RESOURCES].mongo,
             user=request[USER].id,
-            user_name=await _name(request) if workspace else "",
+            user_name=name,
             type=body["type"],
             payload=body["payload"],
             priority=body["priority"],
             project=project,
             workspace=workspace,
             run_at=body["run_at"],
-            idempotency_key=_idempotency_key(request, body),
+            idempotency_key=key,
+            body_hash=body_hash,
             slots=request.app[DISPATCHER].slots,
             trace=tracing.here(),
             now=store.moment(),
         )
-        if not duplicate:
-            await request.app[DISPATCHER].admit(job)
-    if not duplicate:
-        await request.app[ANNOUNCEMENTS].moved(job)
-    answer = {"job": store.shown(job), "duplicate": duplicate}
-    return answers.json(answer) if duplicate else answers.created(f"/api/v1/jobs/{job['_id']}", answer)
+
+
+async def _admit(request: web.Request, job: Job) -> None:
+    """After it is announced: a worker is quick to tell what comes next."""
+    with reported():
+        await request.app[DISPATCHER].admit(job)
 
 
 @routes.get("/api/v1/jobs")
@@ -126,7 +142,7 @@ async def read_logs(request: web.Request) -> web.Response:
     with reported():
         items, end = await output.read(request.app[RESOURCES].mongo, job=job["_id"], after=after, limit=query["limit"])
     # The job was read before its output: one that had ended then has no more than this.
-    complete = job["status"] not in (store.PENDING, store.PROCESSING) and len(items) < query["limit"]
+    complete = store.has_settled(job, now=store.moment()) and len(items) < query["limit"]
     return answers.json({"items": items, "nextCursor": None if complete else str(end), "complete": complete})
 
 
@@ -160,12 +176,10 @@ async def retry_job(request: web.Request) -> web.Response:
     async def move(job: Job) -> bool:
         if job["status"] not in (store.FAILED, store.CANCELLED):
             raise Conflict(f"The job is {job['status']}", code="not_retryable")
-        if not await store.start_anew(request.app[RESOURCES].mongo, job=job, now=store.moment()):
-            return False
-        await request.app[DISPATCHER].admit(job)
-        return True
+        return await store.start_anew(request.app[RESOURCES].mongo, job=job, now=store.moment())
 
     job = await _move(request, move)
+    await _admit(request, job)
     return answers.json(store.shown(job), status=202)
 
 
@@ -191,7 +205,9 @@ async def read_artifact(request: web.Request) -> web.StreamResponse:
     if unchanged(request, tag):
         return web.Response(status=304, headers={"ETag": f'"{tag}"'})
     start, stop, status = _range(request, file["length"], tag)
-    response = web.StreamResponse(status=status, headers=_file_headers(file, tag, start, stop))
+    response = web.StreamResponse(status=status, headers=_file_headers(file, tag))
+    if status == web.HTTPPartialContent.status_code:
+        response.headers[hdrs.CONTENT_RANGE] = f"bytes {start}-{stop - 1}/{file['length']}"
     response.content_length = stop - start
     await response.prepare(request)
     if request.method != hdrs.METH_HEAD:
@@ -216,16 +232,13 @@ def _range(request: web.Request, length: int, tag: str) -> tuple[int, int, int]:
     return start, stop, 206
 
 
-def _file_headers(file: Any, tag: str, start: int, stop: int) -> dict[str, str]:
-    headers: dict[str, str] = {
+def _file_headers(file: Any, tag: str) -> dict[str, str]:
+    return {
         hdrs.ETAG: f'"{tag}"',
         hdrs.ACCEPT_RANGES: "bytes",
         hdrs.CONTENT_TYPE: file["metadata"]["contentType"],
         hdrs.CONTENT_DISPOSITION: f"attachment; filename*=UTF-8''{quote(file['filename'])}",
     }
-    if stop - start < file["length"]:
-        headers[hdrs.CONTENT_RANGE] = f"bytes {start}-{stop - 1}/{file['length']}"
-    return headers
 
 
 async def _visible(request: web.Request, *, role: Role = Role.VIEWER) -> Job:

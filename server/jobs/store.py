@@ -31,6 +31,7 @@ MAX_ATTEMPTS = 3
 MOST_LOST = 5  # workers in a row
 LEASE = timedelta(seconds=10)
 HISTORY_LENGTH = 50
+LAST_WORDS = timedelta(seconds=3)  # a cancelled job's processes are gone after 2
 PAGE_BYTES = 4 << 20  # a page of jobs with large results ends early
 _HIDDEN = ("_id", "claim", "lease", "slot", "sentAt", "lost", "bodyHash", "workerId", "userName", "trace")
 
@@ -96,6 +97,7 @@ async def create(
     workspace: UUID | None,
     run_at: datetime | None,
     idempotency_key: str | None,
+    body_hash: str,
     slots: int,
     trace: str | None,
     now: datetime,
@@ -107,7 +109,6 @@ async def create(
     Raises:
         ValidationFailed: ``idempotency_key_reused``: that key came with another body.
     """
-    asked = [type, payload, priority, project, workspace, run_at]
     is_due = run_at is None or run_at <= now
     job: Job = {
         "_id": str(uuid4()),
@@ -137,35 +138,40 @@ async def create(
         "lost": 0,
         "userName": user_name,
         "trace": trace,
-        "bodyHash": hashlib.sha256(json.dumps(asked)).hexdigest(),
+        "bodyHash": body_hash,
     }
-    try:
-        await mongo.jobs.insert_one(job)
-    except DuplicateKeyError:
-        return await _create_without_slot(mongo, job)
-    return job, False
-
-
-async def _create_without_slot(mongo: Any, job: Job) -> tuple[Job, bool]:
-    """Either index may have refused: the key's is asked, and the slot goes."""
-    job |= {"slot": None, "sentAt": None}
-    if not await _under_key(mongo, job):
+    while True:
         try:
             await mongo.jobs.insert_one(job)
         except DuplicateKeyError:
-            pass
+            # Either index may have refused: the key's is asked, and the slot goes.
+            if earlier := await under_key(mongo, user=user, key=idempotency_key, body_hash=body_hash):
+                return earlier, True
+            if job["slot"] is None:
+                raise
+            job |= {"slot": None, "sentAt": None}
         else:
             return job, False
-    earlier: Job = await _under_key(mongo, job)
-    if earlier["bodyHash"] != job["bodyHash"]:
-        raise ValidationFailed("That key came with another body", code="idempotency_key_reused")
-    return earlier, True
 
 
-async def _under_key(mongo: Any, job: Job) -> Any:
-    if job["idempotencyKey"] is None:
+async def under_key(mongo: Any, *, user: UUID, key: str | None, body_hash: str) -> Job | None:
+    """The job that the user asked for under this key.
+
+    Raises:
+        ValidationFailed: ``idempotency_key_reused``: that key came with another body.
+    """
+    if key is None:
         return None
-    return await mongo.jobs.find_one({"userId": job["userId"], "idempotencyKey": job["idempotencyKey"]})
+    earlier: Job | None = await mongo.jobs.find_one({"userId": str(user), "idempotencyKey": key})
+    if earlier and earlier["bodyHash"] != body_hash:
+        raise ValidationFailed("That key came with another body", code="idempotency_key_reused")
+    return earlier
+
+
+def hash_of(body: dict[str, Any]) -> str:
+    """Of what was asked for, in whatever order and under whatever key."""
+    asked = {name: value for name, value in body.items() if name != "idempotency_key"}
+    return hashlib.sha256(json.canonical(asked)).hexdigest()
 
 
 async def read(mongo: Any, *, job: str) -> Job | None:
@@ -206,13 +212,10 @@ async def count(mongo: Any, *, user: UUID, now: datetime) -> tuple[dict[str, int
     grouped = [{"$match": {"userId": str(user)}}, {"$group": {"_id": "$status", "jobs": {"$sum": 1}}}]
     async for each in mongo.jobs.aggregate(grouped):
         mine[each["_id"]] = each["jobs"]
-    pending = await mongo.jobs.count_documents({"status": PENDING})
+    queued = await mongo.jobs.count_documents({"status": PENDING, "runAt": {"$not": {"$gt": now}}})
     scheduled = await mongo.jobs.count_documents({"status": PENDING, "runAt": {"$gt": now}})
     active = await mongo.jobs.count_documents({"status": PROCESSING})
-    return mine, {"queued": pending - scheduled, "active": active, "scheduled": scheduled}
-
-
-# Slots -----------------------------------------------------------------------------------------------------------
+    return mine, {"queued": queued, "active": active, "scheduled": scheduled}
 
 
 @dataclass(frozen=True)
@@ -244,23 +247,28 @@ async def unfinished(mongo: Any, *, now: datetime) -> list[Unfinished]:
     ]
 
 
+# Slots -----------------------------------------------------------------------------------------------------------
+
+
 async def free_slots(mongo: Any, *, user: str, slots: int) -> list[int]:
     held = {each["slot"] async for each in mongo.jobs.find({"userId": user, "slot": {"$gte": 0}}, {"slot": 1})}
     return [slot for slot in range(slots) if slot not in held]
 
 
-async def waiting(mongo: Any, *, user: str, most: int, now: datetime) -> list[Job]:
-    """The user's due jobs without a slot: by priority, then age."""
-    due = {"userId": user, "status": PENDING, "slot": None, "runAt": {"$not": {"$gt": now}}}
+async def waiting(mongo: Any, *, user: str, types: Collection[str], most: int, now: datetime) -> list[Job]:
+    """The user's due jobs of these types without a slot: by priority, then age."""
+    wanted = {"userId": user, "status": PENDING, "slot": None, "type": {"$in": list(types)}}
+    due = wanted | {"runAt": {"$not": {"$gt": now}}}
     order = [("priority", DESCENDING), ("createdAt", ASCENDING)]
     found: list[Job] = await mongo.jobs.find(due, sort=order, limit=most).to_list(None)
     return found
 
 
-async def users_waiting(mongo: Any, *, now: datetime, scheduled_only: bool) -> list[str]:
-    """Who has due jobs without a slot; on request only those that waited for their time."""
+async def users_waiting(mongo: Any, *, types: Collection[str], now: datetime, scheduled_only: bool) -> list[str]:
+    """Who has due jobs of these types without a slot; on request only those that waited for their time."""
     due = {"$lte": now} if scheduled_only else {"$not": {"$gt": now}}
-    users: list[str] = await mongo.jobs.distinct("userId", {"status": PENDING, "slot": None, "runAt": due})
+    wanted = {"status": PENDING, "slot": None, "type": {"$in": list(types)}, "runAt": due}
+    users: list[str] = await mongo.jobs.distinct("userId", wanted)
     return users
 
 
@@ -277,9 +285,10 @@ async def take_slot(mongo: Any, *, job: Job, slot: int, now: datetime) -> bool |
     return bool(taken.matched_count)
 
 
-async def long_sent(mongo: Any, *, before: datetime, most: int) -> list[Job]:
-    """Queued attempts whose messages were sent before that."""
-    found: list[Job] = await mongo.jobs.find({"sentAt": {"$lt": before}}, limit=most).to_list(None)
+async def long_sent(mongo: Any, *, types: Collection[str], before: datetime, most: int) -> list[Job]:
+    """Queued attempts of these types whose messages were sent before that."""
+    wanted = {"sentAt": {"$lt": before}, "type": {"$in": list(types)}}
+    found: list[Job] = await mongo.jobs.find(wanted, limit=most).to_list(None)
     return found
 
 
@@ -399,7 +408,8 @@ async def cancel(mongo: Any, *, job: Job, now: datetime) -> bool:
     change = {"status": CANCELLED, "completedAt": now}
     if job["status"] == PROCESSING:
         return await _end_attempt(mongo, job, change, error=error, now=now)
-    return await _change(mongo, job, {"status": PENDING, "claim": job["claim"]}, {**change, **_RELEASED}, now)
+    as_read = {"status": PENDING, "claim": job["claim"], "slot": job["slot"]}  # a slot that it got since is handed on
+    return await _change(mongo, job, as_read, {**change, **_RELEASED}, now)
 
 
 async def start_anew(mongo: Any, *, job: Job, now: datetime) -> bool:
@@ -477,6 +487,13 @@ async def _change(
 
 def _held(job: str, claim: int) -> dict[str, Any]:
     return {"_id": job, "status": PROCESSING, "claim": claim}
+
+
+def has_settled(job: Job, *, now: datetime) -> bool:
+    """It has ended, and nothing more will come of it: a cancelled program may still say its last words."""
+    if job["status"] == CANCELLED and job["startedAt"] is not None:
+        return bool(now - job["completedAt"] > LAST_WORDS)
+    return job["status"] not in (PENDING, PROCESSING)
 
 
 def shown(job: Job) -> Job:

@@ -1,6 +1,7 @@
 """POST refuses a language only when workers have said that none of them offers it."""
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 from redis.asyncio import Redis
@@ -12,9 +13,9 @@ from tests.jobs.asking import ask, program
 from tests.processes import Processes
 
 
-def report(worker: str, *languages: str) -> Report:
+def report(worker: str, *languages: str, queues: Sequence[str] = ("high", "normal", "low")) -> Report:
     tier = "landlock" if languages else "none"
-    return Report(worker, tier, languages, ["high", "normal", "low"], 10)
+    return Report(worker, tier, languages, queues, 10)
 
 
 @pytest.fixture
@@ -47,6 +48,10 @@ async def test_what_no_worker_offers_is_refused_and_what_one_does_is_not(
     await workers.withdraw(redis, "third")
     await asyncio.sleep(workers.REMEMBERED_SECONDS + 0.1)
     assert (await ada.post("/jobs", javascript)).code == "language_unavailable"
+    await workers.report(redis, report("fourth", "javascript", queues=["high"]))
+    await asyncio.sleep(workers.REMEMBERED_SECONDS + 0.1)
+    assert (await ada.post("/jobs", javascript)).code == "language_unavailable"
+    await ask(ada, javascript, priority=8)
 
 
 async def test_a_report_is_forgotten_after_30_s(redis: Redis) -> None:
