@@ -3,7 +3,8 @@
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ from uuid import UUID
 import structlog
 from bson.errors import InvalidDocument
 from opentelemetry.trace import SpanKind
-from pymongo.errors import ConnectionFailure, DocumentTooLarge
+from pymongo.errors import ConnectionFailure, DocumentTooLarge, PyMongoError
 
 from server import fields, metrics, tracing
 from server.errors import ServiceError
@@ -60,16 +61,16 @@ async def attempt(bench: Bench, *, job: str, claim: int) -> None:
     """One attempt from its message to its outcome. Never raises: there is nobody to tell but the record."""
     structlog.contextvars.bind_contextvars(job=job)
     try:
-        record = await before_process(bench, job=job, claim=claim)
-        if record is None:
-            return  # cancelled, or claimed already: the message came late or twice
-        structlog.contextvars.bind_contextvars(type=record["type"], attempt=record["attempts"])
-        slot = record["slot"]
         with bench.leases.hold(job, claim) as held:
+            record = await before_process(bench, job=job, claim=claim)
+            if record is None:
+                return  # cancelled, or claimed already: the message came late or twice
+            structlog.contextvars.bind_contextvars(type=record["type"], attempt=record["attempts"])
+            slot = record["slot"]
             await _run_and_write(bench, record, held)
         await bench.dispatcher.hand_on(record["userId"], slot)
     except Exception:
-        # The lease runs out, and the reconciler takes the job back.
+        # Where the outcome is not written the lease runs out, and the reconciler takes the job back.
         log.exception("attempt left behind")
 
 
@@ -120,7 +121,8 @@ async def hand_back(bench: Bench, record: Job) -> None:
     """This worker stops: the job goes back, and the attempt does not count."""
     error = {"code": "handed_back", "message": "the worker stopped"}
     mongo, now = bench.stores.mongo, store.moment()
-    written = await store.hand_back(mongo, job=record, error=error, now=now)
+    move = lambda: store.hand_back(mongo, job=record, error=error, now=now)  # noqa: E731
+    written = await _write(bench, record, store.PENDING, move)
     await _tell_end(bench, record, "handed back", written=written)
 
 
@@ -133,8 +135,7 @@ def pause_after(attempts: int, *, chance: float | None = None) -> timedelta:
 
 async def _run_and_write(bench: Bench, record: Job, held: Held) -> None:
     try:
-        held.work = asyncio.ensure_future(_run_in_span(bench, record))
-        result = await held.work
+        result = await held.run(_run_in_span(bench, record))
     except asyncio.CancelledError:
         if held.why == "lost":
             await _tell_end(bench, record, "superseded", written=False)
@@ -176,19 +177,11 @@ async def _run(bench: Bench, record: Job) -> dict[str, Any]:
     if random.random() < bench.stores.settings.job_fault_rate:  # noqa: S311 - not a secret
         raise InjectedFault("injected fault")
     payload = fields.load(type.schema, record["payload"])
-    writer = await _output(bench, record)
-    keeping = asyncio.ensure_future(writer.keep())
-    attempt = Attempt(
-        record, bench.stores, bench.sandbox, writer, bench.files, lambda percent: _progress(bench, record, percent)
-    )
-    try:
-        async with asyncio.timeout(type.timeout):
-            result = await type.run(attempt, payload)
-        await _patiently(writer.flush)
-        return result
-    finally:
-        keeping.cancel()
-        await asyncio.gather(keeping, return_exceptions=True)
+    async with _output(bench, record) as writer, asyncio.timeout(type.timeout):
+        attempt = Attempt(
+            record, bench.stores, bench.sandbox, writer, bench.files, lambda percent: _progress(bench, record, percent)
+        )
+        return await type.run(attempt, payload)
 
 
 async def _check_access(bench: Bench, record: Job) -> None:
@@ -202,20 +195,40 @@ async def _check_access(bench: Bench, record: Job) -> None:
         await access.check(bench.stores.db, user=user, kind=Kind.PROJECT, id=project, role=Role.COLLABORATOR)
 
 
-async def _output(bench: Bench, record: Job) -> Output:
-    mongo, job = bench.stores.mongo, record["_id"]
+@asynccontextmanager
+async def _output(bench: Bench, record: Job) -> AsyncIterator[Output]:
+    """Kept while the block runs, and what is left of it afterwards, however the block ends."""
+    mongo, job, claim = bench.stores.mongo, record["_id"], record["claim"]
     # Only a first attempt can be sure that nothing is there.
-    start = await output.end_of(mongo, job=job) if record["claim"] > 1 else 0
+    start = await output.end_of(mongo, job=job) if claim > 1 else 0
 
     async def tell(chunks: Any) -> None:
         await bench.announcements.output(record, chunks)
 
-    return Output(mongo, job=job, start=start, tell=tell, now=store.moment)
+    writer = Output(mongo, job=job, claim=claim, start=start, tell=tell, now=store.moment)
+    keeping, patience = asyncio.ensure_future(writer.keep()), PATIENCE_SECONDS
+    try:
+        yield writer
+    except asyncio.CancelledError:
+        patience = 0  # the worker stops, or the job is not ours any more
+        raise
+    finally:
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+        try:
+            await _patiently(writer.flush, seconds=patience)
+        except PyMongoError as error:
+            log.warning("output not kept", error=str(error)[:200])
 
 
 async def _progress(bench: Bench, record: Job, percent: float) -> None:
-    if await store.set_progress(bench.stores.mongo, job=record, progress=percent, now=store.moment()):
-        await bench.announcements.changed(record)
+    try:
+        held = await store.set_progress(bench.stores.mongo, job=record, progress=percent, now=store.moment())
+    except PyMongoError as error:
+        log.warning("progress not kept", error=str(error)[:200])
+    else:
+        if held:
+            await bench.announcements.changed(record)
 
 
 async def _tell_end(bench: Bench, record: Job, outcome: str, *, written: bool) -> None:
@@ -226,7 +239,14 @@ async def _tell_end(bench: Bench, record: Job, outcome: str, *, written: bool) -
     if written:
         await bench.announcements.moved(record)
     if record["status"] != store.COMPLETED:
+        await _discard(bench, record)
+
+
+async def _discard(bench: Bench, record: Job) -> None:
+    try:
         await artifacts.discard(bench.stores.mongo, job=record["_id"], claim=record["claim"])
+    except PyMongoError as error:  # it is found by the housekeeping
+        log.warning("artifacts not discarded yet", error=str(error)[:200])
 
 
 async def _write(bench: Bench, record: Job, status: str, move: Callable[[], Awaitable[bool]]) -> bool:
@@ -241,18 +261,18 @@ async def _write(bench: Bench, record: Job, status: str, move: Callable[[], Awai
     return True
 
 
-async def _patiently(ask: Callable[[], Awaitable[T]]) -> tuple[T, bool]:
+async def _patiently(ask: Callable[[], Awaitable[T]], *, seconds: float = PATIENCE_SECONDS) -> tuple[T, bool]:
     """The answer, once MongoDB gives one, and whether it was asked more than once.
 
     Raises:
-        ConnectionFailure: MongoDB has been away for PATIENCE_SECONDS.
+        PyMongoError: MongoDB has been away or too slow for that long, or refuses.
     """
-    deadline, repeated = time.monotonic() + PATIENCE_SECONDS, False
+    deadline, repeated = time.monotonic() + seconds, False
     while True:
         try:
             return await ask(), repeated
-        except ConnectionFailure as error:
-            if time.monotonic() > deadline:
+        except PyMongoError as error:
+            if not (isinstance(error, ConnectionFailure) or error.timeout) or time.monotonic() > deadline:
                 raise
             log.warning("waiting for MongoDB", error=str(error)[:200])
             repeated = True

@@ -1,8 +1,9 @@
 """What a program prints, as it prints it: kept in MongoDB in bounded chunks, and told live.
 
 An offset is a position in all the output of a job, in characters, over both streams and all attempts. A chunk's
-``_id`` is the job and its offset, so that chunks stand in order, and a worker that has lost its job cannot write
-into its successor's output.
+``_id`` is the job and its offset, so that chunks stand in order and each place is taken once. Of two attempts that
+want the same place, because one is the other's successor, the later one goes behind what the earlier one has written,
+and the earlier one keeps silent from then on.
 """
 
 import asyncio
@@ -21,6 +22,7 @@ JOB_CHARACTERS = 8 << 20  # over all attempts; more is not kept
 FLUSH_SECONDS = 0.1
 LIVE_CHUNKS = 4  # told at once; who is interested in a flood reads it
 DUPLICATE = 11000
+MARKER = "\n[more than that is not kept]\n"
 _DIGITS = 10
 
 Chunk = dict[str, Any]
@@ -35,9 +37,10 @@ async def prepare(mongo: Any) -> None:
 class Output:
     """The writer of one attempt. ``add`` is for the sandbox; ``keep`` writes until it is cancelled."""
 
-    def __init__(self, mongo: Any, *, job: str, start: int, tell: Tell, now: Now) -> None:
+    def __init__(self, mongo: Any, *, job: str, claim: int, start: int, tell: Tell, now: Now) -> None:
         self._mongo = mongo
         self._job = job
+        self._claim = claim
         self._end = start
         self._tell = tell
         self._now = now
@@ -70,27 +73,58 @@ class Output:
             self._come.clear()
             pieces, self._pieces = self._pieces, []
             self._unwritten.extend(self._chunks(pieces))
-            if not self._unwritten:
-                return
-            try:
-                # Unordered: what stands there already, because an answer was lost, must not keep out the rest.
-                await self._mongo.logs.insert_many(self._unwritten, ordered=False)
-            except BulkWriteError as error:
-                if any(each["code"] != DUPLICATE for each in error.details["writeErrors"]):
-                    raise
-            written, self._unwritten = self._unwritten, []
+            written: list[Chunk] = []
+            while self._unwritten:
+                written += await self._write()
             await self._tell(written[:LIVE_CHUNKS])
+
+    async def _write(self) -> list[Chunk]:
+        """What is kept now; the rest has another place, or none."""
+        try:
+            # Ordered: behind a place that is taken none is ours.
+            await self._mongo.logs.insert_many(self._unwritten, ordered=True)
+        except BulkWriteError as error:
+            if any(each["code"] != DUPLICATE for each in error.details["writeErrors"]):
+                raise
+            return await self._move_on()
+        written, self._unwritten = self._unwritten, []
+        return written
+
+    async def _move_on(self) -> list[Chunk]:
+        """A place is taken: by ourselves, when an answer was lost, or by another attempt."""
+        ids = [chunk["_id"] for chunk in self._unwritten]
+        there = self._mongo.logs.find({"_id": {"$in": ids}}, {"claim": 1})
+        claims = {each["_id"]: each["claim"] async for each in there}
+        kept = [chunk for chunk in self._unwritten if claims.get(chunk["_id"]) == self._claim]
+        rest = [chunk for chunk in self._unwritten if claims.get(chunk["_id"]) != self._claim]
+        if any(claim > self._claim for claim in claims.values()):
+            self._end, rest = JOB_CHARACTERS, []
+        elif any(claim < self._claim for claim in claims.values()):
+            self._end = await end_of(self._mongo, job=self._job)
+            rest = list(self._chunks([(chunk["stream"], chunk["text"]) for chunk in rest]))
+        self._unwritten = rest
+        return kept
 
     def _chunks(self, pieces: Sequence[tuple[str, str]]) -> Iterator[Chunk]:
         time = self._now()
         for stream, text in _merged(pieces):
             for start in range(0, len(text), CHUNK_CHARACTERS):
                 part, offset = text[start : start + CHUNK_CHARACTERS], self._end
-                if offset + len(part) > JOB_CHARACTERS:
+                room = JOB_CHARACTERS - len(MARKER) - offset
+                if room < 0:
                     return
+                if len(part) > room:
+                    part = part[:room] + MARKER
                 self._end += len(part)
-                id = _id(self._job, offset)
-                yield {"_id": id, "job": self._job, "offset": offset, "stream": stream, "text": part, "time": time}
+                yield {
+                    "_id": _id(self._job, offset),
+                    "job": self._job,
+                    "claim": self._claim,
+                    "offset": offset,
+                    "stream": stream,
+                    "text": part,
+                    "time": time,
+                }
 
 
 def _merged(pieces: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
@@ -127,13 +161,8 @@ async def read(mongo: Any, *, job: str, after: int, limit: int) -> tuple[list[Ch
     return items, end
 
 
-async def delete(mongo: Any, *, jobs: Sequence[str]) -> None:
-    for job in jobs:
-        await mongo.logs.delete_many(_range(job))
-
-
-async def delete_before(mongo: Any, *, moment: datetime) -> None:
-    await mongo.logs.delete_many({"time": {"$lt": moment}})
+async def delete_old(mongo: Any, *, before: datetime) -> None:
+    await mongo.logs.delete_many({"time": {"$lt": before}})
 
 
 def _range(job: str, offset: int = 0) -> dict[str, Any]:
