@@ -37,7 +37,8 @@ log = structlog.get_logger()
 GRACE_SECONDS = 20  # for running attempts at the end; then they are handed back
 HAND_BACK_SECONDS = 5
 STOP_SECONDS = GRACE_SECONDS + 3 * HAND_BACK_SECONDS  # at most
-UPKEEP_SECONDS = 60
+RECONCILE_SECONDS = 60
+CLEAN_UP_SECONDS = 300  # less than the ten minutes between two
 CANCEL_SECONDS = 0.2
 # SAQ's own upkeep; what it calls abort is not used: records are cancelled.
 TIMERS = TimersDict(schedule=1, worker_info=10, sweep=15, abort=60)
@@ -180,10 +181,10 @@ class UpkeepWorker(Worker[Any]):
         super().__init__(
             messages,
             functions=[],
-            concurrency=1,
+            concurrency=2,  # the housekeeping may be long, and the reconciler must not wait for it
             cron_jobs=[
-                CronJob(self.reconcile, cron="* * * * * */2", timeout=UPKEEP_SECONDS),
-                CronJob(self.clean_up, cron="*/10 * * * *", timeout=UPKEEP_SECONDS),
+                CronJob(self.reconcile, cron="* * * * * */2", timeout=RECONCILE_SECONDS),
+                CronJob(self.clean_up, cron="*/10 * * * *", timeout=CLEAN_UP_SECONDS),
             ],
             timers=TIMERS,
         )

@@ -16,21 +16,39 @@ from server.jobs.store import Job
 
 KEPT = timedelta(days=7)
 LARGEST = 1 << 30
-ABANDONED = timedelta(hours=1)  # an upload that takes longer than any attempt
 CHUNK_BYTES = READ_BYTES = 255 << 10
+AT_ONCE = 20  # files are deleted together
 _NAME = "artifacts"
+FILES, CHUNKS = f"{_NAME}.files", f"{_NAME}.chunks"
 
 
 class Upload:
-    """Writes chunks as the specification of GridFS has them. PyMongo's own writer gathers 48 MB before it sends."""
+    """Writes chunks as the specification of GridFS has them. PyMongo's own writer gathers 48 MB before it sends.
+
+    The file's document comes first: what an upload that is killed leaves is found by it.
+    """
 
     def __init__(self, mongo: Any, id: ObjectId) -> None:
-        self._chunks = mongo[f"{_NAME}.chunks"]
+        self._mongo = mongo
         self._id = id
         self._hash = hashlib.sha256()
         self._buffer = bytearray()
         self._written = 0
         self.size = 0
+
+    @classmethod
+    async def begin(cls, mongo: Any, *, job: Job, name: str, content_type: str, now: datetime) -> "Upload":
+        id = ObjectId()
+        metadata = {
+            "job": job["_id"],
+            "claim": job["claim"],
+            "contentType": content_type,
+            "expiresAt": now + KEPT,
+            "unsettledSince": now,  # until it is known whether its attempt's outcome became that of the job
+        }
+        file = {"_id": id, "filename": name, "length": 0, "chunkSize": CHUNK_BYTES, "uploadDate": now}
+        await mongo[FILES].insert_one({**file, "metadata": metadata})
+        return cls(mongo, id)
 
     async def write(self, data: bytes) -> None:
         """Raises TooLarge where it becomes more than an artifact may hold."""
@@ -46,40 +64,37 @@ class Upload:
     async def finish(self) -> None:
         if self._buffer:
             await self._send(bytes(self._buffer))
+        await self._mongo[FILES].update_one({"_id": self._id}, {"$set": {"length": self.size}})
+
+    async def drop(self) -> None:
+        await _delete_files(self._mongo, [self._id])
 
     @property
     def sha256(self) -> str:
         return self._hash.hexdigest()
 
     async def _send(self, data: bytes) -> None:
-        await self._chunks.insert_one({"files_id": self._id, "n": self._written, "data": Binary(data)})
+        await self._mongo[CHUNKS].insert_one({"files_id": self._id, "n": self._written, "data": Binary(data)})
         self._written += 1
 
 
 async def prepare(mongo: Any) -> None:
-    await mongo[f"{_NAME}.files"].create_index([("metadata.job", ASCENDING)], name="job")
-    await mongo[f"{_NAME}.chunks"].create_index([("files_id", ASCENDING), ("n", ASCENDING)], name="chunk", unique=True)
+    for key in ("job", "expiresAt"):
+        await mongo[FILES].create_index([(f"metadata.{key}", ASCENDING)], name=key)
+    await mongo[FILES].create_index([("metadata.unsettledSince", ASCENDING)], name="unsettledSince", sparse=True)
+    await mongo[CHUNKS].create_index([("files_id", ASCENDING), ("n", ASCENDING)], name="chunk", unique=True)
 
 
 @asynccontextmanager
 async def upload(mongo: Any, *, job: Job, name: str, content_type: str, now: datetime) -> AsyncIterator[Upload]:
     """A new artifact of this attempt; nothing of it stays where the block fails."""
-    metadata = {
-        "job": job["_id"],
-        "claim": job["claim"],
-        "contentType": content_type,
-        "expiresAt": now + KEPT,
-    }
-    id = ObjectId()
-    written = Upload(mongo, id)
+    written = await Upload.begin(mongo, job=job, name=name, content_type=content_type, now=now)
     try:
         yield written
         await written.finish()
     except BaseException:
-        await asyncio.shield(mongo[f"{_NAME}.chunks"].delete_many({"files_id": id}))
+        await asyncio.shield(written.drop())
         raise
-    file = {"_id": id, "filename": name, "length": written.size, "chunkSize": CHUNK_BYTES, "uploadDate": now}
-    await mongo[f"{_NAME}.files"].insert_one({**file, "metadata": metadata})
 
 
 def described(upload: Upload, *, job: Job, name: str, now: datetime) -> dict[str, Any]:
@@ -96,7 +111,7 @@ def described(upload: Upload, *, job: Job, name: str, now: datetime) -> dict[str
 async def find(mongo: Any, *, job: Job, name: str) -> Any | None:
     """The file's document; None where it is not there, or not any more."""
     wanted = {"metadata.job": job["_id"], "metadata.claim": job["claim"], "filename": name}
-    return await mongo[f"{_NAME}.files"].find_one(wanted)
+    return await mongo[FILES].find_one(wanted)
 
 
 async def chunks(mongo: Any, *, file: Any, start: int, stop: int) -> AsyncIterator[bytes]:
@@ -117,29 +132,35 @@ async def discard(mongo: Any, *, job: str, claim: int) -> None:
     await _delete(mongo, {"metadata.job": job, "metadata.claim": claim})
 
 
-async def delete_of(mongo: Any, *, jobs: list[str]) -> None:
-    await _delete(mongo, {"metadata.job": {"$in": jobs}})
+async def delete_expired(mongo: Any, *, before: datetime) -> None:
+    await _delete(mongo, {"metadata.expiresAt": {"$lt": before}})
 
 
-async def delete_expired(mongo: Any, *, now: datetime) -> None:
-    await _delete(mongo, {"metadata.expiresAt": {"$lt": now}})
+async def delete_abandoned(mongo: Any, *, before: datetime) -> None:
+    """Files of attempts that were killed, or that another one has superseded. Each is looked at once."""
+    unsettled = {"metadata.unsettledSince": {"$lt": before}}
+    while found := await mongo[FILES].find(unsettled, {"metadata": 1}, limit=AT_ONCE).to_list(None):
+        holders = await _completed(mongo, [file["metadata"]["job"] for file in found])
+        kept = [file["_id"] for file in found if holders.get(file["metadata"]["job"]) == file["metadata"]["claim"]]
+        await mongo[FILES].update_many({"_id": {"$in": kept}}, {"$unset": {"metadata.unsettledSince": ""}})
+        await _delete_files(mongo, [file["_id"] for file in found if file["_id"] not in kept])
 
 
-async def delete_abandoned(mongo: Any, *, now: datetime) -> None:
-    """Chunks of uploads that were killed, and files of attempts that another one has superseded."""
-    old = {"_id": {"$lt": ObjectId.from_datetime(now - ABANDONED)}}
-    async for chunk in mongo[f"{_NAME}.chunks"].find({**old, "n": 0}, {"files_id": 1}):
-        if await mongo[f"{_NAME}.files"].find_one({"_id": chunk["files_id"]}, {"_id": 1}) is None:
-            await mongo[f"{_NAME}.chunks"].delete_many({"files_id": chunk["files_id"]})
-    async for file in mongo[f"{_NAME}.files"].find(old, {"metadata": 1}):
-        holder = {"_id": file["metadata"]["job"], "claim": file["metadata"]["claim"], "status": "completed"}
-        if await mongo.jobs.find_one(holder, {"_id": 1}) is None:
-            await _bucket(mongo).delete(file["_id"])
+async def _completed(mongo: Any, jobs: list[str]) -> dict[str, int]:
+    """The claims that completed these jobs."""
+    done = mongo.jobs.find({"_id": {"$in": jobs}, "status": "completed"}, {"claim": 1})
+    return {each["_id"]: each["claim"] async for each in done}
 
 
 async def _delete(mongo: Any, wanted: dict[str, Any]) -> None:
-    async for file in mongo[f"{_NAME}.files"].find(wanted, {"_id": 1}):
-        await _bucket(mongo).delete(file["_id"])
+    while found := await mongo[FILES].find(wanted, {"_id": 1}, limit=AT_ONCE).to_list(None):
+        await _delete_files(mongo, [file["_id"] for file in found])
+
+
+async def _delete_files(mongo: Any, ids: list[ObjectId]) -> None:
+    """The chunks first: who is cut short finds the rest again by the files."""
+    await mongo[CHUNKS].delete_many({"files_id": {"$in": ids}})
+    await mongo[FILES].delete_many({"_id": {"$in": ids}})
 
 
 def _bucket(mongo: Any) -> Any:

@@ -2,11 +2,16 @@
 
 from typing import Any
 
+import pymongo
+
 from server.jobs import artifacts, output, store
+
+BUILD_SECONDS = 600  # a new version's index over many records
 
 
 async def prepare(mongo: Any) -> None:
     """Create the indexes; safe to call at every start."""
-    await store.prepare(mongo)
-    await output.prepare(mongo)
-    await artifacts.prepare(mongo)
+    with pymongo.timeout(BUILD_SECONDS):
+        await store.prepare(mongo)
+        await output.prepare(mongo)
+        await artifacts.prepare(mongo)

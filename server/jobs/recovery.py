@@ -7,6 +7,7 @@ import asyncio
 from collections import defaultdict
 from datetime import timedelta
 
+import pymongo
 import structlog
 from pymongo.errors import PyMongoError
 from redis.asyncio import Redis
@@ -24,6 +25,8 @@ MOST_ROUNDS = 20
 DUE_SECONDS = 0.4
 RECORDS_KEPT = timedelta(days=30)
 LOGS_KEPT = timedelta(days=7)
+ATTEMPTS_END = timedelta(hours=1)  # none takes so long
+STEP_SECONDS = 60  # for each part of the housekeeping
 _DUE_LOCK = "jobs:due"
 
 
@@ -35,7 +38,9 @@ async def reconcile(bench: Bench) -> None:
 
 
 async def take_back_lost(bench: Bench) -> None:
-    """Attempts whose leases ran out: their workers were lost."""
+    """Attempts whose leases ran out: their workers were lost, unless it was MongoDB that was away."""
+    if not bench.leases.can_judge():
+        return
     mongo = bench.stores.mongo
     for job in await store.lost_leases(mongo, now=store.moment(), most=AT_ONCE):
         slot = job["slot"]
@@ -94,15 +99,16 @@ async def keep_admitting_due(bench: Bench, redis: Redis) -> None:
 
 
 async def clean_up(bench: Bench) -> None:
-    """Delete what nobody may expect to find any more."""
+    """Delete what nobody may expect to find any more. What takes too long is gone on with next time."""
     mongo, now = bench.stores.mongo, store.moment()
-    await artifacts.delete_expired(mongo, now=now)
-    await artifacts.delete_abandoned(mongo, now=now)
-    await output.delete_before(mongo, moment=now - LOGS_KEPT)
-    for _ in range(MOST_ROUNDS):
-        old = await store.finished_before(mongo, moment=now - RECORDS_KEPT, most=AT_ONCE)
-        await artifacts.delete_of(mongo, jobs=old)
-        await output.delete(mongo, jobs=old)
-        await store.delete(mongo, jobs=old, finished_before=now - RECORDS_KEPT)
-        if len(old) < AT_ONCE:
-            return
+    for delete, before in (
+        (artifacts.delete_expired, now),
+        (artifacts.delete_abandoned, now - ATTEMPTS_END),
+        (output.delete_old, now - LOGS_KEPT),
+        (store.delete_old, now - RECORDS_KEPT),  # what they printed and made was younger, and is gone
+    ):
+        try:
+            with pymongo.timeout(STEP_SECONDS):
+                await delete(mongo, before=before)
+        except PyMongoError as error:
+            log.warning("not all cleaned up", error=str(error)[:200])

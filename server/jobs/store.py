@@ -13,7 +13,7 @@ trace   the traceparent of the request that asked for it
 
 import hashlib
 import random
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -428,15 +428,9 @@ async def start_anew(mongo: Any, *, job: Job, now: datetime) -> bool:
     return await _change(mongo, job, {"status": job["status"], "claim": job["claim"]}, change, now)
 
 
-async def finished_before(mongo: Any, *, moment: datetime, most: int) -> list[str]:
+async def delete_old(mongo: Any, *, before: datetime) -> None:
     """Jobs that ended before that."""
-    found = mongo.jobs.find({"completedAt": {"$lt": moment}}, {"_id": 1}, limit=most)
-    return [each["_id"] async for each in found]
-
-
-async def delete(mongo: Any, *, jobs: Iterable[str], finished_before: datetime) -> None:
-    # Whoever has been started anew in the meantime stays.
-    await mongo.jobs.delete_many({"_id": {"$in": list(jobs)}, "completedAt": {"$lt": finished_before}})
+    await mongo.jobs.delete_many({"completedAt": {"$lt": before}})
 
 
 _RELEASED = {"slot": None, "sentAt": None, "lease": None}

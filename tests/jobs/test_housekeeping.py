@@ -8,7 +8,6 @@ from typing import Any, cast
 from uuid import uuid4
 
 import pytest
-from bson import ObjectId
 
 from server.jobs import artifacts, collections, output, recovery, store
 from server.jobs.lifecycle import Bench
@@ -60,11 +59,42 @@ async def test_old_things_go_and_young_ones_stay(stores: Resources) -> None:
 
 async def test_what_a_killed_upload_left_goes_after_an_hour(stores: Resources) -> None:
     mongo, now = stores.mongo, store.moment()
-    old = ObjectId.from_datetime(now - timedelta(hours=2))
-    await mongo["artifacts.chunks"].insert_one({"_id": old, "files_id": ObjectId(), "n": 0, "data": b"x"})
-    await mongo["artifacts.chunks"].insert_one({"files_id": ObjectId(), "n": 0, "data": b"x"})
-    await artifacts.delete_abandoned(mongo, now=now)
+    for age in (timedelta(hours=2), timedelta(0)):
+        job = {"_id": str(uuid4()), "claim": 1}
+        killed = await artifacts.Upload.begin(mongo, job=job, name="a", content_type="text/plain", now=now - age)
+        await killed.write(b"x" * 300_000)
+    await recovery.clean_up(cast("Bench", SimpleNamespace(stores=stores)))
+    assert await mongo["artifacts.files"].count_documents({}) == 1
     assert await mongo["artifacts.chunks"].count_documents({}) == 1
+
+
+async def test_of_many_attempts_files_only_that_of_the_completed_one_stays(stores: Resources) -> None:
+    mongo = stores.mongo
+    jobs = [await job_of(mongo, age=timedelta(hours=2)) for _ in range(artifacts.AT_ONCE + 1)]
+    for job in jobs:
+        await mongo.jobs.update_one({"_id": job["_id"]}, {"$set": {"claim": 2}})
+        second = job | {"claim": 2}
+        now = store.moment() - timedelta(hours=2)
+        async with artifacts.upload(mongo, job=second, name="a", content_type="text/plain", now=now) as upload:
+            await upload.write(b"y")
+    await recovery.clean_up(cast("Bench", SimpleNamespace(stores=stores)))
+    for job in jobs:
+        assert await artifacts.find(mongo, job=job, name="a") is None
+        assert await artifacts.find(mongo, job=job | {"claim": 2}, name="a") is not None
+    assert await mongo["artifacts.chunks"].count_documents({}) == len(jobs)
+    assert await mongo["artifacts.files"].count_documents({"metadata.unsettledSince": {"$gte": now}}) == 0
+
+
+async def test_a_step_of_the_housekeeping_that_comes_to_no_end_holds_up_none_of_the_others(
+    stores: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery, "STEP_SECONDS", 0.5)
+    mongo = stores.mongo
+    month = await job_of(mongo, age=timedelta(days=31))
+    await mongo["artifacts.files"].rename("artifacts.other")
+    await mongo.command("create", "artifacts.files", viewOn="artifacts.other", pipeline=[])  # it cannot be written
+    await recovery.clean_up(cast("Bench", SimpleNamespace(stores=stores)))
+    assert await store.read(mongo, job=month["_id"]) is None
 
 
 async def test_an_upload_that_fails_leaves_nothing(stores: Resources) -> None:
