@@ -47,8 +47,7 @@ def work(arguments: argparse.Namespace) -> int:
     if arguments.processes > 1:
         command = ["worker", "--queues", ",".join(arguments.queues)]
         return asyncio.run(supervise(command, processes=arguments.processes, patience=worker.STOP_SECONDS))
-    worker.run(loaded, arguments.queues, ready=arguments.ready)
-    return 0
+    return worker.run(loaded, arguments.queues, ready=arguments.ready)
 
 
 def develop(_: argparse.Namespace) -> int:

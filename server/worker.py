@@ -44,13 +44,13 @@ CANCEL_SECONDS = 0.2
 TIMERS = TimersDict(schedule=1, worker_info=10, sweep=15, abort=60)
 
 
-def run(settings: Settings, queues: Sequence[str], *, ready: int | None = None) -> None:
-    """One worker process, until SIGTERM or SIGINT; ``ready`` is a pipe that hears when it works."""
-    uvloop.run(work(settings, queues, ready=ready))
+def run(settings: Settings, queues: Sequence[str], *, ready: int | None = None) -> int:
+    """One worker process, until SIGTERM or SIGINT; ``ready`` is a pipe that hears when it works. Its exit code."""
+    return 0 if uvloop.run(work(settings, queues, ready=ready)) else 1
 
 
-async def work(settings: Settings, queues: Sequence[str], *, ready: int | None = None) -> None:
-    """Open the stores, test the sandbox, run jobs, and stop gently when told to.
+async def work(settings: Settings, queues: Sequence[str], *, ready: int | None = None) -> bool:
+    """Open the stores, test the sandbox, run jobs, and stop gently: whether that was because it was told to.
 
     Raises:
         StoreDownError: a store cannot be used.
@@ -87,12 +87,14 @@ async def work(settings: Settings, queues: Sequence[str], *, ready: int | None =
         _warn(settings)
         stopping = asyncio.ensure_future(stop.wait())
         await asyncio.wait({stopping, working, *background}, return_when=asyncio.FIRST_COMPLETED)
-        log.info("worker stopping")
+        told = stop.is_set()
+        log.info("worker stopping", told=told)
         await workers.withdraw(stores.redis, bench.worker)
         await worker.drain(working)
         await _end([stopping, working, *worker.upkeep_tasks, *background])
         await bench.sandbox.close()
     log.info("worker stopped")
+    return told
 
 
 def make_bench(settings: Settings, stores: Resources, sandbox: Sandbox) -> Bench:

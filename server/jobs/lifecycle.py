@@ -36,6 +36,7 @@ log = structlog.get_logger()
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, JITTER = 1.0, 60.0, 0.2
 PATIENCE_SECONDS = 60.0  # with MongoDB: what a program did should not be done again because of a restart
 AGAIN_SECONDS = 0.3
+CANCEL_SECONDS = 0.2
 T = TypeVar("T")
 
 
@@ -213,12 +214,15 @@ async def _output(bench: Bench, record: Job) -> AsyncIterator[Output]:
         patience = 0  # the worker stops, or the job is not ours any more
         raise
     finally:
-        keeping.cancel()
-        await asyncio.gather(keeping, return_exceptions=True)
         try:
             await _patiently(writer.flush, seconds=patience)
         except PyMongoError as error:
             log.warning("output not kept", error=str(error)[:200])
+        finally:
+            while not keeping.done():
+                keeping.cancel()
+                # Again and again: a client of Redis that is just connecting, to tell it live, may swallow one.
+                await asyncio.wait({keeping}, timeout=CANCEL_SECONDS)
 
 
 async def _progress(bench: Bench, record: Job, percent: float) -> None:

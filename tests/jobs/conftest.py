@@ -1,29 +1,83 @@
 """Fixtures for jobs.
 
+make_bench  what a worker process works with, in this one: ``bench = await make_bench(run)`` for jobs of a type TEST
+            that does this; ``await ask_for(bench)`` is such a job
 worker      one real worker process for the tests of this folder, on the stores of ``stack``; no injected faults
 runner      runs programs in one tier of the sandbox, in a process of its own; each of its tests runs once for every
             tier that this machine has, as root and as somebody else
 own_runner  the same, for one test alone, which may kill it
 """
 
+import dataclasses
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
 
 import pytest
+from marshmallow import Schema
 
+from server import resources
+from server import worker as worker_process
 from server.devstack.stack import Stack
-from server.jobs import cgroups, tiers
+from server.jobs import cgroups, collections, store, tiers
+from server.jobs.attempt import Attempt
+from server.jobs.dispatch import Dispatcher
+from server.jobs.lifecycle import Bench
+from server.jobs.store import Job
+from server.jobs.table import JobType
+from server.settings import Settings
 from tests.conftest import TEST_SETTINGS
 from tests.jobs.runner import Runner
 from tests.processes import Processes, Worker
 
+Run = Callable[[Attempt, dict[str, Any]], Awaitable[dict[str, Any]]]
+MakeBench = Callable[..., Awaitable[Bench]]
 SOMEBODY = 20_000 + os.getpid() % 40_000  # whose processes, and limits, are of this run alone
 TIERS = [tier for tier in tiers.TIERS if not tier.cgroup or cgroups.find()]  # few machines have that one
 EVERYWHERE = [f"{tier.name} as {user}" for tier in TIERS for user in tier.users]
 HOW_TO_HAVE_IT = {"bwrap": "apt-get install bubblewrap, and user namespaces"}
+
+
+@pytest.fixture
+async def make_bench(settings: Settings, quiet: dict[str, str]) -> AsyncIterator[MakeBench]:
+    async with AsyncExitStack() as stack:
+
+        async def make(run: Run, *, timeout: float = 20, **override: str) -> Bench:
+            chosen = dataclasses.replace(settings, **(quiet | override))
+            stores = await stack.enter_async_context(resources.connect(chosen))
+            await collections.prepare(stores.mongo)
+            types: Any = {"TEST": JobType("TEST", Schema(), run, timeout, lambda _: None, "")}  # type: ignore[arg-type]
+            bench = worker_process.make_bench(chosen, stores, None)  # type: ignore[arg-type]
+            dispatcher = Dispatcher(stores.mongo, stores.redis, types=types, slots=4)
+            return dataclasses.replace(bench, types=types, dispatcher=dispatcher)
+
+        yield make
+
+
+async def ask_for(bench: Bench, *, user: UUID | None = None, type: str = "TEST", priority: int = 5) -> Job:
+    """A new record of a job; it is not sent."""
+    job, _ = await store.create(
+        bench.stores.mongo,
+        user=user or uuid4(),
+        user_name="Ada",
+        type=type,
+        payload={},
+        priority=priority,
+        project=None,
+        workspace=None,
+        run_at=None,
+        idempotency_key=None,
+        body_hash="",
+        slots=bench.dispatcher.slots,
+        trace=None,
+        now=store.moment(),
+    )
+    return job
 
 
 @pytest.fixture(scope="session")

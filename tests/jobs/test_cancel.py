@@ -3,13 +3,19 @@
 import asyncio
 import random
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 
+from server.jobs import store
+from server.resources import connect
+from server.settings import Settings
 from tests.actors import Actor
+from tests.conftest import MakeActor, MakeServer, environment
 from tests.jobs.asking import SLEEPS, ask, program
+from tests.processes import Processes
 
 pytestmark = pytest.mark.usefixtures("worker")
 
@@ -41,17 +47,42 @@ async def test_a_running_job_is_cancelled_and_its_processes_are_gone(alice: Acto
     began = time.monotonic()
     assert (cancelled.status, cancelled["status"], cancelled["result"]) == (200, "cancelled", None)
     await until(lambda: not running(mark))
-    assert time.monotonic() - began < 5  # promised are 2 s; this machine may be busy
+    assert time.monotonic() - began < 2
     await asyncio.sleep(0.5)
     read = await alice.get(f"/jobs/{job}")
     assert (read["status"], read["history"][-1]["error"]["code"]) == ("cancelled", "cancelled")
 
 
-async def test_pending_and_scheduled_jobs_are_cancelled_and_never_run(alice: Actor) -> None:
-    scheduled = (await ask(alice, runAt="2100-01-01T00:00:00Z"))["id"]
-    assert (await alice.post(f"/jobs/{scheduled}/cancel"))["status"] == "cancelled"
-    again = await alice.post(f"/jobs/{scheduled}/cancel")
+async def test_a_worker_that_does_not_hear_of_a_cancel_sees_it_in_time(alice: Actor, settings: Settings) -> None:
+    mark = uuid4().hex
+    job = (await ask(alice, program("import time\ntime.sleep(50)", args=[mark], timeoutSeconds=60)))["id"]
+    await until(lambda: running(mark))
+    async with connect(settings) as stores:
+        record = await store.read(stores.mongo, job=job)
+        assert record is not None
+        assert await store.cancel(stores.mongo, job=record, now=store.moment())  # the bell is silent
+    began = time.monotonic()
+    await until(lambda: not running(mark))
+    assert time.monotonic() - began < 2
+    assert (await alice.get(f"/jobs/{job}"))["status"] == "cancelled"
+
+
+async def test_pending_and_scheduled_jobs_are_cancelled_and_never_run(
+    make_server: MakeServer, make_actor: MakeActor, quiet: dict[str, str], processes: Processes
+) -> None:
+    ada = await make_actor("Ada", await make_server(**quiet, jobs_per_user=1))
+    queued, waiting = (await ask(ada))["id"], (await ask(ada))["id"]
+    scheduled = (await ask(ada, runAt=(datetime.now(UTC) + timedelta(seconds=3)).isoformat()))["id"]
+    for job in (queued, waiting, scheduled):
+        assert (await ada.post(f"/jobs/{job}/cancel"))["status"] == "cancelled"
+    again = await ada.post(f"/jobs/{scheduled}/cancel")
     assert (again.status, again.code) == (409, "not_cancellable")
+    processes.worker(**environment(quiet), JOBS_PER_USER="1").ready()
+    last = await ada.finished_job((await ask(ada))["id"])
+    assert last["status"] == "completed"
+    for job in (queued, waiting, scheduled):
+        read = await ada.get(f"/jobs/{job}")
+        assert (read["status"], read["startedAt"], read["history"]) == ("cancelled", None, [])
 
 
 async def test_a_finished_job_cannot_be_cancelled(alice: Actor) -> None:

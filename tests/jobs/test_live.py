@@ -39,6 +39,24 @@ async def test_the_owner_hears_every_move_and_the_output_on_every_connection(
         assert await heard_until(socket, job, "completed") == (["pending", "processing", "completed"], "0\n1\n2\n")
 
 
+async def test_the_owner_hears_how_far_a_job_is(alice: Actor) -> None:
+    workspace = await alice.make_workspace()
+    for number in range(4):
+        await alice.post(f"/workspaces/{workspace}/documents", {"path": f"{number}.txt", "content": "x" * 100})
+    socket = await alice.connect()
+    for asked in (
+        {"type": "EXPORT", "payload": {"workspaceId": workspace, "format": "json"}},
+        {"type": "FILE_PROCESSING", "payload": {"workspaceId": workspace}},
+    ):
+        await ask(alice, asked)
+        heard = [await socket.assert_push("job:updated")]
+        while heard[-1]["job"]["status"] in ("pending", "processing"):
+            heard.append(await socket.assert_push("job:updated"))
+        told = [each["job"]["progress"] for each in heard if each["job"]["status"] == "processing"]
+        assert told[:2] == [0, 25]  # then at most every half second
+        assert heard[-1]["job"]["progress"] == 100
+
+
 async def test_others_hear_nothing_of_a_job_without_a_workspace(alice: Actor, bob: Actor) -> None:
     hers, his = await alice.connect(), await bob.connect()
     job = (await ask(alice))["id"]

@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tests.jobs.asking import SLEEPS, ask, program
 from tests.processes import Processes
 
 FINAL = {"completed", "failed", "cancelled"}
-BACK_SECONDS = 30
+BACK = timedelta(seconds=30)
 PATIENCE_SECONDS = 60  # twice what is promised: this machine may be busy
 
 
@@ -39,12 +40,14 @@ async def test_a_killed_workers_job_is_run_by_another_and_the_lost_attempt_does_
     job = (await ask(ada, program(SLEEPS.format(seconds=2))))["id"]
     await until_status(ada, job, "processing")
     left = list(children_of(first.pid).values())
+    killed = datetime.now(UTC)
     first.kill()
     assert gone(left, seconds=5)  # not even the program outlives it
     second = processes.worker(**where).ready()
     done = await until_status(ada, job, *FINAL)
     assert (done["status"], done["attempts"], done["result"]["stdout"]) == ("completed", 1, "done\n")
     assert [each["error"] and each["error"]["code"] for each in done["history"]] == ["worker_lost", None]
+    assert datetime.fromisoformat(done["startedAt"]) - killed < BACK
     assert second.terminate() == 0
 
 

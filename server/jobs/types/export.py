@@ -47,13 +47,24 @@ async def export(attempt: Attempt, payload: dict[str, Any]) -> dict[str, Any]:
 
 
 async def members(attempt: Attempt, payload: dict[str, Any]) -> AsyncIterator[Member]:
-    """Path in the archive, file and content of every file; in a project's, paths begin with the workspace's name."""
+    """Path in the archive, file and content of every file."""
+    total = done = 0
+    async for _, file in listed(attempt, payload):
+        total += file.size
+    async for path, file in listed(attempt, payload):
+        content = await attempt.files.content(file)
+        if content is not None:
+            yield path, file, content
+        done += file.size
+        await attempt.progress(100 * done / max(total, 1))
+
+
+async def listed(attempt: Attempt, payload: dict[str, Any]) -> AsyncIterator[tuple[str, File]]:
+    """Path in the archive and file; in a project's, paths begin with the workspace's name."""
     taken: set[str] = set()
     async for folder, workspace in folders(attempt, payload, taken):
         async for file in attempt.files.of_workspace(workspace):
-            content = await attempt.files.content(file)
-            if content is not None:
-                yield folder + file.path, file, content
+            yield folder + file.path, file
 
 
 async def folders(attempt: Attempt, payload: dict[str, Any], taken: set[str]) -> AsyncIterator[tuple[str, UUID]]:

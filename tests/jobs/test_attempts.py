@@ -1,0 +1,308 @@
+"""An attempt from its message to its outcome, in this process: what it says and makes, and what MongoDB does to it."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from pymongo.errors import AutoReconnect, ExecutionTimeout, OperationFailure, PyMongoError
+
+from server.jobs import artifacts, leases, lifecycle, output, recovery, store
+from server.jobs.attempt import Attempt
+from server.jobs.leases import Answers
+from server.jobs.lifecycle import Bench
+from server.jobs.store import Job
+from tests.faults import Mode, Network
+from tests.jobs.conftest import MakeBench, ask_for
+
+
+async def said(bench: Bench, job: Job) -> str:
+    items, _ = await output.read(bench.stores.mongo, job=job["_id"], after=0, limit=100)
+    return "".join(item["text"] for item in items)
+
+
+async def read(bench: Bench, job: Job) -> Job:
+    found = await store.read(bench.stores.mongo, job=job["_id"])
+    assert found is not None
+    return found
+
+
+async def until(condition: Any, *, seconds: float = 10) -> None:
+    async with asyncio.timeout(seconds):
+        while not await condition():
+            await asyncio.sleep(0.02)
+
+
+@pytest.fixture
+async def network(quiet: dict[str, str]) -> AsyncIterator[Network]:
+    async with Network.to({"mongodb_uri": quiet["mongodb_uri"]}) as between:
+        yield between
+
+
+@pytest.mark.parametrize(("timeout", "fails", "code"), [(0.3, False, "timeout"), (20, True, "error")])
+async def test_the_last_words_of_an_attempt_that_fails_are_kept(
+    make_bench: MakeBench, timeout: float, fails: bool, code: str
+) -> None:
+    async def run(attempt: Attempt, _: Any) -> dict[str, Any]:
+        attempt.output.add("stdout", 0, "first\n")
+        await asyncio.sleep(0.2)
+        attempt.output.add("stdout", 0, "last\n")
+        if fails:
+            raise RuntimeError
+        await asyncio.sleep(10)
+        return {}
+
+    bench = await make_bench(run, timeout=timeout)
+    job = await ask_for(bench)
+    await lifecycle.attempt(bench, job=job["_id"], claim=1)
+    assert (await read(bench, job))["error"]["code"] == code
+    assert await said(bench, job) == "first\nlast\n"
+
+
+async def test_the_last_words_of_a_cancelled_job_are_kept_and_waited_for(make_bench: MakeBench) -> None:
+    async def run(attempt: Attempt, _: Any) -> dict[str, Any]:
+        attempt.output.add("stdout", 0, "ready\n")
+        try:
+            await asyncio.sleep(10)
+        finally:
+            attempt.output.add("stdout", 0, "last\n")
+        return {}
+
+    bench = await make_bench(run)
+    job = await ask_for(bench)
+    running = asyncio.ensure_future(lifecycle.attempt(bench, job=job["_id"], claim=1))
+    await until(lambda: said(bench, job))
+    cancelled = await read(bench, job)
+    assert await store.cancel(bench.stores.mongo, job=cancelled, now=store.moment())
+    assert not store.has_settled(cancelled, now=store.moment())
+    bench.leases.drop(job["_id"])
+    await running
+    assert await said(bench, job) == "ready\nlast\n"
+    assert store.has_settled(cancelled, now=store.moment() + timedelta(seconds=4))
+
+
+async def test_progress_that_cannot_be_written_does_no_harm(make_bench: MakeBench, network: Network) -> None:
+    mongo = network.stores["mongodb_uri"]
+
+    async def run(attempt: Attempt, _: Any) -> dict[str, Any]:
+        await mongo.turn(Mode.STOPPED)
+        await attempt.progress(50)
+        await mongo.turn(Mode.PASS)
+        return {"done": True}
+
+    bench = await make_bench(run, **network.urls)
+    job = await ask_for(bench)
+    await lifecycle.attempt(bench, job=job["_id"], claim=1)
+    assert (await read(bench, job))["result"] == {"done": True}
+
+
+@pytest.mark.parametrize(
+    ("error", "waits"),
+    [(ExecutionTimeout("too slow", 50), True), (AutoReconnect("away"), True), (OperationFailure("no", 2), False)],
+)
+async def test_patience_is_for_what_passes(error: PyMongoError, waits: bool) -> None:
+    errors = [error]
+
+    async def ask() -> str:
+        if errors:
+            raise errors.pop()
+        return "answer"
+
+    if waits:
+        assert await lifecycle._patiently(ask) == ("answer", True)
+    else:
+        with pytest.raises(OperationFailure):
+            await lifecycle._patiently(ask)
+
+
+async def test_an_attempt_that_is_being_claimed_when_the_worker_stops_is_waited_for_and_handed_back(
+    make_bench: MakeBench, network: Network
+) -> None:
+    async def run(_: Attempt, __: Any) -> dict[str, Any]:
+        raise AssertionError("it should not be started")
+
+    bench = await make_bench(run, **network.urls)
+    job = await ask_for(bench)
+    await network.stores["mongodb_uri"].turn(Mode.SLOW)
+    claiming = asyncio.ensure_future(lifecycle.attempt(bench, job=job["_id"], claim=1))
+    await asyncio.sleep(0.1)
+    assert not await bench.leases.until_none(seconds=0.1)
+    bench.leases.stop_all()
+    await claiming
+    assert await bench.leases.until_none(seconds=0)
+    back = await read(bench, job)
+    assert (back["status"], back["attempts"], back["history"][0]["error"]["code"]) == ("pending", 0, "handed_back")
+
+
+async def test_a_message_that_comes_too_late_or_too_early_does_not_end_what_runs(make_bench: MakeBench) -> None:
+    go = asyncio.Event()
+
+    async def run(_: Attempt, __: Any) -> dict[str, Any]:
+        await go.wait()
+        return {}
+
+    bench = await make_bench(run)
+    job = await ask_for(bench)
+    running = asyncio.ensure_future(lifecycle.attempt(bench, job=job["_id"], claim=1))
+
+    async def processing() -> bool:
+        return bool((await read(bench, job))["status"] == "processing")
+
+    await until(processing)
+    for claim in (0, 2):
+        await lifecycle.attempt(bench, job=job["_id"], claim=claim)
+    await bench.leases._look(renew=True)
+    assert not await bench.leases.until_none(seconds=0)
+    go.set()
+    await running
+    done = await read(bench, job)
+    assert (done["status"], done["attempts"]) == ("completed", 1)
+
+
+async def test_a_superseded_attempts_file_is_discarded_and_the_successors_stays(make_bench: MakeBench) -> None:
+    go = asyncio.Event()
+
+    async def run(attempt: Attempt, _: Any) -> dict[str, Any]:
+        mongo, job, now = attempt.stores.mongo, attempt.record, store.moment()
+        text = f"of claim {job['claim']}"
+        async with artifacts.upload(mongo, job=job, name="a", content_type="text/plain", now=now) as upload:
+            await upload.write(text.encode())
+        if job["claim"] == 1:
+            await go.wait()
+        return {"artifact": artifacts.described(upload, job=job, name="a", now=now)}
+
+    bench = await make_bench(run)
+    mongo, job = bench.stores.mongo, await ask_for(bench)
+    first = asyncio.ensure_future(lifecycle.attempt(bench, job=job["_id"], claim=1))
+
+    async def uploaded() -> bool:
+        return bool(await mongo[artifacts.FILES].find_one({"length": {"$gt": 0}}))
+
+    await until(uploaded)
+    assert await store.take_back(mongo, job=await read(bench, job), now=store.moment())
+    await lifecycle.attempt(bench, job=job["_id"], claim=2)
+    go.set()
+    await first
+    done = await read(bench, job)
+    file = await artifacts.find(mongo, job=done, name="a")
+    assert [each async for each in artifacts.chunks(mongo, file=file, start=0, stop=100)] == [b"of claim 2"]
+    assert await mongo[artifacts.FILES].count_documents({}) == await mongo[artifacts.CHUNKS].count_documents({}) == 1
+    assert [each["error"] and each["error"]["code"] for each in done["history"]] == ["worker_lost", None]
+
+
+def test_after_a_break_mongodb_must_answer_for_a_while_before_leases_are_judged() -> None:
+    answers = Answers()
+    assert not answers.are_steady(100)
+    for now in range(100, 110):
+        answers.note(now)
+    assert answers.are_steady(109)
+    assert not answers.are_steady(109 + Answers.BREAK_SECONDS + 0.1)
+    answers.note(120)
+    assert not answers.are_steady(124)
+    for now in range(121, 127):
+        answers.note(now)
+    assert answers.are_steady(126)
+
+
+async def test_an_attempt_outlives_a_mongodb_that_was_away_for_longer_than_its_lease(
+    make_bench: MakeBench, network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "LEASE", timedelta(seconds=2.5))
+    monkeypatch.setattr(leases, "LOOK_SECONDS", 0.3)
+    monkeypatch.setattr(Answers, "BREAK_SECONDS", 1.5)
+    monkeypatch.setattr(Answers, "STEADY_SECONDS", 2.5)
+    go, mongo = asyncio.Event(), network.stores["mongodb_uri"]
+
+    async def run(_: Attempt, __: Any) -> dict[str, Any]:
+        await go.wait()
+        return {}
+
+    holder, other = [await make_bench(run, **network.urls) for _ in range(2)]
+    keeping = [asyncio.ensure_future(bench.leases.keep()) for bench in (holder, other)]
+    job = await ask_for(holder)
+    running = asyncio.ensure_future(lifecycle.attempt(holder, job=job["_id"], claim=1))
+    async with asyncio.timeout(10):
+        while not other.leases.can_judge():
+            await asyncio.sleep(0.05)
+    await mongo.turn(Mode.STOPPED)
+    await asyncio.sleep(3.5)
+    await mongo.turn(Mode.PASS)
+    lapsed = False
+    ends = time.monotonic() + 4
+    while time.monotonic() < ends:
+        try:
+            lapsed = lapsed or (await read(other, job))["lease"] < store.moment()
+            await recovery.take_back_lost(other)
+        except PyMongoError:
+            pass
+        await asyncio.sleep(0.02)
+    assert lapsed  # it could have been taken
+    assert other.leases.can_judge()
+    go.set()
+    await running
+    done = await read(other, job)
+    assert (done["status"], len(done["history"])) == ("completed", 1)
+    for each in keeping:
+        each.cancel()
+    await asyncio.gather(*keeping, return_exceptions=True)
+
+
+async def test_a_lost_workers_attempt_is_taken_back(make_bench: MakeBench) -> None:
+    async def run(_: Attempt, __: Any) -> dict[str, Any]:
+        return {}
+
+    bench = await make_bench(run)
+    job = await ask_for(bench)
+    long_ago = store.moment() - timedelta(seconds=20)
+    await store.claim(bench.stores.mongo, job=job["_id"], claim=1, worker="lost", now=long_ago)
+    await recovery.take_back_lost(bench)
+    assert (await read(bench, job))["status"] == "processing"  # it has not heard MongoDB for long enough
+    for ago in range(6, -1, -1):
+        bench.leases._answers.note(time.monotonic() - ago)
+    await recovery.take_back_lost(bench)
+    assert (await read(bench, job))["status"] == "pending"
+
+
+async def test_a_write_stands_also_when_nothing_can_be_queued_after_it(make_bench: MakeBench, network: Network) -> None:
+    async def run(_: Attempt, __: Any) -> dict[str, Any]:
+        return {}
+
+    bench = await make_bench(run, **network.urls)
+    job = await ask_for(bench)
+    await network.stores["mongodb_uri"].turn(Mode.STOPPED)
+    await bench.dispatcher.admit(job | {"slot": None})
+    await bench.dispatcher.hand_on(job["userId"], 0)
+
+
+async def test_jobs_of_a_type_that_only_newer_workers_know_are_left_to_them(make_bench: MakeBench) -> None:
+    async def run(_: Attempt, __: Any) -> dict[str, Any]:
+        return {}
+
+    bench = await make_bench(run)
+    mongo = bench.stores.mongo
+    newer = await ask_for(bench, type="NEWER", priority=10)
+    known = await ask_for(bench)
+    await mongo.jobs.update_many({}, {"$set": {"slot": None, "sentAt": None, "userId": known["userId"]}})
+    await recovery.fill_slots(bench, scheduled_only=False)
+    await bench.dispatcher.hand_on(known["userId"], 3)
+    assert [(await read(bench, job))["slot"] for job in (newer, known)] == [None, 0]
+    sent = store.moment() - timedelta(minutes=1)
+    await mongo.jobs.update_many({}, {"$set": {"sentAt": sent}})
+    await recovery.send_missing(bench)
+    assert (await read(bench, newer))["sentAt"] == sent
+    assert (await read(bench, known))["sentAt"] > sent
+
+
+async def test_a_cancel_frees_no_slot_that_it_has_not_seen(make_bench: MakeBench) -> None:
+    async def run(_: Attempt, __: Any) -> dict[str, Any]:
+        return {}
+
+    bench = await make_bench(run)
+    mongo, job = bench.stores.mongo, await ask_for(bench)
+    await mongo.jobs.update_one({"_id": job["_id"]}, {"$set": {"slot": None}})
+    as_read = await read(bench, job)
+    assert await store.take_slot(mongo, job=await read(bench, job), slot=1, now=store.moment())
+    assert not await store.cancel(mongo, job=as_read, now=store.moment())
+    assert await store.cancel(mongo, job=await read(bench, job), now=store.moment())
