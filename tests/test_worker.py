@@ -12,20 +12,15 @@ from typing import Any
 
 import aiohttp
 import pymongo
-import saq
 from structlog.testing import capture_logs
 
-from server.jobs.queue import UpkeepLane
 from server.settings import Settings
-from server.worker import UpkeepWorker, _end, _warn
+from server.worker import _warn
 from tests.actors import Actor
 from tests.conftest import environment
 from tests.devstack.pids import children_of, gone
 from tests.jobs.asking import SLEEPS, ask, program
-from tests.jobs.conftest import MakeBench, make_bench
 from tests.processes import Processes, Worker
-
-__all__ = ["make_bench"]  # a fixture
 
 
 async def test_an_idle_worker_ends_within_2_s_of_sigterm(processes: Processes, quiet: dict[str, str]) -> None:
@@ -114,30 +109,6 @@ async def test_a_worker_whose_background_fails_ends_and_says_so_by_its_exit_code
         client.get_default_database()["jobs"].insert_one(broken)  # nothing that we would write
     assert await asyncio.to_thread(worker.wait) == 1
     assert "worker's background failed" in worker.output
-
-
-async def test_the_reconciler_goes_on_while_the_housekeeping_is_long(make_bench: MakeBench) -> None:
-    begun, ticks = asyncio.Event(), 0
-
-    class Busy(UpkeepWorker):
-        async def clean_up(self, _: Any) -> None:
-            begun.set()
-            await asyncio.Event().wait()
-
-        async def reconcile(self, _: Any) -> None:
-            nonlocal ticks
-            ticks += begun.is_set()
-
-    bench = await make_bench(None)
-    lane = UpkeepLane(bench.stores.redis)
-    worker = Busy(lane, bench)
-    name = next(name for name in worker.functions if name.endswith("clean_up"))
-    await lane.enqueue(saq.Job(name, key=f"{lane.name}:now", timeout=60))
-    running = asyncio.ensure_future(worker.start())
-    async with asyncio.timeout(15):
-        while ticks < 2:
-            await asyncio.sleep(0.1)
-    await _end([running, *worker.tasks])
 
 
 def test_a_start_warns_where_one_user_can_fill_a_worker(settings: Settings) -> None:

@@ -122,8 +122,9 @@ async def hand_back(bench: Bench, record: Job) -> None:
     """This worker stops: the job goes back, and the attempt does not count."""
     error = {"code": "handed_back", "message": "the worker stopped"}
     mongo, now = bench.stores.mongo, store.moment()
-    move = lambda: store.hand_back(mongo, job=record, error=error, now=now)  # noqa: E731
-    written = await _write(bench, record, store.PENDING, move)
+    written = await _write(
+        bench, record, store.PENDING, lambda: store.hand_back(mongo, job=record, error=error, now=now)
+    )
     await _tell_end(bench, record, "handed back", written=written)
 
 

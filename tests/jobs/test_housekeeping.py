@@ -1,5 +1,6 @@
 """What nobody may expect to find any more is deleted; what is young or still waits is kept."""
 
+import asyncio
 import dataclasses
 from collections.abc import AsyncIterator
 from datetime import timedelta
@@ -8,11 +9,15 @@ from typing import Any, cast
 from uuid import uuid4
 
 import pytest
+import saq
 
 from server.jobs import artifacts, collections, output, recovery, store
 from server.jobs.lifecycle import Bench
+from server.jobs.queue import UpkeepLane
 from server.resources import Resources, connect
 from server.settings import Settings
+from server.worker import UpkeepWorker, _end
+from tests.jobs.conftest import MakeBench
 
 
 @pytest.fixture
@@ -109,3 +114,27 @@ async def fail_in_the_middle(mongo: Any, job: dict[str, Any]) -> None:
     async with artifacts.upload(mongo, job=job, name="a", content_type="text/plain", now=store.moment()) as upload:
         await upload.write(b"x" * 600_000)
         raise RuntimeError
+
+
+async def test_the_reconciler_goes_on_while_the_housekeeping_is_long(make_bench: MakeBench) -> None:
+    begun, ticks = asyncio.Event(), 0
+
+    class Busy(UpkeepWorker):
+        async def clean_up(self, _: Any) -> None:
+            begun.set()
+            await asyncio.Event().wait()
+
+        async def reconcile(self, _: Any) -> None:
+            nonlocal ticks
+            ticks += begun.is_set()
+
+    bench = await make_bench(None)
+    lane = UpkeepLane(bench.stores.redis)
+    worker = Busy(lane, bench)
+    name = next(name for name in worker.functions if name.endswith("clean_up"))
+    await lane.enqueue(saq.Job(name, key=f"{lane.name}:now", timeout=60))
+    running = asyncio.ensure_future(worker.start())
+    async with asyncio.timeout(15):
+        while ticks < 2:
+            await asyncio.sleep(0.1)
+    await _end([running, *worker.tasks])
