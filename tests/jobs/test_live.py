@@ -1,7 +1,12 @@
 """The owner hears of a job wherever connected; its workspace hears how it goes."""
 
-import pytest
+import asyncio
 
+import pytest
+from redis.asyncio import Redis
+
+from server.jobs.bell import BELL
+from server.settings import Settings
 from tests.actors import Actor
 from tests.conftest import MakeActor, MakeServer
 from tests.jobs.asking import ask, program
@@ -37,6 +42,23 @@ async def test_the_owner_hears_every_move_and_the_output_on_every_connection(
     job = (await ask(alice, program(code)))["id"]
     for socket in sockets:
         assert await heard_until(socket, job, "completed") == (["pending", "processing", "completed"], "0\n1\n2\n")
+
+
+async def test_pending_is_told_before_a_worker_hears_of_the_job(alice: Actor, settings: Settings) -> None:
+    job = (await ask(alice, runAt="2100-01-01T00:00:00Z"))["id"]
+    await alice.post(f"/jobs/{job}/cancel")
+    async with Redis.from_url(settings.redis_url) as redis, redis.pubsub() as pubsub:
+        await pubsub.psubscribe("*")
+        await pubsub.get_message(timeout=5)
+        for begin in (ask(alice), alice.post(f"/jobs/{job}/retry")):
+            asking = asyncio.ensure_future(begin)
+            told = False
+            while (heard := await pubsub.get_message(ignore_subscribe_messages=True, timeout=5)) is not None:
+                told = told or (alice.id in heard["channel"].decode() and b"pending" in heard["data"])
+                if heard["channel"].decode() == BELL:
+                    break
+            assert told
+            await asking
 
 
 async def test_the_owner_hears_how_far_a_job_is(alice: Actor) -> None:
