@@ -94,7 +94,7 @@ class Output:
         """A place is taken: by ourselves, when an answer was lost, or by another attempt."""
         ids = [chunk["_id"] for chunk in self._unwritten]
         there = self._mongo.logs.find({"_id": {"$in": ids}}, {"claim": 1})
-        claims = {each["_id"]: each["claim"] async for each in there}
+        claims = {each["_id"]: each.get("claim", 0) async for each in there}  # absent in what older versions wrote
         kept = [chunk for chunk in self._unwritten if claims.get(chunk["_id"]) == self._claim]
         rest = [chunk for chunk in self._unwritten if claims.get(chunk["_id"]) != self._claim]
         if any(claim > self._claim for claim in claims.values()):

@@ -1,20 +1,31 @@
 """An attempt from its message to its outcome, in this process: what it says and makes, and what MongoDB does to it."""
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
 
+import aiohttp
 import pytest
+from aiohttp.test_utils import TestServer
 from pymongo.errors import AutoReconnect, ExecutionTimeout, OperationFailure, PyMongoError
 
+from server.app import create_app
 from server.jobs import artifacts, leases, lifecycle, output, recovery, store
 from server.jobs.attempt import Attempt
+from server.jobs.dispatch import Dispatcher
+from server.jobs.handlers import DISPATCHER
 from server.jobs.leases import Answers
 from server.jobs.lifecycle import Bench
 from server.jobs.store import Job
+from server.jobs.types import JOB_TYPES
+from server.resources import connect
+from server.settings import Settings
+from tests.actors import Actor
 from tests.faults import Mode, Network
+from tests.jobs.asking import ask
 from tests.jobs.conftest import MakeBench, ask_for
 
 
@@ -265,15 +276,25 @@ async def test_a_lost_workers_attempt_is_taken_back(make_bench: MakeBench) -> No
     assert (await read(bench, job))["status"] == "pending"
 
 
-async def test_a_write_stands_also_when_nothing_can_be_queued_after_it(make_bench: MakeBench, network: Network) -> None:
-    async def run(_: Attempt, __: Any) -> dict[str, Any]:
-        return {}
-
-    bench = await make_bench(run, **network.urls)
-    job = await ask_for(bench)
-    await network.stores["mongodb_uri"].turn(Mode.STOPPED)
-    await bench.dispatcher.admit(job | {"slot": None})
-    await bench.dispatcher.hand_on(job["userId"], 0)
+async def test_what_is_written_is_answered_and_told_also_when_mongodb_fails_right_after(
+    settings: Settings, quiet: dict[str, str], network: Network, http: aiohttp.ClientSession
+) -> None:
+    chosen = dataclasses.replace(settings, **quiet, jobs_per_user=1)
+    async with connect(chosen) as stores, connect(dataclasses.replace(chosen, **network.urls)) as failing:
+        app = create_app(chosen, stores)
+        # What comes after the write goes another way, on which MongoDB fails.
+        app[DISPATCHER] = Dispatcher(failing.mongo, stores.redis, types=JOB_TYPES, slots=1)
+        async with TestServer(app) as server:
+            ada = await Actor(http, str(server.make_url("")), "Ada").register()
+            socket = await ada.connect()
+            await network.stores["mongodb_uri"].turn(Mode.STOPPED)
+            queued, waiting = [(await ask(ada))["id"] for _ in range(2)]
+            assert (await ada.post(f"/jobs/{queued}/cancel")).status == 200
+            assert (await ada.post(f"/jobs/{queued}/retry")).status == 202
+            told = [(await socket.assert_push("job:updated"))["job"] for _ in range(4)]
+            await socket.close()
+    statuses = [(queued, "pending"), (waiting, "pending"), (queued, "cancelled"), (queued, "pending")]
+    assert [(each["id"], each["status"]) for each in told] == statuses
 
 
 async def test_jobs_of_a_type_that_only_newer_workers_know_are_left_to_them(make_bench: MakeBench) -> None:
