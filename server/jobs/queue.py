@@ -27,7 +27,7 @@ MARGIN_SECONDS = 240  # SAQ's own deadline comes after ours, and after all our p
 FORGET = -1  # what SAQ keeps of a finished message: nothing, the record tells
 OPERATIONS = 100
 ABANDONED_MILLISECONDS = 60_000  # a message in hand that was never begun: its worker was killed
-FAR = 1000  # messages that a worker may not take are passed over, up to so many
+FAR = 500  # messages that a worker may not take are passed over, up to so many
 PAUSE_SECONDS = 0.5  # while Redis is away
 LOOK_SECONDS = 1.0  # a bell that was not heard delays no longer than this
 

@@ -21,6 +21,7 @@ from tests.processes import Processes
 
 FINAL = {"completed", "failed", "cancelled"}
 BACK = timedelta(seconds=30)
+SHORT_LEASE = "server.jobs.store.LEASE = server.jobs.store.timedelta(seconds=5)"
 PATIENCE_SECONDS = 60  # twice what is promised: this machine may be busy
 
 
@@ -55,12 +56,12 @@ async def test_a_stopped_worker_that_comes_back_cannot_write_over_its_successor(
     processes: Processes, quiet: dict[str, str], http: aiohttp.ClientSession
 ) -> None:
     where = environment(quiet)
-    server, first = processes.server(**where), processes.worker(**where).ready()
+    server, first = processes.server(**where), processes.worker(**where, shorter=SHORT_LEASE).ready()
     ada = await Actor(http, server.base, "Ada").register()
     job = (await ask(ada, program("import os, time\ntime.sleep(2)\nprint(os.urandom(8).hex())")))["id"]
     await until_status(ada, job, "processing")
     first.freeze()
-    processes.worker(**where).ready()
+    processes.worker(**where, shorter=SHORT_LEASE).ready()
     done = await until_status(ada, job, *FINAL)
     first.thaw()
     await asyncio.sleep(3)  # time to notice, and to write if it could
