@@ -5,7 +5,6 @@ import hashlib
 from collections import Counter
 from typing import Any
 
-import charset_normalizer
 import filetype
 from marshmallow import fields, validate
 from pygments.lexers import get_lexer_for_filename
@@ -20,7 +19,6 @@ from server.jobs.table import JobTable
 jobs = JobTable()
 MOST_PATHS = 1000
 MOST_FILES = 10_000
-ENCODING_SAMPLE = 64 << 10
 
 
 class FileProcessing(Schema):
@@ -42,45 +40,30 @@ async def process(attempt: Attempt, payload: dict[str, Any]) -> dict[str, Any]:
 
 
 async def chosen(attempt: Attempt, payload: dict[str, Any]) -> list[File]:
-    wanted = payload.get("paths")
+    wanted = set(payload["paths"]) if "paths" in payload else None
     files = []
     async for file in attempt.files.of_workspace(payload["workspace_id"]):
         if wanted is None or file.path in wanted:
             files.append(file)
         if len(files) > MOST_FILES:
             raise TooLarge(f"The workspace has more than {MOST_FILES} files")
-    if missing := set(wanted or ()) - {file.path for file in files}:
+    if missing := (wanted or set()) - {file.path for file in files}:
         raise NotFound(f"No such file: {min(missing)}")
     return files
 
 
 def describe(file: File, content: bytes) -> dict[str, Any]:
-    text = decoded(content)
+    text = content.decode()  # of documents, which are text
     return {
         "path": file.path,
         "size": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
         "mimeType": filetype.guess_mime(content) or file.mime_type,
-        "encoding": text and text[1],
+        "encoding": "ascii" if text.isascii() else "utf-8",
         "language": language_of(file.path),
-        "lines": text and text[0].count("\n") + (not text[0].endswith("\n") and bool(text[0])),
-        "words": text and len(text[0].split()),
+        "lines": text.count("\n") + (not text.endswith("\n") and bool(text)),
+        "words": len(text.split()),
     }
-
-
-def decoded(content: bytes) -> tuple[str, str] | None:
-    """The text and its encoding; None where it is none."""
-    try:
-        return content.decode("ascii"), "ascii"
-    except UnicodeDecodeError:
-        pass
-    try:
-        return content.decode("utf-8"), "utf-8"
-    except UnicodeDecodeError:
-        best = charset_normalizer.from_bytes(content[:ENCODING_SAMPLE]).best()
-    if best is None:
-        return None
-    return content.decode(best.encoding, errors="replace"), best.encoding
 
 
 def language_of(path: str) -> str | None:
@@ -97,7 +80,7 @@ def totals(found: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "files": len(found),
         "size": sum(each["size"] for each in found),
-        "lines": sum(each["lines"] or 0 for each in found),
-        "words": sum(each["words"] or 0 for each in found),
+        "lines": sum(each["lines"] for each in found),
+        "words": sum(each["words"] for each in found),
         "languages": [{"language": name, "files": count} for name, count in sorted(languages.items())],
     }
