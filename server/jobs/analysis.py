@@ -1,4 +1,5 @@
-"""DATA_ANALYSIS in a process of its own, which may be killed: ``analysis.py FILE FORMAT`` prints JSON.
+"""DATA_ANALYSIS in a process of its own, which may be killed: ``analysis.py PARENT FILE FORMAT`` prints how far it
+is, 0–100, a line each, and JSON in the last.
 
 Started with nothing of ours in reach: no package, no environment, its own directory. What the data say is theirs;
 no SQL comes from outside. ``{"refused": why}`` where the file is not what it is said to be.
@@ -27,6 +28,7 @@ MOST_CORRELATED = 20  # columns
 TOP = 5
 SHOWN_CHARACTERS = 200
 STRONG = 0.7
+READ_PERCENT, DESCRIBED_PERCENT = 30, 90  # of the time it takes, roughly
 _PR_SET_PDEATHSIG = 1
 
 READ = {
@@ -86,11 +88,12 @@ def analyse(duckdb: Any, path: str, format: str) -> dict[str, Any]:
     )
     db.execute(f"CREATE TABLE data AS SELECT * FROM {READ[format]}", [path])
     db.execute("SET enable_external_access = false")
+    reached(READ_PERCENT)
     described = [(name, type_of(declared)) for name, declared, *_ in db.execute("DESCRIBE data").fetchall()]
     if len(described) > MOST_COLUMNS:
         return {"refused": f"more than {MOST_COLUMNS} columns"}
     rows = db.execute("SELECT count(*) FROM data").fetchone()[0]
-    columns = [column(db, name, type) for name, type in described]
+    columns = list(columns_of(db, described))
     correlated = list(correlations(db, [each["name"] for each in columns if each["type"] in NUMBERS]))
     return {
         "rows": rows,
@@ -98,6 +101,11 @@ def analyse(duckdb: Any, path: str, format: str) -> dict[str, Any]:
         "correlations": correlated,
         "insights": list(insights(rows, columns, correlated)),
     }
+
+
+def reached(percent: float) -> None:
+    sys.stdout.write(f"{percent:.1f}\n")
+    sys.stdout.flush()
 
 
 def type_of(declared: str) -> str:
@@ -108,8 +116,14 @@ def type_of(declared: str) -> str:
     return "json"
 
 
+def columns_of(db: Any, described: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+    for number, (name, type) in enumerate(described, 1):
+        yield column(db, name, type)
+        reached(READ_PERCENT + (DESCRIBED_PERCENT - READ_PERCENT) * number / len(described))
+
+
 def column(db: Any, name: str, type: str) -> dict[str, Any]:
-    it = quoted(name) if type != "json" else f"CAST({quoted(name)} AS VARCHAR)"
+    it = value_of(name, type)
     nulls, distinct, least, most = db.execute(
         f"SELECT count(*) - count({it}), count(DISTINCT {it}), min({it}), max({it}) FROM data"
     ).fetchone()
@@ -117,7 +131,7 @@ def column(db: Any, name: str, type: str) -> dict[str, Any]:
     if type in NUMBERS:
         mean, std, quartiles = db.execute(
             f"SELECT avg(x), stddev_samp(x), quantile_cont(x, [0.25, 0.5, 0.75]) "
-            f"FROM (SELECT CAST({it} AS DOUBLE) AS x FROM data) WHERE isfinite(x)"
+            f"FROM (SELECT CAST({it} AS DOUBLE) AS x FROM data)"
         ).fetchone()
     top = db.execute(
         f"SELECT {it}, count(*) FROM data WHERE {it} IS NOT NULL GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT {TOP}"
@@ -141,7 +155,7 @@ def correlations(db: Any, numbers: list[str]) -> Iterator[dict[str, Any]]:
     pairs = list(combinations(numbers[:MOST_CORRELATED], 2))
     if not pairs:
         return
-    asked = ", ".join(f"corr({double(a)}, {double(b)})" for a, b in pairs)
+    asked = ", ".join(f"corr({finite(a)}, {finite(b)})" for a, b in pairs)
     for pair, coefficient in zip(pairs, db.execute(f"SELECT {asked} FROM data").fetchone(), strict=True):
         if shown(coefficient) is not None:
             yield {"columns": list(pair), "coefficient": round(coefficient, 6)}
@@ -195,8 +209,15 @@ def shown(value: Any) -> Any:
     return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…"
 
 
-def double(name: str) -> str:
-    return f"CAST({quoted(name)} AS DOUBLE)"
+def value_of(name: str, type: str) -> str:
+    if type == "json":
+        return f"CAST({quoted(name)} AS VARCHAR)"
+    return finite(name) if type == "number" else quoted(name)
+
+
+def finite(name: str) -> str:
+    """What is no number, or no end of one, counts as missing."""
+    return f"CASE WHEN isfinite(CAST({quoted(name)} AS DOUBLE)) THEN {quoted(name)} END"
 
 
 def quoted(name: str) -> str:

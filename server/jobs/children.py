@@ -3,31 +3,21 @@
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import sys
-import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from server.errors import TooLarge
 
 MOST_ANSWER_BYTES = 8 << 20
-CHUNK = 64 << 10
+
+OnProgress = Callable[[float], Awaitable[None]]
 
 
-@contextlib.asynccontextmanager
-async def folder() -> AsyncIterator[Path]:
-    """A fresh directory, removed afterwards."""
-    made = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="child-"))
-    try:
-        yield made
-    finally:
-        await asyncio.to_thread(shutil.rmtree, made, ignore_errors=True)
-
-
-async def run(program: Path, *arguments: str, cwd: Path) -> bytes:
-    """What the program prints: ``program PARENT ARGUMENTS``. Cancelling the call kills it.
+async def run(program: Path, *arguments: str, cwd: Path, progress: OnProgress) -> bytes:
+    """What the program answers: ``program PARENT ARGUMENTS``, whose last line is the answer; each before tells how far
+    it is, 0–100. Cancelling the call kills it.
 
     Raises:
         ChildError: it failed.
@@ -44,15 +34,16 @@ async def run(program: Path, *arguments: str, cwd: Path) -> bytes:
         stderr=asyncio.subprocess.DEVNULL,
         cwd=cwd,
         env={},  # nothing of ours
+        limit=MOST_ANSWER_BYTES,
         start_new_session=True,
     )
     assert process.stdout is not None
     try:
-        told = bytearray()
-        while chunk := await process.stdout.read(CHUNK):
-            told += chunk
-            if len(told) > MOST_ANSWER_BYTES:
-                raise TooLarge("The answer is too large")
+        answer = b""
+        while line := await _line(process.stdout):
+            if answer:
+                await progress(float(answer))
+            answer = line
         code = await process.wait()
     finally:
         if process.returncode is None:
@@ -61,7 +52,14 @@ async def run(program: Path, *arguments: str, cwd: Path) -> bytes:
             await asyncio.shield(process.wait())
     if code != 0:
         raise ChildError(f"{program.stem} ended with {code}")
-    return bytes(told)
+    return answer
+
+
+async def _line(reader: asyncio.StreamReader) -> bytes:
+    try:
+        return await reader.readline()
+    except ValueError as error:
+        raise TooLarge("The answer is too large") from error
 
 
 class ChildError(Exception):

@@ -5,12 +5,14 @@ worker's start, and told of each program. It never falls back to running unconfi
 """
 
 import asyncio
+import contextlib
+import errno
 import json
 import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -29,6 +31,7 @@ log = structlog.get_logger()
 LAUNCHES = 3
 FIRST_UID, UIDS = 1_500_000_000, 1 << 26  # far from any user's
 MOST_FILES, MOST_FILE_BYTES, LONGEST_PATH = 2_000, 32 << 20, 1024
+IMPOSSIBLE = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)  # with such paths, today and tomorrow
 SIGXCPU = 24
 
 
@@ -37,7 +40,7 @@ SELF_TEST_LIMITS = Limits(timeout_seconds=60, memory_mb=256)
 SELF_TEST_ATTEMPTS = 3
 
 
-class FilesRefusedError(ValueError):
+class FilesRefusedError(Exception):
     """The files cannot be laid out: a path leads elsewhere, or they are too many."""
 
 
@@ -58,7 +61,7 @@ class Outcome:
 @dataclass
 class Sandbox:
     tier: Tier
-    _launcher: Launcher | None = None
+    _launcher: Launcher
     _cgroup: Path | None = None
     _languages: Mapping[str, Language] = field(default_factory=dict)
     _starting: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -77,18 +80,25 @@ class Sandbox:
             if tier.cgroup and cgroup is None:
                 continue
             sandbox = cls(tier, launcher, cgroup)
-            for language in installed():
-                if language.name not in sandbox._languages and await sandbox._works(language):
-                    sandbox._languages = {**sandbox._languages, language.name: language}
-            if "python" in sandbox._languages:
+            if await sandbox._learn("python"):
+                for name in ("javascript", "bash"):
+                    await sandbox._learn(name)
                 return sandbox
-        await launcher.close()
-        return cls(NO_TIER)
+        return cls(NO_TIER, launcher)
 
     async def close(self) -> None:
         """No program is to run any more."""
-        if self._launcher is not None:
-            await self._launcher.close()
+        await self._launcher.close()
+
+    @contextlib.asynccontextmanager
+    async def folder(self) -> AsyncIterator[Path]:
+        """A fresh directory for work of our own, removed afterwards; by the launcher where the worker is killed."""
+        launcher = await self._living_launcher()
+        made = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="child-", dir=launcher.directory))
+        try:
+            yield made
+        finally:
+            await _in_thread(shutil.rmtree, made, True)
 
     async def run(
         self,
@@ -115,6 +125,15 @@ class Sandbox:
         program = Program(self._languages[language], code, stdin, args, files or {}, limits)
         return await self._run(program, on_output)
 
+    async def _learn(self, name: str) -> bool:
+        """Whether it speaks that language, by the first of its interpreters that works. Python comes first: it is
+        around the others."""
+        for language in installed():
+            if language.name == name and await self._works(language):
+                self._languages = {**self._languages, name: language}
+                return True
+        return False
+
     async def _works(self, language: Language) -> bool:
         """Whether a program runs in it and, for Python, finds every door shut. A loaded machine may kill or starve
         one that would: what holds once, holds."""
@@ -124,7 +143,6 @@ class Sandbox:
         return False
 
     async def _is_confined(self, language: Language) -> bool:
-        assert self._launcher is not None
         secret, written = self._launcher.directory / "secret", self._launcher.directory / "written"
         secret.write_text("secret")
         args = (str(os.getpid()), str(secret), str(written))
@@ -168,8 +186,6 @@ class Sandbox:
 
     async def _living_launcher(self) -> Launcher:
         async with self._starting:
-            if self._launcher is None:
-                raise SandboxError("no sandbox here")
             if not self._launcher.alive:
                 log.warning("the launcher has ended; another is started")
                 ended, self._launcher = self._launcher, await Launcher.start()
@@ -185,6 +201,8 @@ class Sandbox:
         files.mkdir(mode=0o755)
         for name in _laid_out(program.files, files):
             (work / name).symlink_to(Path("..", "files", name))
+        if uid is not None:
+            _show(files)
         code = work / program.language.file
         code.unlink(missing_ok=True)  # a file of that name is still to be had in ../files
         code.write_bytes(program.code.encode(errors="replace"))
@@ -225,9 +243,19 @@ def _laid_out(files: Mapping[str, bytes], directory: Path) -> set[str]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
         except OSError as error:
+            if error.errno not in IMPOSSIBLE:
+                raise
             raise FilesRefusedError(f"{name[:100]!r}: {error.strerror}") from error
         top.add(parts[0])
     return top
+
+
+def _show(directory: Path) -> None:
+    """To another user, whatever our umask."""
+    for folder, _, files in os.walk(directory):
+        os.chmod(folder, 0o755)  # noqa: PTH101, S103
+        for name in files:
+            os.chmod(os.path.join(folder, name), 0o644)  # noqa: PTH101, PTH118
 
 
 def _free_uid() -> int:
@@ -262,7 +290,7 @@ SELF_TESTS = {
     "javascript": "console.log('confined')",
     "bash": "echo confined",
     "python": """
-import os, socket, sys
+import os, socket, sys, time
 worker, secret, written = sys.argv[1:]
 def shut(what, door):
     try:
@@ -283,6 +311,7 @@ assert open("given").read() == "given" and open("../files/given").read() == "giv
 with open("here", "w") as file:
     file.write("here")
 assert open("here").read() == "here" and not [k for k in os.environ if "SECRET" in k or "URL" in k]
+time.sleep(0.2)  # the watch looks more than once, and must be able to
 print("confined")
 """,
 }

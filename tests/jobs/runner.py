@@ -210,6 +210,10 @@ def tell(**message: Any) -> None:
     sys.stdout.flush()
 
 
+async def find_nothing() -> None:
+    await (await Sandbox.detect([])).close()
+
+
 def become(uid: int) -> None:
     """Another user, who may be unable to reach our interpreter and our files: it is given others."""
     copies = Path(tempfile.mkdtemp(prefix="copies-"))
@@ -217,7 +221,7 @@ def become(uid: int) -> None:
     shims.LAUNCHER = Path(shutil.copy(shims.LAUNCHER, copies))
     tiers.INSIDE = Path(shutil.copy(tiers.INSIDE, copies))
     asyncio.run(asyncio.to_thread(os.getpid))  # imports what it will need, while it may
-    asyncio.run(Sandbox.detect([]))
+    asyncio.run(find_nothing())
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)

@@ -6,12 +6,15 @@ import os
 import re
 import struct
 import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
+import structlog.testing
 
 from server.jobs import cgroups, launcher, shims, tiers
 from server.jobs.sandbox import Sandbox, SandboxError
@@ -52,6 +55,7 @@ async def test_a_tier_with_a_door_open_is_not_taken(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(tiers, "SYSTEM", (*tiers.SYSTEM, "/etc"))  # a view of too much
     box = await Sandbox.detect()
     assert box.tier.name == "none"
+    await box.close()
 
 
 async def test_without_a_tier_nothing_runs() -> None:
@@ -76,12 +80,74 @@ async def test_a_tier_that_fails_later_refuses_and_does_not_run_unconfined(
 
 async def test_a_closed_sandbox_leaves_no_process_and_no_directory() -> None:
     box = await Sandbox.detect()
-    assert box._launcher is not None
     directory, pid = box._launcher.directory, box._launcher._process.pid
     assert directory.exists()
     await box.close()
     assert not directory.exists()
     assert not Path(f"/proc/{pid}").exists()
+
+
+async def test_where_python_does_not_hold_no_other_language_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiers, "BWRAP_PROGRAM", "/nowhere/bwrap")
+    with structlog.testing.capture_logs() as logs:
+        box = await Sandbox.detect([tiers.BWRAP])
+    assert {each["language"] for each in logs} == {"python"}
+    await box.close()
+
+
+async def test_what_keeps_a_program_from_its_start_is_told_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    box = await Sandbox.detect([tiers.LANDLOCK_UID if os.geteuid() == 0 else tiers.LANDLOCK])
+    if not box.languages:
+        pytest.skip("this machine does not hold Landlock")
+    monkeypatch.setattr(tiers, "_rules", lambda *_: [("/proc/self/mem", "nonsense")])
+    with pytest.raises(SandboxError) as refused:
+        await box.run("python", "print()")
+    assert str(refused.value) == "KeyError: 'nonsense'"
+    await box.close()
+
+
+@pytest.mark.parametrize("tier", tiers.ours(), ids=lambda tier: tier.name)
+async def test_a_careful_umask_of_the_workers_hides_nothing(tier: tiers.Tier) -> None:
+    usual = await Sandbox.detect([tier])
+    await usual.close()
+    before = os.umask(0o077)
+    try:
+        careful = await Sandbox.detect([tier])
+        assert careful.languages == usual.languages
+        if careful.languages:
+            code = "print(open('a/b/deep').read(), open('top').read())"
+            outcome = await careful.run("python", code, files={"a/b/deep": b"down", "top": b"up"})
+            assert outcome.stdout == "down up\n"
+    finally:
+        os.umask(before)
+    await careful.close()
+
+
+WORK = """
+import asyncio
+from server.jobs.sandbox import Sandbox
+async def work():
+    async with (await Sandbox.detect([])).folder() as folder:
+        (folder / "data").write_text("of a team")
+        print(folder, flush=True)
+        await asyncio.sleep(60)
+asyncio.run(work())
+"""
+
+
+def test_what_a_killed_worker_worked_on_is_removed(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", WORK], stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)}
+    ) as worker:
+        assert worker.stdout is not None
+        folder = Path(worker.stdout.readline().strip())
+        assert (folder / "data").read_text() == "of a team"
+        assert folder.is_relative_to(tmp_path)
+        worker.kill()
+    deadline = time.monotonic() + 10
+    while list(tmp_path.iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 async def test_what_killed_workers_left_is_cleared_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +230,9 @@ def test_the_numbers_of_system_calls_are_the_kernels(machine: str) -> None:
     column = launcher.MACHINES.index(machine)
     groups = (launcher.FORBIDDEN, launcher.PRETENDED, launcher.ABOUT_A_PROCESS, launcher.SIGNALS)
     ours = {name: numbers[column] for group in groups for name, numbers in group.items()}
-    ours |= {name: getattr(launcher, name.upper())[column] for name in ("clone", "clone3", "socketpair", "ioctl")}
+    ours |= {
+        name: getattr(launcher, name.upper())[column] for name in ("clone", "clone3", "socketpair", "ioctl", "mmap")
+    }
     ours |= {name: getattr(launcher, name.upper())[column] for name in ("fcntl", "prctl", "setpriority", "ioprio_set")}
     assert {name: theirs.get(name) for name in ours if name in theirs or ours[name] is None} == {
         name: number for name, number in ours.items() if name in theirs or number is None

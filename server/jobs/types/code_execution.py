@@ -7,9 +7,10 @@ from uuid import UUID
 from marshmallow import ValidationError, fields, validate, validates_schema
 
 from server import metrics, tracing
+from server.errors import ValidationFailed
 from server.fields import Id, Schema, camel
 from server.jobs.attempt import Attempt
-from server.jobs.sandbox import Limits, Outcome
+from server.jobs.sandbox import FilesRefusedError, Limits, Outcome
 from server.jobs.table import JobTable
 
 jobs = JobTable()
@@ -47,15 +48,18 @@ async def execute(attempt: Attempt, payload: dict[str, Any]) -> dict[str, Any]:
     files = await attempt.files.for_program(UUID(workspace)) if workspace else {}
     language, tier = payload["language"], attempt.sandbox.tier.name
     with tracing.span("sandbox", sandbox_tier=tier, sandbox_language=language):
-        outcome = await attempt.sandbox.run(
-            language,
-            code,
-            stdin=payload["stdin"],
-            args=payload["args"],
-            files=files,
-            limits=Limits(timeout_seconds=payload["timeout_seconds"], memory_mb=payload["memory_mb"]),
-            on_output=attempt.output.add,
-        )
+        try:
+            outcome = await attempt.sandbox.run(
+                language,
+                code,
+                stdin=payload["stdin"],
+                args=payload["args"],
+                files=files,
+                limits=Limits(timeout_seconds=payload["timeout_seconds"], memory_mb=payload["memory_mb"]),
+                on_output=attempt.output.add,
+            )
+        except FilesRefusedError as error:
+            raise ValidationFailed(f"The workspace's files cannot be laid out beside the program: {error}") from error
     metrics.SANDBOX_RUNS.labels(outcome.sandbox, language, _ending(outcome)).inc()
     return {camel(name): value for name, value in dataclasses.asdict(outcome).items()}
 

@@ -34,11 +34,12 @@ async def analyse(attempt: Attempt, payload: dict[str, Any]) -> dict[str, Any]:
     content = payload.get("content")
     if content is None:
         content = await attempt.files.text(payload["document_id"])
-    async with children.folder() as folder:
+    async with attempt.sandbox.folder() as folder:
         path = folder / "data"
         await asyncio.to_thread(path.write_text, content, encoding="utf-8", errors="replace")
         del content
-        told: dict[str, Any] = orjson.loads(await children.run(PROGRAM, str(path), payload["format"], cwd=folder))
+        answer = await children.run(PROGRAM, str(path), payload["format"], cwd=folder, progress=attempt.progress)
+    told: dict[str, Any] = orjson.loads(answer)
     if "refused" in told:
         raise ValidationFailed(told["refused"])
     return told
