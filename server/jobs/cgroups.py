@@ -9,10 +9,12 @@ import os
 from pathlib import Path
 
 NEEDED = frozenset(("memory", "pids"))
+WISHED = frozenset(("cpu",))
 WORKERS = "workers"  # where the processes go that were in the part's top: groups with limits may hold no process
 MEBIBYTE = 1 << 20
 OWN_MB = 24  # for what runs around the program; its own memory is watched besides
 OWN_PROCESSES = 4
+WISHES = ("memory.swap.max", "cpu.weight")  # not there where the machine has no swap, or we were not given cpu
 
 
 def delegated() -> Path | None:
@@ -26,7 +28,9 @@ def delegated() -> Path | None:
         for pid in (top / "cgroup.procs").read_text().split():
             with contextlib.suppress(ProcessLookupError):
                 (workers / "cgroup.procs").write_text(pid)
-        (top / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in sorted(NEEDED)))
+        there = set((top / "cgroup.controllers").read_text().split())
+        wanted = sorted(there & (NEEDED | WISHED))
+        (top / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in wanted))
     except OSError:
         return None
     return top
@@ -51,6 +55,7 @@ def limits(*, memory_mb: int, processes: int) -> dict[str, str]:
         "memory.max": str((memory_mb + OWN_MB) * MEBIBYTE),
         "memory.swap.max": "0",
         "memory.oom.group": "1",
+        "cpu.weight": "10",  # of the usual 100, which the workers together keep
         "pids.max": str(processes + OWN_PROCESSES),
     }
 

@@ -15,7 +15,7 @@ class Limits:
     processes: int = 32
     file_mb: int = 16
     disk_mb: int = 64
-    open_files: int = 256
+    open_files: int = 64  # each may be a pipe or a socket, full
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,7 @@ def config(
         "openFiles": limits.open_files,
         "cgroup": str(cgroup / root.name) if cgroup else None,
         "cgroupLimits": cgroups.limits(memory_mb=limits.memory_mb, processes=limits.processes),
+        "cgroupWishes": cgroups.WISHES,
     }
 
 

@@ -190,6 +190,163 @@ def job_runs(runner: Runner) -> bool:
     return any(runner.folder.rglob("config.json"))
 
 
+BLOCKS = """
+import mmap, os, sys, time
+mine = os.path.abspath("main.py")
+def blocks():
+    for number in range(10):
+        file = os.open(f"block-{number}", os.O_RDWR | os.O_CREAT, 0o600)
+        os.write(file, bytes(8 << 20))
+        yield file
+        os.unlink(f"block-{number}")
+"""
+HIDDEN_BLOCKS = {
+    "without a name": "kept = list(blocks())",
+    "mapped, without a descriptor": """
+import ctypes
+libc = ctypes.CDLL(None)
+for file in blocks():
+    assert libc.mmap(None, 4096, 1, mmap.MAP_SHARED, file, 0) != -1
+    os.close(file)
+""",
+    "by a thread alone, the first has ended": """
+import ctypes, threading
+def keep():
+    time.sleep(0.2)
+    kept = list(blocks())
+    time.sleep(20)
+threading.Thread(target=keep).start()
+ctypes.CDLL(None).pthread_exit(None)
+""",
+    "by a program that may not be read": """
+if not sys.argv[1:]:
+    copy = os.open("copy", os.O_WRONLY | os.O_CREAT, 0o100)
+    os.write(copy, open(sys.executable, "rb").read())
+    os.close(copy)
+    os.execv("copy", ["copy", "-I", "-S", mine, "again"])
+kept = list(blocks())
+""",
+}
+
+
+@pytest.mark.parametrize("hiding", HIDDEN_BLOCKS.values(), ids=list(HIDDEN_BLOCKS))
+def test_files_without_a_name_count_as_disk(runner: Runner, hiding: str) -> None:
+    outcome = runner.run(f"{BLOCKS}{hiding}\ntime.sleep(20)", memory_mb=256)
+    assert "disk limit" in outcome.stderr, outcome
+    assert not outcome.timed_out
+
+
+HIDDEN_MEMORY = {
+    "in what another thread forked": """
+import threading
+def fork():
+    if os.fork() == 0:
+        data = os.urandom(1 << 20) * 100
+        time.sleep(20)
+    os.wait()  # at its end another thread would inherit them
+threading.Thread(target=fork).start()
+""",
+    "in a process whose first thread has ended": """
+import ctypes, threading
+def fill():
+    data = os.urandom(1 << 20) * 100
+    time.sleep(20)
+threading.Thread(target=fill).start()
+ctypes.CDLL(None).pthread_exit(None)
+""",
+    "in socket pairs": """
+import socket
+for _ in range(12):
+    if os.fork() == 0: break
+kept = [socket.socketpair() for _ in range(28)]
+for each in (each for pair in kept for each in pair):
+    each.setblocking(False)
+    try:
+        while True: each.send(bytes(4096))
+    except OSError: pass
+""",
+    "shared, and no longer mapped": """
+import ctypes
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+zero = os.open("/dev/zero", os.O_RDWR)
+for _ in range(4):
+    at = libc.mmap(None, 30 << 20, 3, 1, zero, 0)
+    libc.memset(ctypes.c_void_p(at), 1, 30 << 20)
+    libc.munmap(ctypes.c_void_p(at + 4096), (30 << 20) - 4096)
+""",
+}
+
+
+@pytest.mark.parametrize("hiding", HIDDEN_MEMORY.values(), ids=list(HIDDEN_MEMORY))
+def test_memory_that_is_hidden_counts_all_the_same(runner: Runner, hiding: str) -> None:
+    outcome = runner.run(f"import os, time\n{hiding}\ntime.sleep(20)", memory_mb=64)
+    assert outcome.out_of_memory, outcome
+    assert outcome.signal == 9  # it did not see it itself
+    assert not outcome.timed_out
+
+
+def test_the_kernels_own_memory_cannot_be_had(runner: Runner) -> None:
+    code = f"""{TRY}
+import array, fcntl, mmap, socket
+left, right = socket.socketpair()
+read, write = os.pipe()
+for name in ("SO_SNDBUF", "SO_RCVBUF", "SO_ATTACH_FILTER"):
+    attempt(name, lambda: left.setsockopt(socket.SOL_SOCKET, getattr(socket, name, 26), 1 << 20))
+attempt("a descriptor on its way", lambda: socket.send_fds(left, [b"x"], [read]))
+attempt("a large pipe", lambda: fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 1 << 20))
+buffer = mmap.mmap(-1, 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+vector = (ctypes.c_uint64 * 2)(ctypes.addressof(ctypes.c_char.from_buffer(buffer)), 4096)
+call("vmsplice", write, ctypes.byref(vector), 1, 0)
+call("splice", os.open("main.py", os.O_RDONLY), None, write, None, 10, 0)
+attempt("shared memory", lambda: mmap.mmap(-1, 4096))
+stack = ctypes.addressof(ctypes.create_string_buffer(4096)) + 2048
+syscall("a thread with files of its own", 56, 0x10000 | 0x800 | 0x100, ctypes.c_void_p(stack), None, None, None)
+syscall("rules", 444, ctypes.byref((ctypes.c_uint64 * 2)(0, 1)), 16, 0)
+"""
+    assert nothing_done(runner, code)
+
+
+def test_what_programs_do_with_descriptors_works_all_the_same(runner: Runner) -> None:
+    code = """
+import asyncio, multiprocessing, shutil, subprocess
+async def cat():
+    it = await asyncio.create_subprocess_exec("cat", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    print((await it.communicate(b"piped"))[0])
+shutil.copyfile("main.py", "copy")
+subprocess.run(["cp", "copy", "another"], check=True)
+print(open("another").read() == open("main.py").read())
+asyncio.run(cat())
+ours, theirs = multiprocessing.Pipe()
+process = multiprocessing.get_context("fork").Process(target=theirs.send, args=("sent",))
+process.start()
+print(ours.recv())
+process.join()
+"""
+    outcome = runner.run(code)
+    assert (outcome.stdout, outcome.stderr) == ("True\nb'piped'\nsent\n", "")
+
+
+def test_what_javascript_does_with_descriptors_works_all_the_same(runner: Runner, node: str) -> None:
+    code = """
+const { execFileSync, fork } = require('child_process'), fs = require('fs')
+if (process.argv[2]) return process.send('from below', () => process.disconnect())
+fs.copyFileSync('main.js', 'copy')
+const same = fs.readFileSync('copy').equals(fs.readFileSync('main.js'))
+console.log(execFileSync('cat', { input: 'piped' }).toString(), same)
+fork('main.js', ['again']).on('message', (text) => console.log(text))
+fs.promises.readFile('copy').then(() => console.log(new Int8Array(new SharedArrayBuffer(1 << 20)).length))
+"""
+    outcome = runner.run(code, "javascript", memory_mb=256)
+    assert sorted(outcome.stdout.splitlines()) == ["1048576", "from below", "piped true"], outcome
+
+
+def test_programs_yield_to_the_worker(runner: Runner) -> None:
+    outcome = runner.run("import os; print(os.nice(0)); os.nice(-1)")
+    assert int(outcome.stdout) >= 10
+    assert outcome.exit_code == 1
+
+
 DAEMONS = {
     "double fork": "os.fork() and os._exit(0); os.setsid(); os.fork() and os._exit(0)",
     "new session": "os.fork() and os._exit(0); os.setsid()",
