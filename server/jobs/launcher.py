@@ -513,38 +513,39 @@ def proportional_memory_of(tasks: "dict[str, int]") -> int:
 
 class Holdings:
     """What processes hold that no directory shows: bytes of files that have no name any more, and bytes in pipes and
-    sockets, each taken for full. ``hidden`` are those that we may not look into."""
+    sockets, each taken for full. ``hidden`` are the processes that cannot be looked into."""
 
-    def __init__(self, config: dict, tasks: "Iterable[str]") -> None:
+    def __init__(self, config: dict, pids: "Iterable[int]") -> None:
         self.config = config
         self.disk = self.memory = self.mappings = 0
         self.per_socket = socket_bytes()
         self.open: set[tuple[int, int]] = set()
         self.mapped: set[tuple[int, int]] = set()
-        self.hidden = self.look_into(tasks)
+        self.hidden = [pid for pid in pids if not self.sees(pid)]
         if self.hidden and config["uid"] is not None:
-            self.hidden = self.look_as(config["uid"])
+            self.look_again_as(config["uid"])
         # Of what is mapped and no longer open only the kernel knows the size.
         self.disk += config["fileMb"] * MEGABYTE * len(self.mapped - self.open)
 
-    def look_into(self, tasks: "Iterable[str]") -> "set[str]":
-        hidden = set()
+    def sees(self, pid: int) -> bool:
+        """By a thread that lives to the end of the look: one that has ended shows nothing."""
+        tasks = tasks_of(pid)
         for task in tasks:
             try:
                 self.look_at_descriptors(f"{task}/fd")
                 self.look_at_mappings(f"{task}/maps")
-            except PermissionError:
-                hidden.add(task)
             except OSError:
-                continue  # it has ended
-        return hidden
+                continue
+            if resident(task):
+                return True
+        return len(tasks) < 2 and not living([pid])  # all of it has ended
 
-    def look_as(self, uid: int) -> "set[str]":
+    def look_again_as(self, uid: int) -> None:
         """As the processes' own user, who may what root in a container may not."""
         try:
             LIBC.setfsgid(uid)
             LIBC.setfsuid(uid)
-            return self.look_into(self.hidden)
+            self.hidden = [pid for pid in self.hidden if not self.sees(pid)]
         finally:
             LIBC.setfsuid(os.geteuid())
             LIBC.setfsgid(os.getegid())
@@ -572,7 +573,7 @@ class Holdings:
             for line in file:
                 self.mappings += 1
                 if self.mappings > MOST_MAPPINGS:
-                    raise PermissionError(f"too many mappings: {path}")
+                    raise OSError(f"too many mappings: {path}")
                 if line.endswith(b" (deleted)\n"):
                     self.count_mapping(line.split(None, 5))
 
@@ -686,7 +687,7 @@ class Watch:
         self.began = self.looked = time.monotonic()
         self.look_again = 0.0
         self.peak = self.kept = 0
-        self.hidden: set[str] = set()
+        self.hid = False
         self.why: str | None = None
 
     def until_end(self) -> "tuple[int, int]":
@@ -723,11 +724,11 @@ class Watch:
         now = time.monotonic()
         if now - self.began > self.config["timeout"]:
             return "time"
-        tasks = living(below(children_of(os.getpid())))
-        if self.passed_memory(tasks):
+        pids = below(children_of(os.getpid()))
+        if self.passed_memory(living(pids)):
             return "memory"
         if now >= self.look_again:
-            if self.passed_disk(tasks):
+            if self.passed_disk(pids):
                 return "disk"
             self.look_again = now + DISK_SHARE * (time.monotonic() - now)
         return None
@@ -740,13 +741,13 @@ class Watch:
         self.peak = max(self.peak, memory)
         return memory + self.kept > most
 
-    def passed_disk(self, tasks: "dict[str, int]") -> bool:
-        held = Holdings(self.config, tasks)
+    def passed_disk(self, pids: "list[int]") -> bool:
+        held = Holdings(self.config, pids)
         self.kept = held.memory
-        # Once may be by chance, of one that is about to become another program.
-        unseen, self.hidden = held.hidden & self.hidden, held.hidden
+        # Once may be by chance: it was about to end, or to become another program.
+        hid, self.hid = self.hid, bool(held.hidden)
         most: int = self.config["diskMb"] * MEGABYTE
-        return bool(unseen) or disk_exceeded(self.config["work"], most - held.disk)
+        return (hid and self.hid) or disk_exceeded(self.config["work"], most - held.disk)
 
 
 def run(config: dict, stdout: int, stderr: int, channel: int) -> dict:

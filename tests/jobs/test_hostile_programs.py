@@ -218,6 +218,16 @@ def keep():
 threading.Thread(target=keep).start()
 ctypes.CDLL(None).pthread_exit(None)
 """,
+    "by threads that end at once": """
+import ctypes, threading
+def hand_on():
+    while True:
+        try: return threading.Thread(target=hand_on).start()
+        except RuntimeError: time.sleep(0.001)
+kept = list(blocks())
+hand_on()
+ctypes.CDLL(None).pthread_exit(None)
+""",
     "by a program that may not be read": """
 if not sys.argv[1:]:
     copy = os.open("copy", os.O_WRONLY | os.O_CREAT, 0o100)
@@ -241,7 +251,7 @@ HIDDEN_MEMORY = {
 import threading
 def fork():
     if os.fork() == 0:
-        data = os.urandom(1 << 20) * 100
+        data = os.urandom(1 << 20) * 62
         time.sleep(20)
     os.wait()  # at its end another thread would inherit them
 threading.Thread(target=fork).start()
@@ -249,7 +259,7 @@ threading.Thread(target=fork).start()
     "in a process whose first thread has ended": """
 import ctypes, threading
 def fill():
-    data = os.urandom(1 << 20) * 100
+    data = os.urandom(1 << 20) * 62
     time.sleep(20)
 threading.Thread(target=fill).start()
 ctypes.CDLL(None).pthread_exit(None)
