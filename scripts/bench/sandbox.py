@@ -19,7 +19,7 @@ import uvloop
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from server.jobs import tiers
+from server.jobs import launcher, tiers
 from server.jobs.programs import installed
 from server.jobs.sandbox import Sandbox
 
@@ -29,6 +29,7 @@ OVERHEAD_MS = 30.0
 
 async def main() -> int:
     options = arguments()
+    os.nice(launcher.NICE)  # as all programs in the sandbox, or a busy machine would slow these only
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     commands = {language.name: language.command for language in reversed(installed())}
     print(f"{os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}, uid {os.geteuid()}, {options.runs} runs each")
