@@ -1,7 +1,8 @@
 """How long a request may wait for its stores: each call has a limit of its own, or what is left where that is less.
 
-So however many calls a request makes, and however slow a store is, the answer comes in time. What outlives the
-request (a task that it started) has the calls' own limits again.
+So however many calls a request makes, and however slow a store is, the answer comes in time. What is not the stores'
+time does not count: a client that sends its body slowly, or a password's hash. What outlives the request (a task that
+it started) has the calls' own limits again.
 """
 
 import asyncio
@@ -31,6 +32,17 @@ def budget(seconds: float) -> Iterator[None]:
     finally:
         mine.over = True
         _BUDGET.reset(token)
+
+
+@contextlib.contextmanager
+def uncounted() -> Iterator[None]:
+    """For a wait that no store is to blame for."""
+    mine, began = _BUDGET.get(), asyncio.get_running_loop().time()
+    try:
+        yield
+    finally:
+        if mine is not None:
+            mine.deadline += asyncio.get_running_loop().time() - began
 
 
 def within(limit: float) -> float:

@@ -1,5 +1,6 @@
 """Accounts over REST."""
 
+import contextlib
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -12,7 +13,7 @@ from server.auth import accounts, schemas, sessions, store, tickets
 from server.auth.accounts import Accept, wrong_password
 from server.auth.passwords import Hasher
 from server.auth.sessions import Device, Issuer, Pair
-from server.errors import NotFound, Unauthenticated
+from server.errors import NotFound, Unauthenticated, Unavailable
 from server.fields import parse_id
 from server.ratelimit import limit
 from server.rest import answers
@@ -222,9 +223,10 @@ async def _renew_hash(request: web.Request, user: Record) -> None:
     hasher = request.app[HASHER]
     if hasher.is_current(user["password_hash"]):
         return
-    renewed = await hasher.hash(request[BODY]["password"])
     db = request.app[RESOURCES].db
-    await store.renew_hash(db, user=user["id"], old_hash=user["password_hash"], new_hash=renewed)
+    with contextlib.suppress(Unavailable):  # they are signed in; their next login renews it as well
+        renewed = await hasher.hash(request[BODY]["password"])
+        await store.renew_hash(db, user=user["id"], old_hash=user["password_hash"], new_hash=renewed)
 
 
 def _device(request: web.Request) -> Device:

@@ -13,11 +13,12 @@ from typing import TypeVar
 
 import bcrypt
 
+from server.budget import uncounted
 from server.errors import Unavailable
 
 # bcrypt reads 72 bytes only; this public label keeps the digest from being any other's. Never change it.
 LABEL = b"collaborative-workspace/password/v1"
-WAITING = 200
+PATIENCE_SECONDS = 1.0  # for a thread; who would wait longer is told to come back
 NICE = 10
 T = TypeVar("T")
 
@@ -27,21 +28,26 @@ class Hasher:
 
     def __init__(self, *, rounds: int) -> None:
         self.rounds = rounds
-        self._pool = ThreadPoolExecutor(os.cpu_count() or 1, "bcrypt", initializer=_give_way)
-        self._slots = asyncio.BoundedSemaphore(WAITING)
+        threads = os.cpu_count() or 1
+        self._pool = ThreadPoolExecutor(threads, "bcrypt", initializer=_give_way)
+        self._free = asyncio.BoundedSemaphore(threads)
         self._nobody = bcrypt.hashpw(_digest(os.urandom(8).hex()), bcrypt.gensalt(rounds))
 
     async def hash(self, password: str) -> str:
         """The hash to store.
 
         Raises:
-            Unavailable: too many wait already.
+            Unavailable: no thread was free in time.
         """
         hashed = await self._run(bcrypt.hashpw, _digest(password), bcrypt.gensalt(self.rounds))
         return hashed.decode()
 
     async def verify(self, password: str, hashed: str | None) -> bool:
-        """Whether the password fits; None (nobody has that address) costs the same and fits never."""
+        """Whether the password fits; None (nobody has that address) costs the same and fits never.
+
+        Raises:
+            Unavailable: as ``hash`` does.
+        """
         against = self._nobody if hashed is None else hashed.encode()
         fits = await self._run(bcrypt.checkpw, _digest(password), against)
         return fits and hashed is not None
@@ -54,10 +60,16 @@ class Hasher:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, function: Callable[..., T], *args: bytes) -> T:
-        if self._slots.locked():
-            raise Unavailable("Too many sign-ins at once")
-        async with self._slots:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+        with uncounted():
+            try:
+                async with asyncio.timeout(PATIENCE_SECONDS):
+                    await self._free.acquire()
+            except TimeoutError:
+                raise Unavailable("Too many sign-ins at once") from None
+            try:
+                return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+            finally:
+                self._free.release()
 
 
 def _digest(password: str) -> bytes:

@@ -18,7 +18,7 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from server import errors, fields, json, metrics, tracing
-from server.budget import budget
+from server.budget import budget, uncounted
 from server.errors import ServiceError, Unauthenticated
 from server.ratelimit import RateLimiter, limit_of, payer
 from server.rest.keys import BODY, BROKEN_OFF, CLIENT, HEADERS, QUERY, REQUEST_ID, USER, User
@@ -28,7 +28,7 @@ from server.settings import Network
 log = structlog.get_logger()
 
 BODY_SECONDS = 10.0
-STORES_SECONDS = 1.6  # every answer within 2 s
+STORES_SECONDS = 1.6  # every answer within 2 s of the body
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -281,8 +281,9 @@ async def read_body(request: web.Request) -> bytes:
         TooLarge, BadRequest: it is larger, or slower, or not encoded as it says.
     """
     try:
-        async with asyncio.timeout(BODY_SECONDS):
-            return await request.read()
+        with uncounted():
+            async with asyncio.timeout(BODY_SECONDS):
+                return await request.read()
     except TimeoutError:
         request[BROKEN_OFF] = True
         raise errors.BadRequest("The body came too slowly") from None

@@ -1,7 +1,9 @@
 """What every answer has, whatever it is."""
 
+import asyncio
 import io
 import re
+from collections.abc import AsyncIterator
 
 import aiohttp
 import pytest
@@ -99,3 +101,15 @@ async def test_a_body_that_cannot_be_is_told_why(
     answer = await alice.call("POST", "/projects", headers=sent, data=io.BytesIO(body))
     assert (answer.status, answer.code) == (status, code), answer
     assert (await alice.get("/projects"))["items"] == []
+
+
+async def test_a_slow_body_is_nobodys_fault(alice: Actor) -> None:
+    """It takes longer than the stores may; the stores have their time all the same."""
+
+    async def slow_body() -> AsyncIterator[bytes]:
+        yield b'{"name": '
+        await asyncio.sleep(2)
+        yield b'"Engine"}'
+
+    answer = await alice.call("POST", "/projects", headers={"Content-Type": "application/json"}, data=slow_body())
+    assert answer.status == 201, answer
