@@ -3,9 +3,11 @@
 Keys are camelCase outside and snake_case inside; unknown fields are refused; nothing is converted silently.
 """
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
+from itertools import islice
 from typing import Any
 from uuid import UUID
 
@@ -16,6 +18,7 @@ from server import json
 from server.errors import FieldError, ValidationFailed, invalid
 
 JSON_OBJECT_BYTES = 16 * 1024
+MOST_PROBLEMS = 50  # of one body; who makes more of them does not read them
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.IGNORECASE)
 
 
@@ -66,6 +69,25 @@ class Time(fields.DateTime):
         return None if value is None else json.timestamp(value)
 
 
+class Email(fields.Email):
+    """An address; its length is checked first: the pattern takes long on a long text."""
+
+    def _validate(self, value: Any) -> None:
+        validate.Length(max=254)(value)
+        super()._validate(value)
+
+
+class WebAddress(fields.Url):
+    """Of a page or picture; its length is checked first, as an e-mail address's is."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(schemes={"http", "https"}, **options)
+
+    def _validate(self, value: Any) -> None:
+        validate.Length(max=2048)(value)
+        super()._validate(value)
+
+
 class JsonObject(fields.Dict):
     """A JSON object of at most 16 KiB."""
 
@@ -74,8 +96,22 @@ class JsonObject(fields.Dict):
 
 
 def _small_enough(value: dict[str, Any]) -> None:
-    if len(json.dumps(value)) > JSON_OBJECT_BYTES:
-        raise ValidationError(f"Must be at most {JSON_OBJECT_BYTES} bytes of JSON.")
+    size = len(json.dumps(value))
+    if size > JSON_OBJECT_BYTES or size + sum(map(_zeros, _floats(value))) > JSON_OBJECT_BYTES:
+        raise ValidationError(f"Must be at most {JSON_OBJECT_BYTES} bytes of JSON, numbers with all their digits.")
+
+
+def _zeros(number: float) -> int:
+    """About as many as PostgreSQL adds when it shows the number: it writes 1e300 with 301 digits."""
+    return abs(math.frexp(number)[1]) * 3 // 10
+
+
+def _floats(value: Any) -> Iterator[float]:
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _floats(inner)
 
 
 def parse_id(text: str) -> UUID | None:
@@ -87,14 +123,18 @@ def load(schema: MarshmallowSchema, value: Any) -> dict[str, Any]:
     """The validated value.
 
     Raises:
-        ValidationFailed: with one entry of ``details`` a problem; ``field`` is a dotted path.
+        ValidationFailed: with one entry of ``details`` a problem, not more than 50; ``field`` is a dotted path.
     """
     if not isinstance(value, dict):
         raise invalid("", "Must be a JSON object.")
+    known = {field.data_key or name for name, field in schema.fields.items()}
+    unknown = list(islice((name for name in value if name not in known), MOST_PROBLEMS))
     try:
+        if len(unknown) == MOST_PROBLEMS:  # marshmallow would tell of all that there are
+            raise ValidationError(dict.fromkeys(unknown, "Unknown field."))
         loaded: dict[str, Any] = schema.load(value)
     except ValidationError as error:
-        raise ValidationFailed("Validation failed", details=_flatten(error.messages)) from None
+        raise ValidationFailed("Validation failed", details=_flatten(error.messages)[:MOST_PROBLEMS]) from None
     return loaded
 
 

@@ -4,21 +4,22 @@ from typing import Any
 
 from marshmallow import ValidationError, fields, validate
 
-from server.fields import Id, Schema, Text, Time
+from server.fields import Email, Id, Schema, Text, Time, WebAddress
 
 
 def strong(password: Any) -> None:
+    validate.Length(8, 128)(password)
     kinds = (str.isupper, str.islower, str.isdigit)
     if not all(any(map(kind, password)) for kind in kinds):
         raise ValidationError("Must contain an upper-case letter, a lower-case letter and a digit.")
 
 
-def email(**options: Any) -> fields.Email:
-    return fields.Email(validate=validate.Length(max=254), metadata={"example": "ada@example.org"}, **options)
+def email(**options: Any) -> Email:
+    return Email(metadata={"example": "ada@example.org", "maxLength": 254}, **options)
 
 
 def password(**options: Any) -> fields.String:
-    return fields.String(validate=[validate.Length(8, 128), strong], metadata={"example": "Lovelace1815"}, **options)
+    return fields.String(validate=strong, metadata={"example": "Lovelace1815", "minLength": 8, "maxLength": 128}, **options)
 
 
 def any_password() -> fields.String:
@@ -56,7 +57,7 @@ class Logout(Schema):
 
 class ProfileChange(Schema):
     name = user_name()
-    avatar_url = fields.Url(schemes={"http", "https"}, allow_none=True, validate=validate.Length(max=2048))
+    avatar_url = WebAddress(allow_none=True, metadata={"maxLength": 2048})
 
 
 class AccountDeletion(Schema):

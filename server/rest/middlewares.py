@@ -299,8 +299,10 @@ def _query(schema: Any, request: web.Request) -> dict[str, Any]:
     known = {field.data_key or name for name, field in schema.fields.items()}
     given = {key: value for key, value in request.query.items() if key in known}
     for key, value in given.items():
-        if "\0" in value or (not value.isprintable() and _has_surrogate(value)):
+        if "\0" in value:
             raise errors.invalid(key, json.NUL_MESSAGE)
+        if not value.isprintable() and _has_surrogate(value):
+            raise errors.invalid(key, json.SURROGATE_MESSAGE)
     return fields.load(schema, given)
 
 

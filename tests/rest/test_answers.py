@@ -91,6 +91,7 @@ def test_every_code_has_one_status_and_a_meaning() -> None:
         (b'{"name": 1e400}', {}, 400, "bad_request"),
         (b'{"name": NaN}', {}, 400, "bad_request"),
         (b'{"name": "x", "name": "\\ud800"}', {}, 422, "validation_failed"),
+        (b"[" * 300 + b"]" * 300, {}, 422, "validation_failed"),
         (b" " * (1 << 20) + b"{}", {}, 413, "too_large"),
     ],
 )

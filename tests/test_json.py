@@ -1,0 +1,87 @@
+"""What JSON from outside may hold, and how little it costs to find out."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from server import fields, json
+from server.auth.schemas import ProfileChange, Register
+from server.errors import BadRequest, ServiceError, ValidationFailed
+from server.projects.schemas import NewProject
+
+QUICK_SECONDS = 0.25  # most of it for a machine that does something else besides
+
+
+def nested(levels: int, inner: str = "") -> str:
+    return "[" * levels + inner + "]" * levels
+
+
+def project(settings: str) -> dict[str, Any]:
+    return fields.load(NewProject(), json.loads(f'{{"name": "x", "settings": {settings}}}'))
+
+
+@pytest.mark.parametrize("levels", [201, 254, 255, 600, 1000])
+@pytest.mark.parametrize("inner", ["", r'"\u0000"', '{"a": 1}'])
+def test_what_is_nested_too_deep_is_refused(levels: int, inner: str) -> None:
+    with pytest.raises(ValidationFailed) as refused:
+        json.loads(nested(levels, inner))
+    assert "200 levels" in refused.value.details[0]["message"]
+
+
+def test_what_is_taken_can_be_shown_inside_of_a_page() -> None:
+    settings = project(f'{{"deep": {nested(198)}}}')["settings"]
+    assert json.dumps({"items": [{"settings": settings}]})
+    brackets = json.loads('"' + "[" * 1000 + '"')
+    assert brackets == "[" * 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (r'{"a": ["x\u0000"]}', json.NUL_MESSAGE),
+        (r'{"\u0000": 1}', json.NUL_MESSAGE),
+        (r'"\\\u0000"', json.NUL_MESSAGE),
+        (r'["\ud800"]', json.SURROGATE_MESSAGE),
+    ],
+)
+def test_what_no_store_could_keep_is_refused_with_details(text: str, message: str) -> None:
+    with pytest.raises(ValidationFailed) as refused:
+        json.loads(text)
+    assert [each["message"] for each in refused.value.details] == [message]
+
+
+def test_a_backslash_before_u0000_is_text() -> None:
+    assert json.loads(r'"\\u0000"') == r"\u0000"
+
+
+def test_numbers_count_with_the_digits_that_they_are_shown_with() -> None:
+    assert project('{"planck": 6.62607015e-34, "avogadro": 6.02e23}')
+    for number in ("1e308", "1e-300"):
+        with pytest.raises(ValidationFailed):
+            project(f'{{"a": [{",".join([number] * 100)}]}}')
+
+
+def many_unknown_fields() -> None:
+    fields.load(NewProject(), json.loads("{" + ",".join(f'"k{n}": 1' for n in range(105_000)) + "}"))
+
+
+HOSTILE: dict[str, Callable[[], object]] = {
+    "unknown fields": many_unknown_fields,
+    "a long address": lambda: fields.load(Register(), {"email": "a@" + "b." * 500_000}),
+    "a long picture": lambda: fields.load(ProfileChange(), {"avatarUrl": "http://a." + "a-" * 500_000}),
+    "a long password": lambda: fields.load(Register(), {"password": "x" * 1_000_000}),
+    "brackets": lambda: json.loads(",".join(["[1]"] * 250_000).join("[]") + "x"),
+    "escapes": lambda: json.loads('"' + "\\\\" * 500_000 + '\\u0000"'),
+}
+
+
+@pytest.mark.parametrize("body", HOSTILE)
+def test_a_refusal_is_quick_and_short(body: str) -> None:
+    began = time.thread_time()
+    with pytest.raises((ValidationFailed, BadRequest)) as refused:
+        HOSTILE[body]()
+    assert time.thread_time() - began < QUICK_SECONDS
+    error: ServiceError = refused.value
+    assert len(error.details) <= fields.MOST_PROBLEMS
