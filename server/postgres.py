@@ -10,7 +10,7 @@ import orjson
 
 from server import json
 from server.budget import within
-from server.errors import Unavailable
+from server.errors import NotFound, Unavailable
 
 POOL_SIZE = 20
 CONNECT_SECONDS = 3.0
@@ -101,7 +101,10 @@ class Database:
 
 
 class unavailable:  # noqa: N801 - reads as a statement: with unavailable():
-    """Turns what asyncpg raises when the server is away into our 503."""
+    """Turns what asyncpg raises when the server is away into our 503.
+
+    And, when what a new row belongs to has been deleted since it was looked up, into our 404.
+    """
 
     def __enter__(self) -> None:
         return None
@@ -109,6 +112,8 @@ class unavailable:  # noqa: N801 - reads as a statement: with unavailable():
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, _AWAY) or _is_closed_transport(error):
             raise Unavailable("PostgreSQL is unavailable") from error
+        if isinstance(error, asyncpg.ForeignKeyViolationError):
+            raise NotFound("It is gone") from error
 
 
 def _is_closed_transport(error: BaseException | None) -> bool:
@@ -123,7 +128,7 @@ _AWAY = (
     asyncpg.CannotConnectNowError,
     asyncpg.AdminShutdownError,
     asyncpg.CrashShutdownError,
-    asyncpg.TooManyConnectionsError,
+    asyncpg.InsufficientResourcesError,  # of connections, memory or disk
     asyncpg.QueryCanceledError,
     asyncpg.DeadlockDetectedError,  # one of the two is to come back
     asyncpg.ReadOnlySQLTransactionError,

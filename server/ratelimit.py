@@ -17,17 +17,19 @@ from limits.aio.storage import MemoryStorage
 from redis.exceptions import RedisError
 
 from server import metrics
+from server.budget import within
 from server.pipelines import Pipelines
 
 H = TypeVar("H", bound=Callable[..., Any])
 LISTEN_SECONDS, LISTEN_TIMES = 0.1, 5  # so long may Redis answer nobody before the local count does
+LONGEST_SECONDS = 1.0  # for one answer, however many others get theirs
 LOCAL_SECONDS = 5.0  # how long to count locally before Redis is asked again
 IPV6_PREFIX = 64
 # What the limits library does on Redis, and the time that is left in the same breath, in milliseconds: the library
 # rounds to seconds, down too, and Retry-After would be too early.
 _COUNT = """
-local count = redis.call('INCR', KEYS[1])
-if count == 1 then redis.call('PEXPIRE', KEYS[1], ARGV[1]) end
+local count = redis.call('INCRBY', KEYS[1], ARGV[2])
+if redis.call('PTTL', KEYS[1]) < 0 then redis.call('PEXPIRE', KEYS[1], ARGV[1]) end
 return {count, redis.call('PTTL', KEYS[1])}
 """
 BY_ADDRESS = frozenset({"auth"})  # budgets that the users of one address share, signed in or not
@@ -47,7 +49,7 @@ def limit_of(handler: Callable[..., Any]) -> str | None:
     return getattr(handler, "__limit__", "default")
 
 
-def payer(name: str, *, user: object | None, client: str) -> str:
+def payer(name: str, *, client: str, user: object | None = None) -> str:
     """Whose budget a request is taken from: the user's, or the address's where nobody signed in."""
     return f"address:{_household(client)}" if user is None or name in BY_ADDRESS else f"user:{user}"
 
@@ -92,23 +94,30 @@ class RateLimiter:
         self._local = MemoryStorage()
         self._local_until = 0.0
 
-    async def hit(self, name: str, who: str) -> Budget | None:
-        """Take one from the budget ``name`` of ``who``; None where that limit is off."""
+    async def hit(self, name: str, who: str, *, amount: int = 1) -> Budget | None:
+        """Take so many from the budget ``name`` of ``who``; None where that limit is off."""
         rate = self.rates[name]
         if rate is None:
             return None
         key = rate.key_for(name, who)
         if time.monotonic() < self._local_until:
-            return await self._hit_local(name, rate, key)
+            return await self._hit_local(name, rate, key, amount)
         try:
             milliseconds = rate.get_expiry() * 1000
-            answer = self._redis.ask("EVAL", _COUNT, 1, f"{self._prefix}:{key}", milliseconds)
+            answer = self._redis.ask("EVAL", _COUNT, 1, f"{self._prefix}:{key}", milliseconds, amount)
             count, left = await self._heard(answer)
         except (RedisError, OSError, TimeoutError):
             self._local_until = time.monotonic() + LOCAL_SECONDS
             metrics.LIMITER_FALLBACKS.inc()
-            return await self._hit_local(name, rate, key)
+            return await self._hit_local(name, rate, key, amount)
         return _budget(name, rate, count, left / 1000)
+
+    async def move(self, budget: Budget, wrong: str, right: str) -> Budget:
+        """What was taken from the wrong one is given back, and taken from the right one."""
+        if wrong == right:
+            return budget
+        _, moved = await asyncio.gather(self.hit(budget.name, wrong, amount=-1), self.hit(budget.name, right))
+        return moved or budget
 
     async def _heard(self, answer: "asyncio.Future[Any]") -> Any:
         """The answer; TimeoutError where Redis is silent, to everybody.
@@ -118,20 +127,21 @@ class RateLimiter:
         """
         silence = 0
         try:
-            while silence < LISTEN_TIMES:
-                answers = self._answers
-                await asyncio.wait({answer}, timeout=LISTEN_SECONDS)
-                if answer.done():
-                    found = answer.result()
-                    self._answers += 1
-                    return found
-                silence = silence + 1 if self._answers == answers else 0
-            raise TimeoutError("Redis is silent")
+            async with asyncio.timeout(within(LONGEST_SECONDS)):
+                while silence < LISTEN_TIMES:
+                    answers = self._answers
+                    await asyncio.wait({answer}, timeout=LISTEN_SECONDS)
+                    if answer.done():
+                        found = answer.result()
+                        self._answers += 1
+                        return found
+                    silence = silence + 1 if self._answers == answers else 0
+                raise TimeoutError("Redis is silent")
         finally:
             answer.cancel()
 
-    async def _hit_local(self, name: str, rate: limits.RateLimitItem, key: str) -> Budget:
-        count = await self._local.incr(key, rate.get_expiry())
+    async def _hit_local(self, name: str, rate: limits.RateLimitItem, key: str, amount: int) -> Budget:
+        count = await self._local.incr(key, rate.get_expiry(), amount)
         return _budget(name, rate, count, await self._local.get_expiry(key) - time.time())
 
 

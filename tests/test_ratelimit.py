@@ -11,11 +11,13 @@ from typing import Any
 import aiohttp
 import limits
 import pytest
+from aiohttp.test_utils import make_mocked_request
 from prometheus_client import REGISTRY
 
 from server.pipelines import Pipelines
 from server.ratelimit import RateLimiter, payer
 from server.resources import redis_client
+from server.rest.middlewares import client_address
 from server.settings import Settings
 from tests.actors import PASSWORD, Actor, Answer
 from tests.conftest import MakeActor, MakeServer
@@ -113,13 +115,27 @@ async def test_signed_in_users_have_budgets_of_their_own(make_server: MakeServer
     assert "RateLimit" not in (await ada.get("/health")).headers
 
 
-async def test_refused_tokens_are_counted_by_address(make_server: MakeServer, http: aiohttp.ClientSession) -> None:
+async def test_the_anonymous_have_a_budget_by_address(make_server: MakeServer, http: aiohttp.ClientSession) -> None:
     actor = Actor(http, await make_server(rate_limit_default=limits.parse("3/15minutes"), **PROXY), "Nobody")
-    actor.access_token = "forged"
+    for token in ("", "forged"):
+        actor.access_token, headers = token, from_address(fresh_address())
+        answers = [await actor.get("/auth/profile", headers=headers) for _ in range(4)]
+        assert [answer.status for answer in answers] == [401, 401, 401, 429]
+        assert [shown(answer)[1] for answer in answers] == [2, 1, 0, 0]
+
+
+async def test_who_holds_the_token_of_an_ended_session_does_not_spend_its_users_budget(
+    make_server: MakeServer, make_actor: MakeActor
+) -> None:
+    base = await make_server(rate_limit_default=limits.parse("5/15minutes"), **PROXY)
+    ada = await make_actor("Ada", base)
+    thief = ada.at(base)
+    await ada.log_in()
+    assert (await thief.post("/auth/logout")).status == 204  # one of Ada's five
     headers = from_address(fresh_address())
-    answers = [await actor.get("/auth/profile", headers=headers) for _ in range(4)]
-    assert [answer.status for answer in answers] == [401] * 4  # a bad token is told so, whatever the budget
-    assert [shown(answer)[1] for answer in answers] == [2, 1, 0, 0]
+    answers = [await thief.get("/auth/profile", headers=headers) for _ in range(6)]
+    assert [answer.status for answer in answers] == [401] * 5 + [429]
+    assert shown(await ada.get("/auth/profile"))[1] == 3
 
 
 async def test_a_forwarded_address_is_believed_from_trusted_proxies_only(
@@ -138,6 +154,18 @@ async def test_a_forwarded_address_is_believed_from_trusted_proxies_only(
     odd = limits.parse("2/17minutes")
     wary = Actor(http, await make_server(rate_limit_auth=odd), "Nobody")
     assert [(await wrong_login(wary, fresh_address())).status for _ in range(3)] == [401, 401, 429]
+
+
+@pytest.mark.parametrize("mapped", ["::ffff:192.0.2.1", "::FFFF:c000:201"])
+def test_an_ipv4_address_that_is_written_as_ipv6_is_itself(mapped: str) -> None:
+    def seen(peer: str, forwarded: str, *trusted: str) -> str:
+        request = make_mocked_request("GET", "/", headers={"X-Forwarded-For": forwarded} if forwarded else {})
+        return client_address(request.clone(remote=peer), [ip_network(each) for each in trusted])
+
+    assert seen(mapped, "") == "192.0.2.1"
+    assert seen(mapped, "192.0.2.9", "192.0.2.1") == "192.0.2.9"
+    assert seen("192.0.2.1", "::ffff:192.0.2.9", "192.0.2.1") == "192.0.2.9"
+    assert seen("2001:db8::1", "") == "2001:db8::1"
 
 
 def fallbacks() -> float:

@@ -9,7 +9,7 @@ from server.auth import sessions, store
 from server.auth.sessions import Device, Issuer, Pair
 from server.errors import Conflict, Unauthenticated
 from server.postgres import Database, Executor
-from server.rest.etags import lost
+from server.rest.etags import changed
 from server.rest.keys import User
 
 Accept = Callable[[Executor, UUID, str], Awaitable[UUID]]
@@ -65,11 +65,11 @@ async def delete(db: Database, issuer: Issuer, *, user: User, password_hash: str
 
     Raises:
         Conflict: the user owns projects with other members.
-        PreconditionFailed, NotFound: it is not of these revisions, or gone.
+        PreconditionFailed, Unauthenticated: it is not of these revisions; it is gone, or its password is another by now.
     """
     async with db.transaction() as transaction:
         if not await store.lock_user(transaction, user=user.id, password_hash=password_hash, revisions=revisions):
-            raise lost(revisions)
+            raise wrong_password() if revisions is None else changed()
         await store.lock_projects(transaction, user=user.id)
         # Read after the lock: someone may have joined while we waited for it.
         owned = await store.owned_projects(transaction, user=user.id)

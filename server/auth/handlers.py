@@ -17,7 +17,7 @@ from server.errors import NotFound, Unauthenticated, Unavailable
 from server.fields import parse_id
 from server.ratelimit import limit
 from server.rest import answers
-from server.rest.etags import expected_revisions, lost
+from server.rest.etags import expected_revisions, lost, untagged
 from server.rest.keys import BODY, CLIENT, QUERY, RESOURCES, USER
 from server.rest.marks import public, refuses
 from server.rest.pages import PageQuery, keys_of, page, page_of
@@ -180,6 +180,7 @@ async def list_sessions(request: web.Request) -> web.Response:
 @docs(tags=["auth"], summary="Sign a device out")
 @refuses("not_found")
 async def end_session(request: web.Request) -> web.Response:
+    untagged(request)
     session = parse_id(request.match_info["sessionId"])
     if session is None:
         raise NotFound("No such session")
@@ -191,6 +192,7 @@ async def end_session(request: web.Request) -> web.Response:
 @routes.delete("/api/v1/auth/sessions")
 @docs(tags=["auth"], summary="Sign all other devices out")
 async def end_other_sessions(request: web.Request) -> web.Response:
+    untagged(request)
     await sessions.end_others(request.app[RESOURCES].db, request.app[ISSUER], user=request[USER])
     return answers.nothing()
 

@@ -45,8 +45,10 @@ async def transfer(db: Database, *, project: UUID, owner: UUID, to: UUID) -> Non
 
     Raises:
         Forbidden: somebody else is the owner by now.
-        ValidationFailed: that user is no member.
+        ValidationFailed: that user is no member, or the owner already.
     """
+    if to == owner:
+        raise invalid("userId", "The project is yours already.")
     async with db.transaction() as transaction:
         if not await store.step_down(transaction, project=project, owner=owner):
             raise Forbidden("You are not the owner any more")

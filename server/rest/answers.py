@@ -23,7 +23,7 @@ def entity(request: web.Request, schema: Schema, row: Any, *, role: str = "") ->
 
 def tagged(request: web.Request, body: Any, *, tag: str) -> web.Response:
     headers = {"ETag": f'"{tag}"'}
-    if request.method == "GET" and unchanged(request, tag):
+    if request.method in ("GET", "HEAD") and unchanged(request, tag):
         return web.Response(status=304, headers=headers)
     return json(body, headers=headers)
 

@@ -1,6 +1,6 @@
 """Strong ETags (RFC 9110): an entity's revision, and the caller's role where the answer depends on it."""
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.helpers import ETag
 
 from server.errors import NotFound, PreconditionFailed, ServiceError
@@ -12,7 +12,7 @@ def etag(revision: int, role: str = "") -> str:
 
 def unchanged(request: web.Request, tag: str) -> bool:
     """Whether ``If-None-Match`` names this tag (weak comparison, as RFC 9110 has it)."""
-    return any(each.value in (tag, "*") for each in request.if_none_match or ())
+    return _is_any(request, hdrs.IF_NONE_MATCH) or any(each.value == tag for each in request.if_none_match or ())
 
 
 def expected_revisions(request: web.Request, role: str = "") -> list[int] | None:
@@ -21,10 +21,10 @@ def expected_revisions(request: web.Request, role: str = "") -> list[int] | None
     Raises:
         PreconditionFailed: no tag in the header could be this caller's.
     """
-    tags = request.if_match
-    if not tags or any(each.value == "*" for each in tags):
+    if hdrs.IF_MATCH not in request.headers or _is_any(request, hdrs.IF_MATCH):
         return None
-    accepted = [revision for each in tags if (revision := _revision(each, role)) is not None]
+    # What cannot be read is a condition all the same, which nothing meets.
+    accepted = [revision for each in request.if_match or () if (revision := _revision(each, role)) is not None]
     if not accepted:
         raise changed()
     return accepted
@@ -47,6 +47,10 @@ def changed() -> PreconditionFailed:
 def lost(revisions: list[int] | None) -> ServiceError:
     """Why a conditional write found no row: another revision, or it is gone."""
     return NotFound("It is gone") if revisions is None else changed()
+
+
+def _is_any(request: web.Request, header: str) -> bool:
+    return request.headers.get(header, "").strip() == "*"
 
 
 def _revision(tag: ETag, role: str) -> int | None:

@@ -138,14 +138,15 @@ def admit(admission: Admission) -> Middleware:
         if isinstance(budget, BaseException):
             raise budget
         if budget is not None:
+            if isinstance(session, Unauthenticated):
+                # Whoever holds the token of an ended session is not that user: the address pays instead.
+                budget = await admission.limiter.move(budget, who, payer(budget.name, client=request[CLIENT]))
             request[HEADERS].update(budget.headers())
-        for refusal in (identified, session):
+            if not budget.passed:
+                raise errors.RateLimited("Too many requests", retry_after=max(1, budget.reset))
+        for refusal in (identified, session, access):
             if isinstance(refusal, BaseException):
                 raise refusal
-        if budget is not None and not budget.passed:
-            raise errors.RateLimited("Too many requests", retry_after=max(1, budget.reset))
-        if isinstance(access, BaseException):
-            raise access
         return await handler(request)
 
     return middleware
@@ -203,10 +204,19 @@ def client_address(request: web.Request, trusted: Sequence[Network]) -> str:
     hops = [request.remote or "unknown"]
     forwarded = ",".join(request.headers.getall("X-Forwarded-For", ()))
     hops += [hop.strip() for hop in reversed(forwarded.split(",")) if hop.strip()]
+    hops = [_unmapped(hop) for hop in hops]
     for hop in hops:
         if not _is_trusted(hop, trusted):
             return hop if hop == hops[0] or _is_address(hop) else hops[0]
     return hops[-1]
+
+
+def _unmapped(hop: str) -> str:
+    """An IPv4 address as such, where a socket for both kinds shows it as ``::ffff:192.0.2.1``."""
+    if not hop.lower().startswith("::ffff:") or not _is_address(hop):
+        return hop
+    address = ip_address(hop)
+    return str(getattr(address, "ipv4_mapped", None) or address)
 
 
 def _is_address(text: str) -> bool:

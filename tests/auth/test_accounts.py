@@ -226,6 +226,17 @@ async def test_who_joins_while_the_account_is_being_deleted_saves_the_project(
     assert (await bob.get(f"/projects/{project}")).status == 200
 
 
+async def test_an_account_whose_password_has_just_been_changed_is_not_deleted_with_the_old_one(
+    alice: Actor, db: asyncpg.Connection, database_url: str
+) -> None:
+    async with db.transaction():
+        await db.execute("UPDATE users SET password_hash = 'new' WHERE id = $1", alice.id)
+        deletion = asyncio.ensure_future(alice.delete("/auth/profile", {"password": PASSWORD}))
+        await until_blocked(database_url)
+    answer = await deletion
+    assert (answer.status, answer.code) == (401, "invalid_credentials")
+
+
 async def test_an_older_revision_of_an_account_is_not_deleted(alice: Actor) -> None:
     tag = (await alice.get("/auth/profile")).headers["ETag"]
     await alice.patch("/auth/profile", {"name": "Alice II"})
@@ -276,12 +287,15 @@ async def test_a_signed_in_user_without_an_account_is_refused(make_actor: MakeAc
         assert (answer.status, answer.code) == (401, "unauthenticated")
 
 
-async def until_blocked(database_url: str) -> None:
-    """Until some statement waits for a lock that the test holds."""
+async def until_blocked(database_url: str, *, statements: int = 1) -> None:
+    """Until so many statements wait for a lock that the test holds."""
     watcher = await asyncpg.connect(database_url)
     try:
         async with asyncio.timeout(10):
-            while not await watcher.fetchval("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"):
+            while await watcher.fetchval(BLOCKED) < statements:
                 await asyncio.sleep(0.01)
     finally:
         await watcher.close()
+
+
+BLOCKED = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"

@@ -167,6 +167,8 @@ async def test_a_device_can_be_signed_out_from_another(alice: Actor, bob: Actor)
     assert (foreign.status, foreign.code) == (404, "not_found")
     assert (await phone.get("/auth/profile")).status == 200
 
+    for path in (f"/auth/sessions/{current}", "/auth/sessions"):  # things without an ETag
+        assert (await alice.delete(path, headers={"If-Match": '"1"'})).status == 412
     assert (await alice.delete(f"/auth/sessions/{current}")).status == 204
     assert (await phone.get("/auth/profile")).status == 401
     assert (await alice.delete(f"/auth/sessions/{current}")).status == 404

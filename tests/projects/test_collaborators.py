@@ -114,7 +114,7 @@ async def test_a_transfer_makes_the_old_owner_a_collaborator(alice: Actor, bob: 
     assert (moved.status, moved["role"], moved["owner"]["id"]) == (200, "COLLABORATOR", bob.id)
     assert (await bob.get(f"/projects/{project}"))["role"] == "OWNER"
     assert (await alice.post(f"/projects/{project}/transfer", {"userId": alice.id})).status == 403
-    for nobody in (carol.id, str(uuid4())):
+    for nobody in (carol.id, bob.id, str(uuid4())):
         refused = await bob.post(f"/projects/{project}/transfer", {"userId": nobody})
         assert (refused.status, refused["details"][0]["field"]) == (422, "userId")
     assert (await bob.get(f"/projects/{project}"))["role"] == "OWNER"

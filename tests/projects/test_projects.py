@@ -2,7 +2,10 @@
 
 import asyncio
 
+import asyncpg
+
 from tests.actors import Actor
+from tests.auth.test_accounts import until_blocked
 from tests.conftest import MakeServer
 
 
@@ -118,6 +121,10 @@ async def test_an_etag_names_revision_and_role(alice: Actor, bob: Actor) -> None
     assert (await bob.get(path, headers={"If-None-Match": tag})).status == 200  # another role, another body
     refused = await alice.patch(path, {"name": "x"}, headers={"If-Match": '"1-owner"'})
     assert (refused.status, refused.code) == (412, "precondition_failed")
+    for unreadable in (tag.strip('"'), "garbage", '"*"', "", f"x, {tag}"):
+        refused = await alice.patch(path, {"name": "x"}, headers={"If-Match": unreadable})
+        assert (refused.status, refused.code) == (412, "precondition_failed"), unreadable
+    assert (await alice.call("HEAD", path, headers={"If-None-Match": tag})).status == 304
     changed = await alice.patch(path, {"name": "x"}, headers={"If-Match": tag})
     assert changed.status == 200
     assert changed.headers["ETag"] != tag
@@ -168,3 +175,26 @@ async def test_fifty_changes_on_one_etag_have_one_winner(alice: Actor, make_serv
     assert sorted(answer.status for answer in answers) == [200] + [412] * 49
     winner = next(answer for answer in answers if answer.status == 200)
     assert (await alice.get(f"/projects/{project}"))["name"] == winner["name"]
+
+
+async def test_what_races_with_the_deletion_of_its_project_is_told_that_it_is_gone(
+    alice: Actor, bob: Actor, database_url: str
+) -> None:
+    project = await alice.make_project()
+    db = await asyncpg.connect(database_url)
+    try:
+        async with db.transaction():
+            await db.execute("DELETE FROM projects WHERE id = $1", project)
+            calls = [
+                asyncio.ensure_future(alice.post(path, body))
+                for path, body in (
+                    ("/workspaces", {"projectId": project, "name": "Numbers"}),
+                    (f"/projects/{project}/collaborators", {"email": bob.email}),
+                    (f"/projects/{project}/collaborators", {"email": f"new-{bob.email}"}),
+                )
+            ]
+            await until_blocked(database_url, statements=len(calls))
+    finally:
+        await db.close()
+    for answer in await asyncio.gather(*calls):
+        assert (answer.status, answer.code) == (404, "not_found"), answer
