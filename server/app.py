@@ -21,6 +21,7 @@ from server.auth.blacklist import Blacklist
 from server.auth.passwords import Hasher
 from server.auth.sessions import Issuer
 from server.auth.tokens import Keys, Verifier
+from server.auth.upkeep import Chore
 from server.documents import handlers as documents
 from server.documents.messages import messages as document_messages
 from server.documents.rooms import ROOMS, Rooms
@@ -137,7 +138,7 @@ def make_issuer(settings: Settings, stores: Resources) -> Issuer:
     access_keys = Keys.of(settings.jwt_secret, settings.jwt_secret_previous)
     return Issuer(
         access_keys=access_keys,
-        verifier=Verifier(access_keys),
+        verifier=Verifier(access_keys, ttl=settings.access_token_ttl),
         refresh_keys=Keys.of(settings.jwt_refresh_secret, settings.jwt_refresh_secret_previous),
         access_ttl=settings.access_token_ttl,
         refresh_ttl=settings.refresh_token_ttl,
@@ -214,7 +215,9 @@ async def close_hasher(app: web.Application) -> AsyncIterator[None]:
 
 
 async def keep_accounts(app: web.Application) -> AsyncIterator[None]:
-    task = asyncio.ensure_future(upkeep.run(app[RESOURCES].db, app[auth.ISSUER].blacklist))
+    db = app[RESOURCES].db
+    forget_invitations = Chore("forget expired invitations", partial(invitations.forget_expired, db))
+    task = asyncio.ensure_future(upkeep.run(db, app[auth.ISSUER], forget_invitations))
     yield
     task.cancel()
     await asyncio.wait({task})

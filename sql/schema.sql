@@ -15,6 +15,12 @@ CREATE TABLE users (
 
 CREATE UNIQUE INDEX users_email_key ON users (lower(email));
 
+-- A user as others see them; null for nobody.
+CREATE FUNCTION person(u users) RETURNS jsonb LANGUAGE sql STABLE AS $$
+SELECT CASE WHEN u.id IS NOT NULL THEN
+    jsonb_build_object('id', u.id, 'email', u.email, 'name', u.name, 'avatar_url', u.avatar_url) END
+$$;
+
 -- A session is a family of refresh tokens: what a device holds. Its row is the truth about whether it lives.
 CREATE TABLE sessions (
     id           uuid PRIMARY KEY DEFAULT gen_random_uuid(),
@@ -29,6 +35,7 @@ CREATE TABLE sessions (
 
 CREATE INDEX sessions_user_id ON sessions (user_id, created_at, id) WHERE ended_at IS NULL;
 CREATE INDEX sessions_expires_at ON sessions (expires_at);
+CREATE INDEX sessions_ended_at ON sessions (ended_at) WHERE ended_at IS NOT NULL;
 
 -- Only the keyed hash is kept. A spent token stays until its session expires, so that its reuse is noticed.
 CREATE TABLE refresh_tokens (
@@ -69,30 +76,56 @@ CREATE TABLE members (
 CREATE UNIQUE INDEX members_owner_key ON members (project_id) WHERE role = 'OWNER';
 CREATE INDEX members_user_id ON members (user_id, role);
 
+-- Who joins must not change their name meanwhile: that change would not know of this project, and its revision would
+-- show the old name. Before the project is locked, since a change of name locks the user first, too.
+CREATE FUNCTION hold_new_member() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM FROM users WHERE id = NEW.user_id FOR SHARE;
+    RETURN NEW;
+END $$;
+
+CREATE TRIGGER members_hold_user BEFORE INSERT ON members
+FOR EACH ROW EXECUTE FUNCTION hold_new_member();
+
 CREATE TABLE invitations (
     id         uuid PRIMARY KEY DEFAULT gen_random_uuid(),
     project_id uuid NOT NULL REFERENCES projects ON DELETE CASCADE,
     email      text NOT NULL CHECK (length(email) <= 254),
     role       text NOT NULL CHECK (role IN ('COLLABORATOR', 'VIEWER')),
     token_hash bytea NOT NULL UNIQUE,
-    invited_by uuid REFERENCES users ON DELETE SET NULL,
+    invited_by uuid,  -- shown as nobody, once they are gone
     created_at timestamptz NOT NULL DEFAULT now(),
     expires_at timestamptz NOT NULL
 );
 
 CREATE UNIQUE INDEX invitations_email_key ON invitations (project_id, lower(email));
 CREATE INDEX invitations_email ON invitations (lower(email));
+CREATE INDEX invitations_expires_at ON invitations (expires_at);
 
 CREATE TABLE activity (
     id         bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     project_id uuid NOT NULL REFERENCES projects ON DELETE CASCADE,
-    actor_id   uuid REFERENCES users ON DELETE SET NULL,
+    -- No foreign key: to delete a user would be to look through all that anybody did. Who is gone is shown as nobody.
+    actor_id   uuid,
     action     text NOT NULL CHECK (length(action) <= 64),
     subject    jsonb NOT NULL DEFAULT '{}',
     at         timestamptz NOT NULL DEFAULT now()
 );
 
 CREATE INDEX activity_project_id ON activity (project_id, id DESC);
+
+-- About the newest 10,000 entries of a project stay. One entry in a hundred takes older ones with it, never many.
+CREATE FUNCTION shorten_activity() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    DELETE FROM activity WHERE id IN (
+        SELECT id FROM activity WHERE project_id = NEW.project_id AND id <= (
+            SELECT id FROM activity WHERE project_id = NEW.project_id ORDER BY id DESC OFFSET 10000 LIMIT 1)
+        ORDER BY id LIMIT 1000 FOR UPDATE SKIP LOCKED);
+    RETURN NULL;
+END $$;
+
+CREATE TRIGGER activity_shorten AFTER INSERT ON activity
+FOR EACH ROW WHEN (NEW.id % 100 = 0) EXECUTE FUNCTION shorten_activity();
 
 -- Workspaces, and the triggers that raise a project's revision when what its GET shows has changed.
 

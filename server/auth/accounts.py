@@ -65,7 +65,7 @@ async def delete(db: Database, issuer: Issuer, *, user: User, password_hash: str
 
     Raises:
         Conflict: the user owns projects with other members.
-        PreconditionFailed, Unauthenticated: it is not of these revisions; it is gone, or its password is another by now.
+        PreconditionFailed, Unauthenticated: it is of another revision; gone, or its password is another by now.
     """
     async with db.transaction() as transaction:
         if not await store.lock_user(transaction, user=user.id, password_hash=password_hash, revisions=revisions):

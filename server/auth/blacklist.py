@@ -20,7 +20,6 @@ from server.pipelines import Pipelines
 
 ANSWER_SECONDS = 0.5  # beyond that the row is quicker
 REST_SECONDS = 2.0  # how long Redis is left alone after it did not answer
-RETRY_SECONDS = 0.5
 # One hash tag: one Lua call asks for all of them.
 _SINCE = "{auth}:remembers-since"
 _MARGIN_SECONDS = 5  # the leeway of expiry, and then some
@@ -51,17 +50,23 @@ class Blacklist:
         keys = [*map(_key, sessions), *map(_key, tokens)]
         if not keys:
             return
-        if self._is_resting():
-            self._missed = True
-            return
+        noted = False
         try:
-            async with asyncio.timeout(ANSWER_SECONDS), self._redis.pipeline(transaction=False) as pipeline:
-                for key in keys:
-                    pipeline.set(key, b"", ex=self._seconds)
-                await pipeline.execute()
+            if not self._is_resting():
+                async with asyncio.timeout(ANSWER_SECONDS), self._redis.pipeline(transaction=False) as pipeline:
+                    for key in keys:
+                        pipeline.set(key, b"", ex=self._seconds)
+                    await pipeline.execute()
+                noted = True
         except _AWAY:
             self._rest()
-            self._missed = True
+        finally:
+            if not noted:  # also where whoever asked has lost patience
+                self.distrust()
+
+    def distrust(self) -> None:
+        """Redis may lack notes: as soon as it can be told, the rows decide."""
+        self._missed = True
 
     async def ended(self, *, session: UUID, token: str) -> bool | None:
         """Whether session or token is noted as ended; None when Redis cannot know."""
@@ -77,12 +82,10 @@ class Blacklist:
         return None
 
     async def catch_up(self) -> None:
-        """For as long as the process lives: after a missed note, tell all processes to ask the rows."""
-        while True:
-            await asyncio.sleep(RETRY_SECONDS)
-            if self._missed and not self._is_resting():
-                self._missed = False  # before the wait: another may be missed during it
-                await self._start_anew()
+        """After a missed note, tell all processes to ask the rows. To be called every now and then."""
+        if self._missed and not self._is_resting():
+            self._missed = False  # before the wait: another may be missed during it
+            await self._start_anew()
 
     async def _ask(self, *keys: str) -> bool | None:
         noted, remembers = await self._pipelines.ask("EVALSHA", self._ask_sha, 1 + len(keys), _SINCE, *keys)
@@ -98,7 +101,7 @@ class Blacklist:
                 await self._redis.script_load(_ASK)
         except _AWAY:
             self._rest()
-            self._missed = True
+            self.distrust()
 
     def _rest(self) -> None:
         self._resting_until = time.monotonic() + REST_SECONDS

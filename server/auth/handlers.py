@@ -171,9 +171,9 @@ async def list_sessions(request: web.Request) -> web.Response:
         user=user.id,
         current=user.session,
         limit=query["limit"],
-        after=keys_of(query["cursor"], datetime, UUID),
+        after=keys_of(query["cursor"], datetime, UUID, of="sessions"),
     )
-    return answers.page(SESSION_ANSWER, *page(rows, query["limit"], "created_at", "id"))
+    return answers.page(SESSION_ANSWER, *page(rows, query["limit"], "created_at", "id", of="sessions"))
 
 
 @routes.delete("/api/v1/auth/sessions/{sessionId}")

@@ -19,7 +19,9 @@ def email(**options: Any) -> Email:
 
 
 def password(**options: Any) -> fields.String:
-    return fields.String(validate=strong, metadata={"example": "Lovelace1815", "minLength": 8, "maxLength": 128}, **options)
+    return fields.String(
+        validate=strong, metadata={"example": "Lovelace1815", "minLength": 8, "maxLength": 128}, **options
+    )
 
 
 def any_password() -> fields.String:

@@ -9,7 +9,7 @@ from uuid import UUID
 
 from server.auth import store, tokens
 from server.auth.blacklist import Blacklist
-from server.errors import NotFound, Unauthenticated
+from server.errors import NotFound, Unauthenticated, Unavailable
 from server.postgres import Executor
 from server.realtime.channels import Channels
 from server.rest.keys import User
@@ -17,6 +17,7 @@ from server.rest.keys import User
 GRACE_SECONDS = 10.0  # two honest requests with one token may race
 SPREAD_SECONDS = 0.75  # more than the blacklist takes; a silent Redis must not keep who logs out
 KEPT_DAYS = 7  # of sessions that expired, for whoever asks what happened
+NOTED_AGAIN = 5000  # sessions; where more ended lately, the rows decide for as long
 LONGEST_USER_AGENT, LONGEST_ADDRESS = 512, 64
 
 
@@ -129,9 +130,22 @@ async def spread(issuer: Issuer, *, sessions: Collection[UUID], tokens: Collecti
             )
 
 
+async def note_again(db: Executor, issuer: Issuer) -> None:
+    """For a process that starts: what ended lately, in case that whoever ended it could not note it, and died."""
+    try:
+        ended: list[UUID] | None = await store.recently_ended(db, seconds=issuer.access_ttl, most=NOTED_AGAIN)
+    except Unavailable:
+        ended = None
+    if ended is None or len(ended) == NOTED_AGAIN:
+        issuer.blacklist.distrust()
+    else:
+        await issuer.blacklist.add(sessions=ended)
+
+
 async def forget_old(db: Executor) -> None:
-    """Once: the rows of sessions that expired long ago."""
-    await store.forget_old_sessions(db, keep_days=KEPT_DAYS)
+    """The rows of sessions that expired long ago, piece by piece."""
+    while await store.forget_old_sessions(db, keep_days=KEPT_DAYS):
+        pass
 
 
 async def _refusal(db: Executor, issuer: Issuer, hashes: list[bytes]) -> Unauthenticated:

@@ -312,14 +312,33 @@ async def list_sessions(db: Executor, *, user: UUID, current: UUID, limit: int, 
     )
 
 
-async def forget_old_sessions(db: Executor, *, keep_days: int) -> None:
-    """Housekeeping: sessions that ended or expired long ago, with their tokens."""
-    await db.execute(
+async def recently_ended(db: Executor, *, seconds: int, most: int) -> list[UUID]:
+    """Sessions that ended in the last seconds, but not more than ``most``."""
+    rows = await db.fetch(
+        "SELECT id FROM sessions WHERE ended_at > now() - make_interval(secs => $1) LIMIT $2", seconds, most
+    )
+    return [row["id"] for row in rows]
+
+
+async def forget_old_sessions(db: Executor, *, keep_days: int) -> int:
+    """Housekeeping: how many rows of sessions that expired long ago are gone now, 0 when there are no more.
+
+    A session may have thousands of tokens: these go first, and it with the last of them.
+    """
+    forgotten: int = await db.fetchval(
         """
-        DELETE FROM sessions WHERE id IN (
-            SELECT id FROM sessions
-            WHERE expires_at < now() - make_interval(days => $1) LIMIT 10000
+        WITH old AS (
+            SELECT id FROM sessions WHERE expires_at < now() - make_interval(days => $1) ORDER BY expires_at LIMIT 100
+        ), tokens AS (
+            DELETE FROM refresh_tokens WHERE hash IN (
+                SELECT hash FROM refresh_tokens WHERE session_id IN (SELECT id FROM old) LIMIT 1000
+            ) RETURNING hash
+        ), forgotten AS (
+            DELETE FROM sessions s USING old WHERE s.id = old.id
+              AND NOT EXISTS (SELECT FROM refresh_tokens t WHERE t.session_id = s.id) RETURNING s.id
         )
+        SELECT (SELECT count(*) FROM tokens) + (SELECT count(*) FROM forgotten)
         """,
         keep_days,
     )
+    return forgotten

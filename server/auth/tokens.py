@@ -59,8 +59,11 @@ def issue(*, user: UUID, session: UUID, keys: Keys, now: datetime, ttl: int) -> 
     return jwt.encode(claims, keys.accepted[keys.signing_id], algorithm="HS256", headers={"kid": keys.signing_id})
 
 
-def verify(token: str, *, keys: Keys) -> Claims:
+def verify(token: str, *, keys: Keys, ttl: int) -> Claims:
     """The claims of a token that we signed, that is an access token and has not expired.
+
+    None lives longer than ``ttl`` seconds, also where it was issued for more, before the setting was changed: the
+    note that its session has ended lives no longer either.
 
     Raises:
         Unauthenticated: it is anything else.
@@ -82,11 +85,12 @@ def verify(token: str, *, keys: Keys) -> Claims:
         )
         if claims["typ"] != "access":
             raise jwt.InvalidTokenError("not an access token")
+        issued_at, expires_at = (datetime.fromtimestamp(claims[name], UTC) for name in ("iat", "exp"))
         return Claims(
             user=UUID(str(claims["sub"])),
             session=UUID(str(claims["sid"])),
             token=str(claims["jti"]),
-            expires_at=datetime.fromtimestamp(claims["exp"], UTC),
+            expires_at=min(expires_at, issued_at + timedelta(seconds=ttl)),
         )
     # RecursionError: a header of nothing but brackets.
     except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError):
@@ -96,19 +100,19 @@ def verify(token: str, *, keys: Keys) -> Claims:
 class Verifier:
     """Verifies a token once: its signature does not change, only time passes."""
 
-    def __init__(self, keys: Keys) -> None:
-        self._keys = keys
+    def __init__(self, keys: Keys, *, ttl: int) -> None:
+        self._keys, self._ttl = keys, ttl
         self._verified: dict[str, Claims] = {}
 
     def verify(self, token: str, *, now: datetime) -> Claims:
         """As ``verify`` does."""
         known = self._verified.get(token)
         if known is None:
-            known = verify(token, keys=self._keys)
+            known = verify(token, keys=self._keys, ttl=self._ttl)
             if len(self._verified) >= REMEMBERED:
                 del self._verified[next(iter(self._verified))]  # the oldest
             self._verified[token] = known
-        elif now >= known.expires_at + timedelta(seconds=LEEWAY_SECONDS):
+        if now >= known.expires_at + timedelta(seconds=LEEWAY_SECONDS):
             del self._verified[token]
             raise Unauthenticated("The access token is not valid")
         return known

@@ -1,29 +1,49 @@
-"""What accounts need done in the background, for as long as a process lives."""
+"""What must be done now and then, for as long as a process lives."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
 
 import structlog
 
 from server.auth import sessions
-from server.auth.blacklist import Blacklist
+from server.auth.sessions import Issuer
 from server.errors import ServiceError
 from server.postgres import Executor
 
 log = structlog.get_logger()
 
+CATCH_UP_SECONDS = 0.5
 FORGET_SECONDS = 3600.0
 
 
-async def run(db: Executor, blacklist: Blacklist) -> None:
+@dataclass(frozen=True)
+class Chore:
+    name: str
+    do: Callable[[], Awaitable[None]]
+    seconds: float = FORGET_SECONDS  # between two times
+
+
+async def run(db: Executor, issuer: Issuer, *others: Chore) -> None:
+    """What accounts need, and what others do."""
+    await sessions.note_again(db, issuer)
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(blacklist.catch_up())
-        tasks.create_task(_forget_old_sessions(db))
+        for chore in (
+            Chore("catch up with missed notes", issuer.blacklist.catch_up, CATCH_UP_SECONDS),
+            Chore("forget old sessions", partial(sessions.forget_old, db)),
+            *others,
+        ):
+            tasks.create_task(keep_doing(chore))
 
 
-async def _forget_old_sessions(db: Executor) -> None:
+async def keep_doing(chore: Chore) -> None:
+    """Whatever happens to it: the next time may be better, and others go on."""
     while True:
         try:
-            await sessions.forget_old(db)
+            await chore.do()
         except ServiceError as error:
-            log.warning("old sessions kept", error=error.detail)
-        await asyncio.sleep(FORGET_SECONDS)
+            log.warning("chore put off", chore=chore.name, error=error.detail)
+        except Exception:  # a door of its own: nobody stands behind it
+            log.exception("chore failed", chore=chore.name)
+        await asyncio.sleep(chore.seconds)

@@ -43,10 +43,10 @@ DOCUMENT, VERSION, VERSION_WITH_CONTENT = schemas.Document(), schemas.Version(),
 @requires(Role.VIEWER)
 async def list_documents(request: web.Request) -> web.Response:
     query = request[QUERY]
-    (after,) = keys_of(query["cursor"], str)
+    (after,) = keys_of(query["cursor"], str, of="documents")
     workspace = UUID(request.match_info["workspaceId"])
     rows = await store.list_documents(_db(request), workspace=workspace, limit=query["limit"], after=after)
-    return answers.page(DOCUMENT, *page(rows, query["limit"], "path"))
+    return answers.page(DOCUMENT, *page(rows, query["limit"], "path", of="documents"))
 
 
 @routes.post("/api/v1/workspaces/{workspaceId}/documents")
@@ -172,11 +172,11 @@ async def write_content(request: web.Request) -> web.Response:
 @requires(Role.VIEWER)
 async def list_versions(request: web.Request) -> web.Response:
     query = request[QUERY]
-    (before,) = keys_of(query["cursor"], int)
+    (before,) = keys_of(query["cursor"], int, of="versions")
     if before is not None and not 0 <= before <= LARGEST_VERSION:
         raise invalid("cursor", "Not a cursor of this list.")
     rows = await store.list_versions(_db(request), document=_id(request), limit=query["limit"], before=before)
-    return answers.page(VERSION, *page(rows, query["limit"], "version"))
+    return answers.page(VERSION, *page(rows, query["limit"], "version", of="versions"))
 
 
 @routes.get("/api/v1/documents/{documentId}/versions/{version}")

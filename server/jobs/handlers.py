@@ -105,9 +105,9 @@ async def list_jobs(request: web.Request) -> web.Response:
             status=query["status"],
             type=query["type"],
             limit=query["limit"],
-            after=keys_of(query["cursor"], datetime, str),
+            after=keys_of(query["cursor"], datetime, str, of="jobs"),
         )
-    cursor = cursor_of(jobs[-1]["createdAt"].isoformat(), jobs[-1]["_id"]) if more else None
+    cursor = cursor_of(jobs[-1]["createdAt"].isoformat(), jobs[-1]["_id"], of="jobs") if more else None
     return answers.json({"items": [store.shown(job) for job in jobs], "nextCursor": cursor})
 
 

@@ -48,6 +48,7 @@ async def create_project(request: web.Request) -> web.Response:
 @response_schema(page_of(schemas.Project), 200)
 async def list_projects(request: web.Request) -> web.Response:
     query = request[QUERY]
+    order = f"projects by {query['sort']}"
     rows = await store.list_projects(
         request.app[RESOURCES].db,
         user=request[USER].id,
@@ -56,9 +57,9 @@ async def list_projects(request: web.Request) -> web.Response:
         sort=query["sort"].lstrip("-"),
         descending=query["sort"].startswith("-"),
         limit=query["limit"],
-        after=keys_of(query["cursor"], str, UUID),
+        after=keys_of(query["cursor"], str, UUID, of=order),
     )
-    return answers.page(PROJECT, *page(rows, query["limit"], "key", "id"))
+    return answers.page(PROJECT, *page(rows, query["limit"], "key", "id", of=order))
 
 
 @routes.get("/api/v1/projects/{projectId}")
@@ -126,11 +127,11 @@ async def delete_project(request: web.Request) -> web.Response:
 @requires(Role.VIEWER)
 async def list_activity(request: web.Request) -> web.Response:
     query = request[QUERY]
-    (before,) = keys_of(query["cursor"], int)
+    (before,) = keys_of(query["cursor"], int, of="activity")
     rows = await store.list_activity(
         request.app[RESOURCES].db, project=request[ACCESS].project, limit=query["limit"], before=before
     )
-    return answers.page(ACTIVITY, *page(rows, query["limit"], "id"))
+    return answers.page(ACTIVITY, *page(rows, query["limit"], "id", of="activity"))
 
 
 @routes.post("/api/v1/projects/{projectId}/transfer")
@@ -157,10 +158,10 @@ async def list_collaborators(request: web.Request) -> web.Response:
         store.list_members,
         project=request[ACCESS].project,
         limit=query["limit"],
-        after=keys_of(query["cursor"], datetime, UUID),
+        after=keys_of(query["cursor"], datetime, UUID, of="collaborators"),
     )
     rows = await request.app[RESOURCES].replicas.read(ask, proof=access.proof(request[ACCESS]))
-    return answers.page(COLLABORATOR, *page(rows, query["limit"], "joined_at", "id"))
+    return answers.page(COLLABORATOR, *page(rows, query["limit"], "joined_at", "id", of="collaborators"))
 
 
 @routes.post("/api/v1/projects/{projectId}/collaborators")
@@ -273,9 +274,9 @@ async def _invitations(request: web.Request, *, project: UUID | None = None, use
         project=project,
         user=user,
         limit=query["limit"],
-        after=keys_of(query["cursor"], datetime, UUID),
+        after=keys_of(query["cursor"], datetime, UUID, of="invitations"),
     )
-    return answers.page(INVITATION, *page(rows, query["limit"], "created_at", "id"))
+    return answers.page(INVITATION, *page(rows, query["limit"], "created_at", "id", of="invitations"))
 
 
 async def _shown_anew(request: web.Request, project: UUID) -> web.Response:

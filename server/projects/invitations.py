@@ -1,16 +1,18 @@
 """Invitations: whoever holds the token and has the address it was sent to may join."""
 
 import hashlib
-import secrets
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+from server.auth.tokens import new_secret
 from server.errors import Forbidden, Gone, NotFound
 from server.postgres import Executor
 from server.projects import store
 
 LIFETIME = timedelta(days=7)
+KEPT_DAYS = 30  # after that: whoever has the token is told for so long that it has expired
+FORGOTTEN_AT_ONCE = 1000
 
 
 def token_hash(token: str) -> bytes:
@@ -20,7 +22,7 @@ def token_hash(token: str) -> bytes:
 
 async def invite(db: Executor, *, project: UUID, actor: UUID, email: str, role: str, now: datetime) -> dict[str, Any]:
     """The pending invitation of that address, with its ``token``; inviting again renews it."""
-    token = secrets.token_urlsafe(32)
+    token = new_secret()
     invited = await store.invite(
         db,
         project=project,
@@ -45,6 +47,11 @@ async def accept(db: Executor, user: UUID, token: str) -> UUID:
         raise await _refusal(db, hashed)
     project: UUID = accepted["project_id"]
     return project
+
+
+async def forget_expired(db: Executor) -> None:
+    while await store.forget_invitations(db, keep_days=KEPT_DAYS, most=FORGOTTEN_AT_ONCE) == FORGOTTEN_AT_ONCE:
+        pass
 
 
 async def _refusal(db: Executor, hashed: bytes) -> NotFound | Gone | Forbidden:

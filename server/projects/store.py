@@ -46,8 +46,7 @@ async def read_project_with_members(db: Executor, *, project: UUID, most: int) -
                 SELECT id, project_id, name, description, meta, created_at, updated_at FROM workspaces
                 WHERE project_id = p.id ORDER BY created_at, id LIMIT $2) w) AS workspaces,
             (SELECT COALESCE(jsonb_agg(c ORDER BY c.joined_at, c.id), '[]') FROM (
-                SELECT m.id, m.role, m.joined_at, jsonb_build_object(
-                    'id', u.id, 'email', u.email, 'name', u.name, 'avatar_url', u.avatar_url) AS "user"
+                SELECT m.id, m.role, m.joined_at, person(u) AS "user"
                 FROM members m JOIN users u ON u.id = m.user_id
                 WHERE m.project_id = p.id ORDER BY m.joined_at, m.id LIMIT $2) c) AS collaborators
         FROM projects p JOIN project_details d ON d.project_id = p.id WHERE p.id = $1
@@ -162,8 +161,7 @@ async def add_member(db: Executor, *, project: UUID, actor: UUID, user: UUID, ro
             INSERT INTO activity (project_id, actor_id, action, subject)
             SELECT $1, $2, 'collaborator.added', jsonb_build_object('userId', user_id, 'role', role) FROM added
         )
-        SELECT added.id, added.role, added.joined_at, jsonb_build_object(
-            'id', u.id, 'email', u.email, 'name', u.name, 'avatar_url', u.avatar_url) AS "user"
+        SELECT added.id, added.role, added.joined_at, person(u) AS "user"
         FROM added JOIN users u ON u.id = added.user_id
         """,
         project,
@@ -177,8 +175,7 @@ async def list_members(db: Executor, *, project: UUID, limit: int, after: tuple[
     """Members, the owner among them, in the order in which they joined; one more than ``limit``."""
     return await db.fetch(
         """
-        SELECT m.id, m.role, m.joined_at, jsonb_build_object(
-            'id', u.id, 'email', u.email, 'name', u.name, 'avatar_url', u.avatar_url) AS "user"
+        SELECT m.id, m.role, m.joined_at, person(u) AS "user"
         FROM members m JOIN users u ON u.id = m.user_id
         WHERE m.project_id = $1 AND ($3::timestamptz IS NULL OR (m.joined_at, m.id) > ($3, $4::uuid))
         ORDER BY m.joined_at, m.id LIMIT $2 + 1
@@ -204,8 +201,7 @@ async def change_role(db: Executor, *, project: UUID, actor: UUID, member: UUID,
             SELECT $1, $2, 'collaborator.role_changed', jsonb_build_object('userId', user_id, 'role', role)
             FROM changed
         )
-        SELECT changed.id, changed.user_id, changed.role, changed.joined_at, jsonb_build_object(
-            'id', u.id, 'email', u.email, 'name', u.name, 'avatar_url', u.avatar_url) AS "user"
+        SELECT changed.id, changed.user_id, changed.role, changed.joined_at, person(u) AS "user"
         FROM changed JOIN users u ON u.id = changed.user_id
         """,
         project,
@@ -293,9 +289,8 @@ async def invite(
             INSERT INTO activity (project_id, actor_id, action, subject)
             SELECT $1, $2, 'invitation.created', jsonb_build_object('email', email, 'role', role) FROM invited
         )
-        SELECT i.id, i.project_id, i.email, i.role, i.expires_at, i.created_at, jsonb_build_object(
-            'id', u.id, 'email', u.email, 'name', u.name, 'avatar_url', u.avatar_url) AS invited_by
-        FROM invited i JOIN users u ON u.id = $2
+        SELECT i.id, i.project_id, i.email, i.role, i.expires_at, i.created_at, person(u) AS invited_by
+        FROM invited i LEFT JOIN users u ON u.id = $2
         """,
         project,
         actor,
@@ -315,8 +310,7 @@ async def list_invitations(
     return await db.fetch(
         """
         SELECT i.id, i.project_id, i.email, i.role, i.expires_at, i.created_at,
-               CASE WHEN u.id IS NOT NULL THEN jsonb_build_object(
-                   'id', u.id, 'email', u.email, 'name', u.name, 'avatar_url', u.avatar_url) END AS invited_by
+               person(u) AS invited_by
         FROM invitations i LEFT JOIN users u ON u.id = i.invited_by
         WHERE ($1::uuid IS NULL OR i.project_id = $1)
           AND ($2::uuid IS NULL OR lower(i.email) = (SELECT lower(email) FROM users WHERE id = $2))
@@ -379,13 +373,29 @@ async def invitation_state(db: Executor, *, token_hash: bytes) -> Record | None:
     return await db.fetchrow("SELECT expires_at <= now() AS expired FROM invitations WHERE token_hash = $1", token_hash)
 
 
+async def forget_invitations(db: Executor, *, keep_days: int, most: int) -> int:
+    """Housekeeping: how many that expired long ago are gone now."""
+    forgotten: int = await db.fetchval(
+        """
+        WITH forgotten AS (
+            DELETE FROM invitations WHERE id IN (
+                SELECT id FROM invitations WHERE expires_at < now() - make_interval(days => $1) LIMIT $2
+            ) RETURNING id
+        )
+        SELECT count(*) FROM forgotten
+        """,
+        keep_days,
+        most,
+    )
+    return forgotten
+
+
 async def list_activity(db: Executor, *, project: UUID, limit: int, before: int | None) -> list[Record]:
     """Newest first; one more than ``limit``."""
     return await db.fetch(
         """
         SELECT a.id, a.action, a.subject, a.at,
-               CASE WHEN u.id IS NOT NULL THEN jsonb_build_object(
-                   'id', u.id, 'email', u.email, 'name', u.name, 'avatar_url', u.avatar_url) END AS actor
+               person(u) AS actor
         FROM activity a LEFT JOIN users u ON u.id = a.actor_id
         WHERE a.project_id = $1 AND ($3::bigint IS NULL OR a.id < $3)
         ORDER BY a.id DESC LIMIT $2 + 1

@@ -22,24 +22,24 @@ class PageQuery(Schema):
     cursor = fields.String(load_default=None, validate=validate.Length(max=1000))
 
 
-def cursor_of(*keys: Any) -> str:
-    """An opaque cursor: the sort keys of the last item shown."""
-    return base64.urlsafe_b64encode(json.dumps(keys)).decode().rstrip("=")
+def cursor_of(*keys: Any, of: str) -> str:
+    """An opaque cursor: the list with its order, and the sort keys of the last item shown."""
+    return base64.urlsafe_b64encode(json.dumps([of, *keys])).decode().rstrip("=")
 
 
-def keys_of(cursor: str | None, *kinds: type) -> tuple[Any, ...]:
-    """The sort keys in a cursor, each of the wanted kind; all None for the first page.
+def keys_of(cursor: str | None, *kinds: type, of: str) -> tuple[Any, ...]:
+    """The sort keys in a cursor of that list, each of the wanted kind; all None for the first page.
 
     Raises:
-        ValidationFailed: the cursor is not one of ours.
+        ValidationFailed: the cursor is not one of that list.
     """
     if cursor is None:
         return (None,) * len(kinds)
     try:
         keys = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
-        if not isinstance(keys, list) or len(keys) != len(kinds):
+        if not isinstance(keys, list) or len(keys) != 1 + len(kinds) or keys[0] != of:
             raise ValueError("not our keys")
-        return tuple(_parse(kind, key) for kind, key in zip(kinds, keys, strict=True))
+        return tuple(_parse(kind, key) for kind, key in zip(kinds, keys[1:], strict=True))
     except (ValueError, TypeError, OverflowError, binascii.Error, ServiceError):
         raise invalid("cursor", "Not a cursor of this list.") from None
 
@@ -62,12 +62,12 @@ def _moment(key: str) -> datetime:
     return moment.astimezone(UTC)  # OverflowError before the first year and after the last
 
 
-def page(rows: Sequence[Any], limit: int, *keys: str) -> tuple[Sequence[Any], str | None]:
+def page(rows: Sequence[Any], limit: int, *keys: str, of: str) -> tuple[Sequence[Any], str | None]:
     """Rows asked for with ``limit + 1`` → those to show, and the cursor of the next page."""
     if len(rows) <= limit:
         return rows, None
     last = rows[limit - 1]
-    return rows[:limit], cursor_of(*(_written(last[key]) for key in keys))
+    return rows[:limit], cursor_of(*(_written(last[key]) for key in keys), of=of)
 
 
 def _written(key: Any) -> str:

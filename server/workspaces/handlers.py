@@ -56,10 +56,10 @@ async def list_workspaces(request: web.Request) -> web.Response:
         store.list_workspaces,
         project=request[ACCESS].project,
         limit=query["limit"],
-        after=keys_of(query["cursor"], datetime, UUID),
+        after=keys_of(query["cursor"], datetime, UUID, of="workspaces"),
     )
     rows = await request.app[RESOURCES].replicas.read(ask, proof=access.proof(request[ACCESS]))
-    return answers.page(WORKSPACE, *page(rows, query["limit"], "created_at", "id"))
+    return answers.page(WORKSPACE, *page(rows, query["limit"], "created_at", "id", of="workspaces"))
 
 
 @routes.get("/api/v1/workspaces/{workspaceId}")
@@ -80,11 +80,11 @@ async def read_workspace(request: web.Request) -> web.Response:
 @requires(Role.VIEWER)
 async def list_online(request: web.Request) -> web.Response:
     query = request[QUERY]
-    (after,) = keys_of(query["cursor"], UUID)
+    (after,) = keys_of(query["cursor"], UUID, of="online")
     with reported():
         online = await request.app[REALTIME].presence.online(_id(request))
     rows = [vars(each) for each in online if after is None or each.user_id > after]
-    return answers.page(ONLINE, *page(rows[: query["limit"] + 1], query["limit"], "user_id"))
+    return answers.page(ONLINE, *page(rows[: query["limit"] + 1], query["limit"], "user_id", of="online"))
 
 
 @routes.get("/api/v1/workspaces/{workspaceId}/events")

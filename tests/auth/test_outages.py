@@ -8,7 +8,8 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable
-from urllib.parse import urlsplit
+from dataclasses import dataclass
+from uuid import uuid4
 
 import asyncpg
 import pytest
@@ -16,8 +17,11 @@ from redis.asyncio import Redis
 
 from server.auth import blacklist
 from server.devstack.stack import Stack
+from server.pipelines import Pipelines
+from server.resources import redis_client
 from tests.actors import PASSWORD, Actor, Answer
-from tests.conftest import MakeActor, MakeServer
+from tests.conftest import MakeActor, MakeServer, addresses_of
+from tests.faults import Mode, Network, Proxy
 
 SINCE = "{auth}:remembers-since"
 LONGEST_SECONDS = 2.0
@@ -25,23 +29,28 @@ LONGEST_SECONDS = 2.0
 
 @pytest.fixture
 async def base(make_server: MakeServer, own_stack: Stack) -> str:
-    return await make_server(**places(own_stack))
+    return await make_server(**addresses_of(own_stack))
 
 
 @pytest.fixture
 async def other_base(make_server: MakeServer, own_stack: Stack) -> str:
-    return await make_server(**places(own_stack))
-
-
-def places(stack: Stack, **other: str) -> dict[str, str]:
-    names = {"database_url": "DATABASE_URL", "redis_url": "REDIS_URL", "mongodb_uri": "MONGODB_URI"}
-    return {field: stack.urls[name] for field, name in names.items()} | other
+    return await make_server(**addresses_of(own_stack))
 
 
 @pytest.fixture
 async def redis(own_stack: Stack) -> AsyncIterator[Redis]:
     async with Redis.from_url(own_stack.valkey.url) as client:
         yield client
+
+
+@dataclass
+class Wired:
+    """A Redis, and a wire to it that can be cut; settings of servers without and with that wire."""
+
+    redis: Redis
+    wire: Proxy
+    direct: dict[str, str]
+    wired: dict[str, str]
 
 
 async def in_time(call: Awaitable[Answer]) -> Answer:
@@ -168,69 +177,69 @@ async def test_with_neither_store_nobody_is_let_in_and_nobody_waits(
     assert (login.status, login.code) == (503, "unavailable")
 
 
+@pytest.fixture
+async def wired(quiet: dict[str, str]) -> AsyncIterator[Wired]:
+    """For tests that leave Redis alone, and cut a wire to it: the shared one will do."""
+    async with (
+        Network.to({"redis_url": quiet["redis_url"]}) as network,
+        Redis.from_url(quiet["redis_url"]) as redis,
+    ):
+        await redis.flushdb()
+        yield Wired(redis, network.stores["redis_url"], direct=quiet, wired=quiet | network.urls)
+
+
 async def test_a_note_that_one_server_could_not_make_is_not_missed_by_others(
-    make_server: MakeServer, other_base: str, make_actor: MakeActor, redis: Redis, own_stack: Stack
+    make_server: MakeServer, make_actor: MakeActor, wired: Wired
 ) -> None:
     """The wire between one server and Redis is cut while somebody logs out there."""
-    async with Wire(own_stack.valkey.url) as wire:
-        base = await make_server(**places(own_stack, redis_url=wire.url))
-        alice, phone = await alice_and_her_phone(make_actor, base)
-        elsewhere = phone.at(other_base)
-        assert await status(elsewhere) == 200
-        await aged(redis)
-        wire.cut()
-        assert (await in_time(phone.post("/auth/logout"))).status == 204
-        assert await status(elsewhere) == 200  # Redis knows nothing of it yet: this is what must not last
-        assert await status(phone) == 401
-        await wire.mend()
-        async with asyncio.timeout(blacklist.REST_SECONDS + 10):
-            while await status(elsewhere) != 401:
-                await asyncio.sleep(0.1)
-        assert await status(alice.at(other_base)) == 200
+    other_base, base = await make_server(**wired.direct), await make_server(**wired.wired)
+    alice, phone = await alice_and_her_phone(make_actor, base)
+    elsewhere = phone.at(other_base)
+    assert await status(elsewhere) == 200
+    await aged(wired.redis)
+    await wired.wire.turn(Mode.STOPPED)
+    assert (await in_time(phone.post("/auth/logout"))).status == 204
+    assert await status(elsewhere) == 200  # Redis knows nothing of it yet: this is what must not last
+    assert await status(phone) == 401
+    await wired.wire.turn(Mode.PASS)
+    async with asyncio.timeout(blacklist.REST_SECONDS + 10):
+        while await status(elsewhere) != 401:
+            await asyncio.sleep(0.1)
+    assert await status(alice.at(other_base)) == 200
 
 
-class Wire:
-    """A connection to a store that can be cut."""
-
-    def __init__(self, url: str) -> None:
-        self._target = urlsplit(url)
-        self._writers: set[asyncio.StreamWriter] = set()
-        self._server: asyncio.Server | None = None
-        self._port = 0
-
-    @property
-    def url(self) -> str:
-        return self._target._replace(netloc=f":{self._target.password}@127.0.0.1:{self._port}").geturl()
-
-    async def __aenter__(self) -> "Wire":
-        await self.mend()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.cut()
-
-    async def mend(self) -> None:
-        self._server = await asyncio.start_server(self._carry, "127.0.0.1", self._port)
-        self._port = self._server.sockets[0].getsockname()[1]
-
-    def cut(self) -> None:
-        assert self._server is not None
-        self._server.close()
-        for writer in self._writers:
-            writer.transport.abort()
-
-    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection(self._target.hostname, self._target.port)
-        self._writers |= {writer, back}
-        await asyncio.gather(_pump(reader, back), _pump(there, writer))
-        self._writers -= {writer, back}
+async def test_a_note_that_a_server_took_to_its_grave_is_made_by_the_next(
+    make_server: MakeServer, make_actor: MakeActor, wired: Wired
+) -> None:
+    other_base, base = await make_server(**wired.direct), await make_server(**wired.wired)
+    _, phone = await alice_and_her_phone(make_actor, base)
+    elsewhere = phone.at(other_base)
+    assert await status(elsewhere) == 200
+    await aged(wired.redis)
+    await wired.wire.turn(Mode.STOPPED)
+    assert (await in_time(phone.post("/auth/logout"))).status == 204
+    assert await status(elsewhere) == 200
+    await make_server(**wired.direct)
+    async with asyncio.timeout(5):
+        while await status(elsewhere) != 401:
+            await asyncio.sleep(0.05)
 
 
-async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-    try:
-        while chunk := await source.read(65536):
-            sink.write(chunk)
-    except OSError:
-        pass
-    finally:
-        sink.close()
+async def test_a_note_whose_maker_lost_patience_is_not_forgotten(wired: Wired) -> None:
+    async with redis_client(wired.wired["redis_url"]) as redis:
+        pipelines = Pipelines(redis)
+        list_ = blacklist.Blacklist(redis, pipelines, token_ttl=900)
+
+        async def ended() -> bool | None:
+            return await list_.ended(session=uuid4(), token="x")
+
+        for _ in range(2):  # at first it may not know our script
+            await ended()
+        await aged(wired.redis)
+        assert await ended() is False
+        await wired.wire.turn(Mode.BLACK_HOLE)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await list_.add(sessions=[uuid4()])
+        assert await ended() is None
+        await pipelines.close()

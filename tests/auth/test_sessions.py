@@ -148,9 +148,9 @@ async def test_devices_are_listed_newest_first_page_by_page(alice: Actor) -> Non
         "limit=x",
         "limit=1.5",
         "cursor=x",  # then: no id, no time zone, before the first year
-        "cursor=WyIyMDIwLTAxLTAxIiwiYSJd",
-        "cursor=WyIyMDIwLTAxLTAxIiwgIjAwMDAwMDAwLTAwMDAtMDAwMC0wMDAwLTAwMDAwMDAwMDAwMCJd",
-        "cursor=WyIwMDAxLTAxLTAxVDAwOjAwOjAwKzE0OjAwIiwgIjAwMDAwMDAwLTAwMDAtMDAwMC0wMDAwLTAwMDAwMDAwMDAwMCJd",
+        "cursor=WyJzZXNzaW9ucyIsICIyMDIwLTAxLTAxIiwgImEiXQ",
+        "cursor=WyJzZXNzaW9ucyIsICIyMDIwLTAxLTAxIiwgIjAwMDAwMDAwLTAwMDAtMDAwMC0wMDAwLTAwMDAwMDAwMDAwMCJd",
+        "cursor=WyJzZXNzaW9ucyIsICIwMDAxLTAxLTAxVDAwOjAwOjAwKzE0OjAwIiwgIjAwMDAwMDAwLTAwMDAtMDAwMC0wMDAwLTAwMDAwMDAwMDAwMCJd",
     ],
 )
 async def test_a_page_that_cannot_be_is_refused(query: str, alice: Actor) -> None:
@@ -213,3 +213,23 @@ async def test_expired_sessions_and_their_tokens_are_forgotten(alice: Actor, bob
     finally:
         await db.close()
     assert [row["user_id"] for row in left] == [bob.id]
+
+
+async def test_a_session_with_thousands_of_tokens_is_forgotten_piece_by_piece(alice: Actor, database_url: str) -> None:
+    db = await asyncpg.connect(database_url)
+    try:
+        session = (await living(alice))[0]
+        await db.execute(
+            """
+            INSERT INTO refresh_tokens (hash, session_id, expires_at)
+            SELECT sha256(($1 || n)::bytea), $1::text::uuid, now() FROM generate_series(1, 2500) n
+            """,
+            session,
+        )
+        await db.execute("UPDATE sessions SET expires_at = now() - interval '8 days' WHERE user_id = $1", alice.id)
+        assert 0 < await store.forget_old_sessions(db, keep_days=7) <= 1100
+        await sessions.forget_old(db)
+        assert await db.fetchval("SELECT count(*) FROM refresh_tokens WHERE session_id = $1", session) == 0
+        assert await db.fetchval("SELECT count(*) FROM sessions WHERE id = $1", session) == 0
+    finally:
+        await db.close()

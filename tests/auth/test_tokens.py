@@ -108,6 +108,17 @@ async def test_a_token_that_we_signed_opens_as_long_as_nothing_is_changed(alice:
     assert (await alice.get("/auth/profile")).status == 200
 
 
+async def test_no_token_lives_longer_than_the_setting_says_now(
+    alice: Actor, make_server: MakeServer, settings: Settings
+) -> None:
+    """Nor do the notes of ended sessions."""
+    shorter = alice.at(await make_server(access_token_ttl=settings.access_token_ttl // 3))
+    issued = {"iat": int(NOW.timestamp()) - settings.access_token_ttl // 2}
+    alice.access_token = shorter.access_token = sign(claims_of(alice.access_token) | issued, settings.jwt_secret)
+    assert (await alice.get("/auth/profile")).status == 200
+    assert (await shorter.get("/auth/profile")).status == 401
+
+
 @pytest.mark.parametrize("header", ["", "Bearer", "Bearer ", "Basic YTpi", "Token {}", "{}", "Bearer {} {}"])
 async def test_only_a_bearer_header_signs_in(header: str, alice: Actor) -> None:
     sent = header.replace("{}", alice.access_token)

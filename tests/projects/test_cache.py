@@ -3,6 +3,7 @@
 import asyncio
 
 import aiohttp
+import asyncpg
 import pytest
 
 from server import postgres
@@ -69,3 +70,21 @@ async def test_without_redis_projects_are_read_all_the_same(
     for _ in range(3):
         async with asyncio.timeout(2):
             assert (await ada.get(f"/projects/{project}")).status == 200
+
+
+async def test_who_joins_while_they_change_their_name_is_shown_by_the_new_one(
+    alice: Actor, bob: Actor, database_url: str
+) -> None:
+    project = await alice.make_project()
+    db = await asyncpg.connect(database_url)
+    try:
+        async with db.transaction():
+            await db.execute("UPDATE users SET name = 'Robert' WHERE id = $1", bob.id)
+            joining = asyncio.ensure_future(alice.add(bob, project))
+            await asyncio.wait({joining}, timeout=0.5)
+            await alice.get(f"/projects/{project}")  # cached, where they have joined by now
+    finally:
+        await db.close()
+    await joining
+    members = (await alice.get(f"/projects/{project}"))["collaborators"]
+    assert [each["user"]["name"] for each in members] == ["Alice", "Robert"]

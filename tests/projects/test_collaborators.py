@@ -3,6 +3,8 @@
 import asyncio
 from uuid import uuid4
 
+import asyncpg
+
 from tests.actors import Actor
 from tests.conftest import MakeActor
 
@@ -153,3 +155,25 @@ async def test_the_activity_tells_who_did_what_newest_first(alice: Actor, bob: A
         "workspace.updated",
         "workspace.created",
     ]
+
+
+async def test_of_the_activity_the_newest_ten_thousand_are_kept(alice: Actor, database_url: str) -> None:
+    project, other = await alice.make_project(), await alice.make_project()
+    db = await asyncpg.connect(database_url)
+    try:
+        for which, many in ((project, 10_500), (other, 10)):
+            await db.execute(
+                """
+                INSERT INTO activity (project_id, action, subject)
+                SELECT $1, 'test', to_jsonb(n) FROM generate_series(1, $2::int) n
+                """,
+                which,
+                many,
+            )
+        kept = "SELECT count(*), max(subject::text::int) FROM activity WHERE project_id = $1 AND action = 'test'"
+        count, newest = await db.fetchrow(kept, project)
+        assert 10_000 <= count < 10_200
+        assert newest == 10_500
+        assert (await db.fetchrow(kept, other))[0] == 10
+    finally:
+        await db.close()

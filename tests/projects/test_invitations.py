@@ -6,6 +6,7 @@ from uuid import uuid4
 import aiohttp
 import asyncpg
 
+from server.projects import invitations
 from tests.actors import Actor, Answer
 
 
@@ -118,3 +119,17 @@ async def test_only_the_owner_sees_and_makes_invitations(alice: Actor, bob: Acto
     project = await alice.make_project(bob)
     assert (await bob.get(f"/projects/{project}/invitations")).status == 403
     assert (await bob.post(f"/projects/{project}/collaborators", {"email": "x@example.org"})).status == 403
+
+
+async def test_invitations_that_expired_long_ago_are_forgotten(alice: Actor, database_url: str) -> None:
+    project = await alice.make_project()
+    old, new = [(await invite(alice, project, newcomer(alice).email))["invitation"]["id"] for _ in range(2)]
+    db = await asyncpg.connect(database_url)
+    try:
+        await db.execute("UPDATE invitations SET expires_at = now() - interval '31 days' WHERE id = $1", old)
+        await db.execute("UPDATE invitations SET expires_at = now() - interval '29 days' WHERE id = $1", new)
+        await invitations.forget_expired(db)
+        left = await db.fetch("SELECT id::text FROM invitations WHERE project_id = $1", project)
+    finally:
+        await db.close()
+    assert [row["id"] for row in left] == [new]

@@ -1,0 +1,11 @@
+DROP INDEX sessions_ended_at;
+DROP INDEX invitations_expires_at;
+UPDATE invitations SET invited_by = NULL WHERE NOT EXISTS (SELECT FROM users WHERE id = invited_by);
+UPDATE activity SET actor_id = NULL WHERE NOT EXISTS (SELECT FROM users WHERE id = actor_id);
+ALTER TABLE invitations ADD FOREIGN KEY (invited_by) REFERENCES users ON DELETE SET NULL;
+ALTER TABLE activity ADD FOREIGN KEY (actor_id) REFERENCES users ON DELETE SET NULL;
+DROP TRIGGER activity_shorten ON activity;
+DROP FUNCTION shorten_activity;
+DROP TRIGGER members_hold_user ON members;
+DROP FUNCTION hold_new_member;
+DROP FUNCTION person;
