@@ -50,6 +50,7 @@ from server.rest import openapi
 from server.rest.keys import RESOURCES, User
 from server.rest.marks import public
 from server.rest.middlewares import Admission, dress, middlewares
+from server.rest.runner import Runner
 from server.settings import Settings, SettingsError
 from server.signals import stop_signal, tell_ready
 from server.workspaces import handlers as workspaces
@@ -70,6 +71,7 @@ API: tuple[Iterable[web.AbstractRouteDef], ...] = (
     jobs.routes,
     ops.routes,
 )
+OWN_DOORS = frozenset({"/yjs/{documentId}"})  # decides after the upgrade: its clients only understand close codes
 
 MESSAGES: tuple[MessageTable, ...] = (socket_messages, workspace_messages, document_messages)
 
@@ -102,7 +104,6 @@ def create_app(settings: Settings, stores: Resources) -> web.Application:
     app[ops.DRAINING] = draining = ops.Draining()
     app.on_response_prepare.extend((dress, partial(send_away, draining)))
     for routes in API:
-        access.assemble(routes)
         app.router.add_routes(routes)
     app.router.add_get("/ws", limit(None)(public(websocket)))
     app.router.add_get("/yjs/{documentId}", limit(None)(public(yjs)))
@@ -113,6 +114,7 @@ def create_app(settings: Settings, stores: Resources) -> web.Application:
     described = asyncapi_document()
     openapi.add_page(app, asyncapi.DOCUMENT, json.dumps(described))
     openapi.add_page(app, asyncapi.PAGE, asyncapi.page(described), policy=asyncapi.PAGE_POLICY)
+    access.assemble(app.router.routes(), but=OWN_DOORS)
     app.on_startup.extend((prepare_stores, start_realtime))
     app.on_shutdown.append(stop_realtime)  # before aiohttp closes the connections that are left
     app.cleanup_ctx.extend((close_hasher, keep_accounts, watch_itself))
@@ -267,7 +269,7 @@ async def serve(settings: Settings, *, listener: int | None = None, ready: int |
     stop = stop_signal(replaceable=True)
     async with tracing.exported(settings, "server"), resources.connect(settings) as stores:
         app = create_app(settings, stores)
-        runner = web.AppRunner(
+        runner = Runner(
             app, access_log=None, keepalive_timeout=KEEPALIVE_SECONDS, shutdown_timeout=settings.drain_seconds
         )
         await runner.setup()

@@ -7,7 +7,6 @@ from typing import Any
 
 import orjson
 import structlog
-from aiohttp.http_exceptions import HttpProcessingError
 
 from server.settings import Settings
 
@@ -37,18 +36,13 @@ def configure(settings: Settings) -> None:
         )
     )
     logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING), force=True)
-    logging.getLogger("aiohttp.server").addFilter(_is_ours)
-
-
-def _is_ours(record: logging.LogRecord) -> bool:
-    """Not what cannot be read as HTTP: anybody may send that, as often as they like, with anything in it."""
-    error = record.exc_info and record.exc_info[1]
-    return not isinstance(error, HttpProcessingError)
 
 
 def _renderers(style: str) -> list[Any]:
     if style == "text":
-        return [structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty())]
+        # Else structlog takes rich where that is installed, and rich shows what all variables hold.
+        plainly = structlog.dev.plain_traceback
+        return [structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty(), exception_formatter=plainly)]
     return [
         structlog.processors.format_exc_info,
         structlog.processors.JSONRenderer(serializer=lambda value, **_: orjson.dumps(value, default=str).decode()),

@@ -37,6 +37,7 @@ from aiohttp.test_utils import TestServer
 from server import migrations, resources
 from server.app import create_app
 from server.devstack.stack import Stack
+from server.rest.runner import Runner
 from server.settings import Settings, load
 from tests.actors import Actor
 from tests.processes import Processes
@@ -145,6 +146,13 @@ def addresses_of(stack: Stack) -> dict[str, str]:
     return {name: stack.environment[name.upper()] for name in ("database_url", "redis_url", "mongodb_uri")}
 
 
+class RunServer(TestServer):
+    """As ``run.py server`` has it."""
+
+    async def _make_runner(self, **options: Any) -> Runner:
+        return Runner(self.app, **options)
+
+
 @pytest.fixture
 async def make_server(settings: Settings) -> AsyncIterator[MakeServer]:
     running: list[tuple[TestServer, Any]] = []
@@ -152,7 +160,7 @@ async def make_server(settings: Settings) -> AsyncIterator[MakeServer]:
     async def make(**override: Any) -> str:
         chosen = dataclasses.replace(settings, **override)
         stores = resources.connect(chosen)
-        server = TestServer(create_app(chosen, await stores.__aenter__()))
+        server = RunServer(create_app(chosen, await stores.__aenter__()))
         await server.start_server(access_log=None)
         running.append((server, stores))
         return str(server.make_url("")).rstrip("/")

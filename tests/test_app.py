@@ -1,16 +1,18 @@
 """Closed by default: what is not marked as open needs a user, and what names a thing of ours needs a role."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import aiohttp
 import pytest
 from aiohttp import web
 from aiohttp.typedefs import Handler
+from aiohttp_apispec import json_schema, querystring_schema
 from pytest_aiohttp.plugin import AiohttpClient
 
 from server.app import API, create_app
+from server.fields import Id, Schema
 from server.projects import access
-from server.projects.access import Role, requires
+from server.projects.access import Role, named, requires
 from server.resources import connect
 from server.rest.marks import is_public
 from server.settings import Settings
@@ -60,8 +62,32 @@ async def test_a_route_that_marks_nothing_needs_a_signed_in_user(
 def test_a_route_that_names_a_thing_and_no_role_does_not_assemble(path: str) -> None:
     handler = make_handler()
     with pytest.raises(RuntimeError, match="has no @requires"):
-        access.assemble([web.get(path, handler)])
-    access.assemble([web.get(path, requires(Role.VIEWER)(handler))])
+        assemble(web.get(path, handler))
+    assemble(web.get(path, requires(Role.VIEWER)(handler)))
+
+
+class Letter(Schema):
+    project_id = Id()
+    workspace_id = Id()
+
+
+@pytest.mark.parametrize("declared", [json_schema, querystring_schema])
+def test_a_route_whose_body_or_query_names_a_thing_and_no_role_does_not_assemble(declared: Callable) -> None:
+    for marks in (
+        lambda handler: handler,
+        requires(Role.VIEWER, of=named("projectId")),  # and the workspace?
+        requires(Role.VIEWER),  # of the path, which names none
+    ):
+        with pytest.raises(RuntimeError, match="has no @requires"):
+            assemble(web.post("/letters", marks(declared(Letter)(make_handler()))))
+    both = requires(Role.VIEWER, of=named("workspaceId", "projectId"))
+    assemble(web.post("/letters", both(declared(Letter)(make_handler()))))
+
+
+def assemble(route: web.RouteDef) -> None:
+    app = web.Application()
+    app.router.add_routes([route])
+    access.assemble(app.router.routes())
 
 
 async def test_every_route_of_the_api_but_the_open_ones_refuses_the_anonymous(

@@ -26,6 +26,7 @@ REQUEST_ID = web.RequestKey("request_id", str)
 CLIENT = web.RequestKey("client", str)  # address, behind trusted proxies the forwarded one
 USER = web.RequestKey("user", User)
 BROKEN_OFF = web.RequestKey("broken_off", bool)  # the rest of the body is of no interest: close after the answer
+UNREADABLE = web.RequestKey("unreadable", bool)  # nothing is known but that somebody asked
 Values = dict[str, Any]
 BODY: web.RequestKey[Values] = web.RequestKey("body", dict)
 QUERY: web.RequestKey[Values] = web.RequestKey("query", dict)

@@ -21,7 +21,7 @@ from server import errors, fields, json, metrics, tracing
 from server.budget import budget, uncounted
 from server.errors import ServiceError, Unauthenticated
 from server.ratelimit import RateLimiter, limit_of, payer
-from server.rest.keys import BODY, BROKEN_OFF, CLIENT, HEADERS, QUERY, REQUEST_ID, USER, User
+from server.rest.keys import BODY, BROKEN_OFF, CLIENT, HEADERS, QUERY, REQUEST_ID, UNREADABLE, USER, User
 from server.rest.marks import is_public
 from server.settings import Network
 
@@ -67,9 +67,8 @@ def trace(trusted: Sequence[Network]) -> Middleware:
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         started = time.perf_counter()
-        request[REQUEST_ID] = _request_id(request)
+        recognise(request)
         request[CLIENT] = client_address(request, trusted)
-        request[HEADERS] = {}
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request[REQUEST_ID])
         response = await handler(request)
@@ -77,6 +76,12 @@ def trace(trusted: Sequence[Network]) -> Middleware:
         return response
 
     return middleware
+
+
+def recognise(request: web.Request) -> None:
+    """It gets its id, and place for the headers of its answer."""
+    request[REQUEST_ID] = _request_id(request)
+    request[HEADERS] = {}
 
 
 @web.middleware
@@ -94,6 +99,8 @@ async def in_span(request: web.Request, handler: Handler) -> web.StreamResponse:
 async def render(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Every refusal as a problem body (RFC 9457); what is not foreseen as a 500 that tells nothing."""
     try:
+        if UNREADABLE in request:
+            raise errors.BadRequest("This is not a request that can be read")
         return await handler(request)
     except ServiceError as error:
         return problem(request, error)
@@ -177,10 +184,8 @@ async def dress(request: web.Request, response: web.StreamResponse) -> None:
     """Signal: the headers that every answer carries, whatever its kind."""
     for name, value in _HEADERS.items():
         response.headers.setdefault(name, value)
-    # Absent where aiohttp itself answers, before any middleware.
-    if REQUEST_ID in request:
-        response.headers["X-Request-Id"] = request[REQUEST_ID]
-        response.headers.update(request[HEADERS])
+    response.headers["X-Request-Id"] = request[REQUEST_ID]
+    response.headers.update(request[HEADERS])
     response.headers.popall(hdrs.SERVER, None)
 
 

@@ -85,11 +85,15 @@ async def test_a_cursor_is_of_its_list_only(alice: Actor) -> None:
     for name in ("a", "b"):
         await alice.make_project(name=name)
     cursor = (await alice.get("/projects", params={"limit": "1", "sort": "name"}))["nextCursor"]
+    newest = (await alice.get("/projects", params={"limit": "1", "sort": "-createdAt"}))["nextCursor"]
+    assert (await alice.get("/projects", params={"sort": "-createdAt", "cursor": newest})).status == 200
     project = (await alice.get("/projects"))["items"][0]["id"]
     for path, bad in (
         (f"/projects/{project}/collaborators", cursor),
-        (f"/projects/{project}/activity", "WyI5OTk5OTk5OTk5OTk5OTk5OTk5OTkiXQ"),  # beyond a bigint
+        (f"/projects/{project}/activity", "WyJhY3Rpdml0eSIsICI5OTk5OTk5OTk5OTk5OTk5OTk5OSJd"),  # beyond a bigint
         ("/projects", "nonsense"),
+        ("/projects?sort=createdAt", newest),
+        ("/projects?sort=name", newest),
         ("/projects", cursor[:-2] + "!!"),
     ):
         answer = await alice.get(path, params={"cursor": bad})

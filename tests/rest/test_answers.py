@@ -6,6 +6,7 @@ import re
 from collections.abc import AsyncIterator
 
 import aiohttp
+import orjson
 import pytest
 
 from server.errors import CODES
@@ -55,6 +56,38 @@ async def test_every_answer_has_the_headers_of_a_json_api(alice: Actor, http: ai
         assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
         assert answer.headers["Cache-Control"] == "private, no-cache"
         assert "Server" not in answer.headers
+
+
+READABLE = b"POST /api/v1/auth/login HTTP/1.1\r\nHost: x\r\n"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        READABLE + b"X-Long: " + b"a" * 9000,
+        READABLE + b"Content-Length: many",
+        READABLE + b"Expect: nonsense",
+        READABLE + b"no header",
+        b"BREW /pot HTTP/1.1",
+        b"GET /health HTTP/9.9",
+        b"\x16\x03\x01\x02\x00\x01\x00<html>",
+    ],
+)
+async def test_what_cannot_be_read_is_answered_as_everything_else_is(head: bytes, server: str) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(server.rpartition(":")[2]))
+    writer.write(head + b"\r\nConnection: close\r\n\r\n")
+    async with asyncio.timeout(5):
+        sent, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    status, *lines = sent.decode().split("\r\n")
+    headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+    assert " 400 " in status
+    assert headers["content-type"].startswith("application/problem+json")
+    assert headers["x-content-type-options"] == "nosniff"
+    assert "server" not in headers
+    problem = orjson.loads(body)
+    assert problem["code"] == "bad_request"
+    assert problem["requestId"] == headers["x-request-id"]
 
 
 async def test_tokens_are_kept_by_no_cache(alice: Actor) -> None:
