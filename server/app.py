@@ -103,6 +103,8 @@ def create_app(settings: Settings, stores: Resources) -> web.Application:
     app[ops.STARTED] = time.monotonic()
     app[ops.DRAINING] = draining = ops.Draining()
     app.on_response_prepare.extend((dress, partial(send_away, draining)))
+    if settings.production:
+        app.on_response_prepare.append(insist_on_tls)
     for routes in API:
         app.router.add_routes(routes)
     app.router.add_get("/ws", limit(None)(public(websocket)))
@@ -244,6 +246,11 @@ def allow_origins(app: web.Application, origins: Iterable[str]) -> None:
             cors.add(route)
     if "*" not in origins:
         app.on_response_prepare.append(vary_by_origin)
+
+
+async def insist_on_tls(_: web.Request, response: web.StreamResponse) -> None:
+    """Signal: whoever has come over TLS once is to come over nothing else. Over plain HTTP no browser heeds it."""
+    response.headers["Strict-Transport-Security"] = "max-age=31536000"
 
 
 async def vary_by_origin(_: web.Request, response: web.StreamResponse) -> None:

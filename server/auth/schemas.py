@@ -76,7 +76,7 @@ class Person(Schema):
 
     id = Id()
     email = fields.String()
-    name = fields.String()
+    name = fields.String(metadata={"example": "Ada Lovelace"})
     avatar_url = fields.String(allow_none=True)
 
 
@@ -88,7 +88,7 @@ class User(Person):
 class TokenPair(Schema):
     access_token = fields.String()
     refresh_token = fields.String()
-    token_type = fields.Constant("Bearer")
+    token_type = fields.Constant("Bearer", metadata={"example": "Bearer"})
     expires_in = fields.Integer(metadata={"description": "seconds"})
 
 
@@ -108,4 +108,4 @@ class Session(Schema):
 
 class Ticket(Schema):
     ticket = fields.String()
-    expires_in = fields.Integer(metadata={"description": "seconds"})
+    expires_in = fields.Integer(metadata={"description": "seconds", "example": 30})

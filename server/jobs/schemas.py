@@ -94,7 +94,7 @@ class AttemptRecord(Schema):
 
 class Job(Schema):
     id = Id()
-    type = fields.String()
+    type = fields.String(metadata={"example": "CODE_EXECUTION"})
     status = fields.String(metadata={"enum": list(STATUSES)})
     payload = fields.Dict()
     result = fields.Dict(allow_none=True)

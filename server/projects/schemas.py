@@ -53,7 +53,7 @@ class Counts(Schema):
 
 class Project(Schema):
     id = Id()
-    name = fields.String()
+    name = fields.String(metadata={"example": "Analytical Engine"})
     description = fields.String()
     settings = fields.Dict()
     owner = fields.Nested(Person)
@@ -75,7 +75,7 @@ class Workspace(Schema):
 
     id = Id()
     project_id = Id()
-    name = fields.String()
+    name = fields.String(metadata={"example": "Number crunching"})
     description = fields.String()
     meta = fields.Dict()
     created_at = Time()

@@ -40,7 +40,7 @@ class UserHere(Schema):
 class CollaborationEvent(Schema):
     """An event of a workspace; ``type`` says which further fields there are."""
 
-    type = fields.String(required=True)
+    type = fields.String(required=True, metadata={"example": "WORKSPACE_UPDATED"})
     workspace_id = Id(required=True)
     user_id = Id(required=True, allow_none=True, metadata={"description": "who did it; null where it is not known"})
     user_name = fields.String(required=True)

@@ -18,6 +18,7 @@ from server import __version__, errors, json
 from server.errors import CODES
 from server.fields import Schema
 from server.ratelimit import limit, limit_of
+from server.rest import examples
 from server.rest.marks import is_public, public, refusals_of
 
 STATIC = Path(aiohttp_apispec.__file__).parent / "static"
@@ -45,6 +46,18 @@ class Problem(Schema):
 
 PROBLEM = Problem()
 _EXAMPLE_ID = "5f2b8c1e9a7d4c3b8e6f0a1b2c3d4e5f"
+_HEADERS = {
+    "X-Request-Id": {"type": "string", "description": "the client's own, if sane, else new"},
+    "RateLimit-Policy": {"type": "string", "description": 'the budget: `"default";q=100;w=900`'},
+    "RateLimit": {"type": "string", "description": 'what is left of it, and for how long: `"default";r=99;t=512`'},
+    "Retry-After": {"type": "integer", "description": "seconds"},
+    "Location": {"type": "string", "description": "the path of what was created"},
+    "ETag": {"type": "string", "description": "of this revision, for `If-Match` and `If-None-Match`"},
+}
+_CONDITIONS = (
+    ("304", "If-None-Match", "an `ETag`: 304 where it is current"),
+    ("412", "If-Match", "an `ETag`: only that revision, else 412"),
+)
 NeedsRole = Callable[[Callable[..., Any]], bool]
 
 
@@ -73,6 +86,10 @@ def document(routes: Iterable[web.AbstractRouteDef], *, needs_role: NeedsRole) -
             if described is not None:
                 spec._update_paths(described, route.method.lower(), route.path)
     made: dict[str, Any] = spec.swagger_dict()
+    for operation in (it for methods in made["paths"].values() for it in methods.values()):
+        for parameter in operation["parameters"]:
+            _without_null(parameter)
+    examples.fill(made)
     return made
 
 
@@ -89,17 +106,56 @@ def _described(route: web.RouteDef, *, needs_role: NeedsRole) -> dict[str, Any] 
     answers = data["responses"] = {str(status): answer for status, answer in data["responses"].items()}
     if not any(status.startswith("2") for status in answers):
         answers["204"] = {"description": "done"}
-    if route.method == hdrs.METH_GET and _has_etag(answers.get("200", {})):
+    if route.method == hdrs.METH_GET and _is_entity(answers.get("200", {})):
         answers["304"] = {"description": "`If-None-Match` names its `ETag`"}
     for status, codes in _refusals(route, needs_role=needs_role):
         answers.setdefault(status, _refusal(int(status), codes))
+    for status, answer in answers.items():
+        answer["headers"] = {name: _HEADERS[name] for name in _headers(route, status, answers)}
+    _add_conditions(data["parameters"], answers)
     return data
 
 
-def _has_etag(answer: dict[str, Any]) -> bool:
-    """Single entities have one, lists have none."""
+def _is_entity(answer: dict[str, Any]) -> bool:
+    """One thing, which has an ETag; neither a list nor a count."""
     schema = answer.get("schema")
-    return schema is not None and "items" not in schema.fields
+    return schema is not None and "created_at" in schema.fields
+
+
+def _headers(route: web.RouteDef, status: str, answers: dict[str, Any]) -> Iterator[str]:
+    """Those of the answer with this status, beside those that say what kind it is."""
+    yield "X-Request-Id"
+    if limit_of(route.handler):
+        yield from ("RateLimit-Policy", "RateLimit")
+    if status in ("429", "503"):
+        yield "Retry-After"
+    if status == "201" and _has_id(answers[status]):
+        yield "Location"
+    shows_entity = _is_entity(answers[status]) and (status == "201" or route.method != hdrs.METH_POST)
+    if shows_entity or (status in ("200", "304") and "304" in answers):
+        yield "ETag"
+
+
+def _has_id(answer: dict[str, Any]) -> bool:
+    """What is created, bare or wrapped; a ticket has none."""
+    inner = [f.schema for f in answer["schema"].fields.values() if isinstance(f, fields.Nested)]
+    return any("id" in schema.fields for schema in (answer["schema"], *inner))
+
+
+def _add_conditions(parameters: list[dict[str, Any]], answers: dict[str, Any]) -> None:
+    known = {each["name"] for each in parameters}
+    for status, name, description in _CONDITIONS:
+        if status in answers and name not in known:
+            parameters.append({"in": "header", "name": name, "type": "string", "description": description})
+
+
+def _without_null(parameter: dict[str, Any]) -> None:
+    """What is left out is null inside; nobody can send it."""
+    parameter.pop("x-nullable", None)
+    if parameter.get("default", "") is None:
+        del parameter["default"]
+    if None in parameter.get("enum", ()):
+        parameter["enum"] = [value for value in parameter["enum"] if value is not None]
 
 
 def _refusal(status: int, codes: list[str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 
 from server.errors import CODES
 from tests.actors import Actor
+from tests.conftest import MakeServer
 
 
 async def test_an_error_is_a_problem(alice: Actor) -> None:
@@ -56,6 +57,13 @@ async def test_every_answer_has_the_headers_of_a_json_api(alice: Actor, http: ai
         assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
         assert answer.headers["Cache-Control"] == "private, no-cache"
         assert "Server" not in answer.headers
+
+
+async def test_production_insists_on_tls(alice: Actor, make_server: MakeServer) -> None:
+    there = alice.at(await make_server(app_env="production"))
+    for path in ("/health", "/api/v1/projects", "/api/v1/nowhere"):
+        assert int((await there.get(path)).headers["Strict-Transport-Security"].partition("=")[2]) >= 31536000
+    assert "Strict-Transport-Security" not in (await alice.get("/health")).headers
 
 
 READABLE = b"POST /api/v1/auth/login HTTP/1.1\r\nHost: x\r\n"

@@ -12,6 +12,7 @@ from server.app import API, swagger_document
 from server.errors import CODES
 from server.rest.marks import is_public
 from tests.actors import Actor
+from tests.test_roles import fill, things_of
 
 DOCUMENT = swagger_document()
 OPERATIONS = [(path, method, it) for path, methods in DOCUMENT["paths"].items() for method, it in methods.items()]
@@ -41,6 +42,41 @@ def test_each_says_what_it_does_takes_answers_and_refuses(path: str, method: str
         if status >= "4" and path.startswith("/api/"):
             assert answer["schema"] == {"$ref": "#/definitions/Problem"}
             assert CODES[answer["examples"]["application/problem+json"]["code"]][0] == int(status)
+
+
+@pytest.mark.parametrize(("path", "method", "operation"), OPERATIONS, ids=name)
+def test_each_shows_an_example_of_what_it_answers(path: str, method: str, operation: dict) -> None:
+    for status, answer in operation["responses"].items():
+        if "schema" in answer:
+            assert answer["examples"], status
+        assert "X-Request-Id" in answer["headers"]
+        assert ("Retry-After" in answer["headers"]) == (status in ("429", "503"))
+        assert ("RateLimit" in answer["headers"]) == path.startswith("/api/")
+    sent = {each["name"] for each in operation["parameters"] if each["in"] == "header"}
+    assert ("If-Match" in sent) == (method in ("patch", "put", "delete"))
+    assert ("If-None-Match" in sent) == ("304" in operation["responses"])
+
+
+def test_every_property_has_an_example() -> None:
+    for defined, schema in DOCUMENT["definitions"].items():
+        for each, it in schema["properties"].items():
+            if it.get("type") not in ("array", "object") and "$ref" not in it:
+                assert it["example"] != each, (defined, each)
+
+
+def test_nobody_is_told_to_send_null_in_a_query() -> None:
+    for path, _, operation in OPERATIONS:
+        for each in operation["parameters"]:
+            assert None not in [*each.get("enum", ()), each.get("default", "")], (path, each)
+
+
+async def test_what_has_an_etag_says_so_and_has_it(alice: Actor) -> None:
+    ids = await things_of(alice)
+    for path, method, operation in OPERATIONS:
+        if method == "get" and path.startswith("/api/"):
+            answer = await alice.get(fill(path, ids))
+            if answer.status == 200:
+                assert ("ETag" in answer.headers) == ("ETag" in operation["responses"]["200"]["headers"]), path
 
 
 def test_each_says_whether_it_needs_a_token() -> None:

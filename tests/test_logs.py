@@ -1,0 +1,37 @@
+"""Logs tell what happened, and never what somebody said: no body, no token, whatever goes wrong."""
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import sys
+from server import logs
+from server.settings import load
+
+logs.configure(load())
+
+import structlog
+
+def fail(token):
+    password = "Lovelace1815"
+    raise ZeroDivisionError("it went wrong")
+
+try:
+    fail("a-secret-token")
+except ZeroDivisionError:
+    structlog.get_logger().exception("request failed", path="/x")
+"""
+STORES = {"DATABASE_URL": "postgresql://x/x", "MONGODB_URI": "mongodb://x/x", "REDIS_URL": "redis://x"}
+SECRETS = {"JWT_SECRET": "a" * 40, "JWT_REFRESH_SECRET": "b" * 40}
+
+
+@pytest.mark.parametrize("style", ["text", "json"])
+def test_a_traceback_shows_no_variables(style: str) -> None:
+    environment = {**STORES, **SECRETS, "APP_ENV": "test", "LOG_FORMAT": style}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True)
+    assert "ZeroDivisionError: it went wrong" in done.stdout
+    assert "request failed" in done.stdout
+    for secret in ("a-secret-token", "Lovelace1815"):
+        assert secret not in done.stdout
