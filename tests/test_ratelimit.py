@@ -14,6 +14,7 @@ import pytest
 from aiohttp.test_utils import make_mocked_request
 from prometheus_client import REGISTRY
 
+from server import ratelimit
 from server.pipelines import Pipelines
 from server.ratelimit import RateLimiter, payer
 from server.resources import redis_client
@@ -21,6 +22,7 @@ from server.rest.middlewares import client_address
 from server.settings import Settings
 from tests.actors import PASSWORD, Actor, Answer
 from tests.conftest import MakeActor, MakeServer
+from tests.faults import Mode, Network
 
 WINDOW = 900
 TEN = limits.parse("10/15minutes")
@@ -197,6 +199,31 @@ async def test_while_redis_is_away_each_process_counts_for_itself(unused_tcp_por
         assert fallbacks() == before + 1  # Redis is not asked again at once
     finally:
         await redis.aclose()
+
+
+async def test_a_server_whose_redis_is_gone_counts_for_itself_and_then_with_the_others_again(
+    make_server: MakeServer, http: aiohttp.ClientSession, quiet: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ratelimit, "LOCAL_SECONDS", 1.0)
+    async with Network.to({"redis_url": quiet["redis_url"]}) as network:
+        limited: dict[str, Any] = {"rate_limit_auth": TEN, **PROXY}
+        here, there = [
+            Actor(http, await make_server(**urls, **limited), "Nobody") for urls in (quiet | network.urls, quiet)
+        ]
+        address = fresh_address()
+        assert [shown(await wrong_login(actor, address))[1] for actor in (here, there)] == [9, 8]
+        await network.stores["redis_url"].turn(Mode.STOPPED)
+        address = fresh_address()
+        began = time.monotonic()
+        answers = await asyncio.gather(*(wrong_login(here, address) for _ in range(40)))
+        assert time.monotonic() - began < 2
+        assert Counter(answer.status for answer in answers) == {401: 10, 429: 30}
+        assert shown(await wrong_login(there, address))[1] == 9  # it knows nothing of these
+        await network.stores["redis_url"].turn(Mode.PASS)
+        async with asyncio.timeout(10):
+            while (await wrong_login(here, address)).status == 429:
+                await asyncio.sleep(0.1)
+        assert shown(await wrong_login(there, address))[1] == shown(await wrong_login(here, address))[1] + 1
 
 
 async def test_a_redis_that_does_not_answer_costs_half_a_second_once(settings: Settings) -> None:

@@ -220,7 +220,7 @@ async def _edit(editor: YjsEditor, update: bytes, rooms: Rooms, *, compared: boo
         access = await check(
             editor.realtime.db, user=editor.user.id, kind=Kind.DOCUMENT, id=editor.document, role=Role.VIEWER
         )
-    if access.role < Role.COLLABORATOR:
+    if not access.allows(Role.COLLABORATOR):
         editor.say(PERMISSION_DENIED)
         return
     edit = await rooms.begin(editor.document, author=editor.user.id, update=update, origin=editor.id)

@@ -79,9 +79,13 @@ class Access:
     role: Role
     revision: int  # of the project
 
+    def allows(self, role: Role) -> bool:
+        """Whether the role is at least this one."""
+        return self.role >= role
+
     def demand(self, role: Role) -> None:
         """Raises Forbidden unless the role is at least this one."""
-        if self.role < role:
+        if not self.allows(role):
             raise Forbidden(f"This needs the role {role.name}; yours is {self.role.name}")
 
 

@@ -42,24 +42,25 @@ def fill(document: dict[str, Any]) -> None:
     for definition in definitions.values():
         for name, schema in definition.get("properties", {}).items():
             if schema.get("type") not in (None, "array", "object"):
-                schema.setdefault("example", _of(schema, definitions, name))
+                schema.setdefault("example", of(schema, definitions, name))
     for operation in (it for methods in document["paths"].values() for it in methods.values()):
         for status, answer in operation["responses"].items():
             if status.startswith("2") and "schema" in answer:
-                answer["examples"] = {"application/json": _of(answer["schema"], definitions)}
+                answer["examples"] = {"application/json": of(answer["schema"], definitions)}
 
 
-def _of(schema: dict[str, Any], definitions: dict[str, Any], name: str = "text") -> Any:
+def of(schema: dict[str, Any], definitions: dict[str, Any], name: str = "text") -> Any:
+    """A value that fits the schema; ``name`` is that of the property."""
     if "example" in schema:
         return schema["example"]
     if "enum" in schema:
         return schema["enum"][0]
     if "$ref" in schema:
-        return _of(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+        return of(definitions[schema["$ref"].rpartition("/")[2]], definitions)
     if "properties" in schema:
-        return {each: _of(inner, definitions, each) for each, inner in schema["properties"].items()}
+        return {each: of(inner, definitions, each) for each, inner in schema["properties"].items()}
     if schema.get("type") == "array":
-        return [_of(schema["items"], definitions, name)]
+        return [of(schema["items"], definitions, name)]
     if schema.get("format") in _BY_FORMAT:
         return _BY_FORMAT[schema["format"]]
     return _BY_NAME.get(name, _BY_TYPE.get(schema.get("type", ""), name))

@@ -59,6 +59,41 @@ async def test_a_storm_of_logins_leaves_the_loop_its_turn(full: bool) -> None:
     assert p99 < LAG_SECONDS * 5  # 20 ms on a machine of one's own
 
 
+async def test_a_storm_of_logins_at_a_running_server_does_not_slow_others(
+    processes: Processes, http: aiohttp.ClientSession, full: bool
+) -> None:
+    server = processes.server(BCRYPT_ROUNDS="12")
+    alice = await Actor(http, server.base, "Alice").register()
+    guest = Actor(http, server.base, "Guest")
+    calm = await answer_times(guest, seconds=1)
+    is_over = asyncio.Event()
+
+    async def sign_in_again_and_again() -> list[int]:
+        statuses = []
+        while not is_over.is_set():
+            answer = await guest.post("/auth/login", {"email": alice.email, "password": PASSWORD})
+            statuses.append(answer.status)
+        return statuses
+
+    storm = asyncio.gather(*(sign_in_again_and_again() for _ in range(30)))
+    stormy = await answer_times(guest, seconds=15 if full else 4)
+    is_over.set()
+    assert {200} <= {status for each in await storm for status in each} <= {200, 503}
+    quick, slow = (statistics.quantiles(times, n=100)[98] for times in (calm, stormy))
+    print(f"answers without stores: p99 {quick * 1e3:.1f} ms; in a storm of logins {slow * 1e3:.1f} ms")
+    # Inline, each login would take 200 ms and more of everybody's time.
+    assert slow < (LAG_SECONDS if full else max(LAG_SECONDS * 5, quick * 5))
+
+
+async def answer_times(guest: Actor, *, seconds: float) -> list[float]:
+    times, until = [], time.perf_counter() + seconds
+    while (began := time.perf_counter()) < until:
+        assert (await guest.get("/health")).status == 200
+        times.append(time.perf_counter() - began)
+        await asyncio.sleep(0.005)
+    return times
+
+
 async def test_secrets_are_neither_in_the_database_nor_in_the_logs(
     processes: Processes, http: aiohttp.ClientSession, database_url: str
 ) -> None:
@@ -80,7 +115,8 @@ async def test_secrets_are_neither_in_the_database_nor_in_the_logs(
 
     kept = dump(database_url) + server.output
     assert alice.id in kept  # the search would find what is there
-    assert [secret for secret in told if secret in kept] == []
+    spellings = [spelling for secret in told for spelling in (secret, secret.encode().hex())]  # bytea is shown as hex
+    assert [spelling for spelling in spellings if spelling in kept] == []
 
 
 def dump(database_url: str) -> str:
@@ -116,7 +152,7 @@ async def test_of_too_many_sign_ins_each_is_let_in_or_told_in_time_to_come_back(
     answers = await asyncio.gather(*(sign_in() for _ in range(60)))
     assert {status for status, _, _ in answers} == {200, 503}
     assert {detail for status, detail, _ in answers if status == 503} == {"Too many sign-ins at once"}
-    assert max(took for _, _, took in answers) < 2 + PATIENCE_SECONDS
+    assert max(took for status, _, took in answers if status == 503) < 2 + PATIENCE_SECONDS
 
 
 async def test_a_login_renews_a_hash_of_another_cost(

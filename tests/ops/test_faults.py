@@ -55,7 +55,7 @@ def calls(who: Actor, world: World) -> list[tuple[str, str, object]]:
         ("GET", f"/projects/{world.project}/activity", None),
         ("POST", "/projects", {"name": "Another"}),
         ("PATCH", f"/projects/{world.project}", {"name": "Renamed"}),
-        ("POST", f"/projects/{world.project}/invitations", {"email": "eve@example.org", "role": "VIEWER"}),
+        ("POST", f"/projects/{world.project}/collaborators", {"email": "eve@example.org", "role": "VIEWER"}),
         ("POST", "/workspaces", {"projectId": world.project, "name": "Letters"}),
         ("GET", f"/workspaces/{world.workspace}", None),
         ("GET", f"/workspaces/{world.workspace}/events", None),
