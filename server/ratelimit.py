@@ -1,7 +1,9 @@
 """Rate limits: the ``@limit`` mark and the check.
 
-Counted in Redis, so they hold over all processes (fixed window, the notation is the limits library's). While Redis
-is away each process counts for itself, and counts that it did.
+Counted in Redis, so they hold over all processes. While Redis is away each process counts for itself, and counts
+that it did. Notation, keys, windows and the local count are the limits library's; its Redis storage is not used: it
+would ask three times for what one script tells, in round trips of its own (measured with 64 at once: 180 µs of
+processor time for a check, ours 40), and it rounds to seconds, down too, so that Retry-After would be too early.
 """
 
 import asyncio
@@ -25,8 +27,7 @@ LISTEN_SECONDS, LISTEN_TIMES = 0.1, 5  # so long may Redis answer nobody before 
 LONGEST_SECONDS = 1.0  # for one answer, however many others get theirs
 LOCAL_SECONDS = 5.0  # how long to count locally before Redis is asked again
 IPV6_PREFIX = 64
-# What the limits library does on Redis, and the time that is left in the same breath, in milliseconds: the library
-# rounds to seconds, down too, and Retry-After would be too early.
+# What the library does on Redis, and the time that is left in the same breath, in milliseconds.
 _COUNT = """
 local count = redis.call('INCRBY', KEYS[1], ARGV[2])
 if redis.call('PTTL', KEYS[1]) < 0 then redis.call('PEXPIRE', KEYS[1], ARGV[1]) end

@@ -9,7 +9,7 @@ from aiohttp import web
 from aiohttp_apispec import docs, json_schema, querystring_schema, response_schema
 
 from server import json
-from server.errors import Conflict, NotFound
+from server.errors import Conflict, NotFound, Unauthenticated
 from server.fields import parse_id
 from server.postgres import Database
 from server.projects import access, announcements, cache, invitations, members, schemas, store
@@ -34,12 +34,11 @@ INVITATION, NEW_INVITATION = schemas.Invitation(), schemas.NewInvitation()
 @json_schema(schemas.NewProject)
 @response_schema(schemas.Project, 201)
 async def create_project(request: web.Request) -> web.Response:
-    db = request.app[RESOURCES].db
-    id = await store.create_project(db, owner=request[USER].id, **request[BODY])
-    made = await store.read_project(db, project=id)
-    assert made is not None
-    shown = PROJECT.dump({**made, "role": Role.OWNER.name})
-    return answers.created(f"/api/v1/projects/{id}", shown, tag=etag(made["revision"], Role.OWNER.name))
+    made = await store.create_project(request.app[RESOURCES].db, owner=request[USER].id, **request[BODY])
+    if made is None:
+        raise Unauthenticated("The account is gone")
+    tag = etag(made["revision"], made["role"])
+    return answers.created(f"/api/v1/projects/{made['id']}", PROJECT.dump(made), tag=tag)
 
 
 @routes.get("/api/v1/projects")

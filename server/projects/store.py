@@ -9,25 +9,29 @@ from asyncpg import Record
 from server.postgres import Executor
 
 
-async def create_project(db: Executor, *, owner: UUID, name: str, description: str, settings: dict[str, Any]) -> UUID:
-    made: UUID = await db.fetchval(
+async def create_project(
+    db: Executor, *, owner: UUID, name: str, description: str, settings: dict[str, Any]
+) -> Record | None:
+    """The project as its owner sees it; None where there is no such user any more."""
+    return await db.fetchrow(
         """
         WITH made AS (
-            INSERT INTO projects (name, description, settings) VALUES ($2, $3, $4) RETURNING id
+            INSERT INTO projects (name, description, settings) SELECT $2, $3, $4 FROM users WHERE id = $1 RETURNING *
         ), member AS (
             INSERT INTO members (project_id, user_id, role) SELECT id, $1, 'OWNER' FROM made
         ), noted AS (
             INSERT INTO activity (project_id, actor_id, action, subject)
             SELECT id, $1, 'project.created', jsonb_build_object('name', $2::text) FROM made
         )
-        SELECT id FROM made
+        SELECT made.*, 'OWNER' AS role, person(u) AS owner,
+               jsonb_build_object('workspaces', 0, 'collaborators', 1) AS counts
+        FROM made JOIN users u ON u.id = $1
         """,
         owner,
         name,
         description,
         settings,
     )
-    return made
 
 
 async def read_project(db: Executor, *, project: UUID) -> Record | None:

@@ -197,16 +197,16 @@ def add_swagger(app: web.Application, swagger: dict[str, Any]) -> None:
     """Serve the document and the page that shows it."""
     raw = json.dumps(swagger)
 
+    @limit(None)
     @public
     async def serve_document(_: web.Request) -> web.Response:
         return web.Response(body=raw, content_type="application/json", headers=_OPEN)
 
+    @limit(None)
     @public
     async def serve_page(_: web.Request) -> web.Response:
         return web.Response(text=_page(), content_type="text/html", headers=_OPEN | _PAGE_POLICY)
 
-    for handler in (serve_document, serve_page):
-        handler.__limit__ = None  # type: ignore[attr-defined]
     app.router.add_get(DOCUMENT, serve_document)
     app.router.add_get("/api-docs", serve_page)
     app.router.add_get("/api-docs/", serve_page)
@@ -228,11 +228,11 @@ def add_page(app: web.Application, path: str, body: str | bytes, *, policy: str 
 
 
 def _asset(path: Path) -> Callable[[web.Request], Any]:
+    @limit(None)
     @public
     async def serve(_: web.Request) -> web.FileResponse:
         return web.FileResponse(path, headers={"Cache-Control": "public, max-age=31536000, immutable"})
 
-    serve.__limit__ = None  # type: ignore[attr-defined]
     return serve
 
 
