@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 import structlog
+from redis.exceptions import RedisError
 
 from server.settings import Settings
 
@@ -36,6 +37,16 @@ def configure(settings: Settings) -> None:
         )
     )
     logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING), force=True)
+    logging.getLogger("saq").addFilter(_in_a_line)
+
+
+def _in_a_line(record: logging.LogRecord) -> bool:
+    """Every second, while Redis is away, SAQ would tell so by a traceback."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, RedisError):
+        record.msg, record.exc_info = f"{record.getMessage()}: {error}", None
+        record.args = ()
+    return True
 
 
 def _renderers(style: str) -> list[Any]:

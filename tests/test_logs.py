@@ -35,3 +35,27 @@ def test_a_traceback_shows_no_variables(style: str) -> None:
     assert "request failed" in done.stdout
     for secret in ("a-secret-token", "Lovelace1815"):
         assert secret not in done.stdout
+
+
+OF_SAQ = """
+import logging
+from redis.exceptions import ConnectionError
+from server import logs
+from server.settings import load
+
+logs.configure(load())
+for error in (ConnectionError("Redis is away"), ZeroDivisionError("ours")):
+    try:
+        raise error
+    except Exception:
+        logging.getLogger("saq").exception("Upkeep task failed unexpectedly")
+"""
+
+
+def test_that_redis_is_away_is_a_line_and_what_is_unforeseen_a_traceback() -> None:
+    environment = {**STORES, **SECRETS, "APP_ENV": "test", "LOG_FORMAT": "text"}
+    done = subprocess.run([sys.executable, "-c", OF_SAQ], env=environment, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert "Upkeep task failed unexpectedly: Redis is away" in lines[0]
+    assert done.stdout.count("Traceback") == 1
+    assert "ours" in lines[-1]

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TypeVar
 
 import bcrypt
@@ -79,6 +80,7 @@ def _digest(password: str) -> bytes:
 
 def _give_way() -> None:
     # On Linux the priority is the thread's own: a storm of logins must not delay the loop. Elsewhere there is
-    # no such thing, and an initializer that raises would break the pool.
+    # no such thing, and an initializer that raises (nobody may become less nice) would break the pool.
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), max(NICE, os.nice(0)))

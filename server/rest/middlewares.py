@@ -305,7 +305,7 @@ async def read_body(request: web.Request) -> bytes:
     except web.HTTPRequestEntityTooLarge:
         request[BROKEN_OFF] = True
         raise errors.TooLarge("The body is larger than this path takes") from None
-    except (web.RequestPayloadError, ValueError):
+    except (web.RequestPayloadError, ConnectionError, ValueError):  # broken off, or not encoded as it says
         request[BROKEN_OFF] = True
         raise errors.BadRequest("The body cannot be read") from None
 

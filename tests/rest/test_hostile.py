@@ -12,6 +12,7 @@ import pytest
 from aiohttp import web
 from marshmallow import fields, validate
 
+from server import metrics
 from server.fields import Text
 from server.rest.marks import is_public
 from tests.actors import PASSWORD, Actor
@@ -226,3 +227,29 @@ async def test_slow_headers_and_slow_bodies_are_cut_off_and_garbage_gets_no_html
     assert b"text/html" not in garbage[0]
     assert large[0].startswith(b"HTTP/1.1 413 ")
     assert large[1] < 8
+
+
+async def test_who_hangs_up_in_the_middle_of_a_body_is_not_a_fault_of_ours(server: str) -> None:
+    def faults() -> float:
+        samples = [sample for metric in metrics.REQUESTS.collect() for sample in metric.samples]
+        return sum(each.value for each in samples if each.name.endswith("_count") and each.labels["status"] == "500")
+
+    def refusals() -> float:
+        return metrics.REQUESTS.labels("POST", "/api/v1/auth/login", "400")._sum.get()
+
+    before, refused = faults(), refusals()
+    head = b"POST /api/v1/auth/login HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    for body in (
+        b"Content-Length: 1000\r\n\r\n",
+        b'Content-Length: 1000\r\n\r\n{"em',
+        b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ):
+        _, writer = await asyncio.open_connection("127.0.0.1", int(server.rpartition(":")[2]))
+        writer.write(head + body)
+        await writer.drain()
+        await asyncio.sleep(0.1)
+        writer.close()
+    async with asyncio.timeout(5):
+        while refusals() == refused:
+            await asyncio.sleep(0.05)
+    assert faults() == before
