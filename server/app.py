@@ -230,7 +230,8 @@ async def keep_accounts(app: web.Application) -> AsyncIterator[None]:
 async def watch_itself(app: web.Application) -> AsyncIterator[None]:
     realtime = app[REALTIME]
     looking = watch.look(app[RESOURCES].db, partial(watch.show_sockets, realtime))
-    tasks = {asyncio.ensure_future(each) for each in (looking, watch.probe(realtime))}
+    endless = (looking, watch.probe(realtime), watch.ask_stores(app[RESOURCES]))
+    tasks = {asyncio.ensure_future(each) for each in endless}
     yield
     for task in tasks:
         task.cancel()
@@ -273,7 +274,7 @@ async def serve(settings: Settings, *, listener: int | None = None, ready: int |
         StoreDownError: a store cannot be used.
         SettingsError: the address cannot be listened on.
     """
-    stop = stop_signal(replaceable=True)
+    stop = stop_signal(replaceable=listener is not None)
     async with tracing.exported(settings, "server"), resources.connect(settings) as stores:
         app = create_app(settings, stores)
         runner = Runner(
@@ -288,7 +289,7 @@ async def serve(settings: Settings, *, listener: int | None = None, ready: int |
             app[ops.DRAINING].begun = True
             if stop.replaced:
                 await site.stop()
-            await app[REALTIME].drain()
+            await asyncio.gather(app[REALTIME].drain(), linger(runner, replaced=stop.replaced))
             await asyncio.sleep(LINGER_SECONDS)
         finally:
             await runner.cleanup()
@@ -312,9 +313,20 @@ async def listen(runner: web.AppRunner, settings: Settings, listener: int | None
     return site
 
 
+async def linger(runner: web.AppRunner, *, replaced: bool) -> None:
+    """Returns when nobody is connected any more who might be about to ask: who uses a connection again is told that
+    it ends, and finds the successor; who does not is sent away as ever. Without a successor nobody is waited for."""
+    if not replaced or runner.server is None:
+        return
+    for _ in range(round(KEEPALIVE_SECONDS / LINGER_SECONDS)):
+        if not runner.server.connections:
+            return
+        await asyncio.sleep(LINGER_SECONDS)
+
+
 def stop_seconds(settings: Settings) -> float:
-    """What ``serve`` needs at most to stop: sockets, then requests, then the stores."""
-    return 2 * settings.drain_seconds + CLOSE_SECONDS
+    """What ``serve`` needs at most to stop: sockets or idle connections, then requests, then the stores."""
+    return max(settings.drain_seconds, KEEPALIVE_SECONDS) + settings.drain_seconds + CLOSE_SECONDS
 
 
 async def send_away(draining: ops.Draining, _: web.Request, response: web.StreamResponse) -> None:

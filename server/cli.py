@@ -31,7 +31,7 @@ def serve(arguments: argparse.Namespace) -> int:
     loaded = settings.load()
     logs.configure(loaded)
     _refuse_pending(loaded.database_url)
-    if arguments.processes > 1:
+    if arguments.processes is not None:
         address, patience = (loaded.host, loaded.port), app.stop_seconds(loaded)
         return asyncio.run(supervise(["server"], processes=arguments.processes, patience=patience, address=address))
     app.run(loaded, listener=arguments.listener, ready=arguments.ready)
@@ -44,10 +44,10 @@ def work(arguments: argparse.Namespace) -> int:
 
     loaded = settings.load()
     logs.configure(loaded)
-    if arguments.processes > 1:
+    if arguments.processes is not None:
         command = ["worker", "--queues", ",".join(arguments.queues)]
         return asyncio.run(supervise(command, processes=arguments.processes, patience=worker.STOP_SECONDS))
-    return worker.run(loaded, arguments.queues, ready=arguments.ready)
+    return worker.run(loaded, arguments.queues, supervised=arguments.supervised, ready=arguments.ready)
 
 
 def develop(_: argparse.Namespace) -> int:
@@ -109,7 +109,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _several(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--processes", type=_at_least_one, default=1, metavar="N", help="so many, supervised")
+    command.add_argument("--processes", type=_at_least_one, metavar="N", help="so many, supervised")
+    command.add_argument(
+        "--supervised", action="store_true", help=argparse.SUPPRESS
+    )  # SIGHUP means: a successor is there
     command.add_argument("--ready", type=int, help=argparse.SUPPRESS)  # a pipe, from the supervisor
 
 

@@ -4,23 +4,32 @@ import asyncio
 import os
 import signal
 
+import structlog
+
+log = structlog.get_logger()
+
 
 class Stop(asyncio.Event):
     replaced = False  # a successor has taken over: it has our listening socket, too
 
 
 def stop_signal(*, replaceable: bool = False) -> Stop:
-    """Set at the first SIGTERM or SIGINT, or SIGHUP where replaceable. To be called inside the running loop."""
+    """Set at the first SIGTERM or SIGINT, or SIGHUP where replaceable; else that is ignored: nobody would take over.
+
+    To be called inside the running loop.
+    """
     stop, loop = Stop(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
 
     def make_room() -> None:
-        stop.replaced = True
-        stop.set()
+        if replaceable:
+            stop.replaced = True
+            stop.set()
+        else:
+            log.warning("SIGHUP ignored: only with --processes there is a successor")
 
-    if replaceable:
-        loop.add_signal_handler(signal.SIGHUP, make_room)
+    loop.add_signal_handler(signal.SIGHUP, make_room)
     return stop
 
 

@@ -11,13 +11,12 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 
 import structlog
-from prometheus_client import multiprocess
 
+from server import tally
 from server.devstack.process import Child, StackError
 from server.settings import SettingsError, child_environment
 from server.signals import reload_signal, stop_signal
@@ -44,7 +43,7 @@ async def supervise(
         SettingsError: the address cannot be listened on.
     """
     stop, reload = stop_signal(), reload_signal()
-    with listeners(address, processes) as sockets, tempfile.TemporaryDirectory(prefix="metrics-") as measured:
+    with listeners(address, processes) as sockets, tally.folder() as measured:
         members = [
             Member(f"{arguments[0]} {number}", arguments, listener=each, measured=measured, patience=patience)
             for number, each in enumerate(sockets, 1)
@@ -70,7 +69,7 @@ async def supervise(
                 await asyncio.gather(rolling, return_exceptions=True)
             codes = await end([child for each in members for child in each.children], patience=patience)
     log.info("processes stopped", command=arguments[0])
-    return max(map(abs, codes), default=0)
+    return max(codes, default=0)
 
 
 async def roll(members: Sequence["Member"]) -> None:
@@ -96,26 +95,27 @@ class Member:
         patience: float,
     ) -> None:
         self.name = name
-        self._arguments = [*arguments, *(("--listener", str(listener.fileno())) if listener else ())]
+        self._arguments = [*arguments, "--supervised", *(("--listener", str(listener.fileno())) if listener else ())]
         self._listener = listener
         self._measured = measured
         self._patience = patience
         self._current: Child | None = None
-        self._others: list[Child] = []  # one that is not ready yet, one that drains
+        self._successor: Child | None = None  # not ready yet
+        self._draining: Child | None = None
         self._started = 0.0
         self._pause = 0.0
         self._due: float | None = None
 
     @property
     def children(self) -> list[Child]:
-        return [*([self._current] if self._current else []), *self._others]
+        return [each for each in (self._current, self._successor, self._draining) if each]
 
     def start(self) -> None:
         self._started, self._due = time.monotonic(), None
         self._current = self._launch()
 
     def look(self, now: float) -> None:
-        if self._current is None or self._current.alive or self._others:
+        if self._current is None or self._current.alive or self._successor:
             return  # with a successor at hand it is replaced already
         if self._due is None:
             self._wait(self._current, now)
@@ -133,22 +133,22 @@ class Member:
             return False
         finally:
             os.close(writing)
-        self._others.append(new)
+        self._successor = new
         try:
             if not await _says_ready(reading):
                 new.kill()
-                self._forget(new)
+                self._successor = None
+                tally.bury(self._measured, new.number)
                 return False
         finally:
             os.close(reading)
-        self._others.remove(new)
-        old, self._current = self._current, new
+        self._draining, self._current, self._successor = self._current, new, None
         self._started, self._due, self._pause = time.monotonic(), None, 0.0
-        if old is not None:
-            self._others.append(old)
-            old.ask_to_stop(signal.SIGHUP)  # no more connections: they are the other's
-            await asyncio.to_thread(old.wait, seconds=self._patience)
-            self._forget(old)
+        if self._draining is not None:
+            self._draining.ask_to_stop(signal.SIGHUP)  # no more connections: they are the other's
+            await _ended(self._draining, seconds=self._patience)
+            tally.bury(self._measured, self._draining.number)
+            self._draining = None
         return True
 
     def _launch(self, *more: str, inherit: tuple[int, ...] = ()) -> Child:
@@ -166,15 +166,9 @@ class Member:
         if now - self._started > LONG_LIFE:
             self._pause = 0.0
         self._due = now + self._pause
-        self._forget(dead)
+        tally.bury(self._measured, dead.number)
         log.warning("process died", process=self.name, code=dead.exit_code, again_in=self._pause)
         self._pause = min(max(self._pause * 2, FIRST_PAUSE), LONGEST_PAUSE)
-
-    def _forget(self, dead: Child) -> None:
-        """What it counted stays counted; what it had (sockets, documents) is gone with it."""
-        if dead in self._others:
-            self._others.remove(dead)
-        multiprocess.mark_process_dead(dead.number, path=self._measured)  # type: ignore[no-untyped-call]
 
 
 async def _says_ready(pipe: int) -> bool:
@@ -198,8 +192,14 @@ async def end(children: Sequence[Child], *, patience: float) -> list[int]:
         each.ask_to_stop()
     deadline = time.monotonic() + patience
     for each in running:
-        await asyncio.to_thread(each.wait, seconds=max(0.0, deadline - time.monotonic()))
-    return [each.exit_code or 0 for each in running]
+        await _ended(each, seconds=max(0.0, deadline - time.monotonic()))
+    # Who was told to stop before it could listen to signals has stopped as well.
+    return [abs(each.exit_code or 0) for each in running if each.exit_code != -signal.SIGTERM]
+
+
+async def _ended(child: Child, *, seconds: float) -> None:
+    if not await asyncio.to_thread(child.wait, seconds=seconds):
+        log.error("process killed: it did not stop in time", process=child.name, seconds=round(seconds, 1))
 
 
 @contextlib.contextmanager

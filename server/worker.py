@@ -44,18 +44,20 @@ CANCEL_SECONDS = 0.2
 TIMERS = TimersDict(schedule=1, worker_info=10, sweep=15, abort=60)
 
 
-def run(settings: Settings, queues: Sequence[str], *, ready: int | None = None) -> int:
+def run(settings: Settings, queues: Sequence[str], *, supervised: bool = False, ready: int | None = None) -> int:
     """One worker process, until SIGTERM or SIGINT; ``ready`` is a pipe that hears when it works. Its exit code."""
-    return 0 if uvloop.run(work(settings, queues, ready=ready)) else 1
+    return 0 if uvloop.run(work(settings, queues, supervised=supervised, ready=ready)) else 1
 
 
-async def work(settings: Settings, queues: Sequence[str], *, ready: int | None = None) -> bool:
+async def work(
+    settings: Settings, queues: Sequence[str], *, supervised: bool = False, ready: int | None = None
+) -> bool:
     """Open the stores, test the sandbox, run jobs, and stop gently: whether that was because it was told to.
 
     Raises:
         StoreDownError: a store cannot be used.
     """
-    stop = stop_signal(replaceable=True)
+    stop = stop_signal(replaceable=supervised)
     async with (
         tracing.exported(settings, "worker"),
         resources.connect(settings) as stores,
@@ -78,6 +80,7 @@ async def work(settings: Settings, queues: Sequence[str], *, ready: int | None =
                 workers.keep_reporting(stores.redis, report),
                 recovery.keep_admitting_due(bench, stores.redis),
                 watch.look(stores.db),
+                watch.ask_stores(stores),
                 UpkeepWorker(UpkeepLane(stores.redis), bench).start(),
             )
         ]

@@ -11,7 +11,9 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from server.devstack.stack import Stack
 from tests.actors import Actor
+from tests.conftest import environment
 from tests.devstack.pids import gone
 from tests.processes import Processes, Server
 
@@ -34,13 +36,15 @@ async def counting(server: Server, number: int) -> None:
 
 
 class Hammer:
-    """Clients of which each request makes a connection of its own; ``failures`` is what they see beside 200."""
+    """Clients of which each request makes a connection of its own, or which keep theirs and pause in between;
+    ``failures`` is what they see beside 200."""
 
-    def __init__(self, base: str, *, clients: int = 4) -> None:
+    def __init__(self, base: str, *, clients: int = 4, pause: float | None = None) -> None:
         self.answers = 0
         self.failures: list[str] = []
         self._base = base
         self._clients = clients
+        self._pause = pause
 
     async def __aenter__(self) -> "Hammer":
         self._tasks = [asyncio.ensure_future(self._run()) for _ in range(self._clients)]
@@ -52,8 +56,9 @@ class Hammer:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _run(self) -> None:
-        connector = aiohttp.TCPConnector(force_close=True)
+        connector = aiohttp.TCPConnector(force_close=self._pause is None)
         async with aiohttp.ClientSession(connector=connector) as session:
+            session._retry_connection = False  # else aiohttp asks once more, silently
             while True:
                 try:
                     async with session.get(f"{self._base}/health") as answer:
@@ -63,6 +68,7 @@ class Hammer:
                 except aiohttp.ClientError as error:
                     self.failures.append(repr(error))
                 self.answers += 1
+                await asyncio.sleep(self._pause or 0)
 
 
 async def test_connections_go_to_all_processes_on_one_port(processes: Processes, http: aiohttp.ClientSession) -> None:
@@ -95,6 +101,65 @@ async def test_a_rolling_restart_is_not_noticed(processes: Processes) -> None:
     assert not set(before) & set(after)
     assert await asyncio.to_thread(server.terminate) == 0
     assert gone([*before, *after], seconds=1)
+
+
+async def test_clients_that_keep_their_connections_do_not_notice_a_rolling_restart(processes: Processes) -> None:
+    server = await started(processes)
+    async with Hammer(server.base, clients=16, pause=1.0) as hammer:
+        while hammer.answers < 16:
+            await asyncio.sleep(0.05)
+        os.kill(server.pid, signal.SIGHUP)
+        await asyncio.to_thread(server.until, "processes restarted", seconds=60)
+    assert hammer.failures == []
+
+
+async def test_a_successor_that_dies_while_its_predecessor_drains_is_replaced(processes: Processes) -> None:
+    server = await started(processes, number=1)
+    host, _, port = server.base.removeprefix("http://").partition(":")
+    with waiting_in(host, int(port), connections=1) as [idle]:  # for which the predecessor lingers
+        idle.sendall(b"GET /health HTTP/1.1\r\nHost: ada\r\n\r\n")
+        assert idle.recv(12) == b"HTTP/1.1 200"
+        [old] = members(server)
+        os.kill(server.pid, signal.SIGHUP)
+        await counting(server, 2)
+        await replaced(server, 1)
+        [new] = [each for each in members(server) if each != old]
+        os.kill(new, signal.SIGKILL)
+        await replaced(server, 2)
+        assert old in members(server)
+        assert len(members(server)) == 2
+
+
+async def replaced(server: Server, times: int) -> None:
+    """Returns when so many more than the first have become ready."""
+    await asyncio.to_thread(server.until, rf"(?s)(server ready.*){{{times + 1}}}")
+
+
+async def test_a_process_that_cannot_take_over_leaves_the_old_ones_where_they_are(
+    processes: Processes, own_stack: Stack
+) -> None:
+    server = await started(processes, **own_stack.environment)
+    before = members(server)
+    own_stack.valkey.kill()  # without it none starts
+    os.kill(server.pid, signal.SIGHUP)
+    await asyncio.to_thread(server.until, "restart given up")
+    assert members(server) == before
+    async with Hammer(server.base) as hammer:
+        while hammer.answers < 20:
+            await asyncio.sleep(0.05)
+    assert hammer.failures == []
+
+
+async def test_one_process_is_supervised_too_and_one_without_a_supervisor_does_not_hear_sighup(
+    processes: Processes, quiet: dict[str, str]
+) -> None:
+    bare, worker = processes.server(), processes.worker(**environment(quiet)).ready()
+    assert bare.base
+    for each in (bare, worker):
+        os.kill(each.pid, signal.SIGHUP)
+        await asyncio.to_thread(each.until, "SIGHUP ignored")
+    assert await asyncio.to_thread(bare.terminate) == 0
+    assert await asyncio.to_thread(worker.terminate) == 0
 
 
 async def test_sockets_are_told_of_a_rolling_restart_and_find_the_successor(
@@ -149,6 +214,12 @@ async def test_a_signal_ends_all_of_them(number: int, processes: Processes) -> N
     assert await asyncio.to_thread(server.terminate, number=number) == 0
     assert gone(family, seconds=1)
     assert "Traceback" not in server.output
+
+
+async def test_told_to_stop_before_its_processes_listen_to_signals_it_ends_well(processes: Processes) -> None:
+    server = processes.server("--processes", "2")
+    await asyncio.to_thread(server.until, "processes started")
+    assert await asyncio.to_thread(server.terminate) == 0
 
 
 async def test_servers_do_not_outlive_a_killed_supervisor(processes: Processes) -> None:

@@ -91,6 +91,24 @@ async def test_processes_are_supervised_replaced_and_drained(
     assert (await ada.get(f"/jobs/{job}"))["status"] == "completed"
 
 
+async def test_a_rolling_restart_of_workers_lets_their_jobs_finish(
+    processes: Processes, quiet: dict[str, str], http: aiohttp.ClientSession
+) -> None:
+    where = environment(quiet)
+    server, supervisor = processes.server(**where), processes.worker("--processes", "1", **where)
+    ada = await Actor(http, server.base, "Ada").register()
+    job = (await ask(ada, program(SLEEPS.format(seconds=2))))["id"]
+    await started(ada, job)
+    [old] = members(supervisor)
+    os.kill(supervisor.pid, signal.SIGHUP)
+    await asyncio.to_thread(supervisor.until, "processes restarted")
+    assert old not in members(supervisor)
+    assert len(members(supervisor)) == 1
+    done = await ada.get(f"/jobs/{job}")
+    assert (done["status"], done["attempts"], len(done["history"])) == ("completed", 1, 1)
+    assert await asyncio.to_thread(supervisor.terminate) == 0
+
+
 async def test_processes_do_not_outlive_a_killed_supervisor(processes: Processes, quiet: dict[str, str]) -> None:
     supervisor = processes.worker("--processes", "2", **environment(quiet))
     while len(re.findall("worker ready", supervisor.output)) < 2:

@@ -126,14 +126,15 @@ class Child:
         if self._process and self.alive:
             self._process.send_signal(how or self._goodbye)
 
-    def wait(self, *, seconds: float = STOP_SECONDS) -> None:
-        """Wait for its end; kill it when it takes too long."""
-        if self._process is None:
-            return
+    def wait(self, *, seconds: float = STOP_SECONDS) -> bool:
+        """Wait for its end; kill it when it takes too long. Whether it ended by itself."""
         try:
-            self._process.wait(timeout=seconds)
+            if self._process is not None:
+                self._process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             self.kill()
+            return False
+        return True
 
     def stop(self) -> None:
         self.ask_to_stop()

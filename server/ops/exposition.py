@@ -1,5 +1,8 @@
 """What Prometheus reads: all processes of one supervisor added up, and the jobs that wait, which MongoDB knows."""
 
+import asyncio
+import contextlib
+import os
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -7,16 +10,17 @@ from typing import Any
 import prometheus_client
 import structlog
 from aiohttp import web
-from prometheus_client import CollectorRegistry, multiprocess
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from server import settings as environment
+from server import tally
 from server.errors import Unavailable
 from server.jobs import store
 from server.ops import operators
 from server.resources import Resources, reported
-from server.settings import Settings
+from server.settings import Settings, SettingsError
 
 log = structlog.get_logger()
 
@@ -34,14 +38,18 @@ async def answer(request: web.Request, stores: Resources) -> web.Response:
             challenge: web.Response = guard.challenge()
             return challenge
     return web.Response(
-        body=prometheus_client.generate_latest(Together(_counted(), await _jobs(stores.mongo))),
+        body=await asyncio.to_thread(_generated, await _jobs(stores.mongo)),
         headers={"Content-Type": prometheus_client.CONTENT_TYPE_LATEST},
     )
 
 
 @asynccontextmanager
 async def served(settings: Settings, stores: Resources) -> AsyncIterator[None]:
-    """A worker's own ``/metrics`` at METRICS_PORT. Of several workers any may answer: they share the port."""
+    """A worker's own ``/metrics`` at METRICS_PORT. Of several workers any may answer: they share the port.
+
+    Raises:
+        SettingsError: somebody else has that port.
+    """
     if not settings.metrics_port or operators.are_shut_out(settings):
         yield
         return
@@ -54,10 +62,18 @@ async def served(settings: Settings, stores: Resources) -> AsyncIterator[None]:
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     try:
-        await web.TCPSite(runner, settings.host, settings.metrics_port, reuse_port=True).start()
+        await _listen(runner, settings)
         yield
     finally:
         await runner.cleanup()
+
+
+async def _listen(runner: web.AppRunner, settings: Settings) -> None:
+    try:
+        await web.TCPSite(runner, settings.host, settings.metrics_port, reuse_port=True).start()
+    except OSError as error:
+        why = os.strerror(error.errno or 0)
+        raise SettingsError(f"Cannot listen on METRICS_PORT={settings.metrics_port}: {why}") from error
 
 
 class Together(CollectorRegistry):
@@ -73,13 +89,11 @@ class Together(CollectorRegistry):
         yield from self._more
 
 
-def _counted() -> CollectorRegistry:
+def _generated(more: Sequence[Metric]) -> bytes:
+    """Reads files of all processes: not for the loop."""
     folder = environment.metrics_folder()
-    if folder is None:
-        return prometheus_client.REGISTRY
-    registry = CollectorRegistry()
-    multiprocess.MultiProcessCollector(registry, path=folder)  # type: ignore[no-untyped-call]
-    return registry
+    with tally.read(folder) if folder else contextlib.nullcontext(prometheus_client.REGISTRY) as counted:
+        return prometheus_client.generate_latest(Together(counted, more))
 
 
 async def _jobs(mongo: Any) -> list[Metric]:

@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Mapping
 from typing import Any
 
 from aiohttp import web
@@ -12,15 +11,13 @@ from redis.exceptions import RedisError
 from server import __version__
 from server.errors import NotFound
 from server.jobs.handlers import ROSTER
-from server.ops import exposition, operators
+from server.ops import exposition, operators, stores
 from server.ratelimit import limit
-from server.resources import ping
 from server.rest import answers
 from server.rest.keys import RESOURCES
 from server.rest.marks import public
 
 routes = web.RouteTableDef()
-CHECK_SECONDS = 1.0
 STARTED = web.AppKey("started", float)
 
 
@@ -62,18 +59,11 @@ async def health(request: web.Request) -> web.Response:
 @public
 async def ready(request: web.Request) -> web.Response:
     """Whether requests should be sent here: every store answers, and the process is not stopping."""
-    resources = request.app[RESOURCES]
-    stores = await check_stores(
-        {
-            "postgresql": resources.db.ping(),
-            "redis": ping(resources.redis),
-            "mongodb": resources.mongo.command("ping"),
-        }
-    )
+    states, workers = await asyncio.gather(stores.check(request.app[RESOURCES]), _workers(request))
     draining = request.app[DRAINING].begun
-    up = not draining and all(store["status"] == "up" for store in stores.values())
+    up = not draining and all(each["status"] == "up" for each in states.values())
     status = "draining" if draining else "ready" if up else "unavailable"
-    body = {"status": status, "version": __version__, "stores": stores, "workers": await _workers(request)}
+    body = {"status": status, "version": __version__, "stores": states, "workers": workers}
     return answers.json(body, status=200 if up else 503, headers=None if up else {"Retry-After": "2"})
 
 
@@ -82,32 +72,17 @@ async def ready(request: web.Request) -> web.Response:
 @limit(None)
 @public
 async def metrics(request: web.Request) -> web.Response:
-    stores = request.app[RESOURCES]
-    if operators.are_shut_out(stores.settings):
+    opened = request.app[RESOURCES]
+    if operators.are_shut_out(opened.settings):
         raise NotFound("No such path")
-    return await exposition.answer(request, stores)
+    return await exposition.answer(request, opened)
 
 
 async def _workers(request: web.Request) -> list[dict[str, Any]] | None:
     """What the workers report of themselves; None where it is not known. Readiness does not depend on them."""
     try:
-        workers = await request.app[ROSTER].workers()
+        async with asyncio.timeout(stores.CHECK_SECONDS):
+            workers = await request.app[ROSTER].workers()
     except (RedisError, OSError):
         return None
     return [{"worker": each.worker, "sandbox": each.tier, "languages": each.languages} for each in workers]
-
-
-async def check_stores(pings: Mapping[str, Awaitable[Any]]) -> dict[str, dict[str, Any]]:
-    """State and latency in milliseconds of each store, asked at once."""
-    states = await asyncio.gather(*(_check(ping) for ping in pings.values()))
-    return dict(zip(pings, states, strict=True))
-
-
-async def _check(ping: Awaitable[Any]) -> dict[str, Any]:
-    started = time.perf_counter()
-    try:
-        async with asyncio.timeout(CHECK_SECONDS):
-            await ping
-    except Exception as error:  # noqa: BLE001 - whatever it is, the store is not usable; the kind is told
-        return {"status": "down", "error": type(error).__name__}
-    return {"status": "up", "latencyMs": round((time.perf_counter() - started) * 1000, 2)}

@@ -10,8 +10,10 @@ from redis.exceptions import RedisError
 
 from server import metrics
 from server.errors import Unavailable
+from server.ops import stores
 from server.postgres import Database
 from server.realtime.hub import Realtime
+from server.resources import Resources
 
 LOOK_SECONDS = 0.25
 PROBE_SECONDS = 5.0
@@ -31,11 +33,21 @@ async def look(db: Database, more: Callable[[], None] = lambda: None) -> None:
 
 
 def show_sockets(realtime: Realtime) -> None:
+    sent, realtime.frames_sent = realtime.frames_sent, 0
+    metrics.FRAMES_OUT.inc(sent)
     metrics.SOCKETS.set(len(realtime.peers))
     metrics.ROOMS.set(realtime.room_count)
     frames, size = realtime.waiting()
     metrics.OUTBOX_FRAMES.set(frames)
     metrics.OUTBOX_BYTES.set(size)
+
+
+async def ask_stores(opened: Resources) -> None:
+    """For as long as the process lives: whether it can use its stores, also while nobody asks it for anything."""
+    while True:
+        for name, state in (await stores.check(opened)).items():
+            metrics.STORE_UP.labels(name).set(state["status"] == "up")
+        await asyncio.sleep(PROBE_SECONDS)
 
 
 async def probe(realtime: Realtime) -> None:
