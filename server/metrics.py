@@ -35,4 +35,7 @@ DOCUMENT_UPDATES = Counter("document_updates_total", "Document updates by outcom
 STORE_UP = Gauge("store_up", "1 where every process can use the store", ["store"], multiprocess_mode="livemin")
 POOL_CONNECTIONS = Gauge("postgres_pool_connections", "Connections by state", ["state"], multiprocess_mode=LIVE)
 REPLICA_READS = Counter("postgres_replica_reads_total", "Reads meant for a replica, by who answered", ["store"])
+SANDBOX_LANGUAGES = Gauge(
+    "sandbox_languages", "Languages that every worker can run", ["tier"], multiprocess_mode="livemin"
+)
 LOOP_LAG = Histogram("event_loop_lag_seconds", "How late a sleeping task is woken", buckets=LAGS)

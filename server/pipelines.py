@@ -5,6 +5,7 @@ turn of the loop, or while other round trips are under way, goes together.
 """
 
 import asyncio
+from contextvars import Context
 from typing import Any
 
 from redis.asyncio import Redis
@@ -46,7 +47,8 @@ class Pipelines:
         self._waiting = [(command, answer) for command, answer in self._waiting if not answer.done()]
         while self._waiting and len(self._under_way) < ROUND_TRIPS:
             batch, self._waiting = self._waiting[:TOGETHER], self._waiting[TOGETHER:]
-            task = asyncio.ensure_future(self._send(batch))
+            # Without the context of whoever asked first: the others would wait under that one's budget.
+            task = asyncio.get_running_loop().create_task(self._send(batch), context=Context())
             self._under_way.add(task)
             task.add_done_callback(self._ended)
 

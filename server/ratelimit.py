@@ -25,7 +25,7 @@ from server.pipelines import Pipelines
 H = TypeVar("H", bound=Callable[..., Any])
 LISTEN_SECONDS, LISTEN_TIMES = 0.1, 5  # so long may Redis answer nobody before the local count does
 LONGEST_SECONDS = 1.0  # for one answer, however many others get theirs
-LOCAL_SECONDS = 5.0  # how long to count locally before Redis is asked again
+LOCAL_SECONDS = 1.5  # how long to count locally before Redis is asked again
 IPV6_PREFIX = 64
 # What the library does on Redis, and the time that is left in the same breath, in milliseconds.
 _COUNT = """
@@ -109,7 +109,6 @@ class RateLimiter:
             count, left = await self._heard(answer)
         except (RedisError, OSError, TimeoutError):
             self._local_until = time.monotonic() + LOCAL_SECONDS
-            metrics.LIMITER_FALLBACKS.inc()
             return await self._hit_local(name, rate, key, amount)
         return _budget(name, rate, count, left / 1000)
 
@@ -142,6 +141,7 @@ class RateLimiter:
             answer.cancel()
 
     async def _hit_local(self, name: str, rate: limits.RateLimitItem, key: str, amount: int) -> Budget:
+        metrics.LIMITER_FALLBACKS.inc()
         count = await self._local.incr(key, rate.get_expiry(), amount)
         return _budget(name, rate, count, await self._local.get_expiry(key) - time.time())
 

@@ -43,8 +43,10 @@ class Replicas:
         """
         replica = self._next()
         if replica is not None:
+            limit = within(ANSWER_SECONDS)
+            patient_until = time.monotonic() + limit
             try:
-                async with asyncio.timeout(within(ANSWER_SECONDS)):
+                async with asyncio.timeout(limit):
                     if proof is None or await proof(replica):
                         found = await ask(replica)
                         metrics.REPLICA_READS.labels("replica").inc()
@@ -52,10 +54,15 @@ class Replicas:
             except NotFound:
                 pass  # not there yet
             except (Unavailable, TimeoutError, asyncpg.PostgresError) as error:
-                self._resting_until[replica] = time.monotonic() + REST_SECONDS
-                log.warning("replica left alone", error=str(error) or type(error).__name__, seconds=REST_SECONDS)
+                # A request that had less time left says nothing about the replica.
+                if limit == ANSWER_SECONDS or time.monotonic() < patient_until:
+                    self._rest(replica, error)
             metrics.REPLICA_READS.labels("primary").inc()
         return await ask(self._primary)
+
+    def _rest(self, replica: Database, error: Exception) -> None:
+        self._resting_until[replica] = time.monotonic() + REST_SECONDS
+        log.warning("replica left alone", error=str(error) or type(error).__name__, seconds=REST_SECONDS)
 
     def _next(self) -> Database | None:
         """They take turns; None where there is none to ask."""

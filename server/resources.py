@@ -32,6 +32,7 @@ START_SECONDS = 3.0  # for each store at start: all three are named within 10 s
 REDIS_SECONDS = 1.0
 REDIS_CONNECTIONS = 50
 MONGO_SECONDS = 1.5
+MONGO_CONNECTIONS = 50
 MONGO_ANSWER_SECONDS = 1.2  # where somebody waits: pymongo notices a little late
 
 
@@ -142,7 +143,7 @@ async def ping(redis: Redis) -> None:
 
 async def _open_mongo(stack: AsyncExitStack, uri: str) -> Any:
     client = mongo_client(uri)
-    stack.callback(client.close)
+    stack.push_async_callback(asyncio.to_thread, _close_mongo, client)
     await client.admin.command("ping")
     return client
 
@@ -153,12 +154,19 @@ def mongo_client(uri: str) -> Any:
         uri,
         tz_aware=True,
         uuidRepresentation="standard",
+        maxPoolSize=MONGO_CONNECTIONS,
         # Of a call as a whole: with its repetition, and with the search for a server.
         timeoutMS=milliseconds,
         serverSelectionTimeoutMS=milliseconds,
         connectTimeoutMS=milliseconds,
         waitQueueTimeoutMS=milliseconds,
     )
+
+
+def _close_mongo(client: Any) -> None:
+    """It says goodbye to MongoDB and waits for the answer, which is not to be had of one that is silent."""
+    with pymongo.timeout(MONGO_SECONDS):
+        client.close()
 
 
 @contextmanager

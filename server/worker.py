@@ -13,7 +13,7 @@ from croniter import croniter
 from saq import CronJob, Job, Worker
 from saq.types import TimersDict
 
-from server import resources, tracing
+from server import metrics, resources, tracing
 from server.jobs import collections, lifecycle, recovery, workers
 from server.jobs.announcements import Announcements
 from server.jobs.bell import Bell
@@ -68,6 +68,7 @@ async def work(
         report = Report(
             bench.worker, bench.sandbox.tier.name, bench.sandbox.languages, queues, settings.worker_concurrency
         )
+        metrics.SANDBOX_LANGUAGES.labels(report.tier).set(len(report.languages))
         bell = Bell(stores.blocking_redis, on_cancel=bench.leases.drop)
         lanes = [bench.dispatcher.lanes[name] for name in queues]
         order = InOrder(stores.redis, lanes, bell, has=[*JOB_TYPES, *report.languages])

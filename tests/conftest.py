@@ -32,6 +32,7 @@ from typing import Any
 import aiohttp
 import psycopg
 import pytest
+import structlog
 from aiohttp.test_utils import TestServer
 
 from server import migrations, resources
@@ -41,6 +42,14 @@ from server.rest.runner import Runner
 from server.settings import Settings, load
 from tests.actors import Actor
 from tests.processes import Processes
+
+# As server/logs.py has it: else the values of all variables are printed, for seconds.
+structlog.configure(
+    processors=[
+        *structlog.get_config()["processors"][:-1],
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback),
+    ]
+)
 
 MakeServer = Callable[..., Awaitable[str]]
 MakeActor = Callable[..., Awaitable[Actor]]

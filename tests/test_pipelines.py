@@ -5,9 +5,11 @@ import asyncio
 import pytest
 from redis.exceptions import RedisError, ResponseError
 
+from server.budget import budget
 from server.devstack.stack import Stack
 from server.pipelines import TOGETHER, Pipelines
 from server.resources import redis_client
+from tests.faults import Mode, Network
 
 
 async def test_each_gets_its_own_answer_and_a_mistake_is_nobody_elses(stack: Stack) -> None:
@@ -35,6 +37,19 @@ async def test_who_gives_up_is_not_asked_for_and_hurts_nobody(stack: Stack) -> N
         assert await other == b"x"
         assert await redis.get("given-up") is None
     finally:
+        await pipelines.close()
+        await redis.aclose()
+
+
+async def test_one_requests_budget_is_not_that_of_the_others_in_its_round_trip(stack: Stack) -> None:
+    async with Network.to({"redis": stack.valkey.url}) as network:
+        redis = redis_client(network.urls["redis"])
+        pipelines = Pipelines(redis)
+        assert await pipelines.ask("ECHO", "connected") == b"connected"
+        await network.stores["redis"].turn(Mode.SLOW)
+        with budget(0.1):
+            answers = [pipelines.ask("ECHO", "first"), pipelines.ask("ECHO", "other")]
+            assert await asyncio.gather(*answers) == [b"first", b"other"]  # each has a patience of its own
         await pipelines.close()
         await redis.aclose()
 

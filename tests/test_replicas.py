@@ -4,13 +4,17 @@ import asyncio
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from server import metrics
+from server import metrics, postgres
+from server.budget import budget
 from server.devstack.stack import Stack
+from server.postgres import Database
+from server.replicas import connect
 from tests.actors import Actor
 from tests.conftest import MakeActor, MakeServer, addresses_of
 from tests.faults import Mode, Network
@@ -160,3 +164,24 @@ async def test_a_replica_that_is_down_at_the_start_stops_nobody(
     ada = await make_actor("Ada", server)
     project = await ada.make_project()
     assert (await ada.get(f"/projects/{project}/collaborators"))["items"][0]["user"]["name"] == "Ada"
+
+
+async def test_a_request_that_has_no_time_left_does_not_give_the_replica_a_rest(own_stack: Stack) -> None:
+    async with Network.to({"postgres": own_stack.postgres.url}) as network, AsyncExitStack() as stack:
+        primary = await postgres.connect(own_stack.postgres.url)
+        stack.push_async_callback(primary.close)
+        replicas = await connect(stack, primary, [network.urls["postgres"]])
+
+        async def where(db: Database) -> str:
+            return "primary" if db is primary else str(await db.fetchval("SELECT 'replica'"))
+
+        assert await replicas.read(where) == "replica"
+        await network.stores["postgres"].turn(Mode.SLOW)
+        with budget(0.1):
+            assert await replicas.read(where) == "primary"
+        await network.stores["postgres"].turn(Mode.PASS)
+        assert await replicas.read(where) == "replica"
+        await network.stores["postgres"].turn(Mode.BLACK_HOLE)
+        assert await replicas.read(where) == "primary"
+        await network.stores["postgres"].turn(Mode.PASS)
+        assert await replicas.read(where) == "primary", "it has its rest"

@@ -5,15 +5,18 @@ Only a quickener. Whoever missed it looks by itself: for messages every second, 
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import structlog
 from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 log = structlog.get_logger()
 
 BELL = "jobs:bell"
 RECONNECT_SECONDS = 0.5
+PING_SECONDS = 2.0  # after so much silence; who is silent for as long again is gone
 
 
 async def tell_cancelled(redis: Redis, *, job: str) -> None:
@@ -42,12 +45,20 @@ class Bell:
                 log.warning("bell not heard", error=str(error), retry_in=RECONNECT_SECONDS)
             await asyncio.sleep(RECONNECT_SECONDS)
 
-    async def _hear(self, pubsub: "object") -> None:
+    async def _hear(self, pubsub: Any) -> None:
+        asked = False
         while True:
-            heard = await pubsub.get_message(ignore_subscribe_messages=True, timeout=None)  # type: ignore[attr-defined]
+            heard = await pubsub.get_message(timeout=PING_SECONDS)
+            if heard is None and asked:
+                raise RedisConnectionError("Redis is silent")
             if heard is None:
-                continue
-            if job := heard["data"].decode():
-                self._on_cancel(job)
-            else:
-                self.work.set()
+                await pubsub.ping()
+            elif heard["type"] == "message":
+                self._ring(heard["data"].decode())
+            asked = heard is None
+
+    def _ring(self, job: str) -> None:
+        if job:
+            self._on_cancel(job)
+        else:
+            self.work.set()

@@ -16,9 +16,11 @@ from prometheus_client.metrics_core import Metric
 
 from server import settings as environment
 from server import tally
+from server.budget import budget
 from server.errors import Unavailable
 from server.jobs import store
 from server.ops import operators
+from server.ops.stores import CHECK_SECONDS
 from server.resources import Resources, reported
 from server.settings import Settings, SettingsError
 
@@ -100,7 +102,7 @@ async def _jobs(mongo: Any) -> list[Metric]:
     """Without MongoDB these are absent, not zero."""
     number, oldest = (GaugeMetricFamily(name, help, labels=JOB_LABELS) for name, help in OF_JOBS.items())
     try:
-        with reported():
+        with budget(CHECK_SECONDS), reported():
             groups = await store.unfinished(mongo, now=store.moment())
     except Unavailable as error:
         log.warning("jobs not counted", error=error.detail)

@@ -83,13 +83,13 @@ class Connection:
 
     def send(self, payload: bytes, delivery: Delivery = Delivery.DURABLE, key: Hashable = None) -> None:
         """Send one text frame."""
-        metrics.FRAMES_OUT.inc()
         self.write(websocket_frame(payload), delivery, key)
 
     def write(self, frame: bytes, delivery: Delivery = Delivery.DURABLE, key: Hashable = None) -> None:
         """Send a prebuilt frame; ``key`` names what a newer one of ``Delivery.NEWEST`` replaces."""
         if self.close_code is not None or self._transport.is_closing():
             return  # uvloop raises over a transport that is gone before its reader has noticed
+        self.realtime.frames_sent += 1
         if self._writer is None and self._transport.get_write_buffer_size() < DIRECT_BYTES:
             self._transport.write(frame)
         else:
@@ -148,6 +148,7 @@ class Connection:
         self._gone.set()
         if self.close_code is None:
             self.close_code = GONE
+            metrics.SOCKETS_CLOSED.labels(str(GONE)).inc()
             self.realtime.forget(self)
 
     def _wait_in_line(self, frame: bytes, delivery: Delivery, key: Hashable) -> None:

@@ -61,6 +61,7 @@ class Realtime:
         self.messages = messages
         self.doorman = doorman
         self.draining = False
+        self.frames_sent = 0  # counted here by each write, which is too frequent for a metric
         self.channels = channels
         self.presence = Presence(redis, process=uuid4().hex)
         self.cursors = Cursors(redis)

@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import NamedTuple
 from uuid import UUID, uuid4
 
-from server import metrics
 from server.errors import Unavailable
 from server.realtime.channels import DROPPABLE, MARK, NEWEST, event_frame, room_channel
 from server.realtime.connection import Connection
@@ -216,9 +215,7 @@ class Room:
         origin, kind, frame = message
         delivery = _DELIVERY.get(kind, Delivery.DURABLE)
         key = (self.workspace, origin) if delivery is Delivery.NEWEST else None
-        members = tuple(whom)
-        metrics.FRAMES_OUT.inc(len(members))
-        for connection in members:
+        for connection in tuple(whom):
             if connection.id != origin:
                 connection.write(frame, delivery, key)
 

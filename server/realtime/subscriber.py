@@ -22,7 +22,7 @@ log = structlog.get_logger()
 SUBSCRIBE_SECONDS = 2.0
 PING_SECONDS = 2.0  # one that does not answer until the next is gone
 RECONNECT_SECONDS = 0.1
-LONGEST_RECONNECT_SECONDS = 2.0
+LONGEST_RECONNECT_SECONDS = 1.0
 RESUMED_AT_ONCE = 32
 SLICE_SECONDS = 0.005  # a burst of messages lets sockets be read after this
 

@@ -27,6 +27,7 @@ CLIENT = web.RequestKey("client", str)  # address, behind trusted proxies the fo
 USER = web.RequestKey("user", User)
 BROKEN_OFF = web.RequestKey("broken_off", bool)  # the rest of the body is of no interest: close after the answer
 UNREADABLE = web.RequestKey("unreadable", bool)  # nothing is known but that somebody asked
+BEGUN = web.RequestKey("begun", web.StreamResponse)  # its answer, once the head of it is on its way
 Values = dict[str, Any]
 BODY: web.RequestKey[Values] = web.RequestKey("body", dict)
 QUERY: web.RequestKey[Values] = web.RequestKey("query", dict)

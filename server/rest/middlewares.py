@@ -21,13 +21,14 @@ from server import errors, fields, json, metrics, tracing
 from server.budget import budget, uncounted
 from server.errors import ServiceError, Unauthenticated
 from server.ratelimit import RateLimiter, limit_of, payer
-from server.rest.keys import BODY, BROKEN_OFF, CLIENT, HEADERS, QUERY, REQUEST_ID, UNREADABLE, USER, User
+from server.rest.keys import BEGUN, BODY, BROKEN_OFF, CLIENT, HEADERS, QUERY, REQUEST_ID, UNREADABLE, USER, User
 from server.rest.marks import is_public
 from server.settings import Network
 
 log = structlog.get_logger()
 
 BODY_SECONDS = 10.0
+SWITCHED = 101
 STORES_SECONDS = 1.6  # every answer within 2 s of the body
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _HEADERS = {
@@ -102,15 +103,30 @@ async def render(request: web.Request, handler: Handler) -> web.StreamResponse:
         if UNREADABLE in request:
             raise errors.BadRequest("This is not a request that can be read")
         return await handler(request)
-    except ServiceError as error:
-        return problem(request, error)
-    except web.HTTPException as error:
-        if error.status < 400:
+    except Exception as error:
+        if BEGUN in request:
+            return break_off(request, error)
+        if isinstance(error, web.HTTPException) and error.status < 400:
             raise
-        return problem(request, _translated(error))
-    except Exception:
-        log.exception("request failed", method=request.method, path=request.path)
-        return problem(request, ServiceError("Something went wrong on our side"))
+        return problem(request, _refusal(request, error))
+
+
+def break_off(request: web.Request, error: Exception) -> web.StreamResponse:
+    """Half of an answer is out, and whatever else were written would be taken for the rest: hang up."""
+    if request.transport is not None:
+        request.transport.abort()
+    if not isinstance(error, ConnectionError):  # else it is they who have hung up
+        log.error("answer broken off", method=request.method, path=request.path, exc_info=error)
+    return request[BEGUN]
+
+
+def _refusal(request: web.Request, error: Exception) -> ServiceError:
+    if isinstance(error, ServiceError):
+        return error
+    if isinstance(error, web.HTTPException):
+        return _translated(error)
+    log.error("request failed", method=request.method, path=request.path, exc_info=error)
+    return ServiceError("Something went wrong on our side")
 
 
 @web.middleware
@@ -186,6 +202,7 @@ async def dress(request: web.Request, response: web.StreamResponse) -> None:
         response.headers.setdefault(name, value)
     response.headers["X-Request-Id"] = request[REQUEST_ID]
     response.headers.update(request[HEADERS])
+    request[BEGUN] = response
     response.headers.popall(hdrs.SERVER, None)
 
 
@@ -248,7 +265,8 @@ def _route(request: web.Request) -> str:
 
 
 def _record(request: web.Request, status: int, seconds: float) -> None:
-    metrics.REQUESTS.labels(request.method, _route(request), str(status)).observe(seconds)
+    if status != SWITCHED:  # how long a socket lived is no latency
+        metrics.REQUESTS.labels(request.method, _route(request), str(status)).observe(seconds)
     user = request.get(USER)
     log.info(
         "request",

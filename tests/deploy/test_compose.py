@@ -18,7 +18,9 @@ import pytest
 import yaml
 
 from server import settings
+from server.app import stop_seconds
 from server.settings import Settings, SettingsError
+from server.worker import STOP_SECONDS
 from tests.processes import ROOT
 
 TEXT = (ROOT / "docker-compose.yml").read_text()
@@ -193,8 +195,13 @@ def test_everything_is_bounded(service: str) -> None:
 
 @pytest.mark.parametrize("service", OURS)
 def test_a_stop_leaves_time_to_drain(service: str) -> None:
-    if service in SERVERS:
-        assert int(SERVICES[service]["stop_grace_period"].removesuffix("s")) > loaded(service).drain_seconds
+    needed = {"server": stop_seconds(loaded(service)), "worker": STOP_SECONDS, "migrate": 0}
+    given = SERVICES[service].get("stop_grace_period", "10s")
+    assert int(given.removesuffix("s")) >= needed[SERVICES[service]["command"][0]]
+
+
+def test_a_worker_tells_prometheus_what_it_does() -> None:
+    assert loaded("worker").metrics_port
 
 
 def test_the_stores_keep_their_data_in_named_volumes() -> None:

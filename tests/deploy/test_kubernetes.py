@@ -1,5 +1,6 @@
 """The manifests are what Kubernetes takes, and say what the program and its image say."""
 
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -9,8 +10,11 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from server.app import stop_seconds
 from server.cli import main
+from server.ops import exposition
 from server.settings import Settings
+from server.worker import STOP_SECONDS
 
 FOLDER = Path(__file__).parents[2] / "scripts" / "deploy" / "kubernetes"
 VERSIONS = ("1.31", "1.37")
@@ -59,9 +63,20 @@ def test_the_schemas_would_notice_a_misspelt_field() -> None:
         kubernetes_validate.validate(broken, VERSIONS[-1], strict=True)
 
 
-def test_kustomize_takes_every_file() -> None:
-    taken = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())["resources"]
-    assert set(taken) == {path.name for path in FOLDER.glob("*.yaml")} - NOT_MANIFESTS
+def test_kustomize_takes_every_file_and_finds_what_it_makes() -> None:
+    file = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())
+    assert set(file["resources"]) == {path.name for path in FOLDER.glob("*.yaml")} - NOT_MANIFESTS
+    images = {container["image"] for _, pod in pods() for container in containers(pod)}
+    assert {each["name"] for each in file["images"]} == images
+    made = {("configMapRef", each["name"]) for each in file["configMapGenerator"]}
+    made |= {("secretRef", each["name"]) for each in file["secretGenerator"]}
+    used = [each for _, pod in pods() for container in containers(pod) for each in container["envFrom"]]
+    assert {(kind, what["name"]) for each in used for kind, what in each.items()} == made
+    for generator in (*file["configMapGenerator"], *file["secretGenerator"]):
+        for name in generator["envs"]:
+            assert any((FOLDER / each).exists() for each in (name, f"{name}.example")), name
+    accounts = {pod["serviceAccountName"] for _, pod in pods()}
+    assert accounts == {each["metadata"]["name"] for each in manifests() if each["kind"] == "ServiceAccount"}
 
 
 @pytest.mark.parametrize(("name", "pod"), pods(), ids=lambda value: value if isinstance(value, str) else "")
@@ -94,11 +109,31 @@ def test_their_commands_exist(name: str, pod: dict[str, Any], monkeypatch: pytes
         assert ended.value.code == 0
 
 
-def test_a_pod_is_given_the_time_that_it_takes_to_drain() -> None:
+def test_a_pod_is_given_the_time_that_it_takes_to_drain(settings: Settings) -> None:
     pod = find("Deployment", "server")["spec"]["template"]["spec"]
     pause = int(pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][1])
-    drain = float(variables("settings.env")["DRAIN_SECONDS"])
-    assert pod["terminationGracePeriodSeconds"] >= pause + drain + 10
+    told = dataclasses.replace(settings, drain_seconds=float(variables("settings.env")["DRAIN_SECONDS"]))
+    assert pod["terminationGracePeriodSeconds"] >= pause + stop_seconds(told)
+    worker = find("Deployment", "worker")["spec"]["template"]["spec"]
+    assert worker["terminationGracePeriodSeconds"] >= STOP_SECONDS
+
+
+def test_prometheus_finds_the_workers_and_may_ask_them() -> None:
+    template = find("Deployment", "worker")["spec"]["template"]
+    [container] = template["spec"]["containers"]
+    [port] = [each["value"] for each in container["env"] if each["name"] == "METRICS_PORT"]
+    assert template["metadata"]["annotations"]["prometheus.io/port"] == port
+    assert [each["containerPort"] for each in container["ports"]] == [int(port)]
+    [ingress] = find("NetworkPolicy", "worker")["spec"]["ingress"]
+    assert [each["port"] for each in ingress["ports"]] == [int(port)]
+    assert {"OPS_USERNAME", "OPS_PASSWORD"} <= variables("secrets.env.example").keys()
+
+
+def test_the_autoscaler_asks_for_a_metric_that_is_told() -> None:
+    metrics = find("HorizontalPodAutoscaler", "worker")["spec"]["metrics"]
+    [external] = [each["external"]["metric"] for each in metrics if each["type"] == "External"]
+    assert external["name"] in exposition.OF_JOBS
+    assert external["selector"]["matchLabels"].keys() <= set(exposition.JOB_LABELS)
 
 
 def test_probes_ask_paths_that_exist() -> None:

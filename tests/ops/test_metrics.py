@@ -10,8 +10,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.devstack.stack import free_port
+from server.ops.watch import LOOK_SECONDS
 from tests.actors import Actor
 from tests.conftest import MakeServer, environment
+from tests.documents.editors import Editor, make_document
 from tests.jobs.asking import ask, program
 from tests.processes import Processes, Server
 from tests.test_supervisor import members, started
@@ -49,6 +51,44 @@ async def test_sockets_rooms_and_the_loop_are_measured(http: aiohttp.ClientSessi
     assert samples["redis_publish_lag_seconds_count"] > 0
     assert samples['postgres_pool_connections{state="idle"}'] >= 1
     assert samples["websocket_outbox_frames"] == 0
+
+
+async def test_every_frame_and_every_close_is_counted_and_a_socket_is_no_request(
+    http: aiohttp.ClientSession, server: str, alice: Actor, bob: Actor
+) -> None:
+    before = await settled(http, server)
+    workspace = await alice.make_workspace(None, bob)
+    document = await make_document(alice, workspace)
+    speaking, hearing = await alice.connect(workspace), await bob.connect(workspace)
+    editors = [await Editor(who, document).open() for who in (alice, bob)]
+    await editors[0].type("x")
+    await editors[1].until("x")
+    yjs = await http.ws_connect(f"{server}/yjs/{document}", headers=alice.headers)
+    assert (await yjs.receive()).data
+    # Four welcomes, two joins, two opened documents, one edit: acknowledged, heard; USER_JOIN; and what /yjs says.
+    frames = 4 + 2 + 2 + 2 + 1 + 1
+    async with asyncio.timeout(10):
+        while grown(before, await scrape(http, server), "websocket_frames_sent_total") < frames:
+            await asyncio.sleep(0.1)
+    await yjs.close()
+    for socket in (speaking, hearing):
+        await socket.close()
+    closed = 'websocket_closed_total{code="1006"}'
+    async with asyncio.timeout(10):
+        while grown(before, await scrape(http, server), closed) < 3:
+            await asyncio.sleep(0.1)
+    lived = [name for name in await scrape(http, server) if 'route="/ws"' in name or 'route="/yjs' in name]
+    assert not [name for name in lived if 'status="101"' in name]
+
+
+async def settled(http: aiohttp.ClientSession, base: str) -> dict[str, float]:
+    """The samples, when what other tests have done is counted."""
+    await asyncio.sleep(2 * LOOK_SECONDS)
+    return await scrape(http, base)
+
+
+def grown(before: dict[str, float], after: dict[str, float], name: str) -> float:
+    return after.get(name, 0.0) - before.get(name, 0.0)
 
 
 async def test_every_process_tells_the_same_sums(processes: Processes, http: aiohttp.ClientSession) -> None:
@@ -113,6 +153,15 @@ async def test_workers_tell_at_a_port_of_their_own(
     samples = await scrape(http, base)
     assert samples['job_wait_seconds_count{type="CODE_EXECUTION"}'] == 1
     assert sum(value for name, value in samples.items() if name.startswith("sandbox_runs_total")) == 1
+
+
+async def test_a_metrics_port_that_somebody_else_has_is_one_line(
+    processes: Processes, quiet: dict[str, str], server: str
+) -> None:
+    port = server.rpartition(":")[2]
+    worker = processes.worker(METRICS_PORT=port, **environment(quiet))
+    assert await asyncio.to_thread(worker.wait) == 1
+    assert worker.output.strip() == f"error: Cannot listen on METRICS_PORT={port}: Address already in use"
 
 
 @pytest.mark.parametrize("app_env", ["development", "production"])

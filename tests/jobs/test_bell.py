@@ -1,0 +1,53 @@
+"""The bell of the workers, on a network that fails."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from server.devstack.stack import Stack
+from server.jobs.bell import BELL, Bell, tell_cancelled
+from server.resources import blocking_redis_client, redis_client
+from tests.faults import Mode, Network
+
+
+@asynccontextmanager
+async def listening(url: str, heard: list[str]) -> AsyncIterator[Bell]:
+    redis = blocking_redis_client(url)
+    bell = Bell(redis, on_cancel=heard.append)
+    task = asyncio.ensure_future(bell.listen())
+    try:
+        yield bell
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+        await redis.aclose()
+
+
+async def test_a_silent_redis_is_noticed_and_the_bell_heard_again_when_it_speaks(stack: Stack) -> None:
+    heard: list[str] = []
+    redis = redis_client(stack.valkey.url)
+    async with Network.to({"redis": stack.valkey.url}) as network, listening(network.urls["redis"], heard) as bell:
+        proxy = network.stores["redis"]
+        await until_heard(redis, bell)
+        before = proxy.connections
+        await asyncio.sleep(2.5)  # pings are answered
+        assert proxy.connections == before
+        await proxy.turn(Mode.BLACK_HOLE)
+        async with asyncio.timeout(10):
+            while proxy.connections == before:  # it has given the old connection up
+                await asyncio.sleep(0.05)
+        await proxy.turn(Mode.PASS)
+        bell.work.clear()
+        await until_heard(redis, bell)
+        await tell_cancelled(redis, job="a job")
+        async with asyncio.timeout(5):
+            while heard != ["a job"]:
+                await asyncio.sleep(0.02)
+    await redis.aclose()
+
+
+async def until_heard(redis: object, bell: Bell) -> None:
+    async with asyncio.timeout(10):
+        while not bell.work.is_set():
+            await redis.publish(BELL, "")  # type: ignore[attr-defined]
+            await asyncio.sleep(0.05)

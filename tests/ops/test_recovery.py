@@ -1,0 +1,192 @@
+"""What was away comes back: so does the service, within 2 s and without a rush; and what else a failure may not do."""
+
+import asyncio
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import aiohttp
+import pytest
+
+from server import postgres, resources
+from server.devstack.stack import Stack
+from server.jobs import artifacts
+from tests.actors import Actor, Answer
+from tests.conftest import MakeActor
+from tests.documents.editors import make_document
+from tests.faults import Mode, Network
+from tests.ops.conftest import World
+from tests.ops.test_faults import LONGEST_SECONDS, MONGO, NAMES, POSTGRES, REDIS, calls, timed
+from tests.realtime.clients import Member
+
+RECOVERY_SECONDS = 2.0
+CROWD = 50
+# What a process may have open to each store, and what it may then still want for its own purposes.
+POOLS = {
+    POSTGRES: postgres.POOL_SIZE,
+    REDIS: resources.REDIS_CONNECTIONS,
+    MONGO: resources.MONGO_CONNECTIONS,
+}
+SPARE = 5
+NAME_OF_ARTIFACT = "export.zip"
+ARTIFACT_BYTES = 24 << 20  # more than the sockets on its way take without being read
+Call = tuple[str, str, object]
+
+
+@dataclass
+class Things:
+    """More of Alice's: a document, a job that has made a file; Victor may only look."""
+
+    victor: Actor
+    document: str
+    made: str
+
+    @property
+    def file(self) -> str:
+        return f"/jobs/{self.made}/artifacts/{NAME_OF_ARTIFACT}"
+
+
+@pytest.fixture
+async def things(world: World, make_actor: MakeActor, stack: Stack) -> Things:
+    victor = await make_actor("Victor", world.alice.base)
+    await world.alice.add(victor, world.project, role="VIEWER")
+    body = {
+        "type": "EXPORT",
+        "payload": {"workspaceId": world.workspace, "format": "zip"},
+        "runAt": "2100-01-01T00:00:00Z",
+    }
+    job = (await world.alice.post("/jobs", body))["job"]["id"]
+    await give_artifact(stack, job)
+    return Things(victor, await make_document(world.alice, world.workspace, content="one"), job)
+
+
+async def give_artifact(stack: Stack, job: str) -> None:
+    """As if a worker had made it."""
+    client = resources.mongo_client(stack.mongo.url)
+    mongo, now = client.get_default_database(), datetime.now(UTC)
+    record = {"_id": job, "claim": 0}
+    kind = {"name": NAME_OF_ARTIFACT, "content_type": "application/zip"}
+    async with artifacts.upload(mongo, job=record, now=now, **kind) as upload:
+        await upload.write(bytes(ARTIFACT_BYTES))
+    made = artifacts.described(upload, job=record, name=NAME_OF_ARTIFACT, now=now)
+    await mongo.jobs.update_one({"_id": job}, {"$set": {"status": "completed", "result": {"artifact": made}}})
+    client.close()
+
+
+def more_calls(world: World, things: Things) -> list[Call]:
+    return [
+        ("GET", f"/documents/{things.document}", None),
+        ("GET", f"/documents/{things.document}/content", None),
+        ("GET", f"/documents/{things.document}/versions", None),
+        ("GET", f"/workspaces/{world.workspace}/documents", None),
+        ("POST", f"/workspaces/{world.workspace}/documents", {"path": f"{time.monotonic()}.txt", "content": "x"}),
+        ("PATCH", f"/workspaces/{world.workspace}", {"name": "Renamed"}),
+        ("GET", f"/jobs/{world.job}/logs", None),
+        ("HEAD", things.file, None),
+        ("GET", "/metrics", None),
+        ("GET", "/health/ready", None),
+        ("GET", "/health", None),
+    ]
+
+
+async def asked(who: Actor, wanted: Iterable[Call]) -> list[tuple[str, Answer]]:
+    """All at once; each in time."""
+    wanted = list(wanted)
+    return list(
+        zip([path for _, path, _ in wanted], await asyncio.gather(*(timed(who, *each) for each in wanted)), strict=True)
+    )
+
+
+@pytest.mark.parametrize("mode", [Mode.STOPPED, Mode.BLACK_HOLE], ids=lambda mode: mode.name.lower())
+@pytest.mark.parametrize("store", [POSTGRES, REDIS, MONGO])
+async def test_a_crowd_is_answered_in_time_and_served_again_as_soon_as_the_store_is_back(
+    store: str, mode: Mode, network: Network, world: World, things: Things
+) -> None:
+    everything = [*calls(world.alice, world), *more_calls(world, things)]
+    crowd = [everything[number % len(everything)] for number in range(CROWD)]
+    await network.stores[store].turn(mode)
+    answers = await asked(world.alice, crowd)
+    for path, answer in answers:
+        assert answer.status < 500 or answer.status == 503, (path, answer)
+        if path == "/health/ready":
+            assert answer.status == 503
+            assert answer["stores"][NAMES[store].lower()]["status"] == "down"
+        elif answer.status == 503 and answer.body:
+            assert NAMES[store] in answer["detail"], (path, answer)
+    assert {answer.status for path, answer in answers if path in ("/metrics", "/health")} == {200}
+
+    before = network.stores[store].connections
+    await network.stores[store].turn(Mode.PASS)
+    async with asyncio.timeout(RECOVERY_SECONDS):
+        while any(answer.status >= 500 for _, answer in await asked(world.alice, everything)):
+            await asyncio.sleep(0.05)
+    await asked(world.alice, crowd)
+    assert network.stores[store].connections - before <= POOLS[store] + SPARE
+
+
+@pytest.mark.parametrize("mode", [Mode.STOPPED, Mode.BLACK_HOLE], ids=lambda mode: mode.name.lower())
+async def test_sockets_hear_of_each_other_again_as_soon_as_redis_is_back(
+    mode: Mode, network: Network, world: World
+) -> None:
+    async with Member(world.alice, world.workspace, [world.alice.base]) as member:
+        await network.stores[REDIS].turn(mode)
+        await asyncio.sleep(3)  # so that pauses between attempts have grown
+        await network.stores[REDIS].turn(Mode.PASS)
+        before = network.stores[REDIS].connections
+        async with asyncio.timeout(RECOVERY_SECONDS):
+            while "workspace:resync" not in member.notices:
+                await asyncio.sleep(0.02)
+        assert network.stores[REDIS].connections - before <= SPARE
+
+
+@pytest.mark.parametrize("store", [POSTGRES, REDIS, MONGO])
+async def test_a_viewer_writes_nothing_whatever_is_away(
+    store: str, network: Network, world: World, things: Things
+) -> None:
+    await network.stores[store].turn(Mode.STOPPED)
+    payload = {"language": "python", "documentId": things.document}
+    writes: list[Call] = [
+        ("PATCH", f"/projects/{world.project}", {"name": "Victor's"}),
+        ("DELETE", f"/projects/{world.project}", None),
+        ("POST", "/workspaces", {"projectId": world.project, "name": "Victor's"}),
+        ("DELETE", f"/workspaces/{world.workspace}", None),
+        ("POST", f"/workspaces/{world.workspace}/documents", {"path": "victors.txt", "content": "x"}),
+        ("DELETE", f"/documents/{things.document}", None),
+        ("POST", f"/projects/{world.project}/collaborators", {"email": world.mallory.email, "role": "OWNER"}),
+        ("POST", "/jobs", {"type": "CODE_EXECUTION", "payload": payload}),
+    ]
+    for who in (things.victor, world.mallory):
+        for path, answer in await asked(who, writes):
+            assert answer.status in (403, 404, 503), (who.name, path, answer)
+    await network.stores[store].turn(Mode.PASS)
+
+
+async def test_a_download_that_breaks_in_the_middle_is_seen_to_be_broken(
+    network: Network, world: World, things: Things, http: aiohttp.ClientSession
+) -> None:
+    address = f"{world.alice.base}/api/v1{things.file}"
+    async with http.get(address, headers=world.alice.headers) as answer:
+        assert (answer.status, int(answer.headers["Content-Length"])) == (200, ARTIFACT_BYTES)
+        await answer.content.readexactly(1)
+        await network.stores[MONGO].turn(Mode.STOPPED)
+        with pytest.raises((aiohttp.ClientPayloadError, aiohttp.ClientConnectionError)):
+            async with asyncio.timeout(2 * LONGEST_SECONDS):
+                await answer.read()
+
+
+@pytest.mark.parametrize("mode", [Mode.STOPPED, Mode.BLACK_HOLE], ids=lambda mode: mode.name.lower())
+async def test_the_process_itself_tells_which_store_is_away(
+    mode: Mode, network: Network, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def up(store: str, value: int) -> None:
+        async with asyncio.timeout(10):
+            while f'store_up{{store="{store}"}} {value}.0' not in (await world.alice.get("/metrics")).body:
+                await asyncio.sleep(0.1)
+
+    await up("redis", 1)
+    await network.stores[REDIS].turn(mode)
+    await up("redis", 0)
+    await up("postgresql", 1)
+    await network.stores[REDIS].turn(Mode.PASS)
+    await up("redis", 1)
