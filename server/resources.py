@@ -181,6 +181,18 @@ def reported() -> Iterator[None]:
         raise Unavailable("MongoDB is unavailable") from error
 
 
+@asynccontextmanager
+async def answered() -> AsyncIterator[None]:
+    """As ``reported``, for what asks MongoDB alone: in time also where a crowd asks while it is away. Each of motor's
+    few threads waits for it then, and whoever got none would wait for the second round."""
+    try:
+        with reported():
+            async with asyncio.timeout(within(MONGO_ANSWER_SECONDS)):
+                yield
+    except TimeoutError as error:
+        raise Unavailable("MongoDB is unavailable") from error
+
+
 async def _started(name: str, url: str, opening: Awaitable[Any]) -> Any:
     try:
         async with asyncio.timeout(START_SECONDS):

@@ -56,6 +56,8 @@ MakeActor = Callable[..., Awaitable[Actor]]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--chaos-seconds", help="how long things are killed in the chaos story")
+    parser.addoption("--chaos-seed", help="which, and in which order")
     parser.addoption("--full", action="store_true", help="the full form of the tests that have a short one")
 
 

@@ -21,7 +21,7 @@ from server.errors import Unavailable
 from server.jobs import store
 from server.ops import operators
 from server.ops.stores import CHECK_SECONDS
-from server.resources import Resources, reported
+from server.resources import Resources, answered
 from server.settings import Settings, SettingsError
 
 log = structlog.get_logger()
@@ -102,8 +102,9 @@ async def _jobs(mongo: Any) -> list[Metric]:
     """Without MongoDB these are absent, not zero."""
     number, oldest = (GaugeMetricFamily(name, help, labels=JOB_LABELS) for name, help in OF_JOBS.items())
     try:
-        with budget(CHECK_SECONDS), reported():
-            groups = await store.unfinished(mongo, now=store.moment())
+        with budget(CHECK_SECONDS):
+            async with answered():
+                groups = await store.unfinished(mongo, now=store.moment())
     except Unavailable as error:
         log.warning("jobs not counted", error=error.detail)
         return []

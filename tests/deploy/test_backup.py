@@ -2,10 +2,12 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import psycopg
+import pymongo
 import pytest
 
 from server import migrations
@@ -104,6 +106,72 @@ def test_a_backup_that_fails_leaves_nothing_that_looks_like_one(tools: str, tmp_
     failed = run("backup", tmp_path / "saved", "postgresql://nobody@127.0.0.1:1/nothing", tools)
     assert failed.returncode != 0
     assert not (tmp_path / "saved").exists()
+
+
+STUB = """#!/bin/sh
+# In place of MongoDB's tool: says what it was told, without the address among its arguments.
+for word; do case $word in
+  --config=*) cat "${word#--config=}" >>"$TOLD" ;;
+  --archive=*) [ "${0##*/}" = mongodump ] && echo archive >"${word#--archive=}"; echo "$word" >>"$TOLD" ;;
+  *) echo "$word" >>"$TOLD" ;;
+esac; done
+"""
+
+
+@pytest.fixture
+def told(tmp_path: Path) -> Path:
+    """What mongodump and mongorestore, which are not here, have been told."""
+    for name in ("mongodump", "mongorestore"):
+        (tmp_path / name).write_text(STUB)
+        (tmp_path / name).chmod(0o755)
+    return tmp_path / "told"
+
+
+def test_mongodb_is_saved_too_and_comes_back_under_another_name_into_nothing_but_an_empty_database(
+    stack: Stack, make_database: Callable[[], str], tools: str, told: Path, tmp_path: Path
+) -> None:
+    tools = f"{tmp_path}:{tools}"
+    other = stack.mongo.url.replace("/workspace?", "/restored?")
+    beside = {"BACKUP_MONGO": "on", "TOLD": str(told), "PYTHON": sys.executable}
+    saved = run("backup", tmp_path / "saved", make_database(), tools, MONGODB_URI=stack.mongo.url, **beside)
+    assert saved.returncode == 0, saved.stderr
+    assert f'uri: "{stack.mongo.url}"' in told.read_text()
+
+    told.unlink()
+    restored = run("restore", tmp_path / "saved", make_database(), tools, MONGODB_URI=other, **beside)
+    assert restored.returncode == 0, restored.stderr
+    words = told.read_text().splitlines()
+    assert {"--nsInclude=workspace.*", "--nsFrom=workspace.*", "--nsTo=restored.*"} <= set(words)
+    [address] = [word for word in words if word.startswith("uri:")]
+    assert "restored" not in address
+    assert "directConnection=true" in address
+
+    told.unlink()
+    with pymongo.MongoClient(other) as client:
+        client.restored.jobs.insert_one({"_id": "living"})
+    fresh = make_database()
+    refused = run("restore", tmp_path / "saved", fresh, tools, MONGODB_URI=other, **beside)
+    assert refused.returncode == 1
+    assert "restore into an empty one" in refused.stderr
+    assert not told.exists()
+    assert contents(fresh) == {}, "PostgreSQL was left alone, too"
+
+
+@pytest.mark.parametrize(
+    ("uri", "server"),
+    [
+        ("mongodb://app:p%40ss@mongo:27017/app?authSource=admin&journal=true", "mongodb://app:p%40ss@mongo:27017/?authSource=admin&journal=true"),
+        ("mongodb://app:secret@a:1,b:2/app", "mongodb://app:secret@a:1,b:2/?authSource=app"),
+        ("mongodb+srv://mongo/app", "mongodb+srv://mongo/"),
+    ],
+)  # fmt: skip
+def test_the_server_of_an_address_still_knows_its_user(uri: str, server: str) -> None:
+    tool = ROOT / "scripts/deploy/mongo_address.py"
+    answers = [
+        subprocess.run([sys.executable, str(tool), what], env={"MONGODB_URI": uri}, capture_output=True, text=True)
+        for what in ("server", "database")
+    ]
+    assert [answer.stdout.strip() for answer in answers] == [server, "app"]
 
 
 def test_without_mongodump_it_says_so_before_it_begins(database_url: str, tools: str, tmp_path: Path) -> None:
