@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from contextvars import Context
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -207,7 +208,8 @@ class Rooms:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _own(self, coroutine: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-        task = asyncio.ensure_future(coroutine)
+        # Without the context of whoever came first: all of a room wait for it, not under one request's budget.
+        task = asyncio.get_running_loop().create_task(coroutine, context=Context())
         self._tasks.add(task)
         task.add_done_callback(self._finished)
         return task
