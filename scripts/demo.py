@@ -17,8 +17,8 @@ from uuid import uuid4
 import aiohttp
 from pycrdt import Doc, Text
 
+from server.child import Child
 from server.devstack.dev import base_url
-from server.devstack.process import Child
 from server.devstack.stack import is_in_use, read_env
 from server.settings import StackSettings, StartError, load_stack
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import structlog
 
 from server import tally
-from server.devstack.process import Child, StackError
+from server.child import Child, StackError
 from server.settings import SettingsError, child_environment
 from server.signals import reload_signal, stop_signal
 

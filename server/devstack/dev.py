@@ -14,7 +14,7 @@ from pathlib import Path
 import aiohttp
 
 from server import settings
-from server.devstack.process import Child, StackError
+from server.child import Child, StackError
 from server.devstack.stack import Stack, check_address, free_port
 from server.devstack.stores import Store
 from server.settings import StackSettings

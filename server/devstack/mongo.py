@@ -5,7 +5,7 @@ from typing import Any
 import pymongo
 from pymongo.errors import PyMongoError
 
-from server.devstack.process import Child
+from server.child import Child
 from server.devstack.stores import DATABASE, HOST, Place, Store, script
 
 OPTIONS = (

@@ -14,7 +14,7 @@ from typing import Any
 
 import psycopg
 
-from server.devstack.process import Child, StackError
+from server.child import Child, StackError
 from server.devstack.stores import DATABASE, HOST, Place, Store, package
 
 OWNER = "workspace"

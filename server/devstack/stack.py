@@ -10,9 +10,9 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from server.child import StackError, try_lock
 from server.devstack.mongo import Mongo
 from server.devstack.postgres import Postgres
-from server.devstack.process import StackError, try_lock
 from server.devstack.stores import HOST, Place, Say, Store
 from server.devstack.valkey import Valkey
 

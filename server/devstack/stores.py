@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from server.devstack.process import Child, StackError
+from server.child import Child, StackError
 
 DATABASE = "workspace"
 HOST = "127.0.0.1"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import redis
 
-from server.devstack.process import Child
+from server.child import Child
 from server.devstack.stores import HOST, Place, Store, missing, package
 
 

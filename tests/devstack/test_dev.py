@@ -12,9 +12,9 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from server.child import Child, StackError
 from server.devstack import dev
 from server.devstack.dev import Watched
-from server.devstack.process import Child, StackError
 from server.devstack.stack import Stack, free_port, read_env
 from server.settings import StackSettings
 from tests.devstack.pids import children_of, gone

@@ -18,8 +18,8 @@ import pymongo
 import pytest
 import redis
 
+from server.child import Child, StackError
 from server.devstack.postgres import Postgres
-from server.devstack.process import Child, StackError
 from server.devstack.stack import Stack, check_address, read_env
 from server.devstack.stores import Place
 from tests.devstack.pids import gone
