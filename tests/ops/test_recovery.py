@@ -12,6 +12,7 @@ import pytest
 from server import postgres, resources
 from server.devstack.stack import Stack
 from server.jobs import artifacts
+from server.ops import watch
 from tests.actors import Actor, Answer
 from tests.conftest import MakeActor
 from tests.documents.editors import make_document
@@ -182,17 +183,20 @@ async def test_a_download_that_breaks_in_the_middle_is_seen_to_be_broken(
                 await answer.read()
 
 
-@pytest.mark.parametrize("mode", [Mode.STOPPED, Mode.BLACK_HOLE], ids=lambda mode: mode.name.lower())
-async def test_the_process_itself_tells_which_store_is_away(
-    mode: Mode, network: Network, world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "PROBE_SECONDS", 0.2)
+
+
+@pytest.mark.usefixtures("quick_looks")
+async def test_the_process_itself_tells_which_store_is_away(network: Network, world: World) -> None:
     async def up(store: str, value: int) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(5):
             while f'store_up{{store="{store}"}} {value}.0' not in (await world.alice.get("/metrics")).body:
                 await asyncio.sleep(0.1)
 
     await up("redis", 1)
-    await network.stores[REDIS].turn(mode)
+    await network.stores[REDIS].turn(Mode.BLACK_HOLE)
     await up("redis", 0)
     await up("postgresql", 1)
     await network.stores[REDIS].turn(Mode.PASS)
