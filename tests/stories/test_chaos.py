@@ -34,17 +34,27 @@ FINAL = ("completed", "failed", "cancelled")
 AWAY = (aiohttp.ClientError, OSError, TimeoutError)
 
 
+class Running:
+    """A process, and how to start another one in its place."""
+
+    def __init__(self, start: Callable[[], Process]) -> None:
+        self._start = start
+        self.process = start()
+
+    def replace(self) -> None:
+        self.process = self._start()
+
+
 class Town:
     """Servers and workers on stores of their own; each comes back at its old address. In the full form one more
     server has two processes, under a supervisor."""
 
     def __init__(self, stack: Stack, processes: Processes, *, full: bool) -> None:
         self.stack = stack
-        self._processes = processes
-        self._ports = [str(free_port()) for _ in range(2)]
-        self.bases = [f"http://127.0.0.1:{port}" for port in self._ports]
-        self._servers: list[Process] = [processes.server(PORT=port) for port in self._ports]
-        self._workers: list[Process] = [processes.worker() for _ in range(2)]
+        ports = [str(free_port()) for _ in range(2)]
+        self.bases = [f"http://127.0.0.1:{port}" for port in ports]
+        self._servers = [Running(partial(processes.server, PORT=port)) for port in ports]
+        self._workers = [Running(processes.worker) for _ in range(2)]
         self._supervisor: Process | None = None
         if full:
             port = str(free_port())
@@ -68,15 +78,20 @@ class Town:
         store.begin()  # not in a thread: it would end with that
         await asyncio.to_thread(store.wait_ready)
 
-    async def _replace(self, kind: list[Process], end: Callable[[Process], Any]) -> None:
+    async def tend(self) -> None:
+        """As the host's own manager of processes: who could not start, because a store was away, starts again."""
+        while True:
+            for each in [*self._servers, *self._workers]:
+                if not each.process.alive:
+                    each.replace()
+            await asyncio.sleep(0.5)
+
+    async def _replace(self, kind: list[Running], end: Callable[[Process], Any]) -> None:
         """The one that has lived longest."""
-        await asyncio.to_thread(end, kind.pop(0))
-        if kind is self._workers:
-            self._workers.append(self._processes.worker())
-            return
-        port = self._ports.pop(0)
-        self._ports.append(port)
-        self._servers.append(self._processes.server(PORT=port))
+        one = kind.pop(0)
+        await asyncio.to_thread(end, one.process)
+        one.replace()
+        kind.append(one)
 
     async def _kill_one(self) -> None:
         assert self._supervisor is not None
@@ -276,6 +291,7 @@ async def test_a_bad_day_loses_nothing_and_doubles_nothing(
     town: Town, http: aiohttp.ClientSession, seconds: float, seed: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chance = random.Random(seed)
+    tending = asyncio.create_task(town.tend())
     await until_ready(http, town)
     alice = await Actor(http, town.bases[0], "Alice").register()
     bob = await Actor(http, town.bases[1], "Bob").register()
@@ -317,6 +333,7 @@ async def test_a_bad_day_loses_nothing_and_doubles_nothing(
     await check_document(books, document, editors, typed)
     await check_workspaces(books)
     await check_jobs(books)
+    tending.cancel()
 
 
 async def until_ready(http: aiohttp.ClientSession, town: Town) -> None:
