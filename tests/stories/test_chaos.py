@@ -252,6 +252,18 @@ class Books:
             await asyncio.sleep(0.3)
 
 
+class Wanderer(Editor):
+    """Comes back at any server."""
+
+    def __init__(self, actor: Actor, document: str, bases: list[str]) -> None:
+        super().__init__(actor, document)
+        self._bases = bases
+
+    async def open(self) -> Editor:
+        self.actor = self.actor.at(random.choice(self._bases))
+        return await super().open()
+
+
 async def type_on(editor: Editor, name: str, books: Books, chance: random.Random) -> int:
     """Letters at random places until it is over; how many were acknowledged."""
     typed = 0
@@ -299,7 +311,7 @@ async def test_a_bad_day_loses_nothing_and_doubles_nothing(
     workspace = await alice.make_workspace(project)
     document = await make_document(alice, workspace)
     books = Books(alice, workspace, project, town.bases)
-    editors = [await Editor(who, document).open() for who in (alice, bob)]
+    editors = [await Wanderer(who, document, town.bases).open() for who in (alice, bob)]
     writers = [Writer(who, workspace, town.bases) for who in (alice, bob)]
 
     async with Member(bob, workspace, town.bases) as reader, Member(alice, workspace, town.bases) as other:
