@@ -76,6 +76,7 @@ class Subscriber:
         if self._listeners.get(channel) is listener:
             del self._listeners[channel]
             self._touch(channel)
+            self._end_wait(channel)
 
     async def listen(self) -> None:
         """Deliver what Redis brings, for as long as the process lives; connects again when Redis was away."""
@@ -190,9 +191,12 @@ class Subscriber:
         self._unconfirmed[channel] -= 1
         if self._unconfirmed[channel] <= 0:
             del self._unconfirmed[channel]
-            waiting = self._waiting.pop(channel, None)
-            if waiting is not None and not waiting.done():
-                waiting.set_result(None)
+            self._end_wait(channel)
+
+    def _end_wait(self, channel: bytes) -> None:
+        waiting = self._waiting.pop(channel, None)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(None)
 
     def _interrupt(self) -> None:
         self._sent.clear()
