@@ -27,6 +27,7 @@ log = structlog.get_logger()
 LANES = 3
 BATCH_UPDATES = 1000
 BATCH_BYTES = 1 << 20  # or one update that is larger
+MOST_WAITING_BYTES = 64 << 20  # of all updates that are not committed yet
 PAUSE_SECONDS = 300.0  # of nobody editing: what was there before gets a name
 
 
@@ -57,20 +58,22 @@ class Commits:
         self._committed = committed
         self._failed = failed
         self._waiting: dict[UUID, list[Edit]] = {}
+        self._bytes = 0
         self._busy: set[UUID] = set()
         self._more = asyncio.Event()
 
-    async def run(self) -> None:
-        self._busy.clear()
-        async with asyncio.TaskGroup() as lanes:
-            for _ in range(LANES):
-                lanes.create_task(self._work())
+    def demand_room_for(self, update: bytes) -> None:
+        """Raises Unavailable where too much waits for PostgreSQL already."""
+        if self._bytes + len(update) > MOST_WAITING_BYTES:
+            raise Unavailable("Too much waits to be stored")
 
     def put(self, edit: Edit) -> None:
+        self._bytes += len(edit.update)
         self._waiting.setdefault(edit.room.id, []).append(edit)
         self._more.set()
 
-    async def _work(self) -> None:
+    async def work(self) -> None:
+        """One lane."""
         while True:
             batch = self._take()
             if batch:
@@ -93,13 +96,14 @@ class Commits:
             if count == 0:
                 break
             self._busy.add(document)
-            if count == len(waiting):
-                del self._waiting[document]
-            else:
-                self._waiting[document] = waiting[count:]
+            del self._waiting[document]
+            if count < len(waiting):
+                self._waiting[document] = waiting[count:]  # behind all others, which have not been served yet
         return batch
 
     async def _commit(self, batch: Sequence[Edit]) -> None:
+        rows: Sequence[Record] | None = None
+        error: ServiceError = Unavailable("The update could not be stored")
         try:
             with metrics.DOCUMENT_COMMITS.time():
                 rows = await store.append(
@@ -110,16 +114,15 @@ class Commits:
                     sizes=[edit.size for edit in batch],
                     pause_seconds=PAUSE_SECONDS,
                 )
-        except ServiceError as error:
-            self._failed(batch, error)
+        except ServiceError as refusal:
+            error = refusal
         except asyncpg.PostgresError:
             log.exception("updates not committed", updates=len(batch))
-            self._failed(batch, Unavailable("The update could not be stored"))
-        except Exception:
-            self._failed(batch, Unavailable("The update could not be stored"))
-            raise
-        else:
-            self._committed(batch, rows)
-        finally:
+        finally:  # whatever else it was: nobody waits for ever
             self._busy.difference_update(edit.room.id for edit in batch)
+            self._bytes -= sum(len(edit.update) for edit in batch)
             self._more.set()
+            if rows is None:
+                self._failed(batch, error)
+            else:
+                self._committed(batch, rows)

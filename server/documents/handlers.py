@@ -208,8 +208,10 @@ async def _rewritten(request: web.Request, *, text: str, cause: str, versions: l
     )
     if written is None:
         raise changed()
-    row, update = written
-    rooms.accept(Update(document, row["version"], author, update))
+    row = written.row
+    rooms.accept(Update(document, row["version"], author, written.update))
+    if written.log_is_long:
+        rooms.compact_soon(document)
     if row["paused_version"] is not None:
         rooms.announce_version({**row, "document": document})
     await _report(request, "DOCUMENT_CHANGED", row, name=row["author_name"])

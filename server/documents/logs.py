@@ -1,6 +1,7 @@
 """Documents as PostgreSQL has them: their logs, read and written without a live document."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 from uuid import UUID
 
 from asyncpg import Record
@@ -9,10 +10,14 @@ from server.documents import store, updates, wire
 from server.documents.commits import PAUSE_SECONDS
 from server.documents.live import MOST_STATE_BYTES
 from server.documents.workshop import Workshop
-from server.errors import NotFound, TooLarge, Unavailable
+from server.errors import Forbidden, NotFound, TooLarge, Unavailable
 from server.postgres import Executor
 
 PAGE_UPDATES = 2000  # of a log, read at once
+PAGE_BYTES = 4 << 20  # or one update that is larger
+COMPACT_UPDATES = 1000  # a log is long with so many updates
+COMPACT_BYTES = 2 << 20  # or with so many bytes of them
+WRITE_AGAIN = 5  # times, where others edit what is written over
 READ_AGAIN = 5  # times, where compaction takes a log away under its reader
 
 
@@ -20,6 +25,7 @@ READ_AGAIN = 5  # times, where compaction takes a log away under its reader
 class Log:
     """A snapshot (None for none), and what came after it."""
 
+    document: UUID
     kept_version: int
     state: bytes | None
     tail: list[Record]
@@ -37,6 +43,18 @@ class Log:
     def bytes(self) -> int:
         return sum(map(len, self.updates))
 
+    @property
+    def is_long(self) -> bool:
+        return is_long(len(self.tail), sum(len(row["data"]) for row in self.tail))
+
+    def until(self, version: int) -> "Log":
+        """The log as it was at one of its versions."""
+        return replace(self, tail=[row for row in self.tail if row["version"] <= version])
+
+
+def is_long(updates: int, bytes: int) -> bool:
+    return updates >= COMPACT_UPDATES or bytes >= COMPACT_BYTES
+
 
 async def read_log(db: Executor, document: UUID, *, until: int | None = None) -> Log:
     """The log of a document, as it is now or was at a version.
@@ -48,12 +66,12 @@ async def read_log(db: Executor, document: UUID, *, until: int | None = None) ->
         head = await store.read_snapshot(db, document=document)
         if head is None:
             raise NotFound("No such document")
-        until = head["version"] if until is None else until
-        if head["kept_version"] > until:
+        newest = head["version"] if until is None else until
+        if head["kept_version"] > newest:
             raise NotFound("No such version")
-        tail = await read_tail(db, document, after=head["kept_version"], until=until)
+        tail = await read_tail(db, document, after=head["kept_version"], until=newest)
         if tail is not None:
-            return Log(head["kept_version"], head["state"], tail)
+            return Log(document, head["kept_version"], head["state"], tail)
     raise Unavailable("The document changes too fast")
 
 
@@ -61,7 +79,8 @@ async def read_tail(db: Executor, document: UUID, *, after: int, until: int) -> 
     """All updates after a version up to another; None where the log does not have them all (any more)."""
     tail: list[Record] = []
     while after < until:
-        page = await store.read_log(db, document=document, after=after, limit=min(PAGE_UPDATES, until - after))
+        limit = min(PAGE_UPDATES, until - after)
+        page = await store.read_log(db, document=document, after=after, limit=limit, limit_bytes=PAGE_BYTES)
         if not page or page[0]["version"] != after + 1 or page[-1]["version"] != after + len(page):
             return None
         tail += page
@@ -104,6 +123,12 @@ async def read_version(db: Executor, *, document: UUID, version: int) -> tuple[R
         return found, None
 
 
+class Rewritten(NamedTuple):
+    row: Record
+    update: bytes
+    log_is_long: bool
+
+
 async def rewrite(
     db: Executor,
     workshop: Workshop,
@@ -113,36 +138,50 @@ async def rewrite(
     text: str,
     cause: str,
     versions: list[int] | None = None,
-) -> tuple[Record, bytes] | None:
+) -> Rewritten | None:
     """Make the text this one, by a minimal edit whose outcome gets a name: the document, and the edit.
 
     None where the document is at none of these versions.
 
     Raises:
-        NotFound, TooLarge: there is none (any more); it would become too large.
+        NotFound, Forbidden, TooLarge: there is none, or the author may not edit it (any more); it would be too large.
     """
-    log = await read_log(db, document)
-    if versions is not None and log.version not in versions:
-        return None
-    raw = text.encode()
-    if len(raw) > MOST_STATE_BYTES:
+    if len(text.encode()) > MOST_STATE_BYTES:
         raise TooLarge(f"A document may have {MOST_STATE_BYTES} bytes")
+    for attempt in range(WRITE_AGAIN):
+        log = await read_log(db, document)
+        if versions is not None and log.version not in versions:
+            return None
+        update = await _edit_to(text, log, workshop)
+        # What others have just edited is not in this text; where they never rest, it is merged with theirs.
+        merges = versions is None and attempt == WRITE_AGAIN - 1
+        row = await store.append_named(
+            db,
+            document=document,
+            author=author,
+            update=update,
+            size=len(text.encode()),
+            cause=cause,
+            version=None if merges else log.version,
+            pause_seconds=PAUSE_SECONDS,
+        )
+        if row is not None and row["version"] is None:
+            raise Forbidden("You may not edit this document any more")
+        if row is not None:
+            return Rewritten(row, update, log.is_long)
+    raise Unavailable("The document changes too fast")
+
+
+async def _edit_to(text: str, log: Log, workshop: Workshop) -> bytes:
+    """The update that makes a document's text this one.
+
+    Raises:
+        TooLarge: the document would be.
+    """
     state = await workshop.do(updates.merge, log.updates, size=log.bytes)
-    update = await workshop.do(updates.rewrite, state, text, size=len(state) + len(raw))
+    update = await workshop.do(updates.rewrite, state, text, size=len(state) + len(text.encode()))
     if update != wire.NOTHING and len(state) + len(update) > MOST_STATE_BYTES:
         state = await workshop.do(updates.settle, [state, update], size=len(state) + len(update))
         if len(state) > MOST_STATE_BYTES:
             raise TooLarge(f"A document may have {MOST_STATE_BYTES} bytes with its history of edits")
-    row = await store.append_named(
-        db,
-        document=document,
-        author=author,
-        update=update,
-        size=len(raw),
-        cause=cause,
-        versions=None if versions is None else [log.version],
-        pause_seconds=PAUSE_SECONDS,
-    )
-    if row is None and versions is None:
-        raise NotFound("It is gone")
-    return (row, update) if row else None
+    return update

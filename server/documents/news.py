@@ -73,7 +73,7 @@ class Listener(Protocol):
         """Somebody else's cursor."""
 
     def restart(self) -> None:
-        """What it sent may not be in the log: it must compare, and send again."""
+        """What it sent, or was shown as known, may not be in the log: it must compare, and send again."""
 
     def lost(self) -> None:
         """The document was deleted."""

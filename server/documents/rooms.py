@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from contextvars import Context
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -20,9 +20,9 @@ from asyncpg import Record
 from redis.exceptions import RedisError
 
 from server import metrics
-from server.documents import news, store, wire
+from server.documents import logs, news, store, wire
 from server.documents.awareness import Awareness, Presence
-from server.documents.commits import PAUSE_SECONDS, Commits, Edit
+from server.documents.commits import LANES, PAUSE_SECONDS, Commits, Edit
 from server.documents.compaction import compact
 from server.documents.live import Live, well_formed
 from server.documents.logs import Log, read_log, read_tail
@@ -34,6 +34,7 @@ from server.realtime.channels import Channels, document_channel
 from server.realtime.subscriber import Subscriber
 
 log = structlog.get_logger()
+T = TypeVar("T")
 
 SUBSCRIBE_SECONDS = 0.5  # for Redis to confirm; later, what is missed is found by the sweep
 READY_SECONDS = 5.0
@@ -43,8 +44,8 @@ SWEEP_SECONDS = 1.0
 SWEPT_AT_ONCE = 5000
 NAMING_SECONDS = 20.0
 NAMED_AT_ONCE = 100
-COMPACT_UPDATES = 1000
-COMPACT_BYTES = 2 << 20
+MOST_UNPUBLISHED_BYTES = 16 << 20  # for Redis; what is not told is found when numbers are compared
+MESSAGE_BYTES = 256  # that each takes besides its payload
 GRACE_SECONDS = 60.0  # that updates stay in the log after a snapshot, for those who catch up
 
 
@@ -67,6 +68,7 @@ class Room:
         self.log_updates = self.log_bytes = 0
         self.catching_up = self.minding = False
         self._ahead: set[int] = set()
+        self._meanwhile: list[Update] = []
         self._rooms = rooms
 
     @property
@@ -93,42 +95,57 @@ class Room:
         old = self.version
         self.live = Live(loaded.updates)
         self.generation += 1
-        self.log_updates, self.log_bytes = len(loaded.tail), sum(len(row["data"]) for row in loaded.tail)
-        unheard = [row for row in loaded.tail if not self.knows(row["version"])]
-        self.version = max(self.version, loaded.version)
-        self._ahead = {version for version in self._ahead if version > self.version}
+        self.log_updates = self.log_bytes = 0
+        for row in loaded.tail:
+            self.count(row["data"])
+        told = {update.version for update in self._meanwhile}
+        unheard = [row for row in loaded.tail if not self.knows(row["version"]) and row["version"] not in told]
+        self.version = loaded.version
+        self._ahead = set()
         self.usable.set()
         if self.generation > 1:
             if loaded.kept_version > old:
                 self.tell(Update(self.id, loaded.version, None, self.live.update()))
             for row in unheard:
                 self.tell(Update(self.id, row["version"], row["author_id"], row["data"]))
+        meanwhile, self._meanwhile = self._meanwhile, []
+        for update in meanwhile:
+            if not self.knows(update.version) and not self._bring_in(update):
+                return  # read once more, and this time it is in the log
 
-    def take(self, found: Iterable[Update]) -> None:
-        """What others have committed."""
-        for update in found:
-            if self.knows(update.version):
-                continue
-            try:
-                self.live.apply(update.data)
-            except ValidationFailed:
-                self._rooms.distrust(self)
-                return
+    def take(self, update: Update, *, generation: int = 0, origin: str = "") -> None:
+        """An update is in the log; ``generation`` is that of the live document which has it already."""
+        if not self.usable.is_set():
+            self._meanwhile.append(update)  # what is being read may be older
+        elif self.knows(update.version):
+            return
+        elif generation == self.generation:
             self.note(update.version)
-            self.count(update)
-            self.tell(update)
+        elif not self._bring_in(update):
+            return
+        # Whoever has committed the update that makes the log too long shortens it, and nobody else.
+        if self.count(update.data) and generation:
+            self._rooms.compact_soon(self.id)
+        self.tell(update, origin=origin)
 
-    def reapply(self, update: Update) -> None:
-        """It was committed, but applied to a live document that was given up meanwhile."""
-        if self.usable.is_set():
-            try:
-                self.live.apply(update.data)
-            except ValidationFailed:
-                self._rooms.distrust(self)
+    def _bring_in(self, update: Update) -> bool:
+        """Make the live document have what it lacks; whether it has."""
+        try:
+            self.live.apply(update.data)
+        except ValidationFailed:
+            self._rooms.distrust(self)
+            return False
+        self.note(update.version)
+        return True
 
-    def count(self, update: Update) -> None:
+    def count(self, update: bytes) -> bool:
+        """Whether the log has become long with this one."""
         self.log_updates += 1
-        self.log_bytes += len(update.data)
+        self.log_bytes += len(update)
+        long = logs.is_long(self.log_updates, self.log_bytes)
+        if long:
+            self.log_updates = self.log_bytes = 0
+        return long
 
     def tell(self, update: Update, *, origin: str = "") -> None:
         for listener in list(self.listeners.values()):
@@ -147,8 +164,9 @@ class Room:
         if origin == self._rooms.process:
             return
         if kind == "updates":
-            if self.usable.is_set():
-                self.take(news.read_updates(self.id, payload))
+            if self.usable.is_set():  # else it is found when numbers are compared
+                for update in news.read_updates(self.id, payload):
+                    self.take(update)
         elif kind == "sights":
             now = time.time()
             for sight in news.read_sights(self.id, payload):
@@ -183,14 +201,16 @@ class Rooms:
         self._subscriber = subscriber
         self._rooms: dict[UUID, Room] = {}
         self._commits = Commits(db, committed=self._committed, failed=self._failed)
+        self._compacting: set[UUID] = set()
         self._unpublished: list[tuple[str, str, bytes]] = []
+        self._unpublished_bytes = 0
         self._to_publish = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
     # Life
 
     def start(self) -> None:
-        for endless in (self._commits.run, self._publish, self._sweep, self._name_pauses):
+        for endless in (*[self._commits.work] * LANES, self._publish, self._sweep, self._name_pauses):
             self._own(self._keep_running(endless))
 
     async def _keep_running(self, endless: Callable[[], Awaitable[None]]) -> None:
@@ -203,12 +223,13 @@ class Rooms:
             await asyncio.sleep(RELOAD_SECONDS)
 
     async def stop(self) -> None:
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        while self._tasks:  # what is cancelled may begin others
+            for task in list(self._tasks):
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _own(self, coroutine: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-        # Without the context of whoever came first: all of a room wait for it, not under one request's budget.
+        # Others wait for it too: it has nothing of the request that began it, neither its budget nor its name.
         task = asyncio.get_running_loop().create_task(coroutine, context=Context())
         self._tasks.add(task)
         task.add_done_callback(self._finished)
@@ -236,11 +257,23 @@ class Rooms:
         Raises:
             NotFound, Unavailable, ValidationFailed: there is none; PostgreSQL is away; that is no state vector.
         """
+        return await self._durably(document, lambda room: (room.live.update(vector), room.live.vector(), room.version))
+
+    async def vector(self, document: UUID) -> bytes:
+        """The state vector of a document: what a client sees there, it never sends again.
+
+        Raises:
+            NotFound, Unavailable: there is none; PostgreSQL is away.
+        """
+        return await self._durably(document, lambda room: room.live.vector())
+
+    async def _durably(self, document: UUID, look: Callable[[Room], T]) -> T:
+        """What is seen of the live document, once all of that is in the log."""
         async with self.used(document) as room:
             while True:
-                difference = room.live.update(vector), room.live.vector(), room.version
+                seen = look(room)
                 if await self._is_durable(room):
-                    return difference
+                    return seen
                 await self._ready(room)
 
     async def _is_durable(self, room: Room) -> bool:
@@ -248,7 +281,7 @@ class Rooms:
         generation, newest = room.generation, room.newest
         if newest is not None and not newest.done():
             await asyncio.wait({newest})
-        return room.generation == generation and room.usable.is_set()
+        return room.generation == generation and room.usable.is_set() and room.failure is None
 
     def leave(self, document: UUID, listener: str) -> None:
         room = self._rooms.get(document)
@@ -303,15 +336,21 @@ class Rooms:
         room.users += 1
         try:
             await self._subscribe(room)
-            room.replace(await read_log(self._db, room.id))
+            await self._read(room)
             self._later(room, "query", b"")
-        except ServiceError as error:
-            room.failure = error
+        except (ServiceError, asyncpg.PostgresError) as error:
+            room.failure = error if isinstance(error, ServiceError) else Unavailable("The document cannot be read now")
             self._drop(room)
             room.usable.set()
         finally:
             room.users -= 1
             self._close_if_idle(room)
+
+    async def _read(self, room: Room) -> None:
+        loaded = await read_log(self._db, room.id)
+        room.replace(loaded)
+        if loaded.is_long:
+            self.compact_soon(room.id)
 
     async def _subscribe(self, room: Room) -> None:
         try:
@@ -339,12 +378,14 @@ class Rooms:
             ValidationFailed, TooLarge, NotFound, Forbidden, Unavailable: it is not in the log.
         """
         async with self.used(document) as room:
-            edit = await self.begin(document, author=author, update=well_formed(update), origin=origin)
-            if edit is not None:
-                return await asyncio.shield(edit.done)
-            while not await self._is_durable(room):
-                await self._ready(room)
-            return room.version
+            update = well_formed(update)
+            while True:
+                edit = await self.begin(document, author=author, update=update, origin=origin)
+                if edit is not None:
+                    return await asyncio.shield(edit.done)
+                if await self._is_durable(room):
+                    return room.version
+                await self._ready(room)  # it was known, and may not be any more
 
     async def begin(self, document: UUID, *, author: UUID, update: bytes, origin: str) -> Edit | None:
         """As ``edit``, for a well-formed update, and for who does not wait until it is in the log.
@@ -363,17 +404,6 @@ class Rooms:
                 await self._ready(room)
             return self._take(room, author=author, update=update, origin=origin)
 
-    def vector(self, document: UUID) -> bytes:
-        """The state vector of an open document.
-
-        Raises:
-            NotFound: it was deleted at this moment.
-        """
-        room = self._rooms.get(document)
-        if room is None:
-            raise NotFound("The document was deleted")
-        return room.live.vector()
-
     def knows(self, document: UUID, update: bytes) -> bool:
         """Whether a well-formed update brings nothing new to an open document."""
         room = self._rooms.get(document)
@@ -381,6 +411,7 @@ class Rooms:
 
     def _take(self, room: Room, *, author: UUID, update: bytes, origin: str) -> Edit:
         room.live.demand_room_for(update)
+        self._commits.demand_room_for(update)
         try:
             room.live.apply(update)
         except ValidationFailed:
@@ -396,32 +427,30 @@ class Rooms:
     def _committed(self, edits: Sequence[Edit], rows: Sequence[Record]) -> None:
         told: dict[Room, list[Update]] = {}
         for edit, row in zip(edits, rows, strict=True):
-            if row["version"] is None:
-                self._refuse(edit, Forbidden("You may not edit this document any more"))
-                continue
-            update = Update(edit.room.id, row["version"], edit.author, edit.update)
-            self._pass_on(edit, update)
-            told.setdefault(edit.room, []).append(update)
-            if row["paused_version"] is not None:
-                self.announce_version(row)
+            try:
+                if (update := self._settle(edit, row)) is not None:
+                    told.setdefault(edit.room, []).append(update)
+            except Exception:  # one listener's trouble is not that of all others in the batch
+                log.exception("an edit was not passed on", document=str(edit.room.id))
         for room, found in told.items():
             self._later(room, "updates", news.write_updates(found))
             self._close_if_idle(room)
 
-    def _pass_on(self, edit: Edit, update: Update) -> None:
-        room = edit.room
+    def _settle(self, edit: Edit, row: Record) -> Update | None:
+        """An edit's outcome, for who waits for it and for who has it open here; the update, where it is in the log."""
+        if row["version"] is None:
+            gone = NotFound("The document was deleted")
+            self._refuse(edit, Forbidden("You may not edit this document any more") if row["exists"] else gone)
+            return None
+        room, update = edit.room, Update(edit.room.id, row["version"], edit.author, edit.update)
         room.in_flight -= 1
         metrics.DOCUMENT_UPDATES.labels("committed").inc()
-        if edit.generation != room.generation and not room.knows(update.version):
-            room.reapply(update)
-        room.note(update.version)
-        room.count(update)
-        room.tell(update, origin=edit.origin)
         if not edit.done.done():
             edit.done.set_result(update.version)
-        if room.log_updates >= COMPACT_UPDATES or room.log_bytes >= COMPACT_BYTES:
-            room.log_updates = room.log_bytes = 0
-            self._own(self._compact(room.id))
+        room.take(update, generation=edit.generation, origin=edit.origin)
+        if row["paused_version"] is not None:
+            self.announce_version(row)
+        return update
 
     def _failed(self, edits: Sequence[Edit], error: ServiceError) -> None:
         for edit in edits:
@@ -435,20 +464,21 @@ class Rooms:
         if not edit.done.done():
             edit.done.set_exception(error)
             edit.done.exception()  # not everybody waits
-        if edit.generation == room.generation:
+        if isinstance(error, NotFound):
+            self._lose(room, error)
+        elif edit.generation == room.generation:
             self.distrust(room)
-        sender = room.listeners.get(edit.origin)
-        if sender is not None:
-            sender.restart()
+        # Whoever sent the same once more was taken to be known already.
+        for listener in list(room.listeners.values()):
+            listener.restart()
         self._close_if_idle(room)
 
     def accept(self, update: Update) -> None:
         """An update that was committed without a live document."""
         room = self._rooms.get(update.document)
-        if room is not None and room.usable.is_set() and room.failure is None:
-            room.take([update])
-        self._unpublished.append((document_channel(update.document), "updates", news.write_updates([update])))
-        self._to_publish.set()
+        if room is not None and room.failure is None:
+            room.take(update)
+        self._tell_others(document_channel(update.document), "updates", news.write_updates([update]))
 
     # Catching up
 
@@ -463,10 +493,11 @@ class Rooms:
         try:
             while True:
                 try:
-                    return room.replace(await read_log(self._db, room.id))
+                    return await self._read(room)
                 except NotFound as error:
                     return self._lose(room, error)
-                except ServiceError:
+                except (ServiceError, asyncpg.PostgresError) as error:
+                    log.warning("document not read anew yet", document=str(room.id), error=str(error))
                     await asyncio.sleep(RELOAD_SECONDS)
         finally:
             room.users -= 1
@@ -486,7 +517,8 @@ class Rooms:
             if tail is None:
                 self.distrust(room)
             elif room.usable.is_set():
-                room.take(Update(room.id, row["version"], row["author_id"], row["data"]) for row in tail)
+                for row in tail:
+                    room.take(Update(room.id, row["version"], row["author_id"], row["data"]))
         finally:
             room.catching_up = False
 
@@ -523,17 +555,23 @@ class Rooms:
                 open_here = [room for room in self._rooms.values() if room.usable.is_set()]
                 for start in range(0, len(open_here), SWEPT_AT_ONCE):
                     await self._compare(open_here[start : start + SWEPT_AT_ONCE])
-            except ServiceError as error:
-                log.debug("documents not compared", error=error.detail)
+            except (ServiceError, asyncpg.PostgresError) as error:
+                log.debug("documents not compared", error=str(error))
 
     async def _compare(self, rooms: Sequence[Room]) -> None:
         heads = {row["id"]: row for row in await store.read_heads(self._db, documents=[room.id for room in rooms])}
         for room in rooms:
-            head = heads.get(room.id)
-            if head is None or head["version"] > room.version:
-                await self.catch_up(room)
-            elif head["version"] == room.version and not room.in_flight and head["size"] != room.live.size:
-                await store.correct_size(self._db, document=room.id, version=room.version, size=room.live.size)
+            try:
+                await self._follow(room, heads.get(room.id))
+            except Exception:  # a door of its own: whatever is wrong with this one, others come behind it
+                log.exception("document not compared", document=str(room.id))
+
+    async def _follow(self, room: Room, head: Record | None) -> None:
+        """Do what its row in PostgreSQL tells us to (None for a document that is gone)."""
+        if head is None or head["version"] > room.version:
+            await self.catch_up(room)
+        elif head["version"] == room.version and not room.in_flight and head["size"] != room.live.size:
+            await store.correct_size(self._db, document=room.id, version=room.version, size=room.live.size)
 
     # Awareness
 
@@ -575,15 +613,20 @@ class Rooms:
     # Telling other processes
 
     def _later(self, room: Room, kind: str, payload: bytes) -> None:
-        self._unpublished.append((room.channel, kind, payload))
-        self._to_publish.set()
+        self._tell_others(room.channel, kind, payload)
+
+    def _tell_others(self, channel: str, kind: str, payload: bytes) -> None:
+        if self._unpublished_bytes < MOST_UNPUBLISHED_BYTES:
+            self._unpublished.append((channel, kind, payload))
+            self._unpublished_bytes += MESSAGE_BYTES + len(payload)
+            self._to_publish.set()
 
     async def _publish(self) -> None:
         """In order, many at once. What cannot be told now is found by comparing numbers."""
         while True:
             await self._to_publish.wait()
             self._to_publish.clear()
-            messages, self._unpublished = self._unpublished, []
+            messages, self._unpublished, self._unpublished_bytes = self._unpublished, [], 0
             try:
                 await self._channels.publish_all(messages, origin=self.process)
             except (RedisError, OSError) as error:
@@ -614,11 +657,22 @@ class Rooms:
             except ServiceError as error:
                 log.debug("versions not named yet", error=error.detail)
 
+    def compact_soon(self, document: UUID) -> None:
+        """Its log has become long."""
+        if document not in self._compacting:
+            self._compacting.add(document)
+            self._own(self._compact(document))
+
     async def _compact(self, document: UUID) -> None:
+        """Until it is long no more: another process may have done it."""
         try:
-            await compact(self._db, self.workshop, document, grace_seconds=GRACE_SECONDS)
+            while (found := await read_log(self._db, document)).is_long:
+                if not await compact(self._db, self.workshop, found, grace_seconds=GRACE_SECONDS):
+                    break
         except (ServiceError, asyncpg.PostgresError) as error:
             log.warning("log not compacted", document=str(document), error=str(error))
+        finally:
+            self._compacting.discard(document)
 
 
 ROOMS = web.AppKey("rooms", Rooms)

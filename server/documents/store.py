@@ -115,23 +115,28 @@ async def read_snapshot(db: Executor, *, document: UUID) -> Record | None:
     """
     return await db.fetchrow(
         """
-        SELECT d.id, d.version, COALESCE(s.version, 0) AS kept_version, s.state
+        SELECT d.id, d.version, d.kept_version, s.state
         FROM documents d LEFT JOIN document_snapshots s ON s.document_id = d.id WHERE d.id = $1
         """,
         document,
     )
 
 
-async def read_log(db: Executor, *, document: UUID, after: int, limit: int) -> list[Record]:
-    """Updates after a version, oldest first."""
+async def read_log(db: Executor, *, document: UUID, after: int, limit: int, limit_bytes: int) -> list[Record]:
+    """Updates after a version, oldest first; none beyond so many bytes, but always the first."""
     return await db.fetch(
         """
-        SELECT version, author_id, data FROM document_updates
-        WHERE document_id = $1 AND version > $2 ORDER BY version LIMIT $3
+        SELECT version, author_id, data FROM (
+            SELECT version, author_id, data,
+                   sum(octet_length(data)) OVER (ORDER BY version) - octet_length(data) AS bytes_before
+            FROM document_updates WHERE document_id = $1 AND version > $2 ORDER BY version LIMIT $3
+        ) page
+        WHERE bytes_before < $4 ORDER BY version
         """,
         document,
         after,
         limit,
+        limit_bytes,
     )
 
 
@@ -163,9 +168,9 @@ async def append(
 ) -> list[Record]:
     """Append updates to the logs of any number of documents, in one commit; ``sizes`` are of the texts afterwards.
 
-    A row for each, in their order: ``document``, and ``version``, which is None where the author may not edit
-    it (any more) or it is gone. Where nobody had edited for so long, what was there before gets a name:
-    ``paused_version``, by ``paused_by`` (with ``paused_name``), in ``workspace_id`` at ``path``.
+    A row for each, in their order: ``document``, whether it ``exists``, and ``version``, which is None where it does
+    not, or the author may not edit it (any more). Where nobody had edited for so long, what was there before gets a
+    name: ``paused_version``, by ``paused_by`` (with ``paused_name``), in ``workspace_id`` at ``path``.
     """
     return await db.fetch(
         """
@@ -204,7 +209,8 @@ async def append(
             SELECT id, paused_version, 'pause', paused_at, paused_by, paused_size FROM advanced
             WHERE paused_version IS NOT NULL
         )
-        SELECT g.document, a.base + n.n AS version, a.workspace_id, a.path,
+        SELECT g.document, EXISTS (SELECT FROM locked l WHERE l.id = g.document) AS exists,
+               a.base + n.n AS version, a.workspace_id, a.path,
                CASE WHEN n.last THEN a.paused_version END AS paused_version, a.paused_by,
                CASE WHEN n.last AND a.paused_version IS NOT NULL
                    THEN (SELECT name FROM users WHERE id = a.paused_by) END AS paused_name
@@ -227,22 +233,24 @@ async def append_named(
     update: bytes,
     size: int,
     cause: str,
-    versions: list[int] | None,
+    version: int | None,
     pause_seconds: float,
 ) -> Record | None:
-    """Append an update whose outcome gets a name; None where the document is gone or at none of these versions.
+    """Append an update whose outcome gets a name; None where the document is gone or not at this version.
 
-    The document, with ``author_name`` and, where nobody had edited for so long, ``paused_version`` as above.
+    The document, with ``author_name`` and, where nobody had edited for so long, ``paused_version`` as above; its
+    ``version`` is None where the author may not edit it (any more).
     """
     return await db.fetchrow(
         """
         WITH locked AS MATERIALIZED (
-            SELECT id, version, named_version, size, updated_at, updated_by FROM documents
-            WHERE id = $1 AND ($6::bigint[] IS NULL OR version = ANY ($6)) FOR NO KEY UPDATE
+            SELECT id, workspace_id, version, named_version, size, updated_at, updated_by FROM documents
+            WHERE id = $1 AND ($6::bigint IS NULL OR version = $6) FOR NO KEY UPDATE
         ), advanced AS (
             UPDATE documents d SET version = l.version + 1, size = $4, revision = d.revision + 1,
                 updated_at = clock_timestamp(), updated_by = $2, named_version = l.version + 1
-            FROM locked l WHERE d.id = l.id
+            FROM locked l JOIN workspaces w ON w.id = l.workspace_id JOIN members m ON m.project_id = w.project_id
+            WHERE d.id = l.id AND m.user_id = $2 AND m.role <> 'VIEWER'
             RETURNING d.*, l.updated_by AS paused_by, l.updated_at AS paused_at, l.size AS paused_size,
                 CASE WHEN l.named_version < l.version
                     AND l.updated_at < clock_timestamp() - make_interval(secs => $7) THEN l.version
@@ -258,14 +266,14 @@ async def append_named(
         )
         SELECT advanced.*, (SELECT name FROM users WHERE id = $2) AS author_name,
                (SELECT name FROM users WHERE paused_version IS NOT NULL AND id = paused_by) AS paused_name
-        FROM advanced
+        FROM locked LEFT JOIN advanced ON advanced.id = locked.id
         """,
         document,
         author,
         update,
         size,
         cause,
-        versions,
+        version,
         pause_seconds,
     )
 
@@ -328,46 +336,34 @@ async def list_unkept(db: Executor, *, document: UUID) -> list[Record]:
     )
 
 
-async def lock_document(db: Executor, *, document: UUID) -> bool:
-    """Within a transaction: nothing is appended or named until it ends. Whether there is such a document."""
-    return bool(await db.fetchval("SELECT true FROM documents WHERE id = $1 FOR NO KEY UPDATE", document))
-
-
-async def lock_compaction(db: Executor, *, document: UUID) -> bool:
-    """Within a transaction: whether nobody else compacts this document now."""
-    locked: bool = await db.fetchval("SELECT pg_try_advisory_xact_lock(hashtextextended($1, 0))", f"compact:{document}")
-    return locked
-
-
-async def keep_snapshot(db: Executor, *, document: UUID, version: int, state: bytes) -> bool:
-    """Whether it is newer than the one that was kept."""
+async def lock_document(db: Executor, *, document: UUID, kept_version: int) -> bool:
+    """Within a transaction: nothing is appended or named until it ends. Whether its snapshot is still that one."""
     return bool(
         await db.fetchval(
-            """
-            WITH kept AS (
-                INSERT INTO document_snapshots AS s (document_id, version, state) VALUES ($1, $2, $3)
-                ON CONFLICT (document_id) DO UPDATE SET version = EXCLUDED.version, state = EXCLUDED.state
-                WHERE s.version < EXCLUDED.version RETURNING document_id, version
-            )
-            UPDATE documents d SET kept_version = kept.version FROM kept WHERE d.id = kept.document_id RETURNING true
-            """,
-            document,
-            version,
-            state,
+            "SELECT true FROM documents WHERE id = $1 AND kept_version = $2 FOR NO KEY UPDATE", document, kept_version
         )
     )
 
 
-async def keep_texts(db: Executor, *, document: UUID, versions: Sequence[int], texts: Sequence[str]) -> None:
+async def keep_snapshot(db: Executor, *, document: UUID, version: int, state: bytes) -> None:
     await db.execute(
         """
-        UPDATE document_versions v SET content = k.content
-        FROM unnest($2::bigint[], $3::text[]) AS k (version, content)
-        WHERE v.document_id = $1 AND v.version = k.version
+        WITH kept AS (
+            INSERT INTO document_snapshots AS s (document_id, version, state) VALUES ($1, $2, $3)
+            ON CONFLICT (document_id) DO UPDATE SET version = EXCLUDED.version, state = EXCLUDED.state
+            WHERE s.version < EXCLUDED.version RETURNING document_id, version
+        )
+        UPDATE documents d SET kept_version = kept.version FROM kept WHERE d.id = kept.document_id
         """,
         document,
-        versions,
-        texts,
+        version,
+        state,
+    )
+
+
+async def keep_text(db: Executor, *, document: UUID, version: int, text: str) -> None:
+    await db.execute(
+        "UPDATE document_versions SET content = $3 WHERE document_id = $1 AND version = $2", document, version, text
     )
 
 

@@ -80,7 +80,10 @@ def _covered(wanted: wire.Range, ranges: Sequence[wire.Range]) -> bool:
 def settle(updates: Sequence[bytes]) -> bytes:
     """The state after these updates: without the text that was deleted since, with what is kept aside."""
     merged = merge(updates)
-    doc, _ = load([merged])
+    return _settled(load([merged])[0], merged)
+
+
+def _settled(doc: LiveDoc, merged: bytes) -> bytes:
     aside = missing(merged, doc)
     return merge_updates(doc.get_update(), aside) if aside else doc.get_update()
 
@@ -101,20 +104,16 @@ def compact(
     state: bytes | None, log: Sequence[tuple[int, bytes]], named: Iterable[int]
 ) -> tuple[bytes, Mapping[int, str]]:
     """The state after a log that follows ``state``, and the text as it was at each of the ``named`` versions."""
-    updates = [state] if state else []
+    updates = [update for _, update in log]
+    doc, text = load([state] if state else [])
     texts: dict[int, str] = {}
-    wanted = iter(sorted(named))
-    next_named = next(wanted, None)
-    for version, update in log:
-        while next_named is not None and next_named < version:
-            updates = [settle(updates)]
-            texts[next_named] = text_of(updates)
-            next_named = next(wanted, None)
-        updates.append(update)
-    state = settle(updates)
-    for version in filter(None, (next_named, *wanted)):
-        texts[version] = text_of([state])
-    return state, texts
+    applied = 0
+    for version in sorted(named):
+        until = bisect_right(log, version, key=lambda each: each[0])
+        doc.apply_update(merge(updates[applied:until]))
+        texts[version], applied = str(text), until
+    doc.apply_update(merge(updates[applied:]))
+    return _settled(doc, merge([state, *updates] if state else updates)), texts
 
 
 def rewrite(state: bytes, text: str) -> bytes:

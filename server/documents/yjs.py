@@ -12,6 +12,7 @@ from aiohttp import WSMessage, WSMsgType, web
 
 from server import metrics
 from server.documents import store, wire
+from server.documents.commits import Edit
 from server.documents.live import well_formed
 from server.documents.news import Sight, Update, binary_frame
 from server.documents.rooms import ROOMS, Rooms
@@ -31,6 +32,7 @@ log = structlog.get_logger()
 MOST_FRAME_BYTES = 10 << 20
 KEEPALIVE_SECONDS = 20.0  # this client hangs up after 30 s without a data message; pings do not count
 IN_FLIGHT_EDITS = 64  # of one socket; then it is read no further
+IN_FLIGHT_BYTES = 1 << 20  # beside one edit
 CLOSE_SECONDS = 2.0
 SLOW_DOWN_SECONDS = 0.02
 PERMISSION_DENIED = wire.refusal("You may read this document, not edit it")
@@ -115,8 +117,13 @@ class YjsEditor(Connection):
         super().__init__(request, realtime, user=lasting, name=visitor.name, now=now)
         self.document = visitor.document
         self.access = visitor.access
-        self.in_flight: deque[asyncio.Future[int]] = deque()
+        self.in_flight: deque[Edit] = deque()
         self.spoken_at = now
+
+    @property
+    def has_much_in_flight(self) -> bool:
+        bytes = sum(len(edit.update) for edit in self.in_flight) - len(self.in_flight[-1].update)
+        return len(self.in_flight) > IN_FLIGHT_EDITS or bytes > IN_FLIGHT_BYTES
 
     def say(self, message: bytes, delivery: Delivery = Delivery.DURABLE) -> None:
         self.spoken_at = asyncio.get_running_loop().time()
@@ -151,7 +158,7 @@ async def _serve(editor: YjsEditor, socket: web.WebSocketResponse, rooms: Rooms)
             rooms.leave(editor.document, editor.id)
             await _until_closed(socket)
             return
-        vector = rooms.vector(editor.document)
+        vector = await rooms.vector(editor.document)
         editor.say(wire.sync(wire.STEP_1, vector))
         _show_all(editor, rooms)
         await _read(editor, socket, rooms)
@@ -225,9 +232,9 @@ async def _edit(editor: YjsEditor, update: bytes, rooms: Rooms, *, compared: boo
         return
     edit = await rooms.begin(editor.document, author=editor.user.id, update=update, origin=editor.id)
     if edit is not None:
-        editor.in_flight.append(edit.done)
-    while editor.in_flight and (editor.in_flight[0].done() or len(editor.in_flight) > IN_FLIGHT_EDITS):
-        await asyncio.wait({editor.in_flight.popleft()})
+        editor.in_flight.append(edit)
+    while editor.in_flight and (editor.in_flight[0].done.done() or editor.has_much_in_flight):
+        await asyncio.wait({editor.in_flight.popleft().done})
 
 
 def _show_all(editor: YjsEditor, rooms: Rooms) -> None:

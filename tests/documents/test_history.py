@@ -82,7 +82,14 @@ async def test_a_write_after_a_pause_names_both(alice: Actor, workspace: str, da
 
 
 async def log_length(db: Database, document: str) -> int:
-    return len(await store.read_log(db, document=UUID(document), after=0, limit=100_000))
+    row = await db.fetchval("SELECT count(*) FROM document_updates WHERE document_id = $1", UUID(document))
+    return int(row)
+
+
+async def compacted(db: Database, document: str, *, grace_seconds: int = 0) -> bool:
+    """By force, however short the log is."""
+    log = await logs.read_log(db, UUID(document))
+    return await compaction.compact(db, Workshop(), log, grace_seconds=grace_seconds)
 
 
 async def test_a_compacted_document_and_its_versions_read_as_before(
@@ -98,7 +105,7 @@ async def test_a_compacted_document_and_its_versions_read_as_before(
     assert [version for version, _ in before] == [41, 21, 1]
     texts = [(await alice.get(f"/documents/{document}/versions/{version}"))["content"] for version, _ in before]
     await rest_for(database_url, document, 61)
-    assert await compaction.compact(db, Workshop(), UUID(document), grace_seconds=60)
+    assert await compacted(db, document, grace_seconds=60)
     assert await log_length(db, document) == 0
     assert await versions_of(alice, document) == before
     kept = [(await alice.get(f"/documents/{document}/versions/{version}"))["content"] for version, _ in before]
@@ -120,9 +127,7 @@ async def test_updates_that_are_appended_while_the_log_is_compacted_are_kept(
     typing = [asyncio.ensure_future(each.mark(name, acknowledged)) for each, name in ((hers, "a"), (his, "b"))]
     done = 0
     for _ in range(20):
-        made = await asyncio.gather(
-            *(compaction.compact(db, Workshop(), UUID(document), grace_seconds=0) for _ in range(3))
-        )
+        made = await asyncio.gather(*(compacted(db, document) for _ in range(3)))
         done += sum(made)
         await asyncio.sleep(0.02)
     for task in typing:
@@ -141,7 +146,7 @@ async def test_an_update_that_came_too_early_survives_compaction(alice: Actor, w
     first, second = editor.insert("a"), editor.insert("b")
     await editor.send(second)
     await editor.socket.close()
-    assert await compaction.compact(db, Workshop(), UUID(document), grace_seconds=0)
+    assert await compacted(db, document)
     fresh = await Editor(alice, document).open()
     assert fresh.text == ""
     await fresh.send(first)
@@ -156,7 +161,7 @@ async def test_a_process_that_missed_more_than_the_log_holds_begins_anew(
     his = await Editor(bob, document).open()
     await logs.rewrite(db, Workshop(), UUID(document), author=UUID(alice.id), text="new one", cause="put")
     await logs.rewrite(db, Workshop(), UUID(document), author=UUID(alice.id), text="new two", cause="put")
-    await compaction.compact(db, Workshop(), UUID(document), grace_seconds=0)
+    await compacted(db, document)
     await his.until("new two")
     assert await his.type("!") == 4
 
@@ -164,7 +169,7 @@ async def test_a_process_that_missed_more_than_the_log_holds_begins_anew(
 async def test_a_log_of_a_thousand_updates_is_compacted_by_itself(
     alice: Actor, workspace: str, db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.documents.rooms.COMPACT_UPDATES", 50)
+    monkeypatch.setattr("server.documents.logs.COMPACT_UPDATES", 50)
     monkeypatch.setattr("server.documents.rooms.GRACE_SECONDS", 0)
     document = await make_document(alice, workspace)
     editor = await Editor(alice, document).open()
@@ -181,5 +186,5 @@ async def test_heavy_work_is_done_by_a_child(alice: Actor, workspace: str, db: D
     text = "".join(f"{number}\n" for number in range(100_000))
     assert len(text) > 2 * 256 * 1024
     await logs.rewrite(db, Workshop(), UUID(document), author=UUID(alice.id), text=text, cause="put")
-    assert await compaction.compact(db, Workshop(), UUID(document), grace_seconds=0)
+    assert await compacted(db, document)
     assert (await alice.get(f"/documents/{document}/content")).body == text
