@@ -14,7 +14,7 @@ from server.errors import ServiceError
 
 STALE_SECONDS = 40.0  # clients say it anew every 15 s; of a killed process nobody says so
 RENEW_SECONDS = 15.0
-MOST_STATE_BYTES = 16 << 10
+MOST_SAID_BYTES = 16 << 10
 MOST_CLIENTS = 1000  # in one document
 GONE = "null"
 
@@ -117,8 +117,8 @@ class Awareness:
 
 def check_state(state: str) -> None:
     """Raises Malformed for what would make clients fail that read it."""
-    if len(state.encode()) > MOST_STATE_BYTES:
-        raise Malformed(f"An awareness state may have {MOST_STATE_BYTES} bytes")
+    if len(state.encode()) > MOST_SAID_BYTES:
+        raise Malformed(f"An awareness state may have {MOST_SAID_BYTES} bytes")
     try:
         value = json.loads(state)
     except ServiceError:

@@ -24,8 +24,7 @@ async def compact(db: Database, workshop: Workshop, log: Log, *, grace_seconds: 
     """
     log, named = _at_once(log, await _unkept(db, log))
     tail = [(row["version"], row["data"]) for row in log.tail]
-    size = log.bytes * (1 + len(named))
-    state, texts = await workshop.do(updates.compact, log.state, tail, named, size=size)
+    state, texts = await workshop.do(updates.compact, log.state, tail, named)
     for version, text in texts.items():
         await store.keep_text(db, document=log.document, version=version, text=text.replace(NUL, INSTEAD))
     async with db.transaction() as transaction:

@@ -3,19 +3,21 @@
 The only place that hands it what others wrote, and the only one that catches its PanicException.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import structlog
-from pycrdt import merge_updates
+from pycrdt import TransactionEvent, merge_updates
 
 from server.documents import updates, wire
 from server.errors import TooLarge, ValidationFailed
 
 log = structlog.get_logger()
 
-MOST_STATE_BYTES = 10 << 20  # merging and loading hold the GIL: 0.3 s for one of this size
+MOST_STATE_BYTES = 10 << 20  # loading holds the GIL: 0.3 s for one of this size
 MEASURED_AGAIN_BYTES = 256 << 10
+COMPARED_BYTES = 1 << 20  # of deletions, compared on the loop: 20 ms
+NO_STATE = b"\x00"  # the state vector of who has nothing
 MOST_ASIDE_BYTES = 1 << 20  # of updates that came before what they build on
 
 
@@ -44,25 +46,35 @@ def well_formed(update: bytes) -> bytes:
         return merge_updates(update)
 
 
-class Live:
-    """A pycrdt document, its text, and what it keeps aside."""
+def demand_vector(vector: bytes | None) -> None:
+    """Raises ValidationFailed where this is no state vector."""
+    try:
+        wire.state_vector(vector or NO_STATE)
+    except wire.Malformed as error:
+        raise ValidationFailed(f"The state vector is malformed: {error}") from None
 
-    def __init__(self, log_of_updates: Sequence[bytes]) -> None:
+
+class Live:
+    """A pycrdt document, its text, and what it keeps aside.
+
+    It is given only updates that it ``trusts``, and such as have been tasted on it.
+    """
+
+    def __init__(self, state: bytes = wire.NOTHING) -> None:
         self._doc, self._text = updates.load(())
-        self._bytes = sum(map(len, log_of_updates))  # at most so many
+        self.size = 0  # of the text, in bytes
+        self._bytes = 0  # at most so many
         self._measured = False
         self._since_measured = 0
         self._aside: bytes | None = None
-        self._revive(log_of_updates)
-
-    @property
-    def size(self) -> int:
-        """Of the text, in bytes."""
-        return len(self._text)
+        self._whole: bytes | None = None  # the full update, as long as it is that
+        self._deletions: bytes | None = None  # as well
+        self.apply(state)
 
     @property
     def text(self) -> str:
-        return str(self._text)
+        with guarded():
+            return str(self._text)
 
     def vector(self) -> bytes:
         return self._doc.get_state()
@@ -73,74 +85,81 @@ class Live:
         Raises:
             ValidationFailed: that is no state vector.
         """
-        if vector is not None:
-            try:
-                wire.state_vector(vector)
-            except wire.Malformed as error:
-                raise ValidationFailed(f"The state vector is malformed: {error}") from None
+        demand_vector(vector)
+        if vector is None or vector == NO_STATE:
+            if self._whole is None:
+                self._whole = self._difference(None)
+            return self._whole
+        return self._difference(vector)
+
+    def _difference(self, vector: bytes | None) -> bytes:
         with guarded():
             update = self._doc.get_update(vector)
             return merge_updates(update, self._aside) if self._aside else update
 
-    def knows(self, update: bytes) -> bool:
-        """Whether a well-formed update brings nothing new."""
-        with guarded():
-            return updates.is_known(update, self._doc)
+    def trusts(self, update: bytes) -> bool:
+        """Whether an update can only do what it seems to: typing that goes on where its client stopped.
 
-    def is_next(self, update: bytes) -> bool:
-        """Whether a well-formed update goes on where its one client stopped, as those of an editor do."""
-        known = wire.state_vector(self._doc.get_state())
-        try:
-            if wire.adds_nothing(update):
-                return all(known.get(each.client, 0) >= each.end for each in wire.deletions(update))
-            begins = wire.adds_at(update)
-        except wire.Malformed:
+        Others may contradict what is there, and crash pycrdt. These have not been seen to, however wrong the places
+        are which they name, as long as nothing waits for them to come.
+        """
+        typed = wire.typing(update)
+        if typed is None or self._aside is not None:
             return False
-        return begins is not None and known.get(begins[0], 0) == begins[1]
+        known = wire.state_vector(self._doc.get_state())
+        if typed.client is not None and known.get(typed.client, 0) != typed.start:
+            return False
+        return all(known.get(client, 0) >= until for client, until in typed.builds_on)
+
+    def has_deleted(self, update: bytes) -> bool:
+        """Whether an update only deletes what is deleted already: clients that come back say it all again."""
+        if not wire.adds_nothing(update) or len(update) > COMPARED_BYTES:
+            return False
+        with guarded():
+            if self._deletions is None:
+                self._deletions = updates.deletions(self._doc)
+            return updates.has_deleted(update, self._deletions)
 
     def demand_room_for(self, update: bytes) -> None:
         """Raises TooLarge where the document would become too large."""
-        if self._bytes + len(update) <= MOST_STATE_BYTES:
-            return
+        if self._aside and len(self._aside) + len(update) > MOST_ASIDE_BYTES:
+            raise TooLarge("Too many updates came before what they build on")
+        if self._bytes + len(update) <= MOST_STATE_BYTES or wire.adds_nothing(update):
+            return  # what is full can be made smaller
         if not self._measured or self._since_measured >= MEASURED_AGAIN_BYTES:
-            self._bytes = len(self._doc.get_update()) + len(self._aside or b"")
+            self._bytes = len(self.update())
             self._measured, self._since_measured = True, 0
         if self._bytes + len(update) > MOST_STATE_BYTES:
             raise TooLarge(f"A document may have {MOST_STATE_BYTES} bytes with its history of edits")
-        if self._aside and len(self._aside) + len(update) > MOST_ASIDE_BYTES:
-            raise TooLarge("Too many updates came before what they build on")
 
-    def apply(self, update: bytes) -> None:
-        """Take a well-formed update.
+    def apply(self, update: bytes) -> bool:
+        """Take a well-formed update; whether it brings anything new.
 
         Raises:
             ValidationFailed: it does not fit, and this live document must not be used any more.
         """
         with guarded():
-            self._doc.apply_update(update)
+            is_new = self._put(update)
             given = merge_updates(self._aside, update) if self._aside else update
-            self._aside = updates.missing(given, self._doc)
+            aside = updates.missing(given, self._doc)
+            self.size = len(self._text)
+        if not is_new and aside == self._aside:
+            return False
+        self._aside = aside
+        self._whole = self._deletions = None
         self._bytes += len(update)
         self._since_measured += len(update)
+        return True
 
-    def _revive(self, log_of_updates: Sequence[bytes]) -> None:
-        """Begin with a log. An update that pycrdt chokes on now, though it did not then, is left out."""
-        # A snapshot is large and complete: merging it with what follows would only take time.
-        first, rest = log_of_updates[:1], log_of_updates[1:]
+    def _put(self, update: bytes) -> bool:
+        """Whether it did anything; of deletions, which clients like to repeat, it is not known before."""
+        if not wire.adds_nothing(update):
+            self._doc.apply_update(update)
+            return True
+        heard: list[TransactionEvent] = []
+        subscription = self._doc.observe(heard.append)
         try:
-            with guarded():
-                parts = [*first, updates.merge(rest)] if rest else first
-                for part in parts:
-                    self._doc.apply_update(part)
-                aside = [missing for part in parts if (missing := updates.missing(part, self._doc))]
-                self._aside = updates.merge(aside) if aside else None
-        except ValidationFailed:
-            log.exception("a log cannot be applied at once")
-        else:
-            return
-        self._doc, self._text = updates.load(())
-        for update in log_of_updates:
-            try:
-                self.apply(update)
-            except ValidationFailed:
-                log.exception("an update of a log cannot be applied", bytes=len(update))
+            self._doc.apply_update(update)
+        finally:
+            self._doc.unobserve(subscription)  # else it is never freed
+        return bool(heard)

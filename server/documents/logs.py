@@ -9,7 +9,7 @@ from asyncpg import Record
 from server.documents import store, updates, wire
 from server.documents.commits import PAUSE_SECONDS
 from server.documents.live import MOST_STATE_BYTES
-from server.documents.workshop import Workshop
+from server.documents.workshop import Failed, Workshop
 from server.errors import Forbidden, NotFound, TooLarge, Unavailable
 from server.postgres import Executor
 
@@ -99,7 +99,10 @@ async def text_now(db: Executor, workshop: Workshop, document: UUID) -> tuple[st
 
 
 async def text_of(log: Log, workshop: Workshop) -> str:
-    return await workshop.do(updates.text_of, log.updates, size=log.bytes)
+    try:
+        return await workshop.do(updates.text_of, log.updates, on=log.updates)
+    except Failed:
+        return await workshop.do(updates.text_of, [await workshop.revive(log.updates)])
 
 
 async def read_version(db: Executor, *, document: UUID, version: int) -> tuple[Record, Log | None]:
@@ -178,10 +181,10 @@ async def _edit_to(text: str, log: Log, workshop: Workshop) -> bytes:
     Raises:
         TooLarge: the document would be.
     """
-    state = await workshop.do(updates.merge, log.updates, size=log.bytes)
-    update = await workshop.do(updates.rewrite, state, text, size=len(state) + len(text.encode()))
+    state = await workshop.revive(log.updates)
+    update = await workshop.do(updates.rewrite, state, text)
     if update != wire.NOTHING and len(state) + len(update) > MOST_STATE_BYTES:
-        state = await workshop.do(updates.settle, [state, update], size=len(state) + len(update))
+        state = await workshop.do(updates.settle, [state, update])
         if len(state) > MOST_STATE_BYTES:
             raise TooLarge(f"A document may have {MOST_STATE_BYTES} bytes with its history of edits")
     return update

@@ -9,6 +9,7 @@ from uuid import UUID
 from marshmallow import ValidationError, fields, validate
 
 from server.documents import wire
+from server.documents.live import demand_vector
 from server.documents.news import Sight, Update
 from server.documents.rooms import Rooms
 from server.errors import Conflict, ServiceError, Unavailable, ValidationFailed
@@ -17,7 +18,7 @@ from server.projects.access import Role, named, requires
 from server.realtime.connection import Connection
 from server.realtime.hub import MOST_ROOMS
 from server.realtime.outbox import Delivery
-from server.realtime.peers import Thing
+from server.realtime.peers import Revocation, Thing
 from server.realtime.table import MessageTable
 
 messages = MessageTable()
@@ -74,13 +75,15 @@ class JsonEditor:
         self._connection = connection
         self._document = document
         self._held: list[Update] | None = []
+        self._held_bytes = 0
 
     def hear(self, update: Update) -> None:
         if self._held is None:
             self._connection.write(update.json_frame)
             return
         self._held.append(update)
-        if sum(len(each.data) for each in self._held) > MOST_HELD_BYTES:
+        self._held_bytes += len(update.data)
+        if self._held_bytes > MOST_HELD_BYTES:
             self._connection.close(1013, "too slow")
 
     def see(self, sight: Sight) -> None:
@@ -92,7 +95,7 @@ class JsonEditor:
         """Each of its updates is answered by itself."""
 
     def lost(self) -> None:
-        self._connection.grants.pop(Thing("document", self._document), None)
+        self._connection.lose(Thing("document", self._document), Revocation("deleted"))
 
     def release(self, version: int) -> None:
         """The ack has been sent, with all up to this version: from now on everything at once."""
@@ -110,6 +113,7 @@ async def open_document(socket: Connection, data: dict[str, Any]) -> dict[str, A
     thing = Thing("document", document)
     if thing not in socket.grants and len(socket.grants) >= MOST_ROOMS:
         raise Conflict("In too many workspaces and documents at once")
+    demand_vector(data["state_vector"])  # before another opening of the same is given up
     editor = JsonEditor(socket, document)
     try:
         await rooms.enter(document, editor)

@@ -57,7 +57,7 @@ class Room:
         self.channel = document_channel(id)
         self.listeners: dict[str, Listener] = {}
         self.awareness = Awareness()
-        self.live = Live(())
+        self.live = Live()
         self.generation = 0
         self.version = 0
         self.usable = asyncio.Event()  # or it has failed
@@ -67,6 +67,8 @@ class Room:
         self.newest: asyncio.Future[int] | None = None
         self.log_updates = self.log_bytes = 0
         self.catching_up = self.minding = False
+        self.turn = asyncio.Lock()
+        """Held while an update is tasted: until it is applied, the live document stays as it is."""
         self._ahead: set[int] = set()
         self._meanwhile: list[Update] = []
         self._rooms = rooms
@@ -90,10 +92,10 @@ class Room:
         if self._ahead:
             self._rooms.mind_gap(self)
 
-    def replace(self, loaded: Log) -> None:
+    def replace(self, loaded: Log, live: Live) -> None:
         """Begin anew with what PostgreSQL has."""
         old = self.version
-        self.live = Live(loaded.updates)
+        self.live = live
         self.generation += 1
         self.log_updates = self.log_bytes = 0
         for row in loaded.tail:
@@ -113,6 +115,13 @@ class Room:
             if not self.knows(update.version) and not self._bring_in(update):
                 return  # read once more, and this time it is in the log
 
+    def carry_on(self) -> None:
+        """Nothing is tasted any more: take what others have committed meanwhile."""
+        if self.usable.is_set():
+            meanwhile, self._meanwhile = self._meanwhile, []
+            for update in meanwhile:
+                self.take(update)
+
     def take(self, update: Update, *, generation: int = 0, origin: str = "") -> None:
         """An update is in the log; ``generation`` is that of the live document which has it already."""
         if not self.usable.is_set():
@@ -121,6 +130,9 @@ class Room:
             return
         elif generation == self.generation:
             self.note(update.version)
+        elif self.turn.locked():
+            self._meanwhile.append(update)
+            return
         elif not self._bring_in(update):
             return
         # Whoever has committed the update that makes the log too long shortens it, and nobody else.
@@ -129,8 +141,14 @@ class Room:
         self.tell(update, origin=origin)
 
     def _bring_in(self, update: Update) -> bool:
-        """Make the live document have what it lacks; whether it has."""
+        """Make the live document have what it lacks; whether it has.
+
+        What others found to fit need not fit here, where something else came first: it is read with all the log,
+        which is done elsewhere.
+        """
         try:
+            if not self.live.trusts(update.data):
+                raise ValidationFailed("It may do harm")
             self.live.apply(update.data)
         except ValidationFailed:
             self._rooms.distrust(self)
@@ -181,9 +199,10 @@ class Room:
     async def resume(self) -> None:
         await self._rooms.catch_up(self)
 
-    def renewed(self, now: float) -> list[Sight]:
-        """What has not been said for a while by those who are still here."""
-        return [Sight(self.id, each.user, each.entry) for each in self.awareness.renew(self.listeners, now=now)]
+    def renewed(self, now: float) -> list[tuple[str, Sight]]:
+        """What has not been said for a while by those who are still here, and whose sockets they are."""
+        renewed = self.awareness.renew(self.listeners, now=now)
+        return [(each.owner, Sight(self.id, each.user, each.entry)) for each in renewed]
 
     def sights(self) -> list[tuple[str, Sight]]:
         """Who is looking: whose socket (or which process), and what they say."""
@@ -227,6 +246,7 @@ class Rooms:
             for task in list(self._tasks):
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.workshop.close()
 
     def _own(self, coroutine: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         # Others wait for it too: it has nothing of the request that began it, neither its budget nor its name.
@@ -348,7 +368,8 @@ class Rooms:
 
     async def _read(self, room: Room) -> None:
         loaded = await read_log(self._db, room.id)
-        room.replace(loaded)
+        state = await self.workshop.revive(loaded.updates)
+        room.replace(loaded, Live(state))
         if loaded.is_long:
             self.compact_soon(room.id)
 
@@ -378,7 +399,6 @@ class Rooms:
             ValidationFailed, TooLarge, NotFound, Forbidden, Unavailable: it is not in the log.
         """
         async with self.used(document) as room:
-            update = well_formed(update)
             while True:
                 edit = await self.begin(document, author=author, update=update, origin=origin)
                 if edit is not None:
@@ -388,32 +408,42 @@ class Rooms:
                 await self._ready(room)  # it was known, and may not be any more
 
     async def begin(self, document: UUID, *, author: UUID, update: bytes, origin: str) -> Edit | None:
-        """As ``edit``, for a well-formed update, and for who does not wait until it is in the log.
-
-        None where it is known already.
-        """
+        """As ``edit``, for who does not wait until it is in the log; None where it is known already."""
         async with self.used(document) as room:
-            if update == wire.NOTHING:
-                return None
-            if not room.live.is_next(update):
-                if room.live.knows(update):
-                    return None
-                # pycrdt can be crashed by updates that contradict what is there. Those of an editor that types
-                # go on where it stopped, and have never been seen to.
-                await self.workshop.taste(room.live.update(), update)
-                await self._ready(room)
-            return self._take(room, author=author, update=update, origin=origin)
+            if room.turn.locked() or not room.live.trusts(update):
+                return await self._begin_in_turn(room, author=author, update=update, origin=origin)
+            return self._take(room, author=author, update=well_formed(update), origin=origin)
 
-    def knows(self, document: UUID, update: bytes) -> bool:
-        """Whether a well-formed update brings nothing new to an open document."""
-        room = self._rooms.get(document)
-        return room is not None and room.live.knows(update)
+    async def _begin_in_turn(self, room: Room, *, author: UUID, update: bytes, origin: str) -> Edit | None:
+        async with self.workshop.seat(author):
+            try:
+                async with room.turn:
+                    update = await self._tasted(room, update)
+                    return self._take(room, author=author, update=update, origin=origin)
+            finally:
+                room.carry_on()
 
-    def _take(self, room: Room, *, author: UUID, update: bytes, origin: str) -> Edit:
+    async def _tasted(self, room: Room, update: bytes) -> bytes:
+        """The update as it is stored, when it is known to do no harm to the live document as that is now."""
+        while True:
+            await self._ready(room)
+            live = room.live
+            if live.trusts(update):
+                return well_formed(update)
+            if live.has_deleted(update):
+                return wire.NOTHING
+            tasted = await self.workshop.taste(live.update(), update)
+            if room.live is live and room.usable.is_set():
+                return tasted
+
+    def _take(self, room: Room, *, author: UUID, update: bytes, origin: str) -> Edit | None:
+        if update == wire.NOTHING:
+            return None
         room.live.demand_room_for(update)
         self._commits.demand_room_for(update)
         try:
-            room.live.apply(update)
+            if not room.live.apply(update):
+                return None
         except ValidationFailed:
             self.distrust(room)
             raise
@@ -505,7 +535,7 @@ class Rooms:
 
     async def catch_up(self, room: Room) -> None:
         """Read what others have committed. Where the log no longer reaches back so far, begin anew."""
-        if room.catching_up or not room.usable.is_set():
+        if room.catching_up or room.turn.locked() or not room.usable.is_set():
             return
         room.catching_up = True
         try:
@@ -603,7 +633,9 @@ class Rooms:
     def _tend_awareness(self) -> None:
         now = time.time()
         for room in self._rooms.values():
-            self.publish_sights(room, room.renewed(now))
+            for owner, sight in room.renewed(now):
+                room.show([sight], origin=owner)  # clients here forget the silent ones too
+                self.publish_sights(room, [sight])
             self._say_goodbye(room, room.awareness.prune(now=now))
 
     def publish_sights(self, room: Room, sights: Iterable[Sight]) -> None:

@@ -6,7 +6,8 @@ so a state here is always the merged updates, whole (``settle``), never only wha
 What is given must be well-formed: malformed updates make pycrdt raise, even PanicException, a BaseException.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
 from typing import TypeAlias
@@ -15,9 +16,12 @@ from pycrdt import Doc, Text, get_update, merge_updates
 
 from server.documents import wire
 
-CONTENT = "content"  # the Y.Text that holds a document's text
+CONTENT = wire.CONTENT.decode()
 GROUP = 64  # merge_updates is quadratic: a tree of groups is not
-MOST_LINES = 2000  # difflib's worst case is quadratic too; beyond this, one edit replaces what differs
+MOST_ALIKE = 16  # a line that is there more often is no landmark: an empty one, or a brace
+MOST_STEPS = 10_000_000  # difflib is cubic in its worst case; beyond this, one edit replaces what differs
+SHORT_BYTES = 1 << 10  # of what is looked at piece by piece, rather than by pycrdt as a whole
+LIGHT_BYTES, LIGHT_UPDATES = 64 << 10, 200  # of a log that is worked on at once: a few milliseconds
 _STRIDE = 1 << 16
 LiveDoc: TypeAlias = "Doc[Text]"
 LiveText: TypeAlias = Text
@@ -40,6 +44,13 @@ def load(updates: Sequence[bytes]) -> tuple[LiveDoc, Text]:
     return doc, text
 
 
+def is_light(updates: Sequence[bytes]) -> bool:
+    """Whether a log is nothing but typing, and little of it: that harms nobody, and takes no time."""
+    if len(updates) > LIGHT_UPDATES or sum(map(len, updates)) > LIGHT_BYTES:
+        return False
+    return all(wire.typing(update) is not None for update in updates)
+
+
 def missing(update: bytes, doc: LiveDoc) -> bytes | None:
     """What of an applied update the document keeps aside, because what it builds on is not there yet."""
     vector = doc.get_state()
@@ -48,33 +59,31 @@ def missing(update: bytes, doc: LiveDoc) -> bytes | None:
         return None
     if not wire.adds_nothing(rest):
         return rest
+    if len(rest) > SHORT_BYTES:
+        return None if has_deleted(rest, deletions(doc)) else rest
     known = wire.state_vector(vector)
     if any(known.get(each.client, 0) < each.end for each in wire.deletions(rest)):
         return rest
     return None
 
 
+def deletions(doc: LiveDoc) -> bytes:
+    """The update that deletes what is deleted in a document."""
+    return merge_updates(doc.get_update(doc.get_state()))
+
+
+def has_deleted(update: bytes, deleted: bytes) -> bool:
+    """Whether an update that adds nothing deletes no more than ``deletions`` says.
+
+    What pycrdt has merged is sorted, and as short as can be: so the same twice, where nothing is new.
+    """
+    return merge_updates(deleted, update) == deleted
+
+
 def is_known(update: bytes, doc: LiveDoc) -> bool:
     """Whether the document has all of it: what a client that comes back offers is mostly that."""
-    vector = doc.get_state()
-    rest = get_update(update, vector)
-    if not wire.adds_nothing(rest):
-        return False
-    deleted: dict[int, list[wire.Range]] = {}
-    for each in wire.deletions(doc.get_update(vector)):
-        deleted.setdefault(each.client, []).append(each)
-    for ranges in deleted.values():
-        ranges.sort()
-    return all(_covered(each, deleted.get(each.client, [])) for each in wire.deletions(rest))
-
-
-def _covered(wanted: wire.Range, ranges: Sequence[wire.Range]) -> bool:
-    at = wanted.start
-    for each in ranges[max(0, bisect_right(ranges, at, key=lambda each: each.start) - 1) :]:
-        if at >= wanted.end or each.start > at:
-            break
-        at = max(at, each.end)
-    return at >= wanted.end
+    rest = get_update(update, doc.get_state())
+    return wire.adds_nothing(rest) and has_deleted(rest, deletions(doc))
 
 
 def settle(updates: Sequence[bytes]) -> bytes:
@@ -116,6 +125,24 @@ def compact(
     return _settled(doc, merge([state, *updates] if state else updates)), texts
 
 
+def revive(log: Sequence[bytes]) -> bytes:
+    """As ``settle``, but an update that pycrdt chokes on now, though it did not then, is left out."""
+    try:
+        return settle(log)
+    except BaseException:  # noqa: BLE001 - PanicException is one; we are in a process of our own
+        doc, _ = load(())
+        fit = [update for update in log if _fits(update, doc)]
+        return _settled(doc, merge(fit))
+
+
+def _fits(update: bytes, doc: LiveDoc) -> bool:
+    try:
+        doc.apply_update(update)
+    except BaseException:  # noqa: BLE001 - as above
+        return False
+    return True
+
+
 def rewrite(state: bytes, text: str) -> bytes:
     """The smallest edit that makes the document's text this one, as an update; NOTHING where it is already."""
     doc, content = load([state])
@@ -123,13 +150,26 @@ def rewrite(state: bytes, text: str) -> bytes:
     old = str(content)
     if old == text:
         return wire.NOTHING
+    embeds = _embeds(content)
     with doc.transaction():
         for start, end, new in reversed(list(edits(old, text))):
+            first = start + bisect_right(embeds, start)
             if end > start:
-                del content[start:end]
+                del content[first : end + bisect_left(embeds, end)]
             if new:
-                content.insert(start, new)
+                content.insert(first, new)
     return doc.get_update(before)
+
+
+def _embeds(content: LiveText) -> list[int]:
+    """Where in the text things are that are no text, but count as one byte each: pictures, say."""
+    at, found = 0, []
+    for piece, _ in content.diff():
+        if isinstance(piece, str):
+            at += len(piece.encode())
+        else:
+            found.append(at)
+    return found
 
 
 def edits(old: str, new: str) -> Iterator[tuple[int, int, str]]:
@@ -151,10 +191,13 @@ def edits(old: str, new: str) -> Iterator[tuple[int, int, str]]:
 def _changes(old: str, new: str) -> Iterator[tuple[str, str]]:
     """Pieces of both, in order, each pair equal or a change."""
     was, becomes = old.splitlines(keepends=True), new.splitlines(keepends=True)
-    if max(len(was), len(becomes)) > MOST_LINES:
+    times = Counter(becomes)
+    alike = sum(times[line] for line in was if times[line] <= MOST_ALIKE)
+    if alike * min(len(was), len(becomes)) > MOST_STEPS:
         yield old, new
         return
-    for _, i, j, k, m in SequenceMatcher(None, was, becomes, autojunk=False).get_opcodes():
+    matcher = SequenceMatcher(lambda line: times[line] > MOST_ALIKE, was, becomes, autojunk=False)
+    for _, i, j, k, m in matcher.get_opcodes():
         yield "".join(was[i:j]), "".join(becomes[k:m])
 
 
@@ -174,9 +217,20 @@ def _common_prefix(a: str, b: str) -> int:
     return at
 
 
-def taste(state: bytes, update: bytes) -> int:
-    """Do with an update all that is done with it later; the size of the state it leads to."""
+def taste(state: bytes, update: bytes) -> bytes:
+    """Do with an update all that can be done with it later; the update as it is stored, NOTHING where that is known.
+
+    Also delete all there is: types that are nested deeply do no harm before.
+    """
+    update = merge_updates(update)
     doc, text = load([state])
+    if is_known(update, doc):
+        return wire.NOTHING
     doc.apply_update(update)
     missing(update, doc)
-    return len(str(text)) and len(doc.get_update())
+    str(text)
+    for later in ([doc.get_update()], [state, update]):
+        again, text = load(later)
+        again.apply_update(wire.everything(wire.state_vector(again.get_state())))
+        str(text), again.get_update()
+    return update

@@ -5,6 +5,7 @@ Pure, and bounded by what it is given: no number longer than 53 bits, no length 
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 SYNC, AWARENESS, AUTH, QUERY_AWARENESS = 0, 1, 2, 3
@@ -12,6 +13,10 @@ STEP_1, STEP_2, UPDATE = 0, 1, 2
 LARGEST_NUMBER = (1 << 53) - 1  # what JavaScript can count
 MOST_ENTRIES = 1000  # in one awareness message
 NOTHING = b"\x00\x00"  # the update without content
+MOST_PIECES = 500  # of an update that is read here, piece by piece
+KIND, HAS_KEY, HAS_RIGHT, HAS_LEFT = 0x1F, 0x20, 0x40, 0x80  # bits of a struct's first byte
+STRING = 4
+CONTENT = b"content"  # the Y.Text that holds a document's text
 
 
 class Malformed(ValueError):
@@ -186,6 +191,10 @@ def deletions(update: bytes) -> Iterator[Range]:
     reader = Reader(update)
     if reader.number() != 0:
         raise Malformed("It adds something")
+    yield from _deletions(reader)
+
+
+def _deletions(reader: Reader) -> Iterator[Range]:
     for _ in range(_count(reader)):
         client = reader.number()
         for _ in range(_count(reader)):
@@ -193,13 +202,65 @@ def deletions(update: bytes) -> Iterator[Range]:
             yield Range(client, start, start + reader.number())
 
 
-def adds_at(update: bytes) -> tuple[int, int] | None:
-    """The client, and the number of its first element, of an update that adds elements of one client only."""
+class Typing(NamedTuple):
+    """What an editor of plain text sends: text of one client, and deletions; few of both."""
+
+    client: int | None  # None: it only deletes
+    start: int  # the number of its first element
+    builds_on: list[tuple[int, int]]
+    """Client and how many of its elements there must be."""
+
+
+def typing(update: bytes) -> Typing | None:
+    """The update read as such; None where it is anything else, or has more than MOST_PIECES.
+
+    No values and no types: these can be nested until whoever reads or deletes them runs out of stack.
+    """
     reader = Reader(update)
-    if reader.number() != 1:
+    try:
+        clients = reader.number()
+        typed = _typed(reader) if clients == 1 else Typing(None, 0, [])
+        if clients > 1 or typed is None:
+            return None
+        typed.builds_on.extend((each.client, each.end) for each in islice(_deletions(reader), MOST_PIECES))
+        reader.end()
+    except Malformed:
         return None
-    reader.number()
-    return reader.number(), reader.number()
+    return typed
+
+
+def _typed(reader: Reader) -> Typing | None:
+    pieces, client, start = reader.number(), reader.number(), reader.number()
+    builds_on: list[tuple[int, int]] = []
+    if pieces > MOST_PIECES:
+        return None
+    end = start
+    for _ in range(pieces):
+        found: list[tuple[int, int]] = []
+        length = _text(reader, found)
+        if length is None or any(of == client and until > end for of, until in found):
+            return None
+        builds_on += [(of, until) for of, until in found if of != client or until <= start]
+        end += length
+    return Typing(client, start, builds_on)
+
+
+def _text(reader: Reader, builds_on: list[tuple[int, int]]) -> int | None:
+    """Reads a struct of an update, if it is text: how many elements it has, or None."""
+    (info,) = reader.take(1)
+    if info & HAS_KEY or info & KIND != STRING:
+        return None
+    origins = (info & HAS_LEFT, info & HAS_RIGHT)
+    builds_on += [(reader.number(), reader.number() + 1) for is_there in origins if is_there]
+    if not any(origins) and not (reader.number() == 1 and reader.bytes() == CONTENT):
+        return None
+    return len(reader.text().encode("utf-16-le")) // 2 or None
+
+
+def everything(vector: dict[int, int]) -> bytes:
+    """The update that deletes all of a document which is so far."""
+    ranges = (number(client) + b"\x01\x00" + number(end) for client, end in vector.items())
+    return b"\x00" + number(len(vector)) + b"".join(ranges)
 
 
 def adds_nothing(update: bytes) -> bool:

@@ -13,7 +13,6 @@ from aiohttp import WSMessage, WSMsgType, web
 from server import metrics
 from server.documents import store, wire
 from server.documents.commits import Edit
-from server.documents.live import well_formed
 from server.documents.news import Sight, Update, binary_frame
 from server.documents.rooms import ROOMS, Rooms
 from server.errors import Forbidden, NotFound, ServiceError, TooLarge, Unauthenticated, Unavailable, ValidationFailed
@@ -165,6 +164,10 @@ async def _serve(editor: YjsEditor, socket: web.WebSocketResponse, rooms: Rooms)
     except ServiceError as refusal:
         editor.close(_close_code(refusal), refusal.detail)
         await _until_closed(socket)
+    except Exception:
+        log.exception("yjs socket failed", connection=editor.id, document=str(editor.document))
+        editor.close(1011, "something went wrong on our side")
+        await _until_closed(socket)
 
 
 async def _read(editor: YjsEditor, socket: web.WebSocketResponse, rooms: Rooms) -> None:
@@ -208,7 +211,7 @@ async def _handle(editor: YjsEditor, message: wire.Message, rooms: Rooms) -> Non
             update, _, _ = await rooms.difference(editor.document, vector)
             editor.say(wire.sync(wire.STEP_2, update))
         case wire.Sync(step, update):
-            await _edit(editor, well_formed(update), rooms, compared=step == wire.STEP_2)
+            await _edit(editor, update, rooms, compared=step == wire.STEP_2)
         case wire.Awareness(entries):
             rooms.say(editor.document, editor.id, editor.user.id, entries)
         case wire.QueryAwareness():
@@ -220,7 +223,7 @@ async def _edit(editor: YjsEditor, update: bytes, rooms: Rooms, *, compared: boo
 
     ``compared``: the update is an answer, which tells of every deletion anew.
     """
-    if update == wire.NOTHING or (compared and rooms.knows(editor.document, update)):
+    if update == wire.NOTHING:
         return
     access = editor.grants.get(Thing("document", editor.document))
     if access is None:  # in doubt
@@ -228,7 +231,8 @@ async def _edit(editor: YjsEditor, update: bytes, rooms: Rooms, *, compared: boo
             editor.realtime.db, user=editor.user.id, kind=Kind.DOCUMENT, id=editor.document, role=Role.VIEWER
         )
     if not access.allows(Role.COLLABORATOR):
-        editor.say(PERMISSION_DENIED)
+        if not (compared and wire.adds_nothing(update)):
+            editor.say(PERMISSION_DENIED)
         return
     edit = await rooms.begin(editor.document, author=editor.user.id, update=update, origin=editor.id)
     if edit is not None:

@@ -130,9 +130,8 @@ class Connection:
             return
         del self.grants[thing]
         self.realtime.evict(self, thing)
-        if thing.kind == "workspace":
-            body = event_body("ACCESS_REVOKED", workspace=thing.id, user=why.actor, name=why.name, reason=why.reason)
-            self.send(event_frame(body))
+        body = event_body("ACCESS_REVOKED", user=why.actor, name=why.name, reason=why.reason, **{thing.kind: thing.id})
+        self.send(event_frame(body))
 
     def announce_draining(self, frame: bytes) -> None:
         self.write(frame)
