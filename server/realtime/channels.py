@@ -47,9 +47,7 @@ def message(payload: bytes, *, origin: str = "", kind: str = "") -> bytes:
     return f"{origin}\n{kind}\n".encode() + payload
 
 
-def event_body(
-    type: str, *, workspace: UUID | None = None, user: UUID | None, name: str, **more: Any
-) -> bytes:
+def event_body(type: str, *, workspace: UUID | None, user: UUID | None, name: str, **more: Any) -> bytes:
     """The JSON object of an event, but for its id. What a client sent stands behind our own fields."""
     body = {
         **more,

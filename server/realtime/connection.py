@@ -130,8 +130,9 @@ class Connection:
             return
         del self.grants[thing]
         self.realtime.evict(self, thing)
-        body = event_body("ACCESS_REVOKED", user=why.actor, name=why.name, reason=why.reason, **{thing.kind: thing.id})
-        self.send(event_frame(body))
+        workspace = thing.id if thing.kind == "workspace" else None
+        more = {"reason": why.reason} | ({} if workspace else {"documentId": str(thing.id)})
+        self.send(event_frame(event_body("ACCESS_REVOKED", workspace=workspace, user=why.actor, name=why.name, **more)))
 
     def announce_draining(self, frame: bytes) -> None:
         self.write(frame)

@@ -139,8 +139,10 @@ PUSHES: tuple[Push, ...] = (
     ),
     collaboration(
         "ACCESS_REVOKED",
-        "You are out of this workspace; only those affected hear it, and they stay connected",
+        "You are out of this workspace, or of this open document; only those affected hear it, and stay connected",
         durable=False,
+        workspace_id=Id(required=True, allow_none=True),
+        document_id=Id(metadata={"description": "the document, where it is one"}),
         reason=fields.String(required=True, validate=validate.OneOf(["removed", "left", "deleted"])),
     ),
     collaboration(

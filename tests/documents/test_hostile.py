@@ -7,38 +7,16 @@ import sys
 from base64 import b64encode
 
 import pytest
-from pycrdt import Array, Doc, Map, Text, XmlElement, XmlFragment
 
+from server.documents import wire
 from tests.actors import Actor
 from tests.documents.editors import Editor, make_document
+from tests.documents.hostile import LETHAL, mutated, nested_types, nested_values, rich_updates
+from tests.documents.test_yjs import closed_with, compared, raw_socket
 from tests.processes import Processes
 from tests.sockets import Refused
 
 UNHURRIED = {"WS_FRAMES_PER_SECOND": "100000", "WS_BURST": "100000"}
-# Found by fuzzing pycrdt 0.14.13: each update is well-formed, and the last one ends the process.
-LETHAL = [
-    [
-        "01019dd5e7b40449080101610175037c3f800000770173740362696e019dd5e7b404010004",
-        "010c9dd5e7b404002101016d01740100032801016d026b31017601016175057c3f8000007c403200007e78770178a19dd5e7b404000100"
-        "03080101610175037c3f800000770173740362696e040107636f6e74656e7406616263616263889dd5e7b404090175037c3f8000007701"
-        "73740362696e2801016d026b32017601016175057c3f8000007c402000007e78770178889dd5e7b404100175037c3f8000007701737403"
-        "62696ea79dd5e7b404050204009dd5e7b4041303737562019dd5e7b4040200040504",
-        "01019dd5e7b404112801016d026b32017601016175057c3f8000007c402000007e78770178019dd5e7b4040100ffffffffffffffffff01"
-        "04",
-        "01019dd5e7b40409b10101610175037c3f800000770173740362696e019dd5e7b404010004",
-    ],
-    [
-        "010df7bec6a70a322801016d026b30017601016175057c3f8000007c402000007e787701782101016d01740100032801016d026b320176"
-        "01016175057c3f8000007c402000007e78770178a1f7bec6a70a01010003080101610275037c3f800000770173740362696e75037c3f80"
-        "0000770173740362696e070101780301702800f7bec6a70a0c0161017701620700f7bec6a70a0c060400f7bec6a70a0e0174a7f7bec6a7"
-        "0a06020400f7bec6a70a100373756201f7bec6a70a0201040604",
-        "010df7bec6a70a002801016d026b30017601016175057c3f8000007c402000007e787701782101016d01740100032801016d026b320176"
-        "01016175057c3f8000007c402000007e78770178a1f7bec6a70a01010003080101610275037c3f800000770173740362696e75037c3f80"
-        "0000770173740362696e070101780301702800f7bec6a70a0c0161017701620700f7bec6a70a0c060400f7bec6a70a0e0174a7f7bec6a7"
-        "0a06020400f7bec6a70a100373756201f7bec6a70a0201040604",
-        "0101f7bec6a70a0ab10101610175037c3f800000770173740362696e01f7bec6a70a010104",
-    ],
-]
 APPLY = """
 import sys
 from pycrdt import Doc, Text
@@ -70,47 +48,73 @@ async def test_what_crashes_pycrdt_does_not_crash_us(
     assert (await bob.get(f"/documents/{document}/content")).body.count("alive") == 1
 
 
+async def test_two_updates_that_crash_pycrdt_together_come_at_once(
+    alice: Actor, bob: Actor, workspace: str, processes: Processes
+) -> None:
+    one, two = processes.server(), processes.server()
+    for number, elsewhere in enumerate((one, two)):
+        document = await make_document(alice, workspace, path=f"{number}")
+        hers = await Editor(alice.at(one.base), document).open()
+        his = await Editor(bob.at(elsewhere.base), document).open()
+        for update in LETHAL[0][:-2]:
+            await hers.socket.push("document:update", documentId=document, update=_coded(update))
+        answers = await asyncio.gather(
+            *(
+                editor.socket.push("document:update", documentId=document, update=_coded(update))
+                for editor, update in zip((hers, his), LETHAL[0][-2:], strict=True)
+            ),
+            return_exceptions=True,
+        )
+        assert all(isinstance(answer, dict | Refused) for answer in answers), answers
+        for base in (one.base, two.base):
+            late = await Editor(bob.at(base), document).open()
+            await late.type("alive")
+
+
+@pytest.mark.parametrize("bomb", [nested_values(100_000), nested_types(100_000)], ids=["values", "types"])
+async def test_nesting_until_the_stack_ends_ends_only_that_socket(
+    alice: Actor, bob: Actor, workspace: str, processes: Processes, bomb: bytes
+) -> None:
+    server = processes.server()
+    document = await make_document(alice, workspace)
+    his = await Editor(bob.at(server.base), document).open()
+    for step in (wire.UPDATE, wire.STEP_2):
+        socket = await raw_socket(alice.at(server.base), document)
+        await socket.send_bytes(wire.sync(step, bomb))
+        assert await closed_with(socket) == 4400
+    await his.type("alive")
+
+
+async def test_hostile_updates_from_many_sockets_at_once_harm_nobody_else(
+    alice: Actor, bob: Actor, workspace: str, processes: Processes, full: bool
+) -> None:
+    server = processes.server(**UNHURRIED)
+    document = await make_document(alice, workspace, path="target", content="x")
+    beside = await Editor(bob.at(server.base), await make_document(alice, workspace, path="beside")).open()
+
+    async def attack(seed: int) -> None:
+        chance = random.Random(seed)
+        for _ in range(50 if full else 4):
+            socket = await raw_socket(alice.at(server.base), document)
+            for _ in range(5):
+                if not socket.closed:
+                    await socket.send_bytes(
+                        wire.sync(wire.UPDATE, mutated(chance.choice(rich_updates(chance)), chance))
+                    )
+            await compared(socket)  # or it has been closed
+            await socket.close()
+
+    attacks = [asyncio.ensure_future(attack(seed)) for seed in range(4)]
+    while not all(attack.done() for attack in attacks):
+        await beside.type(".")
+    await asyncio.gather(*attacks)
+    late = await Editor(bob.at(server.base), document).open()
+    await late.type("unharmed")
+    assert (await bob.get(f"/documents/{document}/content")).body == late.text
+
+
 def _coded(update: str) -> str:
     return b64encode(bytes.fromhex(update)).decode()
-
-
-def rich_updates(chance: random.Random) -> list[bytes]:
-    """What editors of all kinds send."""
-    doc: Doc = Doc(client_id=chance.randrange(1, 1 << 32))
-    text, items = doc.get("content", type=Text), doc.get("a", type=Array)
-    values, tree = doc.get("m", type=Map), doc.get("x", type=XmlFragment)
-    changes = (
-        lambda: text.insert(chance.randrange(len(text) + 1), "abc"),
-        lambda: text.clear() if chance.random() < 0.2 else text.insert(0, "é"),
-        lambda: values.__setitem__(f"k{chance.randrange(3)}", {"a": [1, 2.5, None, True, "x"]}),
-        lambda: items.append([1, "s", b"bin"]),
-        lambda: tree.children.append(XmlElement("p", {"a": "b"}, ["t"])),
-        lambda: values.__setitem__("t", Text("sub")),
-    )
-    updates = []
-    for _ in range(12):
-        before = doc.get_state()
-        chance.choice(changes)()
-        updates.append(doc.get_update(before))
-    return [*updates, doc.get_update()]
-
-
-def mutated(update: bytes, chance: random.Random) -> bytes:
-    raw = bytearray(update)
-    for _ in range(chance.choice((1, 1, 1, 2, 4))):
-        at = chance.randrange(len(raw) + 1)
-        match chance.randrange(5):
-            case 0 if raw:
-                raw[at % len(raw)] = chance.randrange(256)
-            case 1 if raw:
-                raw[at % len(raw)] ^= 1 << chance.randrange(8)
-            case 2:
-                raw[at:at] = chance.choice((b"\xff\xff\xff\xff\x0f", b"\xff" * 9 + b"\x01", b"\xff\xff\x7f"))
-            case 3:
-                del raw[at : at + chance.randrange(4)]
-            case _:
-                del raw[at:]
-    return bytes(raw)
 
 
 @pytest.mark.timeout(600)

@@ -173,13 +173,21 @@ async def test_cursors_are_seen_by_those_here_those_elsewhere_and_those_who_come
     assert gone["state"] != seen["state"]
 
 
+async def test_opening_again_with_nonsense_closes_nothing(alice: Actor, workspace: str) -> None:
+    document = await make_document(alice, workspace)
+    editor = await Editor(alice, document).open()
+    with pytest.raises(Refused, match="validation_failed"):
+        await editor.socket.push("document:open", documentId=document, stateVector=coded(b"\xff" * 20))
+    assert await editor.type("still open") == 2
+
+
 async def test_a_removed_collaborators_document_goes_dead(alice: Actor, bob: Actor, make_server: MakeServer) -> None:
     project = await alice.make_project()
     member = await alice.add(bob, project)
     document = await make_document(alice, await alice.make_workspace(project))
     hers, his = await Editor(alice, document).open(), await Editor(bob.at(await make_server()), document).open()
     await alice.delete(f"/projects/{project}/collaborators/{member}")
-    await asyncio.sleep(1)
+    await his.socket.assert_push("ACCESS_REVOKED", seconds=1, documentId=document, reason="removed", userId=alice.id)
     with pytest.raises(Refused) as refused:
         await his.type("still here?")
     assert refused.value.code in ("not_found", "not_open")
@@ -211,7 +219,7 @@ async def test_a_deleted_document_is_open_nowhere(alice: Actor, bob: Actor, make
     his = await Editor(bob.at(await make_server()), document).open()
     ids = {"documents": document, "workspaces": workspace, "projects": project}
     await alice.delete(f"/{what}/{ids[what]}")
-    await asyncio.sleep(1.5)
+    await his.socket.assert_push("ACCESS_REVOKED", seconds=1.5, documentId=document, reason="deleted")
     with pytest.raises(Refused) as refused:
         await his.type("x")
     assert refused.value.code in ("not_found", "not_open")

@@ -1,13 +1,20 @@
 """Logs, states and texts: nothing is lost on the way, whatever the order."""
 
+import os
 import random
+import signal
 import time
+import traceback
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pycrdt import Doc, Text
 
-from server.documents import updates
+from server.documents import updates, wire
+from server.documents.live import MOST_ASIDE_BYTES, Live
+from server.errors import TooLarge
+from tests.documents.hostile import typing
 
 
 class Editor:
@@ -116,3 +123,110 @@ def test_rewriting_a_large_text_takes_no_longer_than_reading_it_does() -> None:
     old = "x" * 5_000_000
     new = old[:2_500_000] + "y" + old[2_500_000:]
     assert list(updates.edits(old, new)) == [(2_500_000, 2_500_000, "y")]
+
+
+def test_lines_that_are_all_alike_take_no_time() -> None:
+    for repeated in ("a\n", "a\nb\n"):
+        old, new = ("".join(f"{name}{n}\n{repeated}" for n in range(1000)) for name in "xy")
+        started = time.perf_counter()
+        changes = list(updates.edits(old, new))
+        assert time.perf_counter() - started < 2
+        assert changes
+
+
+def test_a_rewrite_counts_what_is_no_text() -> None:
+    chance = random.Random(4)
+    for _ in range(50):
+        doc, content = updates.load([updates.first("one\ntwö\nthree\n")])
+        for _ in range(3):
+            content.insert_embed(len("one\n") * chance.randrange(2), {"image": "x"})
+        content.format(0, 3, {"bold": True})
+        new = "".join(chance.sample(["one\n", "2wö\n", "three\n", "é"], 3))
+        state = doc.get_update()
+        assert updates.text_of([state, updates.rewrite(state, new)]) == new
+
+
+def test_what_is_deleted_already_is_told_from_what_is_not() -> None:
+    chance = random.Random(5)
+    for _ in range(200):
+        doc: Doc[Text] = Doc()
+        text, gone = doc.get(updates.CONTENT, type=Text), set()
+        for client in range(1, 4):
+            other: Doc[Text] = Doc(client_id=client)
+            other.get(updates.CONTENT, type=Text).insert(0, "x" * 20)
+            doc.apply_update(other.get_update())
+        for _ in range(8):
+            client, start = chance.randrange(1, 4), chance.randrange(18)
+            doc.apply_update(_deleting(client, start, 2))
+            gone |= {(client, start), (client, start + 1)}
+        client, start, length = chance.randrange(1, 4), chance.randrange(16), chance.randrange(1, 5)
+        wanted = {(client, at) for at in range(start, start + length)}
+        assert updates.is_known(_deleting(client, start, length), doc) == (wanted <= gone)
+        live = Live(doc.get_update())
+        assert live.has_deleted(_deleting(client, start, length)) == (wanted <= gone)
+        assert live.apply(_deleting(client, start, length)) == (not wanted <= gone)
+        assert len(str(text)) == 60 - len(gone)
+
+
+def _deleting(client: int, start: int, length: int) -> bytes:
+    return b"\x00\x01" + wire.number(client) + b"\x01" + wire.number(start) + wire.number(length)
+
+
+def test_a_hundred_thousand_deletions_are_compared_in_a_moment() -> None:
+    doc, _ = updates.load([updates.first("x" * 200_000)])
+    [client] = wire.state_vector(doc.get_state())
+    ranges = b"".join(wire.number(2 * each) + b"\x01" for each in range(100_000))
+    doc.apply_update(b"\x00\x01" + wire.number(client) + wire.number(100_000) + ranges)
+    live, deleted = Live(doc.get_update()), updates.deletions(doc)
+    started = time.perf_counter()
+    assert live.has_deleted(deleted)
+    assert updates.is_known(doc.get_update(), doc)
+    assert time.perf_counter() - started < 2
+
+
+def test_what_came_too_early_is_bounded() -> None:
+    editor = Editor()
+    editor.type(1, "x")
+    editor.type(1, "y" * MOST_ASIDE_BYTES)
+    live = Live()
+    live.demand_room_for(editor.log[1])
+    live.apply(editor.log[1])
+    with pytest.raises(TooLarge):
+        live.demand_room_for(editor.log[1])
+
+
+def test_typing_that_contradicts_what_is_there_harms_nobody(full: bool) -> None:
+    """What is applied without being tasted: in a fork, since a crash would end the test."""
+    for seed in range(100 if full else 4):
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)
+            try:
+                trusted = sum(_contradict(random.Random(seed * 25 + each)) for each in range(25))
+            except BaseException:  # noqa: BLE001 - the child must not go on as the test
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0 if trusted > 100 else 2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, seed
+
+
+def _contradict(chance: random.Random) -> int:
+    """How many of the updates were trusted."""
+    log: list[bytes] = []
+    for seed in range(2):
+        editor = Editor(seed + 1)
+        editor.type(6)
+        log.append(editor.doc.get_update())
+    live = Live(updates.settle(log))
+    for _ in range(12):
+        update = updates.merge([typing(chance, wire.state_vector(live.vector()))])
+        if live.trusts(update):
+            live.apply(update)
+            live.update()
+            log.append(update)
+    everything = wire.everything(wire.state_vector(live.vector()))
+    for state in (live.update(), updates.settle(log)):
+        again = Live(state)
+        again.apply(everything)
+        assert len(again.text.encode()) == again.size
+    return len(log) - 2

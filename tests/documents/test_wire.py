@@ -5,6 +5,7 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pycrdt import Doc, Map, Text
 
 from server.documents import wire
 
@@ -25,7 +26,7 @@ def test_awareness_is_read_as_it_was_written(entries: list[wire.Entry]) -> None:
 
 @given(st.binary(max_size=200))
 def test_whatever_comes_is_read_or_refused(message: bytes) -> None:
-    for read in (wire.parse, wire.parse_awareness, wire.state_vector, lambda m: list(wire.deletions(m))):
+    for read in (wire.parse, wire.parse_awareness, wire.state_vector, wire.typing, lambda m: list(wire.deletions(m))):
         try:
             read(message)
         except wire.Malformed:
@@ -51,3 +52,19 @@ def test_hostile_numbers_cost_nothing() -> None:
 def test_the_keepalive_is_an_empty_awareness() -> None:
     assert wire.KEEPALIVE == b"\x01\x01\x00"
     assert wire.parse(wire.KEEPALIVE) == wire.Awareness([])
+
+
+def test_typing_is_told_from_everything_else() -> None:
+    doc: Doc = Doc(client_id=5)
+    text = doc.get("content", type=Text)
+    text += "héllo"
+    assert wire.typing(doc.get_update()) == wire.Typing(5, 0, [])
+    before = doc.get_state()
+    text.insert(1, "𝄞")
+    del text[0:1]
+    assert wire.typing(doc.get_update(before)) == wire.Typing(5, 5, [(5, 1), (5, 2), (5, 1)])
+    before = doc.get_state()
+    doc.get("values", type=Map)["key"] = [1]
+    assert wire.typing(doc.get_update(before)) is None
+    assert wire.typing(wire.everything({5: 7})) == wire.Typing(None, 0, [(5, 7)])
+    assert wire.typing(wire.NOTHING + b"x") is None

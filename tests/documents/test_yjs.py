@@ -1,6 +1,7 @@
 """y-websocket clients, unmodified, from npm; and what such a socket is told where no client would go."""
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -212,12 +213,20 @@ async def raw_socket(actor: Actor, document: str) -> aiohttp.ClientWebSocketResp
 
 
 async def compared(socket: aiohttp.ClientWebSocketResponse) -> bytes:
-    """All there is; what was sent before is durable then."""
-    await socket.send_bytes(wire.sync(wire.STEP_1, b"\x00"))
-    while True:
-        answer = wire.parse((await socket.receive(timeout=PATIENCE_SECONDS)).data)
-        if isinstance(answer, wire.Sync):
+    """All there is, and what was sent before is durable then; nothing, where the socket is closed instead."""
+    with contextlib.suppress(aiohttp.ClientConnectionResetError):
+        await socket.send_bytes(wire.sync(wire.STEP_1, b"\x00"))
+    while (message := await socket.receive(timeout=PATIENCE_SECONDS)).type is aiohttp.WSMsgType.BINARY:
+        answer = wire.parse(message.data)
+        if isinstance(answer, wire.Sync) and answer.step == wire.STEP_2:
             return answer.payload
+    return b""
+
+
+async def closed_with(socket: aiohttp.ClientWebSocketResponse) -> int | None:
+    while (await socket.receive(timeout=PATIENCE_SECONDS)).type is aiohttp.WSMsgType.BINARY:
+        continue
+    return socket.close_code
 
 
 @pytest.mark.parametrize(
@@ -239,9 +248,7 @@ async def test_a_hostile_frame_ends_that_socket_only(
     his = await Editor(bob, document).open()
     socket = await raw_socket(alice, document)
     await (socket.send_str(hostile) if isinstance(hostile, str) else socket.send_bytes(hostile))
-    while (await socket.receive(timeout=5)).type is aiohttp.WSMsgType.BINARY:
-        continue
-    assert socket.close_code == 4400
+    assert await closed_with(socket) == 4400
     assert await his.type("fine") == 2
 
 
@@ -261,6 +268,118 @@ async def test_what_the_server_has_already_makes_no_version(alice: Actor, worksp
     assert (await alice.get(f"/documents/{document}"))["version"] == 2
     assert (await alice.get(f"/documents/{document}/content")).body == "xt"
     await socket.close()
+
+
+async def test_deletions_that_are_said_again_make_no_version(alice: Actor, bob: Actor, workspace: str) -> None:
+    document = await make_document(alice, workspace, content="hello world")
+    hers, his = await Editor(alice, document).open(), await Editor(bob, document).open()
+    before = hers.doc.get_state()
+    del hers.content[0:6]
+    deleted = hers.doc.get_update(before)
+    assert [await hers.send(deleted) for _ in range(3)] == [2, 2, 2]
+    await his.until("world")
+    await his.reconnect()
+    socket = await raw_socket(bob, document)
+    await socket.send_bytes(wire.sync(wire.STEP_2, his.doc.get_update()))
+    await compared(socket)
+    await socket.close()
+    read = await alice.get(f"/documents/{document}")
+    assert (read["version"], read["updatedBy"]) == (2, alice.id)
+
+
+async def test_a_removed_collaborators_socket_hears_nothing_after_a_second(
+    alice: Actor, bob: Actor, make_server: MakeServer
+) -> None:
+    project = await alice.make_project()
+    member = await alice.add(bob, project)
+    document = await make_document(alice, await alice.make_workspace(project))
+    hers, socket = await Editor(alice, document).open(), await raw_socket(bob.at(await make_server()), document)
+    await alice.delete(f"/projects/{project}/collaborators/{member}")
+    async with asyncio.timeout(1):
+        assert await closed_with(socket) == 4403
+    assert await hers.type("alone") == 2
+
+
+async def test_a_socket_outlives_its_token_but_not_its_session(
+    alice: Actor, workspace: str, make_server: MakeServer
+) -> None:
+    document = await make_document(alice, workspace)
+    short = alice.at(await make_server(access_token_ttl=1))
+    brief = await alice.at(short.base).log_in()
+    socket = await raw_socket(brief, document)
+    await asyncio.sleep(1.5)
+    assert (await brief.get("/projects")).status == 401
+    assert await compared(socket)
+    sessions = (await alice.get("/auth/sessions"))["items"]
+    [ended] = [each["id"] for each in sessions if not each["current"]]
+    await alice.delete(f"/auth/sessions/{ended}")
+    assert await closed_with(socket) == 4401
+
+
+async def test_a_ticket_opens_and_a_foreign_page_does_not(
+    alice: Actor, workspace: str, http: aiohttp.ClientSession, make_server: MakeServer
+) -> None:
+    document = await make_document(alice, workspace)
+    base = await make_server(cors_origin=("https://ours.example",))
+    ticket = (await alice.at(base).post("/auth/ws-ticket"))["ticket"]
+    async with http.ws_connect(f"{base}/yjs/{document}?ticket={ticket}") as socket:
+        assert await compared(socket)
+    with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+        await http.ws_connect(f"{base}/yjs/{document}", headers={"Origin": "https://theirs.example"})
+    assert refused.value.status == 403
+
+
+async def test_a_restart_lets_the_client_come_back(alice: Actor, workspace: str, processes: Processes) -> None:
+    server = processes.server()
+    socket = await raw_socket(alice.at(server.base), await make_document(alice, workspace))
+    ending = asyncio.ensure_future(asyncio.to_thread(server.terminate))
+    assert await closed_with(socket) == 1012
+    assert await ending == 0
+
+
+async def test_what_is_too_large_ends_the_socket(alice: Actor, workspace: str) -> None:
+    document = await make_document(alice, workspace)
+    doc: Doc[Text] = Doc()
+    text = doc.get("content", type=Text)
+    text += "x" * (6 << 20)
+    first, second = await raw_socket(alice, document), await raw_socket(alice, document)
+    await first.send_bytes(wire.sync(wire.UPDATE, doc.get_update()))
+    await compared(first)
+    text += "y" * (6 << 20)
+    await second.send_bytes(wire.sync(wire.UPDATE, doc.get_update(Doc().get_state())[: 10 << 20]))
+    assert await closed_with(second) == 4400
+    assert (await alice.get(f"/documents/{document}"))["version"] == 2
+
+
+async def test_an_unforeseen_failure_ends_the_socket_with_a_close_frame(
+    alice: Actor, workspace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object) -> None:
+        raise RuntimeError
+
+    socket = await raw_socket(alice, await make_document(alice, workspace))
+    monkeypatch.setattr("server.documents.rooms.Rooms.difference", fail)
+    await socket.send_bytes(wire.sync(wire.STEP_1, b"\x00"))
+    assert await closed_with(socket) == 1011
+
+
+async def test_a_cursor_that_rests_is_shown_again_before_clients_forget_it(
+    alice: Actor, bob: Actor, workspace: str, make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.documents.awareness.RENEW_SECONDS", 0.2)
+    document = await make_document(alice, workspace)
+    his = await Editor(bob, document).open()
+    sockets = [await raw_socket(alice, document), await raw_socket(alice.at(await make_server()), document)]
+    await his.show(wire.Entry(77, 1, '{"name":"Bob"}'))
+    for socket in sockets:
+        clocks: list[int] = []
+        while len(clocks) < 2:
+            seen = wire.parse((await socket.receive(timeout=5)).data)
+            assert isinstance(seen, wire.Awareness)
+            clocks += [entry.clock for entry in seen.entries if entry.client == 77]
+        assert clocks[0] < clocks[1]
+        await socket.close()
+    await his.socket.refute_push()  # of itself
 
 
 async def test_a_silent_client_is_spoken_to(alice: Actor, workspace: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,56 @@
+"""Nothing that is done with one document makes all others wait."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from server.documents import updates, wire
+from tests.actors import Actor
+from tests.documents.editors import make_document
+from tests.documents.test_yjs import compared, raw_socket
+
+MOST_SECONDS = 1.0  # the machine of the tests is slow; without care it was a minute
+
+
+@asynccontextmanager
+async def watched_loop() -> AsyncIterator[None]:
+    """The server runs in this loop: it must not stand still."""
+    loop, worst = asyncio.get_running_loop(), 0.0
+
+    async def watch() -> None:
+        nonlocal worst
+        while True:
+            started = loop.time()
+            await asyncio.sleep(0.01)
+            worst = max(worst, loop.time() - started)
+
+    watching = asyncio.ensure_future(watch())
+    yield
+    watching.cancel()
+    assert worst < MOST_SECONDS
+
+
+async def test_a_put_of_lines_that_are_all_alike_stops_nobody(alice: Actor, workspace: str) -> None:
+    old, new = ("".join(f"{name}{n}\na\n" for n in range(500)) for name in "xy")
+    document = await make_document(alice, workspace, content=old)
+    async with watched_loop():
+        assert (await alice.put(f"/documents/{document}/content", data=new, headers={"If-Match": "*"})).status == 200
+    assert (await alice.get(f"/documents/{document}/content")).body == new
+
+
+async def test_clients_that_come_back_to_many_deletions_stop_nobody(alice: Actor, workspace: str) -> None:
+    document = await make_document(alice, workspace)
+    typed = updates.first("x" * 100_000)
+    [client] = wire.state_vector(updates.load([typed])[0].get_state())
+    ranges = b"".join(wire.number(2 * each) + b"\x01" for each in range(50_000))
+    deleted = b"\x00\x01" + wire.number(client) + wire.number(50_000) + ranges
+    socket = await raw_socket(alice, document)
+    async with watched_loop():
+        for update in (typed, deleted):
+            await socket.send_bytes(wire.sync(wire.UPDATE, update))
+        await compared(socket)
+        for _ in range(5):
+            await socket.send_bytes(wire.sync(wire.STEP_2, deleted))
+        await compared(socket)
+    assert (await alice.get(f"/documents/{document}"))["version"] == 3
+    await socket.close()
