@@ -39,6 +39,7 @@ T = TypeVar("T")
 SUBSCRIBE_SECONDS = 0.5  # for Redis to confirm; later, what is missed is found by the sweep
 READY_SECONDS = 5.0
 RELOAD_SECONDS = 0.5
+CANCEL_SECONDS = 0.2  # then once more
 GAP_SECONDS = 0.2  # for numbers that are on their way
 SWEEP_SECONDS = 1.0
 SWEPT_AT_ONCE = 5000
@@ -242,10 +243,10 @@ class Rooms:
             await asyncio.sleep(RELOAD_SECONDS)
 
     async def stop(self) -> None:
-        while self._tasks:  # what is cancelled may begin others
-            for task in list(self._tasks):
+        while self._tasks:  # what is cancelled may begin others, and redis-py may not pass it on
+            for task in self._tasks:
                 task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await asyncio.wait(self._tasks, timeout=CANCEL_SECONDS)
         self.workshop.close()
 
     def _own(self, coroutine: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":

@@ -1,10 +1,113 @@
 """What tests of documents need beside the common fixtures."""
 
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from uuid import UUID
+
+import asyncpg
 import pytest
 
+from server import postgres, resources
+from server.app import make_channels
+from server.documents.rooms import Rooms
+from server.postgres import Database
+from server.realtime.subscriber import Subscriber
+from server.settings import Settings
 from tests.actors import Actor
 
 
 @pytest.fixture
 async def workspace(alice: Actor, bob: Actor) -> str:
     return await alice.make_workspace(None, bob)
+
+
+@pytest.fixture
+async def db(database_url: str) -> AsyncIterator[Database]:
+    made = await postgres.connect(database_url, size=5)
+    yield made
+    await made.close()
+
+
+class Held:
+    """A document whose row somebody else has locked: what is appended to it waits, fails when that is
+    ``cancelled``, and goes on at the end."""
+
+    def __init__(self, connection: asyncpg.Connection, document: UUID) -> None:
+        self._connection, self._document = connection, document
+
+    async def waited_for(self) -> None:
+        while not await self._connection.fetchval(
+            "SELECT count(*) FROM pg_stat_activity WHERE pg_backend_pid() = ANY (pg_blocking_pids(pid))"
+        ):
+            await asyncio.sleep(0.005)
+
+    async def cancelled(self) -> None:
+        await self.waited_for()
+        await self._connection.execute(
+            "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE pg_backend_pid() = ANY (pg_blocking_pids(pid))"
+        )
+
+    async def deleted(self) -> None:
+        await self._connection.execute("DELETE FROM documents WHERE id = $1", self._document)
+
+
+Hold = Callable[[str], AbstractAsyncContextManager[Held]]
+
+
+@pytest.fixture
+def hold(database_url: str) -> Hold:
+    @contextlib.asynccontextmanager
+    async def held(document: str) -> AsyncIterator[Held]:
+        connection = await asyncpg.connect(database_url)
+        try:
+            async with asyncio.timeout(5), connection.transaction():
+                await connection.execute("SELECT FROM documents WHERE id = $1 FOR UPDATE", UUID(document))
+                yield Held(connection, UUID(document))
+        finally:
+            await connection.close()
+
+    return held
+
+
+class _Nobody:
+    """Hears a channel of which nothing is asked."""
+
+    def deliver(self, origin: str, kind: str, payload: bytes) -> None:
+        pass
+
+    def interrupt(self) -> None:
+        pass
+
+    async def resume(self) -> None:
+        pass
+
+
+MakeRooms = Callable[[], Rooms]
+
+
+@pytest.fixture
+async def make_rooms(settings: Settings) -> AsyncIterator[MakeRooms]:
+    """Live documents as a process has them, without the doors."""
+    nobody = _Nobody()
+    async with resources.connect(settings) as stores:
+        subscriber = Subscriber(stores.blocking_redis, channel="test", control=nobody, vouch=nobody.resume)
+        listening = asyncio.ensure_future(subscriber.listen())
+        made: list[Rooms] = []
+
+        def make() -> Rooms:
+            made.append(Rooms(stores.db, make_channels(settings, stores), subscriber))
+            made[-1].start()
+            return made[-1]
+
+        yield make
+        for rooms in made:
+            await rooms.stop()
+        listening.cancel()
+        await asyncio.wait({listening})
+
+
+@pytest.fixture
+async def rooms(make_rooms: MakeRooms) -> Rooms:
+    return make_rooms()

@@ -1,25 +1,16 @@
 """Named versions and compaction: what users can name is kept, and the log stays short while others append."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from uuid import UUID
 
 import asyncpg
 import pytest
 
-from server import postgres
 from server.documents import compaction, logs, store
 from server.documents.workshop import Workshop
 from server.postgres import Database
 from tests.actors import Actor
 from tests.documents.editors import Editor, make_document
-
-
-@pytest.fixture
-async def db(database_url: str) -> AsyncIterator[Database]:
-    made = await postgres.connect(database_url, size=5)
-    yield made
-    await made.close()
 
 
 async def rest_for(database_url: str, document: str, seconds: int) -> None:

@@ -1,0 +1,321 @@
+"""Live documents when commits fail, wait or are refused: what is acknowledged is in the log, and is shown."""
+
+import asyncio
+from uuid import UUID, uuid4
+
+import aiohttp
+import pytest
+from prometheus_client import REGISTRY
+from pycrdt import Doc, Text
+
+from server.budget import budget, within
+from server.documents import rooms as rooms_module
+from server.documents import store, wire
+from server.documents.commits import Commits, Edit
+from server.documents.logs import Log, read_log
+from server.documents.news import Sight, Update
+from server.documents.rooms import Rooms
+from server.errors import Forbidden, NotFound, Unavailable
+from server.postgres import Database
+from tests.actors import Actor
+from tests.documents.conftest import Hold, MakeRooms
+from tests.documents.editors import Editor, make_document
+from tests.documents.test_history import rest_for
+from tests.documents.test_yjs import compared, raw_socket
+
+
+class Ear:
+    """Has a document open, and remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.id = uuid4().hex
+        self.heard: list[Update] = []
+        self.restarts = 0
+        self.is_lost = False
+
+    def hear(self, update: Update) -> None:
+        self.heard.append(update)
+
+    def see(self, sight: Sight) -> None:
+        pass
+
+    def restart(self) -> None:
+        self.restarts += 1
+
+    def lost(self) -> None:
+        self.is_lost = True
+
+
+def typed(text: str) -> bytes:
+    """The update of somebody who types into what they have never read."""
+    doc: Doc[Text] = Doc()
+    content = doc.get("content", type=Text)
+    content += text
+    return doc.get_update()
+
+
+def begin(rooms: Rooms, document: str, author: Actor | UUID, text: str | bytes) -> "asyncio.Task[int]":
+    by = author if isinstance(author, UUID) else UUID(author.id)
+    update = text if isinstance(text, bytes) else typed(text)
+    return asyncio.ensure_future(rooms.edit(UUID(document), author=by, update=update, origin=""))
+
+
+async def shown(rooms: Rooms, document: str) -> str:
+    doc: Doc[Text] = Doc()
+    text = doc.get("content", type=Text)
+    doc.apply_update((await rooms.difference(UUID(document), None))[0])
+    return str(text)
+
+
+async def test_what_is_committed_while_a_live_document_is_read_anew_stays_in_it(
+    alice: Actor, workspace: str, rooms: Rooms, hold: Hold, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document, ear, was_read = await make_document(alice, workspace), Ear(), asyncio.Event()
+    await rooms.enter(UUID(document), ear)
+    async with hold(document) as held:
+        edit = begin(rooms, document, alice, "acknowledged")
+        await held.waited_for()
+
+        async def slowly(db: Database, id: UUID) -> Log:
+            loaded = await read_log(db, id)
+            was_read.set()
+            await asyncio.wait({edit})  # a large log takes so long
+            return loaded
+
+        monkeypatch.setattr(rooms_module, "read_log", slowly)
+        async with rooms.used(UUID(document)) as room:
+            rooms.distrust(room)
+        await was_read.wait()
+    assert await edit == 2
+    assert await shown(rooms, document) == "acknowledged"
+    assert [update.version for update in ear.heard] == [2]
+
+
+async def test_what_is_sent_again_is_acknowledged_only_when_it_is_in_the_log(
+    alice: Actor, workspace: str, rooms: Rooms, hold: Hold, db: Database
+) -> None:
+    document, ear = await make_document(alice, workspace), Ear()
+    await rooms.enter(UUID(document), ear)
+    precious = typed("precious")
+    async with hold(document) as held:
+        first = begin(rooms, document, alice, precious)
+        await held.waited_for()
+        again = begin(rooms, document, alice, precious)
+        await held.cancelled()
+        with pytest.raises(Unavailable):
+            await first
+    assert await again == 2
+    assert [row["data"] for row in (await read_log(db, UUID(document))).tail][1:] == [precious]
+    assert ear.restarts == 1, "it may have sent the same"
+
+
+async def test_a_y_websocket_client_is_never_told_of_what_may_not_last(
+    alice: Actor, workspace: str, hold: Hold
+) -> None:
+    document, precious = await make_document(alice, workspace), typed("precious")
+    hers, before = await raw_socket(alice, document), await raw_socket(alice, document)
+    async with hold(document) as held:
+        await hers.send_bytes(wire.sync(wire.UPDATE, precious))
+        await held.waited_for()
+        await before.send_bytes(wire.sync(wire.STEP_2, precious))  # it is known: nothing is done
+        late = await alice.http.ws_connect(
+            f"{alice.base}/yjs/{document}", protocols=("collab.v1", f"bearer.{alice.access_token}")
+        )
+        with pytest.raises(TimeoutError):
+            await late.receive(timeout=0.2)
+        await held.cancelled()
+        for socket in (before, late):
+            assert (await last_frame(socket)).type is aiohttp.WSMsgType.CLOSE
+            assert socket.close_code == 1013
+    again = await raw_socket(alice, document)
+    await again.send_bytes(wire.sync(wire.STEP_2, precious))
+    await compared(again)
+    assert (await alice.get(f"/documents/{document}/content")).body == "precious"
+    await again.close()
+
+
+async def last_frame(socket: aiohttp.ClientWebSocketResponse) -> aiohttp.WSMessage:
+    """What comes after all that this client is not told by."""
+    while (message := await socket.receive(timeout=5)).type is aiohttp.WSMsgType.BINARY:
+        assert not isinstance(wire.parse(message.data), wire.Sync), "it was told what is there"
+    return message
+
+
+async def test_an_edit_that_is_refused_among_others_takes_none_of_them_with_it(
+    alice: Actor, bob: Actor, carol: Actor, workspace: str, rooms: Rooms, hold: Hold
+) -> None:
+    document, beside = await make_document(alice, workspace), await make_document(alice, workspace, path="beside")
+    async with hold(document) as held:
+        first = begin(rooms, document, alice, "1")
+        await held.waited_for()
+        edits = [begin(rooms, document, author, "x") for author in (alice, carol, bob, carol, alice)]
+        edits.append(begin(rooms, beside, bob, "x"))
+        await asyncio.sleep(0.05)
+    done = await asyncio.gather(first, *edits, return_exceptions=True)
+    assert [type(each) for each in done] == [int, int, Forbidden, int, Forbidden, int, int]
+    assert await shown(rooms, document) == (await alice.get(f"/documents/{document}/content")).body
+    assert sorted(await shown(rooms, document)) == sorted("1xxx")
+    assert await shown(rooms, beside) == "x"
+
+
+async def test_updates_are_committed_in_groups(alice: Actor, workspace: str, rooms: Rooms, hold: Hold) -> None:
+    document = await make_document(alice, workspace)
+
+    def commits() -> float:
+        return REGISTRY.get_sample_value("document_commit_seconds_count") or 0
+
+    async with hold(document) as held:
+        first = begin(rooms, document, alice, "0")
+        await held.waited_for()
+        editor: Doc[Text] = Doc()
+        text = editor.get("content", type=Text)
+        updates = []
+        for number in range(50):
+            known = editor.get_state()
+            text += f"{number} "
+            updates.append(editor.get_update(known))
+        edits = [begin(rooms, document, alice, update) for update in updates]
+        await asyncio.sleep(0.1)
+        before = commits()
+    assert await asyncio.gather(first, *edits) == list(range(2, 53))
+    assert commits() - before <= 5
+
+
+async def test_an_edit_in_flight_to_a_deleted_document_is_told_so(
+    alice: Actor, workspace: str, rooms: Rooms, hold: Hold
+) -> None:
+    document, ear = await make_document(alice, workspace), Ear()
+    await rooms.enter(UUID(document), ear)
+    async with hold(document) as held:
+        edit = begin(rooms, document, alice, "too late")
+        await held.waited_for()
+        await held.deleted()
+    with pytest.raises(NotFound):
+        await edit
+    assert (ear.is_lost, ear.restarts) == (True, 0)
+
+
+async def test_a_listener_that_fails_holds_up_nobody_else(alice: Actor, workspace: str, rooms: Rooms) -> None:
+    document, beside = await make_document(alice, workspace), await make_document(alice, workspace, path="beside")
+    deaf, ear = Ear(), Ear()
+    deaf.heard = None  # type: ignore[assignment]
+    await rooms.enter(UUID(document), deaf)
+    await rooms.enter(UUID(beside), ear)
+    async with asyncio.timeout(5):
+        assert await asyncio.gather(*(begin(rooms, each, alice, "x") for each in (document, beside))) == [2, 2]
+    assert [update.version for update in ear.heard] == [2]
+
+
+async def test_a_lane_that_ends_answers_those_who_wait(
+    alice: Actor, workspace: str, rooms: Rooms, hold: Hold, db: Database
+) -> None:
+    document = await make_document(alice, workspace)
+    refused: list[Edit] = []
+    async with rooms.used(UUID(document)) as room, hold(document) as held:
+        commits = Commits(db, committed=lambda *_: None, failed=lambda edits, _: refused.extend(edits))
+        lane = asyncio.ensure_future(commits.work())
+        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        commits.put(Edit(room, 1, UUID(alice.id), typed("x"), 1, "", done))
+        await held.waited_for()
+        lane.cancel()
+        await asyncio.wait({lane})
+    assert [edit.done for edit in refused] == [done]
+
+
+async def test_a_document_with_much_to_commit_waits_for_its_turn(
+    alice: Actor, workspace: str, rooms: Rooms, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.documents.commits.BATCH_UPDATES", 2)
+    order: list[int] = []
+    commits = Commits(db, committed=lambda edits, _: order.extend(edit.size for edit in edits), failed=lambda *_: None)
+    busy, other = await make_document(alice, workspace), await make_document(alice, workspace, path="other")
+    async with rooms.used(UUID(busy)) as many, rooms.used(UUID(other)) as one:
+        for number, room in enumerate((many, many, many, many, many, one)):
+            done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+            commits.put(Edit(room, 1, UUID(alice.id), typed("x"), number, "", done))
+        lane = asyncio.ensure_future(commits.work())
+        async with asyncio.timeout(5):
+            while len(order) < 6:
+                await asyncio.sleep(0.01)
+        lane.cancel()
+    assert order == [0, 1, 5, 2, 3, 4]
+
+
+async def test_what_waits_for_postgresql_has_a_bound(
+    alice: Actor, workspace: str, rooms: Rooms, hold: Hold, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.documents.commits.MOST_WAITING_BYTES", 1000)
+    document = await make_document(alice, workspace)
+    async with hold(document) as held:
+        first = begin(rooms, document, alice, "x" * 800)
+        await held.waited_for()
+        with pytest.raises(Unavailable):
+            await begin(rooms, document, alice, "y" * 800)
+    assert await first == 2
+    assert await begin(rooms, document, alice, "z" * 800) == 3
+
+
+async def test_a_client_that_vanishes_with_an_update_in_flight_harms_nothing(
+    alice: Actor, bob: Actor, workspace: str, hold: Hold
+) -> None:
+    document = await make_document(alice, workspace)
+    hers, his = await Editor(alice, document).open(), await Editor(bob, document).open()
+    async with hold(document) as held:
+        sending = asyncio.ensure_future(hers.type("last words"))
+        await held.waited_for()
+        hers.socket.cut()
+    await his.until("last words")
+    await asyncio.wait({sending})
+    await hers.open()
+    assert hers.version == 2, "it was known, and no version was made of it again"
+    assert await his.type("!") == 3
+
+
+async def test_a_load_that_many_wait_for_is_not_bound_to_the_first_ones_budget(
+    alice: Actor, workspace: str, rooms: Rooms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document, allowed = await make_document(alice, workspace), []
+
+    async def reading(db: Database, id: UUID) -> Log:
+        allowed.append(within(1.5))
+        return await read_log(db, id)
+
+    monkeypatch.setattr(rooms_module, "read_log", reading)
+    with budget(0.1):
+        async with rooms.used(UUID(document)):
+            pass
+    assert allowed == [1.5]
+
+
+async def test_what_has_rested_is_named_and_announced_by_itself(
+    alice: Actor, bob: Actor, workspace: str, make_rooms: MakeRooms, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rooms_module, "NAMING_SECONDS", 0.05)
+    document = await make_document(alice, workspace)
+    await (await Editor(alice, document).open()).type("the end")
+    room = await bob.connect(workspace)
+    await rest_for(database_url, document, 301)
+    make_rooms()
+    await room.assert_push("DOCUMENT_CHANGED", documentId=document, version=2, userId=alice.id)
+
+
+async def test_a_document_that_cannot_be_compared_stands_in_the_way_of_no_other(
+    alice: Actor, workspace: str, rooms: Rooms, db: Database
+) -> None:
+    broken, fine = await make_document(alice, workspace), await make_document(alice, workspace, path="fine")
+    deaf, ear = Ear(), Ear()
+    deaf.heard = None  # type: ignore[assignment]
+    await rooms.enter(UUID(broken), deaf)
+    await rooms.enter(UUID(fine), ear)
+    for document in (broken, fine):  # by somebody of whom nothing is heard
+        await store.append(
+            db,
+            documents=[UUID(document)],
+            authors=[UUID(alice.id)],
+            updates=[typed("x")],
+            sizes=[1],
+            pause_seconds=300,
+        )
+    async with asyncio.timeout(5):
+        while not ear.heard:
+            await asyncio.sleep(0.05)
