@@ -1,13 +1,17 @@
 """Named versions and compaction: what users can name is kept, and the log stays short while others append."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
 from uuid import UUID
 
 import asyncpg
 import pytest
 
+from server import postgres
 from server.documents import compaction, logs, store
 from server.documents.workshop import Workshop
+from server.errors import Forbidden
 from server.postgres import Database
 from tests.actors import Actor
 from tests.documents.editors import Editor, make_document
@@ -170,6 +174,171 @@ async def test_a_log_of_a_thousand_updates_is_compacted_by_itself(
         while await log_length(db, document) > 30:
             await asyncio.sleep(0.05)
     assert (await alice.get(f"/documents/{document}/content")).body == editor.text
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logs are long soon, and nobody needs what was merged."""
+    monkeypatch.setattr("server.documents.logs.COMPACT_BYTES", 50_000)
+    monkeypatch.setattr("server.documents.rooms.GRACE_SECONDS", 0)
+
+
+async def put(actor: Actor, document: str, text: str) -> None:
+    written = await actor.put(f"/documents/{document}/content", data=text.encode(), headers={"If-Match": "*"})
+    assert written.status == 200, written
+
+
+@pytest.mark.usefixtures("eager")
+async def test_a_document_that_is_only_written_over_rest_is_compacted_too(
+    alice: Actor, workspace: str, db: Database
+) -> None:
+    document = await make_document(alice, workspace)
+    texts = [f"{number}" * 20_000 for number in range(1, 8)]
+    for text in texts:
+        await put(alice, document, text)
+    async with asyncio.timeout(5):
+        while await log_length(db, document) > 3:
+            await asyncio.sleep(0.05)
+    assert (await alice.get(f"/documents/{document}/content")).body == texts[-1]
+    assert (await alice.get(f"/documents/{document}/versions/3"))["content"] == texts[1]
+
+
+@pytest.mark.usefixtures("eager")
+async def test_a_long_log_is_compacted_when_it_is_opened(alice: Actor, workspace: str, db: Database) -> None:
+    document = await make_document(alice, workspace, content="x" * 60_000)
+    opened = await Editor(alice, document).open()
+    async with asyncio.timeout(5):
+        while await log_length(db, document):
+            await asyncio.sleep(0.05)
+    assert await opened.type("!") == 2
+
+
+class SlowWorkshop(Workshop):
+    """Works on a large document, on a busy machine: longer than any statement may take."""
+
+    async def do(self, work: Callable[..., Any], *arguments: Any, size: int) -> Any:
+        await asyncio.sleep(postgres.STATEMENT_SECONDS + 0.1)
+        return await super().do(work, *arguments, size=size)
+
+
+async def test_a_compaction_takes_as_long_as_it_takes(alice: Actor, bob: Actor, workspace: str, db: Database) -> None:
+    document = await make_document(alice, workspace, content="0")
+    for number in range(1, 4):
+        await put(alice, document, f"{number}")
+    log = await logs.read_log(db, UUID(document))
+    slowly = asyncio.ensure_future(compaction.compact(db, SlowWorkshop(), log, grace_seconds=0))
+    await asyncio.sleep(0.1)
+    newest = await (await Editor(bob, document).open()).type("!")
+    assert not slowly.done(), "nobody waits for it"
+    assert await slowly
+    assert await log_length(db, document) == newest - log.version
+    assert not await compaction.compact(db, Workshop(), log, grace_seconds=0), "another process has done it"
+    assert (await alice.get(f"/documents/{document}/versions/3"))["content"] == "2"
+
+
+async def test_as_many_versions_are_worked_out_at_once_as_fit_into_memory(
+    alice: Actor, workspace: str, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = await make_document(alice, workspace, content="0")
+    for number in range(1, 10):
+        await put(alice, document, f"{number}")
+    monkeypatch.setattr(compaction, "MOST_TEXT_BYTES", 3 * (await logs.read_log(db, UUID(document))).bytes)
+    assert await compacted(db, document)
+    assert 3 <= await log_length(db, document) < 10
+    while await log_length(db, document):
+        assert await compacted(db, document)
+    for version in range(1, 11):
+        assert (await alice.get(f"/documents/{document}/versions/{version}"))["content"] == f"{version - 1}"
+
+
+async def test_nul_in_a_text_does_not_stop_compaction(alice: Actor, workspace: str, db: Database) -> None:
+    """No door lets it in; who has it in a log gets rid of it."""
+    document = await make_document(alice, workspace, content="0")
+    await logs.rewrite(db, Workshop(), UUID(document), author=UUID(alice.id), text="a\0b", cause="put")
+    assert await compacted(db, document)
+    assert (await alice.get(f"/documents/{document}/versions/2"))["content"] == "a\ufffdb"
+
+
+class Between:
+    """PostgreSQL, where something happens after the first statement."""
+
+    def __init__(self, db: Database, happens: Callable[[], Awaitable[object]]) -> None:
+        self._db, self._happens = db, happens
+        self._is_first = True
+
+    async def fetchrow(self, query: str, *arguments: Any) -> Any:
+        row = await self._db.fetchrow(query, *arguments)
+        if self._is_first:
+            self._is_first = False
+            await self._happens()
+        return row
+
+    async def fetch(self, query: str, *arguments: Any) -> Any:
+        return await self._db.fetch(query, *arguments)
+
+
+async def test_a_log_that_is_compacted_while_it_is_read_is_read_again(
+    alice: Actor, workspace: str, db: Database
+) -> None:
+    document = await make_document(alice, workspace, content="old")
+    await put(alice, document, "new")
+
+    async def happens() -> None:
+        await put(alice, document, "newest")
+        await compacted(db, document)
+
+    assert await logs.text_now(Between(db, happens), Workshop(), UUID(document)) == ("newest", 3)  # type: ignore[arg-type]
+
+
+async def test_a_log_is_read_in_pages_of_so_many_bytes(
+    alice: Actor, workspace: str, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = await make_document(alice, workspace, content="a" * 5000)
+    for number in range(4):
+        await put(alice, document, f"{number}" * 1000)
+    page = await store.read_log(db, document=UUID(document), after=0, limit=1000, limit_bytes=6500)
+    assert [row["version"] for row in page] == [1, 2, 3]
+    monkeypatch.setattr(logs, "PAGE_BYTES", 1)
+    assert len((await logs.read_log(db, UUID(document))).tail) == 5
+
+
+class Interrupted(Workshop):
+    """While it works for the first time, somebody edits."""
+
+    def __init__(self, edit: Callable[[], Awaitable[object]]) -> None:
+        super().__init__()
+        self._edit: Callable[[], Awaitable[object]] | None = edit
+
+    async def do(self, work: Callable[..., Any], *arguments: Any, size: int) -> Any:
+        edit, self._edit = self._edit, None
+        if edit is not None:
+            await edit()
+        return await super().do(work, *arguments, size=size)
+
+
+async def test_a_write_over_what_others_edit_at_that_moment_is_what_it_says(
+    alice: Actor, bob: Actor, workspace: str, db: Database
+) -> None:
+    document = await make_document(alice, workspace, content="base")
+    his = await Editor(bob, document).open()
+    workshop = Interrupted(lambda: his.type("typed"))
+    written = await logs.rewrite(db, workshop, UUID(document), author=UUID(alice.id), text="new", cause="put")
+    assert written is not None
+    assert (written.row["version"], written.row["size"]) == (3, 3)
+    assert (await alice.get(f"/documents/{document}/versions/3"))["content"] == "new"
+    assert (await alice.get(f"/documents/{document}/content")).body == "new"
+
+
+async def test_what_was_asked_for_by_somebody_who_is_removed_meanwhile_is_not_written(
+    alice: Actor, bob: Actor, db: Database
+) -> None:
+    project = await alice.make_project()
+    member = await alice.add(bob, project)
+    document = await make_document(alice, await alice.make_workspace(project), content="hers")
+    workshop = Interrupted(lambda: alice.delete(f"/projects/{project}/collaborators/{member}"))
+    with pytest.raises(Forbidden):
+        await logs.rewrite(db, workshop, UUID(document), author=UUID(bob.id), text="his", cause="put")
+    assert (await alice.get(f"/documents/{document}"))["version"] == 1
 
 
 async def test_heavy_work_is_done_by_a_child(alice: Actor, workspace: str, db: Database) -> None:
