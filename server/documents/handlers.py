@@ -8,6 +8,7 @@ from aiohttp import web
 from aiohttp_apispec import docs, json_schema, querystring_schema, response_schema
 from asyncpg import Record, UniqueViolationError
 
+from server.budget import uncounted
 from server.documents import logs, paths, schemas, store, updates
 from server.documents.news import Update
 from server.documents.rooms import ROOMS
@@ -227,7 +228,8 @@ async def _version(request: web.Request, version: int, *, is_read: bool) -> dict
     stores, workshop = request.app[RESOURCES], request.app[ROOMS].workshop
     ask = partial(logs.read_version, document=_id(request), version=version)
     found, log = await (stores.replicas.read(ask) if is_read else ask(stores.db))
-    return {**found, "content": found["content"] if log is None else await logs.text_of(log, workshop)}
+    with uncounted():
+        return {**found, "content": found["content"] if log is None else await logs.text_of(log, workshop)}
 
 
 async def _text(request: web.Request) -> str:

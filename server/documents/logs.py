@@ -6,6 +6,7 @@ from uuid import UUID
 
 from asyncpg import Record
 
+from server.budget import uncounted, within
 from server.documents import store, updates, wire
 from server.documents.commits import PAUSE_SECONDS
 from server.documents.live import MOST_STATE_BYTES
@@ -17,7 +18,8 @@ PAGE_UPDATES = 2000  # of a log, read at once
 PAGE_BYTES = 4 << 20  # or one update that is larger
 COMPACT_UPDATES = 1000  # a log is long with so many updates
 COMPACT_BYTES = 2 << 20  # or with so many bytes of them
-WRITE_AGAIN = 5  # times, where others edit what is written over
+WRITE_AGAIN = 3  # times, where others edit what is written over
+WRITE_SECONDS = 0.5  # at least, of what is left of the request's budget
 READ_AGAIN = 5  # times, where compaction takes a log away under its reader
 
 
@@ -95,7 +97,8 @@ async def text_now(db: Executor, workshop: Workshop, document: UUID) -> tuple[st
         NotFound: no such document.
     """
     log = await read_log(db, document)
-    return await text_of(log, workshop), log.version
+    with uncounted():
+        return await text_of(log, workshop), log.version
 
 
 async def text_of(log: Log, workshop: Workshop) -> str:
@@ -155,7 +158,10 @@ async def rewrite(
         log = await read_log(db, document)
         if versions is not None and log.version not in versions:
             return None
-        update = await _edit_to(text, log, workshop)
+        with uncounted():
+            update = await _edit_to(text, log, workshop)
+        if within(WRITE_SECONDS) < WRITE_SECONDS:  # it could be written, and nobody would know
+            raise Unavailable("PostgreSQL answers too slowly")
         # What others have just edited is not in this text; where they never rest, it is merged with theirs.
         merges = versions is None and attempt == WRITE_AGAIN - 1
         row = await store.append_named(

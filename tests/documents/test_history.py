@@ -9,9 +9,10 @@ import asyncpg
 import pytest
 
 from server import postgres
+from server.budget import budget
 from server.documents import compaction, logs, store
 from server.documents.workshop import Workshop
-from server.errors import Forbidden
+from server.errors import Forbidden, Unavailable
 from server.postgres import Database
 from tests.actors import Actor
 from tests.documents.editors import Editor, make_document
@@ -216,9 +217,9 @@ async def test_a_long_log_is_compacted_when_it_is_opened(alice: Actor, workspace
 class SlowWorkshop(Workshop):
     """Works on a large document, on a busy machine: longer than any statement may take."""
 
-    async def do(self, work: Callable[..., Any], *arguments: Any, size: int) -> Any:
+    async def do(self, work: Callable[..., Any], *arguments: Any, **how: Any) -> Any:
         await asyncio.sleep(postgres.STATEMENT_SECONDS + 0.1)
-        return await super().do(work, *arguments, size=size)
+        return await super().do(work, *arguments, **how)
 
 
 async def test_a_compaction_takes_as_long_as_it_takes(alice: Actor, bob: Actor, workspace: str, db: Database) -> None:
@@ -309,11 +310,11 @@ class Interrupted(Workshop):
         super().__init__()
         self._edit: Callable[[], Awaitable[object]] | None = edit
 
-    async def do(self, work: Callable[..., Any], *arguments: Any, size: int) -> Any:
+    async def do(self, work: Callable[..., Any], *arguments: Any, **how: Any) -> Any:
         edit, self._edit = self._edit, None
         if edit is not None:
             await edit()
-        return await super().do(work, *arguments, size=size)
+        return await super().do(work, *arguments, **how)
 
 
 async def test_a_write_over_what_others_edit_at_that_moment_is_what_it_says(
@@ -327,6 +328,23 @@ async def test_a_write_over_what_others_edit_at_that_moment_is_what_it_says(
     assert (written.row["version"], written.row["size"]) == (3, 3)
     assert (await alice.get(f"/documents/{document}/versions/3"))["content"] == "new"
     assert (await alice.get(f"/documents/{document}/content")).body == "new"
+
+
+async def test_work_on_a_document_is_not_the_time_of_its_stores(alice: Actor, workspace: str, db: Database) -> None:
+    document = await make_document(alice, workspace, content="base")
+    slow = Interrupted(lambda: asyncio.sleep(0.5))
+    with budget(0.8):
+        assert await logs.rewrite(db, slow, UUID(document), author=UUID(alice.id), text="new", cause="put")
+
+
+async def test_what_could_be_written_without_anybody_knowing_is_refused_before(
+    alice: Actor, workspace: str, db: Database
+) -> None:
+    document = await make_document(alice, workspace, content="base")
+    slowly = Between(db, lambda: asyncio.sleep(0.2))
+    with budget(0.6), pytest.raises(Unavailable):
+        await logs.rewrite(slowly, Workshop(), UUID(document), author=UUID(alice.id), text="new", cause="put")  # type: ignore[arg-type]
+    assert (await alice.get(f"/documents/{document}"))["version"] == 1
 
 
 async def test_what_was_asked_for_by_somebody_who_is_removed_meanwhile_is_not_written(
