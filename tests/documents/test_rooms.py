@@ -21,7 +21,9 @@ from tests.actors import Actor
 from tests.documents.conftest import Hold, MakeRooms
 from tests.documents.editors import Editor, make_document
 from tests.documents.test_history import rest_for
-from tests.documents.test_yjs import compared, raw_socket
+from tests.documents.test_yjs import NodeEditor, StartNode, compared, raw_socket, start_node
+
+__all__ = ["start_node"]
 
 
 class Ear:
@@ -132,6 +134,33 @@ async def test_a_y_websocket_client_is_never_told_of_what_may_not_last(
     await compared(again)
     assert (await alice.get(f"/documents/{document}/content")).body == "precious"
     await again.close()
+
+
+async def test_y_websocket_clients_type_on_while_commits_fail(
+    alice: Actor, bob: Actor, workspace: str, start_node: StartNode, hold: Hold
+) -> None:
+    document = await make_document(alice, workspace)
+    hers, his = await start_node(alice, document), await start_node(bob, document)
+    await hers.until(synced=True)
+    await his.until(synced=True)
+    async with hold(document) as held:
+        await hers.do("insert", text="hers ")
+        await held.cancelled()
+        await his.do("insert", text="his ")
+        await held.cancelled()
+    text = sorted((await both(hers, his)).split())
+    assert text == ["hers", "his"]
+    assert sorted((await alice.get(f"/documents/{document}/content")).body.split()) == text
+
+
+async def both(*editors: NodeEditor) -> str:
+    """The text, once all of them have all of it."""
+    async with asyncio.timeout(10):
+        while True:
+            texts = {(await each.do("state"))["text"] for each in editors}
+            if len(texts) == 1 and len(text := texts.pop()) == len("hers his "):
+                return text
+            await asyncio.sleep(0.05)
 
 
 async def last_frame(socket: aiohttp.ClientWebSocketResponse) -> aiohttp.WSMessage:
