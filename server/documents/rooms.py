@@ -72,6 +72,7 @@ class Room:
         """Held while an update is tasted: until it is applied, the live document stays as it is."""
         self._ahead: set[int] = set()
         self._meanwhile: list[Update] = []
+        self._untasted: list[Update] = []
         self._rooms = rooms
 
     @property
@@ -113,26 +114,31 @@ class Room:
                 self.tell(Update(self.id, row["version"], row["author_id"], row["data"]))
         meanwhile, self._meanwhile = self._meanwhile, []
         for update in meanwhile:
-            if not self.knows(update.version) and not self._bring_in(update):
-                return  # read once more, and this time it is in the log
+            if self.knows(update.version):
+                continue
+            if not self.live.trusts(update.data) or not self._bring_in(update):
+                self._rooms.distrust(self)  # read once more, and this time it is in the log
+                return
 
-    def carry_on(self) -> None:
-        """Nothing is tasted any more: take what others have committed meanwhile."""
-        if self.usable.is_set():
-            meanwhile, self._meanwhile = self._meanwhile, []
-            for update in meanwhile:
-                self.take(update)
+    def untasted(self) -> list[Update]:
+        """What has had to wait until now."""
+        untasted, self._untasted = self._untasted, []
+        return untasted
 
-    def take(self, update: Update, *, generation: int = 0, origin: str = "") -> None:
-        """An update is in the log; ``generation`` is that of the live document which has it already."""
+    def take(self, update: Update, *, generation: int = 0, origin: str = "", tasted: bool = False) -> None:
+        """An update is in the log; ``generation`` is that of the live document which has it already.
+
+        What others found to fit need not fit here, where something else came first.
+        """
         if not self.usable.is_set():
             self._meanwhile.append(update)  # what is being read may be older
         elif self.knows(update.version):
             return
         elif generation == self.generation:
             self.note(update.version)
-        elif self.turn.locked():
-            self._meanwhile.append(update)
+        elif not tasted and (self.turn.locked() or not self.live.trusts(update.data)):
+            self._untasted.append(update)
+            self._rooms.taste_soon(self)
             return
         elif not self._bring_in(update):
             return
@@ -142,14 +148,8 @@ class Room:
         self.tell(update, origin=origin)
 
     def _bring_in(self, update: Update) -> bool:
-        """Make the live document have what it lacks; whether it has.
-
-        What others found to fit need not fit here, where something else came first: it is read with all the log,
-        which is done elsewhere.
-        """
+        """Make the live document have what it lacks; whether it has."""
         try:
-            if not self.live.trusts(update.data):
-                raise ValidationFailed("It may do harm")
             self.live.apply(update.data)
         except ValidationFailed:
             self._rooms.distrust(self)
@@ -422,7 +422,8 @@ class Rooms:
                     update = await self._tasted(room, update)
                     return self._take(room, author=author, update=update, origin=origin)
             finally:
-                room.carry_on()
+                for waited in room.untasted():
+                    room.take(waited)
 
     async def _tasted(self, room: Room, update: bytes) -> bytes:
         """The update as it is stored, when it is known to do no harm to the live document as that is now."""
@@ -436,6 +437,24 @@ class Rooms:
             tasted = await self.workshop.taste(live.update(), update)
             if room.live is live and room.usable.is_set():
                 return tasted
+
+    def taste_soon(self, room: Room) -> None:
+        """Updates that others have committed must be tasted, or wait until another has been."""
+        if not room.turn.locked():
+            self._own(self._taste_and_take(room))
+
+    async def _taste_and_take(self, room: Room) -> None:
+        async with room.turn:
+            for update in room.untasted():
+                try:
+                    if not room.knows(update.version):
+                        await self._tasted(room, update.data)
+                except ServiceError as error:
+                    log.info("update of another process not tasted", document=str(room.id), error=error.detail)
+                    self.distrust(room)
+                room.take(update, tasted=True)
+        for update in room.untasted():
+            room.take(update)
 
     def _take(self, room: Room, *, author: UUID, update: bytes, origin: str) -> Edit | None:
         if update == wire.NOTHING:

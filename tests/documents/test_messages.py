@@ -4,7 +4,7 @@ import asyncio
 from base64 import b64encode
 
 import pytest
-from pycrdt import Doc, Text
+from pycrdt import Doc, Map, Text
 
 from server.documents import wire
 from tests.actors import Actor
@@ -171,6 +171,21 @@ async def test_cursors_are_seen_by_those_here_those_elsewhere_and_those_who_come
     await hers.socket.close()
     gone = await his.socket.assert_push("document:awareness", userId=alice.id)
     assert gone["state"] != seen["state"]
+
+
+async def test_editors_of_more_than_text_edit_together_on_two_processes(
+    alice: Actor, bob: Actor, workspace: str, make_server: MakeServer
+) -> None:
+    document = await make_document(alice, workspace)
+    hers, his = await Editor(alice, document).open(), await Editor(bob.at(await make_server()), document).open()
+    for number in range(3):
+        for editor, other in ((hers, his), (his, hers)):
+            before = editor.doc.get_state()
+            editor.doc.get("values", type=Map)[f"{editor.actor.name}{number}"] = Map({"deep": [number]})
+            await editor.send(editor.doc.get_update(before))
+            await editor.type(".")
+            await other.until(editor.text)
+            assert other.doc.get("values", type=Map).to_py() == editor.doc.get("values", type=Map).to_py()
 
 
 async def test_opening_again_with_nonsense_closes_nothing(alice: Actor, workspace: str) -> None:
