@@ -4,13 +4,13 @@ Nothing is locked while it is worked out, however long that takes: a snapshot is
 builds on is still there, so of two processes that do it at once one has worked in vain.
 """
 
-from server.documents import store, updates
+from server.documents import store, updates, wire
 from server.documents.logs import Log
 from server.documents.workshop import Workshop
 from server.postgres import Database, Executor
 
 MOST_TEXT_BYTES = 16 << 20  # of versions that users can name, worked out at once
-NUL, INSTEAD = "\0", "\ufffd"  # PostgreSQL's text knows no NUL, Yjs does
+INSTEAD = "\ufffd"  # of NUL, which PostgreSQL's text does not know, and Yjs does
 
 
 async def compact(db: Database, workshop: Workshop, log: Log, *, grace_seconds: float) -> bool:
@@ -26,7 +26,7 @@ async def compact(db: Database, workshop: Workshop, log: Log, *, grace_seconds: 
     tail = [(row["version"], row["data"]) for row in log.tail]
     state, texts = await workshop.do(updates.compact, log.state, tail, named)
     for version, text in texts.items():
-        await store.keep_text(db, document=log.document, version=version, text=text.replace(NUL, INSTEAD))
+        await store.keep_text(db, document=log.document, version=version, text=text.replace(wire.NUL, INSTEAD))
     async with db.transaction() as transaction:
         # From here on, until the commit, nothing gets a name.
         if not await store.lock_document(transaction, document=log.document, kept_version=log.kept_version):

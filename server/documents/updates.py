@@ -226,9 +226,11 @@ def taste(state: bytes, update: bytes) -> bytes:
     doc, text = load([state])
     if is_known(update, doc):
         return wire.NOTHING
+    before = str(text).count(wire.NUL)
     doc.apply_update(update)
     missing(update, doc)
-    str(text)
+    if str(text).count(wire.NUL) > before:
+        raise ValueError("NUL characters are not allowed")
     for later in ([doc.get_update()], [state, update]):
         again, text = load(later)
         again.apply_update(wire.everything(wire.state_vector(again.get_state())))

@@ -16,6 +16,7 @@ NOTHING = b"\x00\x00"  # the update without content
 MOST_PIECES = 500  # of an update that is read here, piece by piece
 KIND, HAS_KEY, HAS_RIGHT, HAS_LEFT = 0x1F, 0x20, 0x40, 0x80  # bits of a struct's first byte
 STRING = 4
+NUL = "\0"  # no text of ours has it
 CONTENT = b"content"  # the Y.Text that holds a document's text
 
 
@@ -212,7 +213,7 @@ class Typing(NamedTuple):
 
 
 def typing(update: bytes) -> Typing | None:
-    """The update read as such; None where it is anything else, or has more than MOST_PIECES.
+    """The update read as such; None where it is anything else, has NUL in its text, or more than MOST_PIECES.
 
     No values and no types: these can be nested until whoever reads or deletes them runs out of stack.
     """
@@ -254,7 +255,8 @@ def _text(reader: Reader, builds_on: list[tuple[int, int]]) -> int | None:
     builds_on += [(reader.number(), reader.number() + 1) for is_there in origins if is_there]
     if not any(origins) and not (reader.number() == 1 and reader.bytes() == CONTENT):
         return None
-    return len(reader.text().encode("utf-16-le")) // 2 or None
+    text = reader.text()
+    return None if NUL in text else len(text.encode("utf-16-le")) // 2 or None
 
 
 def everything(vector: dict[int, int]) -> bytes:

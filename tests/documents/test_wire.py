@@ -68,3 +68,6 @@ def test_typing_is_told_from_everything_else() -> None:
     assert wire.typing(doc.get_update(before)) is None
     assert wire.typing(wire.everything({5: 7})) == wire.Typing(None, 0, [(5, 7)])
     assert wire.typing(wire.NOTHING + b"x") is None
+    before = doc.get_state()
+    text += "a\0b"
+    assert wire.typing(doc.get_update(before)) is None
