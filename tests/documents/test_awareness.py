@@ -4,7 +4,7 @@ from uuid import uuid4
 
 import pytest
 
-from server.documents.awareness import GONE, RENEW_SECONDS, STALE_SECONDS, Awareness
+from server.documents.awareness import GONE, MOST_CLIENTS, RENEW_SECONDS, STALE_SECONDS, Awareness
 from server.documents.wire import Entry, Malformed
 
 ALICE, BOB = uuid4(), uuid4()
@@ -75,3 +75,15 @@ def test_the_silent_are_forgotten_and_the_living_are_renewed() -> None:
 def test_states_that_would_break_other_clients_are_refused(state: str) -> None:
     with pytest.raises(Malformed):
         Awareness().say("a", ALICE, [Entry(1, 1, state)], now=NOW)
+
+
+def test_no_more_people_than_clients_can_bear() -> None:
+    awareness = Awareness()
+    for client in range(MOST_CLIENTS):
+        awareness.say(f"{client}", ALICE, [Entry(client, 1, "{}")], now=NOW)
+    with pytest.raises(Malformed, match="Too many people"):
+        awareness.say("late", BOB, [Entry(MOST_CLIENTS, 1, "{}")], now=NOW)
+    assert not awareness.hear(Entry(MOST_CLIENTS, 1, "{}"), owner="elsewhere", user=BOB, now=NOW)
+    assert awareness.say("0", ALICE, [Entry(0, 2, '{"still":1}')], now=NOW)
+    awareness.leave("0", now=NOW)
+    assert awareness.say("late", BOB, [Entry(MOST_CLIENTS, 1, "{}")], now=NOW)

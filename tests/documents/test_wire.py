@@ -71,3 +71,14 @@ def test_typing_is_told_from_everything_else() -> None:
     before = doc.get_state()
     text += "a\0b"
     assert wire.typing(doc.get_update(before)) is None
+
+
+def test_what_is_read_here_is_bounded() -> None:
+    entries = [wire.Entry(client, 1, "{}") for client in range(wire.MOST_ENTRIES + 1)]
+    assert len(wire.parse_awareness(wire.awareness_content(entries[1:]))) == wire.MOST_ENTRIES
+    with pytest.raises(wire.Malformed):
+        wire.parse_awareness(wire.awareness_content(entries))
+    for most, is_typing in ((wire.MOST_PIECES, True), (wire.MOST_PIECES + 1, False)):
+        deleted = b"\x00\x01\x05" + wire.number(most) + b"".join(wire.number(2 * n) + b"\x01" for n in range(most))
+        typed = b"\x01" + wire.number(most) + b"\x05\x00" + b"\x04\x01\x07content\x01x" * most + b"\x00"
+        assert [wire.typing(update) is not None for update in (deleted, typed)] == [is_typing, is_typing]
