@@ -11,6 +11,7 @@ from typing import NamedTuple
 SYNC, AWARENESS, AUTH, QUERY_AWARENESS = 0, 1, 2, 3
 STEP_1, STEP_2, UPDATE = 0, 1, 2
 LARGEST_NUMBER = (1 << 53) - 1  # what JavaScript can count
+LONGEST_NUMBER = 8  # bytes
 MOST_ENTRIES = 1000  # in one awareness message
 NOTHING = b"\x00\x00"  # the update without content
 MOST_PIECES = 500  # of an update that is read here, piece by piece
@@ -65,10 +66,7 @@ class Reader:
     def number(self) -> int:
         """Raises Malformed beyond 53 bits."""
         value = shift = 0
-        while True:
-            if self._at >= len(self._data):
-                raise Malformed("It ends within a number")
-            byte = self._data[self._at]
+        for byte in self._data[self._at : self._at + LONGEST_NUMBER]:
             self._at += 1
             value |= (byte & 0x7F) << shift
             if value > LARGEST_NUMBER:
@@ -76,8 +74,7 @@ class Reader:
             if byte < 0x80:
                 return value
             shift += 7
-            if shift > 49:
-                raise Malformed("A number is too long")
+        raise Malformed("It ends within a number, or that is too long")
 
     def take(self, size: int) -> bytes:
         if size > self.rest:
@@ -170,13 +167,28 @@ KEEPALIVE = awareness(awareness_content(()))
 
 def state_vector(encoded: bytes) -> dict[int, int]:
     """Client → how many of its elements are there."""
-    reader = Reader(encoded)
-    vector = {}
-    for _ in range(_count(reader)):
-        client = reader.number()
-        vector[client] = reader.number()
-    reader.end()
-    return vector
+    found = _numbers(encoded)
+    if not found or len(found) != 1 + 2 * found[0]:
+        raise Malformed("It has not as many numbers as it says")
+    return dict(zip(found[1::2], found[2::2], strict=True))
+
+
+def _numbers(encoded: bytes) -> list[int]:
+    """As ``Reader.number`` to the end, but in one go: this is done for every keystroke."""
+    found = []
+    value = shift = 0
+    for byte in encoded:
+        value |= (byte & 0x7F) << shift
+        if byte > 0x7F and shift < 7 * (LONGEST_NUMBER - 1):
+            shift += 7
+        elif byte > 0x7F or value > LARGEST_NUMBER:
+            raise Malformed("A number is too large")
+        else:
+            found.append(value)
+            value = shift = 0
+    if shift:
+        raise Malformed("It ends within a number")
+    return found
 
 
 class Range(NamedTuple):

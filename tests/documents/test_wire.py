@@ -82,3 +82,12 @@ def test_what_is_read_here_is_bounded() -> None:
         deleted = b"\x00\x01\x05" + wire.number(most) + b"".join(wire.number(2 * n) + b"\x01" for n in range(most))
         typed = b"\x01" + wire.number(most) + b"\x05\x00" + b"\x04\x01\x07content\x01x" * most + b"\x00"
         assert [wire.typing(update) is not None for update in (deleted, typed)] == [is_typing, is_typing]
+
+
+@given(st.dictionaries(NUMBERS, NUMBERS, max_size=20))
+def test_a_state_vector_is_read_as_it_was_written(vector: dict[int, int]) -> None:
+    written = wire.number(len(vector)) + b"".join(wire.number(each) for pair in vector.items() for each in pair)
+    assert wire.state_vector(written) == vector
+    for broken in (written + b"\x00", written[:-1], b"\xff" * 7 + b"\x7f" + written):
+        with pytest.raises(wire.Malformed):
+            wire.state_vector(broken)
