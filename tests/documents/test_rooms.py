@@ -4,6 +4,7 @@ import asyncio
 from uuid import UUID, uuid4
 
 import aiohttp
+import asyncpg
 import pytest
 from prometheus_client import REGISTRY
 from pycrdt import Doc, Text
@@ -314,6 +315,23 @@ async def test_a_load_that_many_wait_for_is_not_bound_to_the_first_ones_budget(
         async with rooms.used(UUID(document)):
             pass
     assert allowed == [1.5]
+
+
+async def test_a_document_is_read_anew_until_that_works(
+    alice: Actor, workspace: str, rooms: Rooms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document, failures = await make_document(alice, workspace, content="here"), [asyncpg.DataCorruptedError("broken")]
+
+    async def failing(db: Database, id: UUID) -> Log:
+        if failures:
+            raise failures.pop()
+        return await read_log(db, id)
+
+    async with rooms.used(UUID(document)) as room:
+        monkeypatch.setattr(rooms_module, "read_log", failing)
+        rooms.distrust(room)
+        assert await shown(rooms, document) == "here"
+    assert not failures
 
 
 async def test_what_has_rested_is_named_and_announced_by_itself(
