@@ -38,6 +38,8 @@ def configure(settings: Settings) -> None:
     )
     logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING), force=True)
     logging.getLogger("saq").addFilter(_in_a_line)
+    # It warns of subprotocols that it does not know: of the access token that one of them may carry.
+    logging.getLogger("aiohttp.websocket").setLevel(logging.CRITICAL)
 
 
 def _in_a_line(record: logging.LogRecord) -> bool:

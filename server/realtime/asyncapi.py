@@ -19,6 +19,7 @@ DOCUMENT = "/api-docs/asyncapi.json"
 PAGE = "/api-docs/realtime"
 CLOSE_CODES = {
     1009: "a frame was too big",
+    1011: "something went wrong on our side; come back",
     1012: "the server restarts; come back",
     1013: "overloaded, or you read too slowly",
     4400: "protocol error: over the limit, or malformed, for too long",

@@ -3,10 +3,11 @@
 A message is ``origin \\n kind \\n payload``. ``origin`` is the connection that caused it, which does not hear its
 own echo. ``kind`` is the id of a durable event, one of the marks below, or empty for what is neither.
 
-Everything others must hear goes through here: ``announce`` (durable, in order) and ``publish`` where the caller's
-own answer depends on it; ``report``, ``tell_user``, ``revoke_*``, ``access_changed`` and ``gone`` after a change
-that is committed elsewhere: these never raise. While Redis is away they only log, and every process finds lost
-access by itself within RECHECK_SECONDS of ``hub``.
+Everything others must hear goes through here (but who comes and goes, see ``presence``): ``announce`` (durable, in
+order) and ``publish`` with its siblings where the caller's own answer depends on it; ``report``, ``tell_user``,
+``revoke_sessions``, ``access_changed`` and ``gone`` after a change that is committed elsewhere: these never raise.
+While Redis is away they only log, and every process finds lost access by itself within RECHECK_SECONDS of
+``standing``.
 """
 
 from collections.abc import Iterable, Sequence
@@ -108,9 +109,17 @@ class Channels:
         Raises:
             RedisError: Redis is away.
         """
+        await self.pass_on((channel, message(payload, origin=origin, kind=kind)) for channel, kind, payload in messages)
+
+    async def pass_on(self, messages: Iterable[tuple[str, bytes]]) -> None:
+        """Many at once, of different origins: channel and ``message`` of each.
+
+        Raises:
+            RedisError: Redis is away.
+        """
         async with self._redis.pipeline(transaction=False) as pipeline:
-            for channel, kind, payload in messages:
-                pipeline.publish(channel, message(payload, origin=origin, kind=kind))
+            for channel, made in messages:
+                pipeline.publish(channel, made)
             await pipeline.execute()
 
     async def tell_user(self, user: UUID, event: str, data: Any, *, droppable: bool = False) -> None:
@@ -122,16 +131,12 @@ class Channels:
         await self._attempt(user_channel(user), encode(event, data), kind=kind)
 
     async def revoke_sessions(self, sessions: Iterable[UUID]) -> None:
-        """These sessions have ended (logout, revocation, password change): their sockets close with 4401.
+        """These sessions have ended (logout, revocation, password change, deletion): their sockets close with 4401.
 
         To be called after their rows say so; every process acts within a second.
         """
         if ended := list(sessions):
             await self._control({"sessions": ended})
-
-    async def revoke_user(self, user: UUID) -> None:
-        """The account is gone: all sockets of the user close with 4401. After the row is deleted."""
-        await self._control({"user": user})
 
     async def access_changed(
         self, *, project: UUID, users: Sequence[UUID], actor: UUID, name: str, reason: str = "removed"

@@ -139,9 +139,12 @@ class Connection:
 
     def closed_by_peer(self, code: int | None) -> None:
         """The peer has closed, or is gone (None)."""
+        if self._outbox is not None:
+            self._outbox.clear()
         if code is not None and self.close_code is None and not self._transport.is_closing():
             self._transport.write(close_frame(close_reply(code)))
-            self._transport.close()
+            self._transport.close()  # once all has been taken, which may be never
+            asyncio.get_running_loop().call_later(CLOSE_SECONDS, self._transport.abort)
 
     def ended(self) -> None:
         """Nothing will be read from the peer any more."""

@@ -20,11 +20,15 @@ log = structlog.get_logger()
 
 FIRST_FRAME_SECONDS = 10.0
 FRAMES_AT_ONCE = 16  # of one client, then others have their turn
+MOST_PINGS = 16  # before the first frame; more, and who sends them is turned away
+MOST_UNREAD = 256  # frames of one who is turned away, until theirs that closes
 REFUSAL_PAUSE_SECONDS = 0.01  # after a refused frame: who floods is read more slowly
 CLOSE_SECONDS = 2.0
 BEARER_PROTOCOL = "bearer."
 _AUTHENTICATE = messages.Authenticate()
 _GONE = {WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR}
+_HEARTBEATS = {WSMsgType.PING, WSMsgType.PONG}
+_RESTARTING = (1012, "restarting")
 
 
 async def websocket(request: web.Request) -> web.StreamResponse:
@@ -40,15 +44,17 @@ async def websocket(request: web.Request) -> web.StreamResponse:
         max_msg_size=realtime.settings.ws_max_message_bytes,
     )
     await socket.prepare(request)
-    greeting = None
-    if identified is None:
-        try:
+    try:
+        greeting = None
+        if identified is None:
             identified, greeting = await _first_frame(socket, realtime)
-        except _TurnedAway as away:
-            await _turn_away(request, socket, away)
-            return socket
-        notices = realtime.standing.notices - 1  # the frame came at some time since: looked up once more
-    await _serve(request, socket, identified, greeting, notices=notices)
+            notices = realtime.standing.notices - 1  # the frame came at some time since: looked up once more
+        await _serve(request, socket, identified, greeting, notices=notices)
+    except _TurnedAway as away:
+        await _turn_away(request, socket, away)
+    except Exception:  # rendered by the other door, it would be HTTP among the frames
+        log.exception("socket failed")
+        await _turn_away(request, socket, _TurnedAway(1011, "something went wrong on our side"))
     return socket
 
 
@@ -77,7 +83,7 @@ async def identify(request: web.Request, doorman: Doorman) -> Identified | None:
     """
     if token := doorman.bearer(request.headers.get(hdrs.AUTHORIZATION)):
         return await doorman.by_token(token)
-    if (token := subprotocol_token(request)) is not None:
+    if (token := _subprotocol_token(request)) is not None:
         return await doorman.by_token(token)
     if (ticket := request.query.get("ticket")) is not None:
         return await doorman.by_ticket(ticket)
@@ -86,11 +92,18 @@ async def identify(request: web.Request, doorman: Doorman) -> Identified | None:
     return None
 
 
-def subprotocol_token(request: web.Request) -> str | None:
-    """The token in ``Sec-WebSocket-Protocol: collab.v1, bearer.<token>``."""
-    offered = ",".join(request.headers.getall(hdrs.SEC_WEBSOCKET_PROTOCOL, ())).split(",")
-    tokens = (each.strip() for each in offered if each.strip().startswith(BEARER_PROTOCOL))
-    return next((token.removeprefix(BEARER_PROTOCOL) for token in tokens), None)
+def _subprotocol_token(request: web.Request) -> str | None:
+    """The token in ``Sec-WebSocket-Protocol: collab.v1, bearer.<token>``.
+
+    Raises:
+        Unauthenticated: it stands there alone; a server may only select what is no secret.
+    """
+    offered = [each.strip() for each in ",".join(request.headers.getall(hdrs.SEC_WEBSOCKET_PROTOCOL, ())).split(",")]
+    tokens = (each.removeprefix(BEARER_PROTOCOL) for each in offered if each.startswith(BEARER_PROTOCOL))
+    token = next(tokens, None)
+    if token is not None and SUBPROTOCOL not in offered:
+        raise Unauthenticated(f"Offer the subprotocol {SUBPROTOCOL} beside the token")
+    return token
 
 
 class _TurnedAway(Exception):
@@ -104,13 +117,7 @@ async def _first_frame(socket: web.WebSocketResponse, realtime: Realtime) -> tup
     Raises:
         _TurnedAway: it does not, or not in time.
     """
-    try:
-        async with asyncio.timeout(FIRST_FRAME_SECONDS):
-            message = await socket.receive()
-            while message.type in (WSMsgType.PING, WSMsgType.PONG):
-                message = await socket.receive()
-    except TimeoutError:
-        raise _TurnedAway(4408, "no authentication in time") from None
+    message = await _first_message(socket, realtime)
     if message.type in _GONE:
         raise _TurnedAway(1000, "")
     id = None
@@ -127,9 +134,27 @@ async def _first_frame(socket: web.WebSocketResponse, realtime: Realtime) -> tup
         raise _TurnedAway(code, error.detail, protocol.websocket_frame(protocol.refusal(error, id=id))) from None
 
 
+async def _first_message(socket: web.WebSocketResponse, realtime: Realtime) -> WSMessage:
+    patience = asyncio.timeout(0 if realtime.draining else FIRST_FRAME_SECONDS)
+    realtime.strangers.add(patience)
+    try:
+        async with patience:
+            for _ in range(MOST_PINGS):
+                message = await socket.receive()
+                if message.type not in _HEARTBEATS:
+                    return message
+    except TimeoutError:
+        if realtime.draining:
+            raise _TurnedAway(*_RESTARTING) from None
+        raise _TurnedAway(4408, "no authentication in time") from None
+    finally:
+        realtime.strangers.discard(patience)
+    raise _TurnedAway(4400, "authenticate first")
+
+
 async def _turn_away(request: web.Request, socket: web.WebSocketResponse, away: _TurnedAway) -> None:
     transport = request.transport
-    if transport is None:
+    if transport is None or transport.is_closing():
         return
     metrics.SOCKETS_CLOSED.labels(str(away.code)).inc()
     transport.write(away.frame + protocol.close_frame(away.code, away.reason))
@@ -142,8 +167,11 @@ async def _turn_away(request: web.Request, socket: web.WebSocketResponse, away: 
 
 
 async def _until_closed(socket: web.WebSocketResponse) -> None:
-    while (await socket.receive()).type not in _GONE:
-        continue
+    for turn in range(MOST_UNREAD):
+        if (await socket.receive()).type in _GONE:
+            return
+        if turn % FRAMES_AT_ONCE == 0:
+            await asyncio.sleep(0)
 
 
 async def _serve(
@@ -155,11 +183,13 @@ async def _serve(
     now = asyncio.get_running_loop().time()
     connection = Connection(request, realtime, user=user, name=name, now=now)
     try:
-        realtime.admit(connection, notices=notices)
         await realtime.listen_for(connection)
+        realtime.admit(connection, notices=notices)
         connection.send(_welcome(connection))
         if greeting is not None and greeting.id is not None:
             connection.send(protocol.ack(greeting.id, {"tokenExpiresAt": user.expires_at}))
+        if realtime.draining:
+            connection.close(*_RESTARTING)
         await _read(connection, socket)
     finally:
         connection.ended()

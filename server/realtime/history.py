@@ -8,14 +8,18 @@ bytes appended up to and with it, by which the stream knows how much it holds.
 import asyncio
 import re
 from collections.abc import Callable, Sequence
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
+import structlog
 from redis.asyncio import Redis
 from redis.exceptions import NoScriptError, RedisError
 
 from server.errors import invalid
+
+log = structlog.get_logger()
 
 KEPT_SECONDS = 24 * 3600
 REPLAY_BYTES = 1 << 20
@@ -24,8 +28,9 @@ AT_ONCE = 64  # events in one round trip
 _ID = re.compile(r"(\d{1,16})-(\d{1,16})")
 
 # Functions for the scripts of this module and of presence. Fields of an entry: {'origin', o, 'end', n, 'data', d}.
-LUA = """
-local KEPT = 86400
+LUA = (
+    f"local KEPT = {KEPT_SECONDS}"
+    + """
 -- An empty stream, for everything in it is older than a day, is one that nobody could resume from.
 local function last_id(stream)
     redis.call('XTRIM', stream, 'MINID', (tonumber(redis.call('TIME')[1]) - KEPT) * 1000)
@@ -53,10 +58,12 @@ local function read_after(stream, since, most, bytes)
     end
 end
 """
+)
 
 # KEYS: stream, bytes. ARGV: channel, origin, data, most, most bytes
-_APPEND = """
-local KEPT = 86400
+_APPEND = (
+    f"local KEPT = {KEPT_SECONDS}"
+    + """
 local size, most = #ARGV[3], tonumber(ARGV[5])
 local total = redis.call('INCRBY', KEYS[2], size)
 local id = redis.call('XADD', KEYS[1], 'MAXLEN', ARGV[4], '*', 'origin', ARGV[2], 'end', total, 'data', ARGV[3])
@@ -72,6 +79,7 @@ redis.call('PUBLISH', ARGV[1], ARGV[2] .. '\\n' .. id .. '\\n'
     .. '{"event":"collaboration:event","data":{"eventId":"' .. id .. '",' .. ARGV[3] .. '}')
 return id
 """
+)
 
 # KEYS: stream, bytes. ARGV: since or nothing, most, most bytes
 _READ = (
@@ -125,7 +133,8 @@ class History:
         appended: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._waiting.append(([*keys(workspace), channel, origin, body[1:], *self._limits], appended))
         if self._flushing is None or self._flushing.done():
-            self._flushing = asyncio.ensure_future(self._flush())
+            # In no request's context: it sends what many have said.
+            self._flushing = asyncio.get_running_loop().create_task(self._flush(), context=Context())
         return (await appended).decode()
 
     async def append_all(self, bodies: Sequence[tuple[UUID, bytes]], *, channel: Callable[[UUID], str]) -> None:
@@ -142,12 +151,15 @@ class History:
         return replay(last, found)
 
     async def _flush(self) -> None:
-        """Ends by itself; whoever appends waits for it."""
+        """Ends by itself: whoever appends waits for it, and at last ``close``."""
         while self._waiting:
             batch, self._waiting = self._waiting[:AT_ONCE], self._waiting[AT_ONCE:]
             try:
                 answers = await self._run([arguments for arguments, _ in batch])
             except (RedisError, OSError) as error:
+                answers = [error] * len(batch)
+            except Exception as error:  # else they would wait for ever
+                log.exception("events not appended")
                 answers = [error] * len(batch)
             for (_, appended), answer in zip(batch, answers, strict=True):
                 if appended.done():  # nobody waits for it any more
@@ -156,6 +168,11 @@ class History:
                     appended.set_exception(answer)
                 else:
                     appended.set_result(answer)
+
+    async def close(self) -> None:
+        """Returns when what was appended has been sent, or could not be."""
+        if self._flushing is not None:
+            await asyncio.wait({self._flushing})
 
     async def _run(self, batch: list[Any]) -> list[Any]:
         """The script once for each; what redis-py would look up before every pipeline is loaded when it is missed."""

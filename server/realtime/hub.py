@@ -18,9 +18,10 @@ from server.realtime.channels import CONTROL, DROPPABLE, Channels, event_body, e
 from server.realtime.connection import CLOSE_SECONDS, Connection
 from server.realtime.cursors import Cursors
 from server.realtime.doorman import Doorman
+from server.realtime.endless import keep_running
 from server.realtime.history import Replay
 from server.realtime.outbox import Delivery
-from server.realtime.peers import Peer, Thing
+from server.realtime.peers import Thing
 from server.realtime.presence import RENEW_SECONDS, Member, Online, Presence
 from server.realtime.protocol import PING_FRAME, encode, websocket_frame
 from server.realtime.room import Room
@@ -64,15 +65,18 @@ class Realtime:
         self.frames_sent = 0  # counted here by each write, which is too frequent for a metric
         self.channels = channels
         self.presence = Presence(redis, process=uuid4().hex)
-        self.cursors = Cursors(redis)
+        self.cursors = Cursors(channels)
         self.documents: Any = None  # documents.rooms.Rooms, for the messages that are about them
-        self.peers: dict[str, Peer] = {}
+        self.peers: dict[str, Connection] = {}
+        self.strangers: set[asyncio.Timeout] = set()
+        """The patience with each socket that has not said yet who it is."""
         self.standing = Standing(self.peers, doorman.recheck)
         self.subscriber = Subscriber(blocking_redis, channel=CONTROL, control=self.standing, vouch=self.standing.vouch)
         self._rooms: dict[UUID, Room] = {}
         self._users: dict[UUID, UserPushes] = {}
         self._evict: dict[str, Callable[[Connection, UUID], None]] = {"workspace": self._turn_out}
         self._departing: dict[tuple[UUID, str], asyncio.Task[None]] = {}  # of whom Redis has not been told yet
+        self._taken_for_dead: set[UUID] = set()  # workspaces in which others removed who is here
         self._tasks: set[asyncio.Task[Any]] = set()
         self._forever: list[asyncio.Task[None]] = []
 
@@ -93,41 +97,34 @@ class Realtime:
 
     def waiting(self) -> tuple[int, int]:
         """Frames and bytes that slow sockets have not taken yet."""
-        counted = [peer.waiting for peer in self.peers.values() if isinstance(peer, Connection)]
+        counted = [peer.waiting for peer in self.peers.values()]
         return sum(frames for frames, _ in counted), sum(size for _, size in counted)
 
     def start(self) -> None:
-        for coroutine in (
-            self.subscriber.listen(),
-            self.standing.run(),
-            self.cursors.run(),
-            self._renew(),
-            self._watch(),
-        ):
-            self._forever.append(self.own(coroutine))
+        for endless in (self.subscriber.listen, self.standing.run, self.cursors.run, self._renew, self._watch):
+            self._forever.append(self.own(keep_running(endless)))
 
     # Sockets
 
-    def admit(self, peer: Peer, *, notices: int) -> None:
+    def admit(self, peer: Connection, *, notices: int) -> None:
         """A socket is here. ``notices`` is ``standing.notices`` as it was before it was authenticated."""
         self.peers[peer.id] = peer
         if notices != self.standing.notices:
             self.standing.doubt(peer)
 
     async def listen_for(self, connection: Connection) -> None:
-        """From now on the connection hears what is told to its user."""
+        """From the moment at which it is admitted the connection hears what is told to its user."""
         user = connection.user.id
-        pushes = self._users.setdefault(user, UserPushes())
+        pushes = self._users.setdefault(user, UserPushes(self.peers))
         pushes.connections.add(connection)
         try:
             await self.subscriber.subscribe(user_channel(user), pushes)
         except Unavailable:
             return  # heard as soon as Redis is back
 
-    def forget(self, peer: Peer) -> None:
+    def forget(self, peer: Connection) -> None:
         """A socket is gone: out of everything, now."""
-        if self.peers.pop(peer.id, None) is None or not isinstance(peer, Connection):
-            return
+        self.peers.pop(peer.id, None)
         for thing in list(peer.grants):
             del peer.grants[thing]
             self.evict(peer, thing)
@@ -143,7 +140,7 @@ class Realtime:
 
     async def drain(self) -> None:
         """Say goodbye to all sockets: within DRAIN_SECONDS each has been closed with 1012."""
-        self.draining = True
+        self._turn_strangers_away()
         deadline = asyncio.get_running_loop().time() + self.settings.drain_seconds
         peers = list(self.peers.values())
         for peer in peers:
@@ -160,6 +157,7 @@ class Realtime:
 
     async def stop(self) -> None:
         """Close what is still open with 1012 and end all tasks."""
+        self._turn_strangers_away()
         for peer in list(self.peers.values()):
             peer.close(1012, "restarting")
         ending = [task for task in self._tasks if task not in self._forever]
@@ -168,6 +166,12 @@ class Realtime:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.channels.history.close()
+
+    def _turn_strangers_away(self) -> None:
+        self.draining = True
+        for patience in self.strangers:
+            patience.reschedule(asyncio.get_running_loop().time())
 
     # Rooms
 
@@ -180,19 +184,20 @@ class Realtime:
         """
         thing = Thing("workspace", workspace)
         member = Member(connection.id, connection.user.id, connection.name)
-        if thing in connection.grants and since is None:
-            with reported():
-                return await self.presence.join(workspace, member, since=None)
-        if len(connection.grants) >= MOST_ROOMS:
+        room = self._rooms.get(workspace)
+        if thing in connection.grants and since is None and room is not None:
+            replay, online = await self._count(room, member, since=None)
+            await room.passed(replay.last)
+            return replay, online
+        if thing not in connection.grants and len(connection.grants) >= MOST_ROOMS:
             raise Conflict("In too many workspaces and documents at once")
         await self._has_departed(workspace, connection)
         room = self._rooms.setdefault(workspace, Room(workspace, self._restore))
         connection.grants.pop(thing, None)
-        arrival = await room.expect(connection)
         try:
+            arrival = await room.expect(connection)
             await self.subscriber.subscribe(room.channel, room)
-            with reported():
-                replay, online = await self.presence.join(workspace, member, since=since)
+            replay, online = await self._count(room, member, since=since)
             if not replay.more:
                 await arrival.history_is_complete()
         except BaseException:
@@ -203,6 +208,13 @@ class Realtime:
         else:
             self.grant(connection, thing)
             connection.after_answer(lambda: room.admit(connection, last=replay.last))
+        return replay, online
+
+    async def _count(self, room: Room, member: Member, *, since: str | None) -> tuple[Replay, list[Online]]:
+        with reported():
+            replay, online, held = await self.presence.join(room.workspace, member, since=since)
+        if not held and room.members:  # who are not counted any more
+            self._taken_for_dead.add(room.workspace)
         return replay, online
 
     async def leave(self, connection: Connection, workspace: UUID) -> None:
@@ -243,7 +255,6 @@ class Realtime:
         room = self._rooms.get(workspace)
         if room is not None:
             room.refuse(connection)
-            room.members.pop(connection.id, None)
             if room.empty:
                 del self._rooms[workspace]
                 self.subscriber.unsubscribe(room.channel, room)
@@ -263,6 +274,7 @@ class Realtime:
 
     async def _uncount(self, workspace: UUID, connection: str) -> None:
         try:
+            await self.cursors.settled()
             await self.presence.leave(workspace, connection=connection)
         except (RedisError, OSError) as error:
             log.debug("departure not told yet", error=str(error))
@@ -270,7 +282,19 @@ class Realtime:
             self._departing.pop((workspace, connection), None)
 
     async def _restore(self, room: Room, mark: str) -> tuple[Replay, list[Online]]:
-        return await self.presence.restore(room.workspace, room.people(), since=room.last or None, mark=mark)
+        people = room.people()
+        try:
+            return await self.presence.restore(room.workspace, people, since=room.last or None, mark=mark)
+        finally:
+            # Who has gone meanwhile may have been uncounted before they were counted here.
+            for gone in {each.connection for each in people} - {each.connection for each in room.people()}:
+                self._depart(room.workspace, gone)
+
+    async def _resume(self, room: Room) -> None:
+        try:
+            await room.resume()
+        except (RedisError, OSError, Unavailable) as error:
+            log.warning("events not resumed yet", channel=room.channel, error=str(error))
 
     # Time
 
@@ -280,7 +304,7 @@ class Realtime:
             await asyncio.sleep(RENEW_SECONDS)
             try:
                 await self._renew_leases()
-            except (RedisError, OSError, Unavailable) as error:
+            except (RedisError, OSError) as error:
                 log.warning("presence not renewed", error=str(error))
 
     async def _renew_leases(self) -> None:
@@ -288,13 +312,14 @@ class Realtime:
             if departing.done():  # in vain
                 self._depart(workspace, connection)
         rooms = [workspace for workspace, room in self._rooms.items() if room.members]
-        taken_for_dead: list[UUID] = []
         for start in range(0, len(rooms), RENEWED_AT_ONCE):
-            taken_for_dead += await self.presence.renew(rooms[start : start + RENEWED_AT_ONCE])
-        for workspace in rooms:
-            room = self._rooms.get(workspace)
-            if room is not None and (room.stuck or workspace in taken_for_dead):
-                await room.resume()
+            self._taken_for_dead.update(await self.presence.renew(rooms[start : start + RENEWED_AT_ONCE]))
+        for room in list(self._rooms.values()):
+            # Not before everybody's access has been looked up.
+            if self.subscriber.serving and (room.stuck or room.workspace in self._taken_for_dead):
+                self._taken_for_dead.discard(room.workspace)
+                await self._resume(room)
+        self._taken_for_dead &= self._rooms.keys()
 
     async def _watch(self) -> None:
         """Heartbeats, and tokens that expire."""
@@ -303,9 +328,8 @@ class Realtime:
             await asyncio.sleep(WATCH_SECONDS)
             now, clock = loop.time(), datetime.now(UTC)
             for peer in list(self.peers.values()):
-                if isinstance(peer, Connection):
-                    _check_pulse(peer, now)
-                    _check_token(peer, clock)
+                _check_pulse(peer, now)
+                _check_token(peer, clock)
 
     def _finished(self, task: "asyncio.Task[Any]") -> None:
         self._tasks.discard(task)
@@ -314,16 +338,18 @@ class Realtime:
 
 
 class UserPushes:
-    """A ``Listener`` of what is told to one user, at all their connections here."""
+    """A ``Listener`` of what is told to one user, at all their connections that were welcomed here."""
 
-    def __init__(self) -> None:
+    def __init__(self, welcomed: Mapping[str, Connection]) -> None:
         self.connections: set[Connection] = set()
+        self._welcomed = welcomed
 
     def deliver(self, _origin: str, kind: str, payload: bytes) -> None:
         frame = websocket_frame(payload)
         delivery = Delivery.DROPPABLE if kind == DROPPABLE else Delivery.DURABLE
         for connection in tuple(self.connections):
-            connection.write(frame, delivery)
+            if connection.id in self._welcomed:
+                connection.write(frame, delivery)
 
     def interrupt(self) -> None:
         """These pushes are live only."""

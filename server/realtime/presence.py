@@ -85,11 +85,12 @@ _JOIN = (
 sweep()
 local last, found = last_id(KEYS[1]), {0, 0, {}}
 if ARGV[6] ~= '' then found = read_after(KEYS[1], ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8])) end
-if found[2] == 1 then return {last, found, online()} end
+local held = redis.call('ZSCORE', KEYS[6], ARGV[3]) and 1 or 0
+if found[2] == 1 then return {last, found, online(), held} end
 local first = come(ARGV[10], ARGV[11], ARGV[12])
 renew()
 redis.call('PUBLISH', ARGV[1], first and ARGV[13] or ARGV[9])
-return {last, found, online()}
+return {last, found, online(), held}
 """
 )
 # ARGV: … connection
@@ -158,14 +159,17 @@ class Presence:
             redis.register_script, (_JOIN, _LEAVE, _RENEW, _RESTORE, _LIST)
         )
 
-    async def join(self, workspace: UUID, member: Member, *, since: str | None) -> tuple[Replay, list[Online]]:
-        """Count a connection: what it missed, and who is here now. It is not counted where it missed more."""
+    async def join(self, workspace: UUID, member: Member, *, since: str | None) -> tuple[Replay, list[Online], bool]:
+        """Count a connection: what it missed, and who is here now. It is not counted where it missed more.
+
+        And whether this process had a lease: where it had none, none of its other connections is counted.
+        """
         mark = message(b"", origin=member.connection, kind=MARK)
         arguments: Arguments = [*self._common(workspace), since or "", ALL, REPLAY_BYTES, mark]
         arguments += [f"{self._process}:{member.connection}", str(member.user), json.dumps(member.name)]
         arguments.append(_join_message(workspace, member, kind=MARK))
-        last, found, online = await self._join(keys=_keys(workspace), args=arguments)
-        return history.replay(last, found), _online(online)
+        last, found, online, held = await self._join(keys=_keys(workspace), args=arguments)
+        return history.replay(last, found), _online(online), bool(held)
 
     async def leave(self, workspace: UUID, *, connection: str) -> None:
         """Uncount a connection; the leave event is published where it was the user's last."""

@@ -50,6 +50,11 @@ class Arrival:
         if self._begun:
             self.kept.append(message)
 
+    def demand_touch(self) -> None:
+        """Raises Unavailable where the subscription was lost since."""
+        if self._broken:
+            raise Unavailable("Redis is unavailable")
+
     async def history_is_complete(self) -> None:
         """Returns when the mark was heard. Nothing may be awaited between this and ``admit``.
 
@@ -61,8 +66,7 @@ class Arrival:
                 await self._decided.wait()
         except TimeoutError:
             self._broken = True
-        if self._broken:
-            raise Unavailable("Redis is unavailable")
+        self.demand_touch()
         if len(self.kept) > KEPT_MESSAGES:
             raise Unavailable("Too much is happening in this workspace")
 
@@ -80,7 +84,7 @@ class Room:
         self.last = ""  # the newest durable event that the members have been sent
         self._arrivals: dict[str, Arrival] = {}
         self._entering: dict[str, Connection] = {}
-        self._passing: dict[str, asyncio.Future[None]] = {}
+        self._passing: set[tuple[tuple[int, int], asyncio.Future[None]]] = set()
         self._restore = restore
         self._restoring = asyncio.Lock()
         self._whole = asyncio.Event()
@@ -100,22 +104,19 @@ class Room:
         return [Member(each.id, each.user.id, each.name) for each in (self.members | self._entering).values()]
 
     async def expect(self, connection: Connection) -> Arrival:
-        """Somebody will enter; they hear nothing more until ``admit``. To be ended by ``admit`` or ``refuse``.
+        """Somebody will enter; they hear nothing more until ``admit``. To be ended by ``admit`` or ``refuse``,
+        also where this raises.
 
         Raises:
             Unavailable: the room is out of touch with Redis.
         """
+        self.members.pop(connection.id, None)
         self._entering[connection.id] = connection
         try:
             async with asyncio.timeout(MARK_SECONDS):
                 await self._whole.wait()
         except TimeoutError:
-            self.refuse(connection)
             raise Unavailable("Redis is unavailable") from None
-        except asyncio.CancelledError:
-            self.refuse(connection)
-            raise
-        self.members.pop(connection.id, None)
         return self._arrivals.setdefault(connection.id, Arrival())
 
     def admit(self, connection: Connection, *, last: str) -> None:
@@ -130,6 +131,8 @@ class Room:
             self._tell(message, [connection])
 
     def refuse(self, connection: Connection) -> None:
+        """They are out, or do not come in."""
+        self.members.pop(connection.id, None)
         self._arrivals.pop(connection.id, None)
         self._entering.pop(connection.id, None)
 
@@ -154,12 +157,15 @@ class Room:
         """
         if self.last and position(self.last) >= position(id):
             return
-        passing = self._passing.setdefault(id, asyncio.get_running_loop().create_future())
+        passing = position(id), asyncio.get_running_loop().create_future()
+        self._passing.add(passing)
         try:
             async with asyncio.timeout(MARK_SECONDS):
-                await asyncio.shield(passing)
+                await passing[1]
         except TimeoutError:
-            self._passing.pop(id, None)  # it is in the history, which is what an ack promises
+            return  # it is in the history, which is what an ack promises
+        finally:
+            self._passing.discard(passing)
 
     def interrupt(self) -> None:
         self._whole.clear()
@@ -177,7 +183,7 @@ class Room:
             token = uuid4().hex
             arrival = self._arrivals[token] = Arrival()
             try:
-                replay, online = await self._catch_up(token)
+                replay, online = await self._catch_up(token, arrival)
                 await arrival.history_is_complete()
             finally:
                 del self._arrivals[token]
@@ -187,18 +193,17 @@ class Room:
                 self._tell(message, self.members.values())
                 self._note(message.kind)
 
-    async def _catch_up(self, token: str) -> tuple[Replay, list[Online]]:
+    async def _catch_up(self, token: str, arrival: Arrival) -> tuple[Replay, list[Online]]:
         gap = False
         while True:
             replay, online = await self._restore(self, token)
+            arrival.demand_touch()  # else a notice of who lost access may have been missed
             for entry in replay.entries:
                 self._tell(_missed(entry), self.members.values())
                 self._note(entry.id)
             gap = gap or replay.gap
             if not replay.more:
-                self.last = replay.last
-                for id in [id for id in self._passing if position(id) <= position(replay.last)]:
-                    self._passing.pop(id).set_result(None)
+                self._pass(replay.last)
                 return Replay(replay.last, [], gap=gap), online
             await asyncio.sleep(0)
 
@@ -223,10 +228,15 @@ class Room:
         """An event's place in the order has been passed."""
         if not kind or kind in _DELIVERY:
             return
-        self.last = kind
-        passing = self._passing.pop(kind, None)
-        if passing is not None:
-            passing.set_result(None)
+        self._pass(kind)
+
+    def _pass(self, id: str) -> None:
+        self.last = id
+        if self._passing:
+            here = position(id)
+            for awaited, passing in self._passing:
+                if awaited <= here and not passing.done():
+                    passing.set_result(None)
 
 
 def _missed(entry: Entry) -> Message:

@@ -7,39 +7,46 @@ anything else is delivered.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import structlog
 
 from server import json
 from server.errors import ServiceError
-from server.realtime.peers import Peer, Revocation, Thing
+from server.realtime.peers import Revocation, Thing
+
+if TYPE_CHECKING:
+    from server.realtime.connection import Connection
 
 log = structlog.get_logger()
 
 RECHECK_SECONDS = 15.0
 RETRY_SECONDS = 0.5
+LOOKED_UP_AT_ONCE = 1000  # sessions and things in one query
 Asked = tuple[UUID, Thing]
 Recheck = Callable[[Sequence[UUID], Sequence[Asked]], Awaitable[tuple[set[UUID], Mapping[Asked, Any]]]]
 """Of these sessions those that live; of these (user, thing) those with access. Raises ServiceError."""
+Reasons = Mapping[Thing, Revocation]
+"""Why a peer may have lost what, as far as is known."""
 REMOVED = Revocation("removed")
+_NO_REASONS: Reasons = {}
 
 
 class Standing:
-    def __init__(self, peers: Mapping[str, Peer], recheck: Recheck) -> None:
+    def __init__(self, peers: Mapping[str, "Connection"], recheck: Recheck) -> None:
         self._peers = peers
         self._recheck = recheck
-        self._doubted: dict[Peer, Revocation] = {}
+        self._doubted: dict[Connection, Reasons] = {}
         self._doubt = asyncio.Event()
         self._one_at_a_time = asyncio.Lock()
         self.notices = 0
         """Grows with every notice. Who asked PostgreSQL before one and acts on it after must ``doubt``."""
 
-    def doubt(self, peer: Peer, why: Revocation = REMOVED) -> None:
-        """Look this peer up, now."""
-        self._doubted[peer] = why
+    def doubt(self, peer: "Connection", why: Reasons = _NO_REASONS) -> None:
+        """Look this peer up, now. Of several reasons the first counts."""
+        self._doubted[peer] = {**why, **self._doubted.get(peer, {})}
         self._doubt.set()
 
     async def run(self) -> None:
@@ -49,19 +56,19 @@ class Standing:
             tasks.create_task(self._recheck_all())
 
     async def vouch(self) -> None:
-        """Returns when everybody has been looked up."""
-        async with self._one_at_a_time:
-            await self._look_up_until_answered(dict.fromkeys(self._peers.values(), REMOVED))
+        """Returns when everybody has been looked up; who is about to enter something, when they have entered."""
+        self.notices += 1
+        await self._look_up_all(dict.fromkeys(self._peers.values(), _NO_REASONS))
 
     def deliver(self, _origin: str, _kind: str, payload: bytes) -> None:
         self.notices += 1
         notice: dict[str, Any] = json.loads(payload)
         sessions, users = _ids(notice, "sessions"), _ids(notice, "users")
-        user, project = _id(notice, "user"), _id(notice, "project")
+        project = _id(notice, "project")
         why = Revocation(notice.get("reason", ""), notice.get("actor"), notice.get("name", ""))
         things = {Thing(notice["kind"], id) for id in _ids(notice, "ids")}
         for peer in list(self._peers.values()):
-            if peer.user.session in sessions or peer.user.id == user:
+            if peer.user.session in sessions:
                 peer.close(4401, "the session has ended")
             elif things:
                 for thing in things & peer.grants.keys():
@@ -69,11 +76,11 @@ class Standing:
             elif peer.user.id in users:
                 self._distrust(peer, project, why)
 
-    def _distrust(self, peer: Peer, project: UUID | None, why: Revocation) -> None:
-        for thing, access in peer.grants.items():
-            if access is None or access.project == project:
-                peer.grants[thing] = None
-                self.doubt(peer, why)
+    def _distrust(self, peer: "Connection", project: UUID | None, why: Revocation) -> None:
+        doubtful = [thing for thing, access in peer.grants.items() if access is None or access.project == project]
+        if doubtful:
+            peer.grants.update(dict.fromkeys(doubtful))
+            self.doubt(peer, dict.fromkeys(doubtful, why))
 
     def interrupt(self) -> None:
         """Notices may be missed; ``vouch`` makes up for it."""
@@ -85,24 +92,32 @@ class Standing:
         while True:
             await self._doubt.wait()
             self._doubt.clear()
-            async with self._one_at_a_time:
+            async with self._one_at_a_time:  # what is asked already may be older than these doubts
                 doubted, self._doubted = self._doubted, {}
-                await self._look_up_until_answered(doubted)
+            await self._look_up_all(doubted)
 
     async def _recheck_all(self) -> None:
         while True:
             await asyncio.sleep(RECHECK_SECONDS)
             await self.vouch()
 
-    async def _look_up_until_answered(self, whom: Mapping[Peer, Revocation]) -> None:
+    async def _look_up_all(self, whom: Mapping["Connection", Reasons]) -> None:
+        for some in _slices(whom):
+            async with self._one_at_a_time:
+                await self._look_up_until_answered(some)
+            await asyncio.sleep(0)
+
+    async def _look_up_until_answered(self, whom: Mapping["Connection", Reasons]) -> None:
         while True:
             try:
                 return await self._look_up(whom)
             except ServiceError as error:
                 log.warning("access cannot be looked up", error=error.detail, sockets=len(whom))
-                await asyncio.sleep(RETRY_SECONDS)
+            except Exception:  # a door of its own: who is not looked up keeps what they have lost
+                log.exception("access cannot be looked up", sockets=len(whom))
+            await asyncio.sleep(RETRY_SECONDS)
 
-    async def _look_up(self, whom: Mapping[Peer, Revocation]) -> None:
+    async def _look_up(self, whom: Mapping["Connection", Reasons]) -> None:
         sessions = {peer: peer.user.session for peer in whom if peer.id in self._peers}
         if not sessions:
             return
@@ -116,13 +131,25 @@ class Standing:
         for peer, thing, access in asked:
             # Doubted again, or decided anew meanwhile: what was just read is older than that.
             if peer not in self._doubted and thing in peer.grants and peer.grants[thing] is access:
-                self._decide(peer, thing, found.get((peer.user.id, thing)), whom[peer])
+                self._decide(peer, thing, found.get((peer.user.id, thing)), whom[peer].get(thing, REMOVED))
 
-    def _decide(self, peer: Peer, thing: Thing, access: Any, why: Revocation) -> None:
+    def _decide(self, peer: "Connection", thing: Thing, access: Any, why: Revocation) -> None:
         if access is None:
             peer.lose(thing, why)
         else:
             peer.grants[thing] = access
+
+
+def _slices(whom: Mapping["Connection", Reasons]) -> Iterator[dict["Connection", Reasons]]:
+    some: dict[Connection, Reasons] = {}
+    questions = 0
+    for peer, why in whom.items():
+        some[peer] = why
+        questions += 1 + len(peer.grants)
+        if questions >= LOOKED_UP_AT_ONCE:
+            yield some
+            some, questions = {}, 0
+    yield some
 
 
 def _ids(notice: dict[str, Any], name: str) -> set[UUID]:

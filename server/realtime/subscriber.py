@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
-from server.errors import Unavailable
+from server.errors import ServiceError, Unavailable
 
 log = structlog.get_logger()
 
@@ -28,7 +28,7 @@ SLICE_SECONDS = 0.005  # a burst of messages lets sockets be read after this
 
 
 class Listener(Protocol):
-    """Who hears a channel. None of these may raise, but ``resume`` when Redis is away again."""
+    """Who hears a channel."""
 
     def deliver(self, origin: str, kind: str, payload: bytes) -> None:
         """One message, in the order in which Redis got them; ``origin`` and ``kind`` as they were published."""
@@ -39,8 +39,7 @@ class Listener(Protocol):
     async def resume(self) -> None:
         """The channel is subscribed again, and its messages flow: catch up with what was missed.
 
-        Raises:
-            RedisError, Unavailable: it cannot be; the subscription is made anew and this is called again.
+        It may raise where it cannot, and has to try again by itself.
         """
 
 
@@ -48,6 +47,8 @@ class Subscriber:
     """``control`` hears its own channel always; ``vouch`` returns when what was missed of it cannot matter."""
 
     def __init__(self, redis: Redis, *, channel: str, control: Listener, vouch: Callable[[], Awaitable[None]]) -> None:
+        self.serving = False
+        """Whether messages flow, and what was missed of the control channel cannot matter any more."""
         self._pool: Any = redis.connection_pool
         self._control = channel.encode()
         self._vouch = vouch
@@ -58,6 +59,7 @@ class Subscriber:
         self._waiting: dict[bytes, asyncio.Future[None]] = {}
         self._changed = asyncio.Event()
         self._heard = False
+        self._pause = RECONNECT_SECONDS
 
     async def subscribe(self, name: str, listener: Listener) -> None:
         """Returns when Redis has confirmed: from now on nothing is missed. One listener a channel.
@@ -75,43 +77,43 @@ class Subscriber:
         channel = name.encode()
         if self._listeners.get(channel) is listener:
             del self._listeners[channel]
+            self._waiting.pop(channel, None)
             self._touch(channel)
             self._end_wait(channel)
 
     async def listen(self) -> None:
         """Deliver what Redis brings, for as long as the process lives; connects again when Redis was away."""
-        pause = RECONNECT_SECONDS
         while True:
             try:
                 async with self._connected() as connection:
-                    pause = RECONNECT_SECONDS
                     await self._serve(connection)
-            except (RedisError, OSError, TimeoutError, Unavailable) as error:
-                log.warning("events interrupted", error=str(error), retry_in=pause)
+            except (RedisError, OSError, TimeoutError) as error:
+                log.warning("events interrupted", error=str(error), retry_in=self._pause)
             finally:
                 self._interrupt()
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, LONGEST_RECONNECT_SECONDS)
+            await asyncio.sleep(self._pause)
+            self._pause = min(self._pause * 2, LONGEST_RECONNECT_SECONDS)
 
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[Any]:
         """A connection that hears the control channel, and what it may have missed there has been looked up."""
-        connection: Any = await self._pool.get_connection()
+        # Not one of the pool's: one whose handshake was given up would be handed out again.
+        connection: Any = self._pool.make_connection()
         try:
-            await connection.send_command("SUBSCRIBE", self._control, check_health=False)
             async with asyncio.timeout(SUBSCRIBE_SECONDS):
+                await connection.connect()
+                await connection.send_command("SUBSCRIBE", self._control, check_health=False)
                 await connection.read_response(disable_decoding=True)
             await self._vouch()
             yield connection
         finally:
             await connection.disconnect(nowait=True)
-            await self._pool.release(connection)
 
     async def _serve(self, connection: Any) -> None:
         missed = [*self._listeners.items()]
         self._sent.add(self._control)
         self._touch(*self._listeners)
-        self._heard = True
+        self._heard = self.serving = True
         await _until_one_fails(
             self._read(connection), self._send(connection), self._ping(connection), self._resume(missed)
         )
@@ -167,10 +169,20 @@ class Subscriber:
         async def resume(channel: bytes, listener: Listener) -> None:
             async with slots:
                 if self._listeners.get(channel) is listener:
-                    await self._confirmation(channel)
-                    await listener.resume()
+                    await self._resume_one(channel, listener)
 
         await asyncio.gather(*(resume(channel, listener) for channel, listener in missed))
+        self._pause = RECONNECT_SECONDS
+
+    async def _resume_one(self, channel: bytes, listener: Listener) -> None:
+        """One that cannot catch up is no reason to interrupt all others."""
+        try:
+            await self._confirmation(channel)
+            await listener.resume()
+        except (RedisError, OSError, ServiceError) as error:
+            log.warning("events not resumed yet", channel=channel.decode(), error=str(error))
+        except Exception:
+            log.exception("events not resumed", channel=channel.decode())
 
     def _touch(self, *channels: bytes) -> None:
         self._touched.update(channels)
@@ -184,7 +196,6 @@ class Subscriber:
             async with asyncio.timeout(SUBSCRIBE_SECONDS):
                 await asyncio.shield(waiting)
         except TimeoutError:
-            self._waiting.pop(channel, None)
             raise Unavailable("Redis is unavailable") from None
 
     def _confirm(self, channel: bytes) -> None:
@@ -199,6 +210,7 @@ class Subscriber:
             waiting.set_result(None)
 
     def _interrupt(self) -> None:
+        self.serving = False
         self._sent.clear()
         self._unconfirmed.clear()
         for listener in list(self._listeners.values()):

@@ -10,6 +10,7 @@ from server.errors import ServiceError
 from server.fields import Id, Schema, Text
 from server.projects.access import Role, named, requires
 from server.realtime.connection import Connection
+from server.realtime.events import UserHere
 from server.realtime.history import parse_event_id
 from server.realtime.table import MessageTable
 
@@ -23,16 +24,10 @@ class JoinWorkspace(Schema):
     )
 
 
-class Here(Schema):
-    user_id = Id(required=True)
-    user_name = fields.String(required=True)
-    connections = fields.Integer(required=True)
-
-
 class JoinedWorkspace(Schema):
     workspace_id = Id(required=True)
     role = fields.String(required=True, validate=validate.OneOf([role.name for role in Role]))
-    users = fields.List(fields.Nested(Here), required=True)
+    users = fields.List(fields.Nested(UserHere), required=True)
     last_event_id = fields.String(required=True)
     events = fields.List(fields.Dict(), required=True, metadata={"description": "the missed ones, at most 1 MiB"})
     gap = fields.Boolean(required=True, metadata={"description": "`since` is not in the history: reload over REST"})
