@@ -1,14 +1,46 @@
-"""A socket as tests speak of it: ``push`` sends and returns the ack, ``assert_push`` and ``refute_push`` listen."""
+"""A socket as tests speak of it: ``push`` sends and returns the ack, ``assert_push`` and ``refute_push`` listen.
+
+What the server says is held against the AsyncAPI document, whatever a test is about.
+"""
 
 import asyncio
 import itertools
-from collections import deque
+from collections import Counter, deque
+from functools import cache
 from typing import Any
 
 import aiohttp
+import jsonschema
 import orjson
 
+from server.app import asyncapi_document
+
 PATIENCE_SECONDS = 5.0
+HELD_AGAINST = 20  # frames of a kind; of what is said thousands of times the first will do
+_held: Counter[str] = Counter()
+
+
+@cache
+def shapes() -> dict[str, Any]:
+    """Of all frames, by their names in the AsyncAPI document."""
+    described = asyncapi_document()["components"]["messages"]
+    return {name: jsonschema.Draft202012Validator(each["payload"]) for name, each in described.items()}
+
+
+def fits(frame: dict[str, Any], name: str) -> None:
+    shapes()[name].validate(frame)
+
+
+def shape_of(frame: dict[str, Any]) -> str:
+    """The name in the document of a frame that the server sent by itself."""
+    event = frame["event"]
+    return frame["data"]["type"] if event == "collaboration:event" else f"{event.replace(':', '.')}.push"
+
+
+def _hold(frame: dict[str, Any], name: str) -> None:
+    _held[name] += 1
+    if _held[name] <= HELD_AGAINST:
+        fits(frame, name)
 
 
 class Refused(Exception):
@@ -47,7 +79,9 @@ class Socket:
         """
         id = next(self._ids)
         await self.send(event, data, id=id)
-        return await self.reply(id)
+        answer = await self.reply(id)
+        _hold({"event": "ack", "data": answer, "id": id}, f"{event.replace(':', '.')}.ack")
+        return answer
 
     async def reply(self, id: Any) -> dict[str, Any]:
         while True:
@@ -102,4 +136,7 @@ class Socket:
         if message.type in (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.CLOSING):
             raise Closed(self.raw.close_code)
         assert message.type is aiohttp.WSMsgType.TEXT, message
-        return orjson.loads(message.data)
+        frame = orjson.loads(message.data)
+        if frame["event"] != "ack":
+            _hold(frame, shape_of(frame))
+        return frame

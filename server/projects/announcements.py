@@ -1,6 +1,7 @@
 """What changes of a project mean to those who are live in its workspaces. To be called after the commit.
 
-None of these raises where Redis is away: then every process finds lost access by itself.
+None of these raises where Redis is away: then every process finds lost access by itself. Access is seen to first,
+before a statement that may fail.
 """
 
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from asyncpg import Record
 from server.postgres import Executor
 from server.projects import store
 from server.realtime.channels import Channels
+from server.realtime.peers import Revocation
 
 
 async def project_updated(db: Executor, channels: Channels, project: UUID, actor: UUID) -> None:
@@ -29,26 +31,24 @@ async def roles_changed(
     db: Executor, channels: Channels, project: UUID, actor: UUID, *, roles: Mapping[UUID, str]
 ) -> None:
     """``roles``: the new ones by user, two of them after a transfer. A new member's is none that changed."""
+    await channels.access_changed(project=project, users=list(roles))
     audience = await store.audience(db, project=project, actor=actor)
-    name = audience["name"]
     for subject, role in roles.items():
         await channels.report(
             "ROLE_CHANGED",
             workspaces=audience["workspaces"],
             user=actor,
-            name=name,
+            name=audience["name"],
             projectId=project,
             subjectId=subject,
             role=role,
         )
-    await channels.access_changed(project=project, users=list(roles), actor=actor, name=name)
 
 
-async def member_removed(db: Executor, channels: Channels, project: UUID, actor: UUID, *, user: UUID) -> None:
-    """By the owner, or by themselves: then they have left."""
-    audience = await store.audience(db, project=project, actor=actor)
-    reason = "left" if actor == user else "removed"
-    await channels.access_changed(project=project, users=[user], actor=actor, name=audience["name"], reason=reason)
+async def member_removed(channels: Channels, project: UUID, actor: UUID, *, user: UUID, name: str) -> None:
+    """By the owner, or by themselves: then they have left. ``name`` is the actor's."""
+    why = Revocation("left" if actor == user else "removed", actor, name)
+    await channels.access_changed(project=project, users=[user], why=why)
 
 
 async def workspaces_deleted(channels: Channels, workspaces: list[UUID], *, actor: UUID, name: str) -> None:

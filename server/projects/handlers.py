@@ -214,7 +214,8 @@ async def remove_collaborator(request: web.Request) -> web.Response:
         actor=request[USER].id,
         member=_id(request, "collaboratorId"),
     )
-    await announcements.member_removed(*_told(request), user=removed)
+    _, channels, project, actor = _told(request)
+    await announcements.member_removed(channels, project, actor, user=removed["user_id"], name=removed["actor_name"])
     return answers.nothing()
 
 

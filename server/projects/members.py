@@ -23,8 +23,8 @@ async def change_role(db: Executor, *, project: UUID, actor: UUID, member: UUID,
     return changed
 
 
-async def remove(db: Executor, *, access: Access, actor: UUID, member: UUID) -> UUID:
-    """The user who was removed: by the owner, or by themselves, which is to leave.
+async def remove(db: Executor, *, access: Access, actor: UUID, member: UUID) -> Record:
+    """Who was removed, see ``store.remove_member``: by the owner, or by themselves, which is to leave.
 
     Raises:
         Forbidden: neither.

@@ -215,9 +215,9 @@ async def change_role(db: Executor, *, project: UUID, actor: UUID, member: UUID,
     )
 
 
-async def remove_member(db: Executor, *, project: UUID, actor: UUID, member: UUID) -> UUID | None:
-    """The user who was removed; None where there is none, or they are the owner."""
-    removed: UUID | None = await db.fetchval(
+async def remove_member(db: Executor, *, project: UUID, actor: UUID, member: UUID) -> Record | None:
+    """Who was removed, and the actor's name; None where there is none, or they are the owner."""
+    return await db.fetchrow(
         """
         WITH gone AS (
             DELETE FROM members WHERE project_id = $1 AND id = $3 AND role <> 'OWNER' RETURNING user_id
@@ -226,13 +226,12 @@ async def remove_member(db: Executor, *, project: UUID, actor: UUID, member: UUI
             SELECT $1, $2, CASE WHEN user_id = $2 THEN 'collaborator.left' ELSE 'collaborator.removed' END,
                    jsonb_build_object('userId', user_id) FROM gone
         )
-        SELECT user_id FROM gone
+        SELECT user_id, COALESCE((SELECT name FROM users WHERE id = $2), '') AS actor_name FROM gone
         """,
         project,
         actor,
         member,
     )
-    return removed
 
 
 async def step_down(db: Executor, *, project: UUID, owner: UUID) -> bool:

@@ -21,6 +21,7 @@ from redis.exceptions import RedisError
 
 from server import json
 from server.realtime.history import History
+from server.realtime.peers import Revocation
 from server.realtime.protocol import encode
 
 log = structlog.get_logger()
@@ -138,15 +139,13 @@ class Channels:
         if ended := list(sessions):
             await self._control({"sessions": ended})
 
-    async def access_changed(
-        self, *, project: UUID, users: Sequence[UUID], actor: UUID, name: str, reason: str = "removed"
-    ) -> None:
+    async def access_changed(self, *, project: UUID, users: Sequence[UUID], why: Revocation | None = None) -> None:
         """These users' roles in a project have changed, or ended: every process asks PostgreSQL anew for them.
 
-        Those who are no members any more leave its rooms and documents and hear ACCESS_REVOKED with ``reason``,
-        from ``actor``. To be called after the commit. (Tell the rooms of ROLE_CHANGED by ``report``.)
+        Those who are no members any more leave its rooms and documents and hear ACCESS_REVOKED, and ``why``. To be
+        called after the commit, before all that may fail. (Tell the rooms of ROLE_CHANGED by ``report``.)
         """
-        await self._control({"project": project, "users": list(users), "reason": reason, "actor": actor, "name": name})
+        await self._control({"project": project, "users": list(users)} | (why._asdict() if why else {}))
 
     async def gone(self, kind: str, ids: Sequence[UUID], *, actor: UUID, name: str) -> None:
         """Workspaces (``kind`` "workspace") or documents ("document") are deleted: whoever is in them leaves.
@@ -157,7 +156,8 @@ class Channels:
             return
         if kind == "workspace":
             await self._let_history_go(ids)
-        await self._control({"kind": kind, "ids": list(ids), "reason": "deleted", "actor": actor, "name": name})
+        why = Revocation("deleted", actor, name)
+        await self._control({"kind": kind, "ids": list(ids)} | why._asdict())
 
     async def _let_history_go(self, workspaces: Sequence[UUID]) -> None:
         try:

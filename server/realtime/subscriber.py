@@ -77,7 +77,6 @@ class Subscriber:
         channel = name.encode()
         if self._listeners.get(channel) is listener:
             del self._listeners[channel]
-            self._waiting.pop(channel, None)
             self._touch(channel)
             self._end_wait(channel)
 

@@ -1,5 +1,6 @@
 """Access changes under an open socket: told at once, on whichever process it is."""
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
@@ -147,8 +148,30 @@ async def end_by_a_new_password(bob: Actor) -> None:
     assert (await other.post("/auth/password", body)).status == 204
 
 
+async def end_this_one_from_another_device(bob: Actor) -> None:
+    other = await bob.at(bob.base).log_in()
+    for session in (await other.get("/auth/sessions"))["items"]:
+        if not session["current"]:
+            assert (await other.delete(f"/auth/sessions/{session['id']}")).status == 204
+
+
+async def end_by_a_stolen_refresh_token(bob: Actor) -> None:
+    first = {"refreshToken": bob.refresh_token}
+    second = {"refreshToken": (await bob.post("/auth/refresh", first))["refreshToken"]}
+    await bob.post("/auth/refresh", second)
+    assert (await bob.post("/auth/refresh", first)).code == "refresh_reused"
+
+
 @pytest.mark.parametrize(
-    "end", [end_by_logout, end_by_deleting_the_account, end_from_another_device, end_by_a_new_password]
+    "end",
+    [
+        end_by_logout,
+        end_by_deleting_the_account,
+        end_from_another_device,
+        end_this_one_from_another_device,
+        end_by_a_stolen_refresh_token,
+        end_by_a_new_password,
+    ],
 )
 async def test_an_ended_session_closes_its_sockets(pair: Pair, end: Callable[[Actor], Awaitable[None]]) -> None:
     alice, bob = pair
@@ -172,6 +195,7 @@ async def test_what_redis_did_not_tell_is_found_in_postgresql(
     make_server: MakeServer, make_actor: MakeActor, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.realtime.standing.RECHECK_SECONDS", 0.5)
+    monkeypatch.setattr("server.realtime.standing.LOOKED_UP_AT_ONCE", 1)
     base = await make_server()
     alice, bob, carol = [await make_actor(name, base) for name in ("Alice", "Bob", "Carol")]
     workspace = await alice.make_workspace(None, bob, carol)
@@ -185,6 +209,37 @@ async def test_what_redis_did_not_tell_is_found_in_postgresql(
         await refused_within(lambda: hers.push("file:change", workspaceId=workspace, change=1), "forbidden")
         connection.execute("UPDATE sessions SET ended_at = now() WHERE user_id = %s", [bob.id])
         assert await his.closed(seconds=3) == 4401
+
+
+async def test_an_error_that_nobody_foresaw_does_not_end_the_looking(
+    make_server: MakeServer, make_actor: MakeActor, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.realtime.standing.RECHECK_SECONDS", 0.2)
+    base = await make_server()
+    alice, bob = await make_actor("Alice", base), await make_actor("Bob", base)
+    project = await alice.make_project(bob)
+    his = await bob.connect(await alice.make_workspace(project))
+    path = await collaborator(alice, bob, project)
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute("ALTER TABLE sessions RENAME TO elsewhere")
+        try:
+            await asyncio.sleep(0.6)
+        finally:
+            connection.execute("ALTER TABLE elsewhere RENAME TO sessions")
+    assert (await alice.delete(path)).status == 204
+    await his.assert_push("ACCESS_REVOKED", seconds=WITHIN, reason="removed", userName="Alice")
+
+
+async def test_two_removals_at_once_each_have_their_reason(pair: Pair) -> None:
+    alice, bob = pair
+    projects = [await alice.make_project(bob) for _ in range(2)]
+    workspaces = [await alice.make_workspace(project) for project in projects]
+    his = await bob.connect(workspaces[0])
+    await his.push("join:workspace", workspaceId=workspaces[1])
+    paths = [await collaborator(alice, bob, project) for project in projects]
+    await asyncio.gather(alice.delete(paths[0]), bob.delete(paths[1]))
+    told = [await his.assert_push("ACCESS_REVOKED", seconds=WITHIN) for _ in range(2)]
+    assert {each["workspaceId"]: each["reason"] for each in told} == {workspaces[0]: "removed", workspaces[1]: "left"}
 
 
 async def test_real_processes_tell_each_other(processes: Processes, make_actor: MakeActor) -> None:

@@ -1,5 +1,6 @@
 """The AsyncAPI document says what is really said: real frames fit its shapes."""
 
+import re
 import subprocess
 import sys
 from typing import Any
@@ -14,20 +15,10 @@ from server.realtime import asyncapi
 from server.realtime.table import merge
 from tests.actors import Actor
 from tests.processes import ROOT
-from tests.sockets import Refused, Socket
+from tests.sockets import Refused, Socket, fits, shape_of
 
 DOCUMENT = asyncapi_document()
 SHAPES: dict[str, Any] = DOCUMENT["components"]["messages"]
-
-
-def fits(frame: dict[str, Any], name: str) -> None:
-    jsonschema.validate(frame, SHAPES[name]["payload"], jsonschema.Draft202012Validator)
-
-
-def shape_of(frame: dict[str, Any]) -> str:
-    """The name in the document of a frame that the server sent by itself."""
-    event = frame["event"]
-    return frame["data"]["type"] if event == "collaboration:event" else f"{event.replace(':', '.')}.push"
 
 
 async def asked(socket: Socket, event: str, **data: Any) -> None:
@@ -109,6 +100,21 @@ def test_references_lead_somewhere() -> None:
         target: Any = DOCUMENT
         for part in reference.removeprefix("#/").split("/"):
             target = target[part]
+
+
+def test_the_document_has_the_structure_of_asyncapi_3() -> None:
+    assert DOCUMENT["asyncapi"] == "3.0.0"
+    assert {"title", "version"} <= DOCUMENT["info"].keys()
+    here = {f"#/channels/socket/messages/{name}" for name in DOCUMENT["channels"]["socket"]["messages"]}
+    assert here == {f"#/channels/socket/messages/{name}" for name in SHAPES}
+    for name, shape in SHAPES.items():
+        assert re.fullmatch(r"[\w.-]+", name)
+        jsonschema.Draft202012Validator.check_schema(shape["payload"])
+    for operation in DOCUMENT["operations"].values():
+        assert operation["action"] in ("send", "receive")
+        assert operation["channel"] == {"$ref": "#/channels/socket"}
+        messages = [*operation["messages"], *operation.get("reply", {"messages": []})["messages"]]
+        assert {each["$ref"] for each in messages} <= here, "an operation names messages of its channel"
 
 
 async def test_document_and_page_are_served_to_all(alice: Actor) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import aiohttp
 import orjson
+import psycopg
 import pytest
 
 from server.realtime import endpoint
@@ -65,6 +66,8 @@ async def test_what_is_bad_is_refused_before_the_upgrade(alice: Actor) -> None:
     assert await refusal(alice, Authorization="Basic YTpi") == UNAUTHENTICATED
     assert await refusal(alice, **{"Sec-WebSocket-Protocol": "collab.v1, bearer.nonsense"}) == UNAUTHENTICATED
     assert await refusal(alice, "?ticket=nonsense") == UNAUTHENTICATED
+    alone = {"Sec-WebSocket-Protocol": f"bearer.{alice.access_token}"}
+    assert await refusal(alice, **alone) == UNAUTHENTICATED, "we may not select what is a secret"
 
 
 async def test_a_token_in_the_address_is_refused_however_valid(alice: Actor) -> None:
@@ -111,6 +114,47 @@ async def test_who_never_says_is_not_waited_for(alice: Actor, monkeypatch: pytes
     monkeypatch.setattr(endpoint, "FIRST_FRAME_SECONDS", 0.3)
     async with opened(alice) as socket:
         assert await socket.closed() == 4408
+
+
+async def test_who_only_pings_before_the_first_frame_is_turned_away(alice: Actor) -> None:
+    async with opened(alice) as socket:
+        for _ in range(100):
+            await socket.raw.ping()
+        assert await socket.closed() == 4400
+
+
+async def test_who_was_turned_away_and_goes_on_sending_is_cut_off(
+    alice: Actor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint, "CLOSE_SECONDS", 30.0)
+    async with opened(alice, autoclose=False) as socket:
+        await socket.raw.send_str("nonsense")
+
+        async def go_on() -> None:
+            while True:
+                await socket.raw.ping()
+                await asyncio.sleep(0)
+
+        with pytest.raises(ConnectionError):
+            await asyncio.wait_for(go_on(), 5)
+
+
+async def test_an_error_that_nobody_foresaw_closes_the_socket_and_is_no_http(alice: Actor, database_url: str) -> None:
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        async with opened(alice) as socket:
+            connection.execute("ALTER TABLE sessions RENAME TO elsewhere")
+            try:
+                await socket.send("authenticate", {"token": alice.access_token})
+                assert await socket.closed() == 1011
+            finally:
+                connection.execute("ALTER TABLE elsewhere RENAME TO sessions")
+
+
+async def test_a_minute_before_it_expires_one_is_warned(make_server: MakeServer, make_actor: MakeActor) -> None:
+    alice = await make_actor("Alice", await make_server(access_token_ttl=62))
+    socket = await alice.connect()
+    await socket.refute_push(seconds=0.5)
+    await socket.assert_push("token:expiring", seconds=4, tokenExpiresAt=socket.welcome["tokenExpiresAt"])
 
 
 async def test_a_token_is_renewed_on_a_live_connection(make_server: MakeServer, make_actor: MakeActor) -> None:

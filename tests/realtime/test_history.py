@@ -1,10 +1,14 @@
 """Coming back: whoever says what they heard last gets what they missed, or is told that it is gone."""
 
+import time
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
-from server.realtime.history import position
+from server.devstack.stack import Stack
+from server.realtime.history import History, keys, position
+from server.resources import redis_client
 from tests.actors import Actor
 from tests.conftest import MakeActor, MakeServer
 from tests.sockets import Refused, Socket
@@ -73,6 +77,24 @@ async def test_the_history_is_bounded_in_bytes(make_server: MakeServer, make_act
     ids = await change(hers, workspace, *("x" * 200_000 for _ in range(8)))
     events = await alice.get(f"/workspaces/{workspace}/events?limit=100")
     assert [event["eventId"] for event in events["items"]] == ids[-5:]
+
+
+async def test_what_is_older_than_a_day_is_gone(stack: Stack) -> None:
+    redis, workspace = redis_client(stack.valkey.url), uuid4()
+    history = History(redis, most=1000, most_bytes=1 << 20)
+    now = int(time.time())
+    hours = {age: f"{(now - age * 3600) * 1000}-0" for age in (30, 25, 23)}
+    for end, id in enumerate(hours.values(), 1):
+        entry = {"origin": "", "end": 10 * end, "data": f'"n":{end:04}}}'}
+        await redis.xadd(keys(workspace)[0], entry, id=id)
+    await redis.set(keys(workspace)[1], 30)
+    new = await history.append(workspace, channel="nobody", origin="", body=b'{"n":4}')
+    read = await history.read(workspace, after=None, most=100)
+    assert [entry.id for entry in read.entries] == [hours[23], new]
+    assert (await history.read(workspace, after=hours[25], most=100)).gap is True
+    assert (await history.read(workspace, after=hours[23], most=100)).gap is False
+    await history.close()
+    await redis.aclose()
 
 
 async def test_no_since_means_no_replay_and_a_malformed_one_is_refused(alice: Actor) -> None:

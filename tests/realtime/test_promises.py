@@ -1,11 +1,13 @@
 """Order, once, resume, gentle deploys, and a Redis that goes away: with real processes on a real Valkey."""
 
 import asyncio
+import contextlib
 import random
 import shutil
 import signal
 import time
 
+import aiohttp
 import pytest
 
 from server.devstack.stack import Stack
@@ -13,6 +15,7 @@ from server.realtime.history import position
 from tests.conftest import TEST_SETTINGS, MakeActor
 from tests.processes import Processes
 from tests.realtime.clients import Member, Writer, assert_ordered_and_once
+from tests.sockets import Socket
 
 FAST = {"WS_FRAMES_PER_SECOND": "10000", "WS_BURST": "10000"}
 
@@ -63,23 +66,26 @@ async def test_who_is_cut_off_at_random_misses_nothing(processes: Processes, mak
 
 
 async def test_an_ack_stands_in_its_place_in_the_order(processes: Processes, make_actor: MakeActor) -> None:
-    """Who is acknowledged has been sent all that came before: coming back with that id misses nothing."""
+    """Who is acknowledged has been sent all that came before: coming back with that id, or with the last of a join,
+    misses nothing."""
     bases = [server.base for server in (processes.server(**FAST), processes.server(**FAST))]
     alice, bob = await make_actor("Alice", bases[0]), await make_actor("Bob", bases[1])
     workspace = await alice.make_workspace(None, bob)
-    other = Writer(bob, workspace, [bases[1]])
+    others = [Writer(bob, workspace, [bases[1]]) for _ in range(2)]
     hers = await alice.connect(workspace)
-    writing = asyncio.create_task(other.write(range(300)))
+    writing = asyncio.gather(*(other.write(range(200)) for other in others))
     heard, acks = [], []
     while not writing.done():
-        await hers.send("file:change", {"workspaceId": workspace, "change": "hers"}, id=len(acks))
+        event, more = ("join:workspace", {}) if len(acks) % 2 else ("file:change", {"change": "hers"})
+        await hers.send(event, {"workspaceId": workspace, **more}, id=len(acks))
         while (frame := await hers.next())["event"] != "ack":
             heard += [frame["data"]["eventId"]] if "eventId" in frame["data"] else []
-        acks.append((position(frame["data"]["eventId"]), len(heard)))
+        ack = frame["data"]
+        acks.append((position(ack.get("eventId") or ack["lastEventId"]), len(heard)))
     await writing
-    everything = sorted(map(position, other.acknowledged))
+    everything = sorted(position(id) for other in others for id in other.acknowledged)
     for ack, known in acks:
-        assert known >= sum(id < ack for id in everything)
+        assert known >= sum(id <= ack for id in everything)
 
 
 async def test_a_drain_with_a_writer_at_work_loses_nothing(processes: Processes, make_actor: MakeActor) -> None:
@@ -108,8 +114,10 @@ async def test_a_stopping_server_says_goodbye(processes: Processes, make_actor: 
     server = processes.server(DRAIN_SECONDS="3")
     alice = await make_actor("Alice", server.base)
     sockets = [await alice.connect() for _ in range(3)]
+    stranger = Socket(await alice.http.ws_connect(f"{server.base}/ws"))  # has not said who it is
     began = time.monotonic()
     server._process.send_signal(signal.SIGTERM)
+    assert await stranger.closed() == 1012
     for socket in sockets:
         draining = await socket.assert_push("server:draining")
         assert 0 <= draining["reconnectAfterMs"] <= 3000
@@ -119,6 +127,18 @@ async def test_a_stopping_server_says_goodbye(processes: Processes, make_actor: 
     assert [await socket.closed() for socket in sockets] == [1012] * 3
     assert await asyncio.to_thread(server.wait) == 0
     assert time.monotonic() - began < 8
+
+
+async def test_a_token_that_is_offered_badly_is_not_in_the_log(processes: Processes, make_actor: MakeActor) -> None:
+    server = processes.server()
+    alice = await make_actor("Alice", server.base)
+    offered = [f"bearer.{alice.access_token}"]
+    for options in ({}, {"headers": alice.headers}):
+        for path in ("ws", f"yjs/{alice.id}"):
+            with contextlib.suppress(aiohttp.WSServerHandshakeError):
+                socket = await alice.http.ws_connect(f"{server.base}/{path}", protocols=offered, **options)
+                await socket.close()
+    assert alice.access_token.rpartition(".")[2] not in server.output
 
 
 @pytest.fixture

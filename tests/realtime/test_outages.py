@@ -1,0 +1,299 @@
+"""A Redis that is away, silent or slow: who is out stays out, and all others are told the truth again."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+from uuid import UUID
+
+import psycopg
+import pytest
+
+from server.devstack.stack import Stack
+from server.errors import Unavailable
+from server.realtime.endless import keep_running
+from server.realtime.hub import Realtime
+from server.realtime.presence import Presence
+from server.realtime.standing import Standing
+from server.realtime.subscriber import Subscriber
+from server.resources import blocking_redis_client, redis_client
+from tests.actors import Actor
+from tests.conftest import MakeActor, MakeServer
+from tests.faults import Mode, Network, Proxy
+from tests.realtime.test_access import collaborator
+from tests.realtime.test_presence import online
+from tests.sockets import Refused, Socket
+
+
+@pytest.fixture
+async def network(stack: Stack) -> AsyncIterator[Network]:
+    async with Network.to({"redis_url": stack.valkey.url}) as network:
+        yield network
+
+
+@pytest.fixture
+async def redis(network: Network) -> Proxy:
+    """Between ``far`` and its Redis."""
+    return network.stores["redis_url"]
+
+
+@pytest.fixture
+async def far(network: Network, make_server: MakeServer, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A server whose Redis may be away, and which finds out soon."""
+    monkeypatch.setattr("server.realtime.hub.RENEW_SECONDS", 0.3)
+    monkeypatch.setattr("server.realtime.room.MARK_SECONDS", 0.5)
+    monkeypatch.setattr("server.realtime.subscriber.SUBSCRIBE_SECONDS", 0.5)
+    monkeypatch.setattr("server.realtime.subscriber.PING_SECONDS", 0.5)
+    return await make_server(**network.urls)
+
+
+Three = tuple[Actor, Actor, str]
+
+
+@pytest.fixture
+async def apart(server: str, far: str, make_actor: MakeActor) -> Three:
+    """Alice, and Bob who is at the server that may lose Redis; and a project of theirs."""
+    alice, bob = await make_actor("Alice", server), await make_actor("Bob", far)
+    return alice, bob, await alice.make_project(bob)
+
+
+async def resynced(socket: Socket) -> dict[str, Any]:
+    while (frame := await socket.next(seconds=8))["event"] != "workspace:resync":
+        pass
+    return frame["data"]
+
+
+async def test_who_could_not_join_again_is_out(apart: Three, redis: Proxy) -> None:
+    alice, bob, project = apart
+    workspace = await alice.make_workspace(project)
+    his, other = await bob.connect(workspace), await bob.connect(workspace)
+    since = his.joined["lastEventId"]
+    await redis.turn(Mode.STOPPED)
+    await asyncio.sleep(0.2)  # for it to be noticed
+    with pytest.raises(Refused, match="unavailable"):
+        await his.push("join:workspace", workspaceId=workspace, since=since)
+    with pytest.raises(Refused, match="not_joined"):
+        await his.push("cursor:update", workspaceId=workspace, position=1)
+    await redis.turn(Mode.PASS)
+    await resynced(other)
+    his.heard.clear()
+    await (await alice.connect(workspace)).push("file:change", workspaceId=workspace, change="secret")
+    assert (await alice.delete(await collaborator(alice, bob, project))).status == 204
+    while (await other.next())["data"].get("type") != "ACCESS_REVOKED":
+        pass
+    await his.refute_push()
+    assert await online(alice, workspace) == {"Alice": 1}
+
+
+async def test_nothing_is_heard_before_access_was_looked_up(apart: Three, redis: Proxy, database_url: str) -> None:
+    alice, bob, project = apart
+    workspace = await alice.make_workspace(project)
+    hers, his = await alice.connect(workspace), await bob.connect(workspace)
+    path = await collaborator(alice, bob, project)
+    await redis.turn(Mode.STOPPED)
+    assert (await alice.delete(path)).status == 204
+    with psycopg.connect(database_url) as connection:
+        connection.execute("LOCK TABLE sessions")  # nobody can be looked up
+        await redis.turn(Mode.PASS)
+        for _ in range(20):
+            await hers.push("file:change", workspaceId=workspace, change="secret")
+            await asyncio.sleep(0.1)
+    await his.assert_push("ACCESS_REVOKED", workspaceId=workspace)
+    await his.refute_push()
+
+
+async def test_who_was_let_in_before_a_reconnect_is_looked_up_after_it() -> None:
+    """A notice may have been missed between what PostgreSQL said of them and their entry."""
+
+    async def never(*_: Any) -> Any:
+        raise AssertionError
+
+    standing = Standing({}, never)
+    asked = standing.notices
+    await standing.vouch()
+    assert standing.notices != asked
+
+
+async def test_sockets_outlive_a_redis_that_is_silent(apart: Three, redis: Proxy) -> None:
+    alice, bob, project = apart
+    workspace = await alice.make_workspace(project)
+    hers, his = await alice.connect(workspace), await bob.connect(workspace)
+    await redis.turn(Mode.BLACK_HOLE)
+    began = time.monotonic()
+    for event, data in (("file:change", {"change": 1}), ("join:workspace", {"since": his.joined["lastEventId"]})):
+        with pytest.raises(Refused, match="unavailable"):
+            await his.push(event, workspaceId=workspace, **data)
+    assert time.monotonic() - began < 4
+    assert (await his.push("ping")).keys() == {"serverTime"}
+    late = await bob.connect()  # welcomed without Redis
+    await redis.turn(Mode.PASS)
+    began = time.monotonic()
+    while not late.joined:
+        with contextlib.suppress(Refused):
+            late.joined = await late.push("join:workspace", workspaceId=workspace)
+        assert time.monotonic() - began < 5, "events flow again within 5 s"
+    await hers.push("file:change", workspaceId=workspace, change="again")
+    await late.assert_push("FILE_CHANGE", change="again")
+
+
+async def test_the_welcome_comes_first_whatever_is_due(
+    network: Network, redis: Proxy, make_actor: MakeActor, make_server: MakeServer
+) -> None:
+    base = await make_server(**network.urls, access_token_ttl=40)
+    alice = await make_actor("Alice", base)
+    await redis.turn(Mode.STOPPED)
+    async with alice.http.ws_connect(f"{base}/ws", headers=alice.headers) as raw:
+        socket = Socket(raw)
+        await socket.assert_push("welcome")
+        await socket.assert_push("token:expiring")
+
+
+async def test_a_room_that_cannot_catch_up_interrupts_no_other(
+    apart: Three, redis: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alice, bob, project = apart
+    bad, good = [await alice.make_workspace(project) for _ in range(2)]
+    restore = Realtime._restore
+
+    async def fail(self: Realtime, room: Any, mark: str) -> Any:
+        if str(room.workspace) == bad:
+            raise Unavailable("This room alone")
+        return await restore(self, room, mark)
+
+    monkeypatch.setattr(Realtime, "_restore", fail)
+    his = await bob.connect(bad)
+    await his.push("join:workspace", workspaceId=good)
+    await redis.turn(Mode.STOPPED)
+    await redis.turn(Mode.PASS)
+    assert (await resynced(his))["workspaceId"] == good
+    connections = redis.connections
+    await his.refute_push(seconds=1)
+    assert redis.connections <= connections + 1, "and nothing is connected anew for it"
+
+
+# Presence
+
+
+async def test_who_was_taken_for_dead_is_here_again_though_somebody_joined(apart: Three, stack: Stack) -> None:
+    """As if its process had been stopped for longer than its lease."""
+    alice, bob, project = apart
+    workspace = await alice.make_workspace(project)
+    await bob.connect(workspace)
+    direct = redis_client(stack.valkey.url)
+    leases = f"ws:{{{workspace}}}:leases"
+    await direct.zadd(leases, dict.fromkeys(await direct.zrange(leases, 0, -1), 1))
+    await direct.aclose()
+    assert await online(alice, workspace) in ({}, {"Bob": 1}), "removed, unless its renewal came first"
+    await bob.connect(workspace)
+    deadline = time.monotonic() + 3
+    while await online(alice, workspace) != {"Bob": 2}:
+        assert time.monotonic() < deadline, await online(alice, workspace)
+        await asyncio.sleep(0.05)
+
+
+async def test_who_leaves_while_presence_is_restored_is_no_ghost(
+    apart: Three, redis: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alice, bob, project = apart
+    workspace = await alice.make_workspace(project)
+    restore, left = Presence.restore, False
+
+    async def late(self: Presence, where: UUID, people: Any, **more: Any) -> Any:
+        nonlocal left
+        if not left:
+            left = True
+            leaving.cut()
+            while await online(alice, workspace) != {"Bob": 1}:
+                await asyncio.sleep(0.01)
+        return await restore(self, where, people, **more)
+
+    monkeypatch.setattr(Presence, "restore", late)
+    staying, leaving = await bob.connect(workspace), await bob.connect(workspace)
+    await redis.turn(Mode.STOPPED)
+    await redis.turn(Mode.PASS)
+    await resynced(staying)
+    deadline = time.monotonic() + 3
+    while await online(alice, workspace) != {"Bob": 1}:
+        assert time.monotonic() < deadline, await online(alice, workspace)
+        await asyncio.sleep(0.05)
+
+
+# Subscriptions
+
+
+async def test_nothing_is_subscribed_to_for_those_who_are_gone(alice: Actor, bob: Actor, stack: Stack) -> None:
+    workspace = await alice.make_workspace(None, bob)
+    channels = [f"ws:{workspace}", f"user:{alice.id}", f"user:{bob.id}"]
+    direct = redis_client(stack.valkey.url)
+
+    async def subscribers() -> list[int]:
+        return [count for _, count in await direct.pubsub_numsub(*channels)]
+
+    for _ in range(3):
+        here = [await each.connect(workspace) for each in (alice, bob, bob)]
+        assert await subscribers() == [1, 1, 1]
+        here[0].cut()
+        for socket in here[1:]:
+            await socket.close()
+    deadline = time.monotonic() + 3
+    while await subscribers() != [0, 0, 0]:
+        assert time.monotonic() < deadline, await subscribers()
+        await asyncio.sleep(0.05)
+    await direct.aclose()
+
+
+class Deaf:
+    def deliver(self, *_: Any) -> None:
+        return
+
+    interrupt = deliver
+
+    async def resume(self) -> None:
+        return
+
+
+async def test_a_redis_that_never_says_hello_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.realtime.subscriber.SUBSCRIBE_SECONDS", 0.1)
+    attempts = 0
+
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal attempts
+        attempts += 1
+        await reader.read()
+        writer.close()
+
+    async def vouch() -> None:
+        return
+
+    mute = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
+    port = mute.sockets[0].getsockname()[1]
+    redis = blocking_redis_client(f"redis://127.0.0.1:{port}/0")
+    listening = asyncio.create_task(Subscriber(redis, channel="c", control=Deaf(), vouch=vouch).listen())
+    deadline = time.monotonic() + 5
+    while attempts < 3:
+        assert time.monotonic() < deadline, attempts
+        await asyncio.sleep(0.02)
+    listening.cancel()
+    await asyncio.gather(listening, return_exceptions=True)
+    await redis.aclose()
+    mute.close()
+
+
+async def test_an_endless_task_survives_what_nobody_foresaw(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.realtime.endless.RESTART_SECONDS", 0.01)
+    rounds = 0
+    again = asyncio.Event()
+
+    async def endless() -> None:
+        nonlocal rounds
+        rounds += 1
+        if rounds < 3:
+            raise ZeroDivisionError
+        again.set()
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(keep_running(endless))
+    await asyncio.wait_for(again.wait(), 5)
+    task.cancel()
+    assert isinstance((await asyncio.gather(task, return_exceptions=True))[0], asyncio.CancelledError)
