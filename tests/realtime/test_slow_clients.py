@@ -3,6 +3,7 @@
 import asyncio
 import socket as sockets
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from server.realtime.outbox import Delivery, Outbox
 from tests.actors import Actor
 from tests.conftest import MakeActor, MakeServer
-from tests.processes import Processes
+from tests.processes import Processes, Server
 from tests.realtime.test_frames import footprint
 from tests.sockets import Socket
 
@@ -63,6 +64,9 @@ def test_the_bound_in_bytes_holds_but_for_a_frame_that_waits_alone() -> None:
     assert not outbox.put(b"y" * 60, Delivery.DURABLE)
 
 
+CLOSE = b"\x88\x80\0\0\0\0"  # masked with zeros
+
+
 async def deaf(actor: Actor, workspace: str) -> sockets.socket:
     """A raw connection in the workspace, whose owner will not read; with small buffers, for tests to be quick."""
     host, port = actor.base.removeprefix("http://").split(":")
@@ -85,36 +89,59 @@ async def deaf(actor: Actor, workspace: str) -> sockets.socket:
     return raw
 
 
+def still_open(server: Server, *clients: sockets.socket) -> int:
+    """How many of these the server has a file descriptor for."""
+    ours, theirs = int(server.base.rpartition(":")[2]), {each.getsockname()[1] for each in clients}
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    ends = [(*(int(line[at].rpartition(":")[2], 16) for at in (1, 2)), line[9]) for line in lines]
+    return sum(local == ours and remote in theirs and inode != "0" for local, remote, inode in ends)
+
+
 async def pour(socket: Socket, workspace: str, kilobytes: int) -> None:
     for number in range(kilobytes // 100):
         await socket.push("file:change", workspaceId=workspace, change=[number, "x" * 100_000])
 
 
 async def test_who_does_not_read_is_out_of_the_room_and_cut_off(processes: Processes, make_actor: MakeActor) -> None:
-    server = processes.server(WS_OUTBOX_BYTES=str(1 << 20))
-    alice, bob = await make_actor("Alice", server.base), await make_actor("Bob", server.base)
+    there, server = processes.server(), processes.server(WS_OUTBOX_BYTES=str(1 << 20))
+    alice, bob = await make_actor("Alice", there.base), await make_actor("Bob", server.base)
     workspace = await alice.make_workspace(None, bob)
     hers = await alice.connect(workspace)
-    before = footprint(server.pid)
-    his = await deaf(bob, workspace)
+    his, closing = await deaf(bob, workspace), [await deaf(bob, workspace) for _ in range(5)]
     await hers.assert_push("USER_JOIN", userId=bob.id)
-    pouring = asyncio.create_task(pour(hers, workspace, 15_000))
-    await asyncio.sleep(0)
-    await pouring
+    await pour(hers, workspace, 3_000)
+    before = footprint(server.pid)
+    assert still_open(server, his, *closing) == 6
+    for each in closing:  # who says goodbye, and still does not read
+        await asyncio.get_running_loop().sock_sendall(each, CLOSE)
+    await pour(hers, workspace, 12_000)
     left = [frame["data"]["type"] for frame in hers.heard]
     if not left:
         left = [(await hers.next())["data"]["type"]]
     assert left == ["USER_LEAVE"]
     await asyncio.sleep(5)  # to be cut off
     after = footprint(server.pid)
-    assert after[1] <= before[1] + 1, "file descriptors"
+    assert still_open(server, his, *closing) == 0, "file descriptors"
     assert after[0] - before[0] < 40 << 20, "memory"
-    his.close()
+    for each in (his, *closing):
+        each.close()
+
+
+async def test_who_reads_again_too_late_is_told_why(make_server: MakeServer, make_actor: MakeActor) -> None:
+    base = await make_server(ws_outbox_frames=8)
+    alice, bob = await make_actor("Alice", base), await make_actor("Bob", base)
+    workspace = await alice.make_workspace(None, bob)
+    hers, his = await alice.connect(workspace), await bob.connect(workspace)
+    while "USER_LEAVE" not in [frame["data"]["type"] for frame in hers.heard]:
+        await pour(hers, workspace, 100)
+    assert await his.closed() == 1013
 
 
 async def test_a_deaf_client_delays_nobody(processes: Processes, make_actor: MakeActor) -> None:
-    server = processes.server()
-    alice, bob, carol = [await make_actor(name, server.base) for name in ("Alice", "Bob", "Carol")]
+    here, there = processes.server().base, processes.server().base
+    alice, bob, carol = [
+        await make_actor(name, base) for name, base in (("Alice", there), ("Bob", here), ("Carol", here))
+    ]
     workspace = await alice.make_workspace(None, bob, carol)
     hers, carols = await alice.connect(workspace), await carol.connect(workspace)
     his = await deaf(bob, workspace)
