@@ -2,8 +2,9 @@
 
     .venv/bin/python scripts/bench/realtime.py [--seconds 5] [--only fanout,latency,rooms,connect,memory]
 
-Starts its own stores and one server process with the default settings, but for the limits. Deliveries are counted
-at the clients; the rate per second of the server's processor time says more where the machine has other work.
+Starts its own stores and one server process with the default settings, but for the limits. Every connection is
+another user's. Deliveries are counted at the clients; the rate per second of the server's processor time says more
+where the machine has other work. The waits in ``rooms`` are those of writers who never pause: nearly all is queueing.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import contextlib
 import os
 import re
 import resource
+import secrets
 import signal
 import statistics
 import subprocess
@@ -20,11 +22,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import orjson
+import psycopg
 import uvloop
 from aiohttp import web
 
@@ -32,9 +35,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from server import migrations  # noqa: E402
+from server.auth import tokens  # noqa: E402
 from server.devstack.stack import Stack  # noqa: E402
 from server.realtime.protocol import websocket_frame  # noqa: E402
 
+PEOPLE = 6100
 READERS = 500
 ROOMS, WRITERS = 100, 5
 WINDOW = 8  # messages under way in the busy room
@@ -153,7 +158,7 @@ async def fanout(target: Target, seconds: float) -> dict[str, float]:
     readers = [await target.join(0, number) for number in range(READERS - 1)]
     sampled = await target.join(0, 1, lambda frame: sizes.append(len(websocket_frame(frame))))
     sent = 0
-    writers = [await target.join(0, number, ignore) for number in range(WINDOW)]
+    writers = [await target.join(0, READERS + number, ignore) for number in range(WINDOW)]
     await asyncio.sleep(1)
     sizes.clear()
     before, began, cpu = sum(reader.bytes for reader in readers), time.perf_counter(), target.cpu()
@@ -178,7 +183,7 @@ async def latency(target: Target, seconds: float) -> dict[str, float]:
         times.append(time.perf_counter() - began)
 
     readers = [await target.join(0, number, None if number % 20 else note) for number in range(READERS)]
-    writer = await target.join(0, 0, ignore)
+    writer = await target.join(0, READERS, ignore)
     await asyncio.sleep(1)
     times.clear()
     for number in range(int(seconds * 10)):
@@ -186,24 +191,34 @@ async def latency(target: Target, seconds: float) -> dict[str, float]:
         writer.send("file:change", change(target, 0), id=number)
         await asyncio.sleep(max(0.0, began + READERS / 5000 - time.perf_counter()))
     await close([*readers, writer])
+    return percentiles(times)
+
+
+def percentiles(times: list[float]) -> dict[str, float]:
     times.sort()
     return {"p50 ms": times[len(times) // 2] * 1000, "p99 ms": times[len(times) * 99 // 100] * 1000}
 
 
 async def rooms(target: Target, seconds: float) -> dict[str, float]:
-    """ROOMS rooms of WRITERS members who all write, each a message at a time."""
+    """ROOMS rooms of WRITERS members who all write, each a message at a time; in every tenth room the waits, too."""
     counts = {"deliveries": 0, "messages": 0}
+    times: list[float] = []
     writers: list[Client] = []
     running = True
+
+    def stamped(room: int) -> dict[str, Any]:
+        return {**change(target, room), "change": {"insert": "x" * 40, "sent": time.perf_counter()}}
 
     def member(room: int) -> Callable[[bytes], None]:
         def hear(frame: bytes) -> None:
             if b'"ack"' in frame[:20]:
                 counts["messages"] += 1
                 if running:
-                    clients[0].send("file:change", change(target, room), id=1)
+                    clients[0].send("file:change", stamped(room), id=1)
             else:
                 counts["deliveries"] += 1
+                if room % 10 == 0 and b'"sent":' in frame:
+                    times.append(time.perf_counter() - float(frame.partition(b'"sent":')[2].partition(b"}")[0]))
 
         clients: list[Client] = []
         hear.clients = clients  # type: ignore[attr-defined]
@@ -212,23 +227,25 @@ async def rooms(target: Target, seconds: float) -> dict[str, float]:
     for room in range(ROOMS):
         for number in range(WRITERS):
             hear = member(room)
-            client = await target.join(room, number, hear)
+            client = await target.join(room, room * WRITERS + number, hear)
             hear.clients.append(client)  # type: ignore[attr-defined]
             writers.append(client)
     await asyncio.sleep(1)
     counts.update(deliveries=0, messages=0)
+    times.clear()
     began, cpu = time.perf_counter(), target.cpu()
     for number, client in enumerate(writers):
-        client.send("file:change", change(target, number // WRITERS), id=1)
+        client.send("file:change", stamped(number // WRITERS), id=1)
     await asyncio.sleep(seconds)
     elapsed, used = time.perf_counter() - began, target.cpu() - cpu
-    made = dict(counts)
+    made, waits = dict(counts), percentiles(times)
     running = False
     await close(writers)
     return {
         "messages/s": made["messages"] / elapsed,
         "deliveries/s": made["deliveries"] / elapsed,
         "deliveries/cpu s": made["deliveries"] / used,
+        **waits,
     }
 
 
@@ -288,6 +305,7 @@ def ours(folder: Path) -> Iterator[Target]:
             "RATE_LIMIT_AUTH": "off",
             "RATE_LIMIT_DEFAULT": "off",
             "LOG_LEVEL": "info",
+            "JWT_SECRET": secrets.token_hex(32),
             "WS_FRAMES_PER_SECOND": "100000",
             "WS_BURST": "100000",
         }
@@ -299,8 +317,8 @@ def ours(folder: Path) -> Iterator[Target]:
             )
         try:
             port = int(until(log, r"address\s*=\s*http://127.0.0.1:(\d+)|\"address\":\"http://127.0.0.1:(\d+)"))
-            tokens, made = asyncio.run(people_and_rooms(f"http://127.0.0.1:{port}/api/v1"))
-            yield Target("ours", port, process.pid, tokens, made)
+            signed_in, made = people_and_rooms(stack.postgres.url, settings["JWT_SECRET"])
+            yield Target("ours", port, process.pid, signed_in, made)
         finally:
             process.send_signal(signal.SIGKILL)
             process.wait()
@@ -315,29 +333,36 @@ def until(log: Path, pattern: str) -> str:
     raise SystemExit(log.read_text())
 
 
-async def people_and_rooms(base: str) -> tuple[list[str], list[str]]:
-    async with aiohttp.ClientSession() as http:
-
-        async def post(path: str, body: Any, token: str = "") -> Any:
-            headers = {"Authorization": f"Bearer {token}"} if token else {}
-            async with http.post(base + path, json=body, headers=headers) as answer:
-                assert answer.status == 201, await answer.text()
-                return await answer.json()
-
-        emails = [f"user{number}@example.org" for number in range(10)]
-        people = [
-            await post("/auth/register", {"email": email, "password": "Lovelace1815", "name": "Somebody"})
-            for email in emails
-        ]
-        tokens = [each["accessToken"] for each in people]
-        project = (await post("/projects", {"name": "Bench"}, tokens[0]))["id"]
-        for email in emails[1:]:
-            await post(f"/projects/{project}/collaborators", {"email": email, "role": "COLLABORATOR"}, tokens[0])
-        made = [
-            (await post("/workspaces", {"projectId": project, "name": f"Room {number}"}, tokens[0]))["id"]
-            for number in range(ROOMS)
-        ]
-        return tokens, made
+def people_and_rooms(url: str, secret: str) -> tuple[list[str], list[str]]:
+    """Access tokens of PEOPLE users, and the workspaces of a project that all of them are in."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        sessions = connection.execute(
+            """
+            WITH people AS (
+                INSERT INTO users (email, name, password_hash)
+                SELECT 'user' || n || '@example.org', 'Somebody', 'none' FROM generate_series(1, %s) n RETURNING id
+            ), project AS (
+                INSERT INTO projects (name) VALUES ('Bench') RETURNING id
+            ), joined AS (
+                INSERT INTO members (project_id, user_id, role)
+                SELECT project.id, people.id, 'COLLABORATOR' FROM project, people
+            )
+            INSERT INTO sessions (user_id, expires_at) SELECT id, now() + interval '1 day' FROM people
+            RETURNING user_id, id
+            """,
+            [PEOPLE],
+        ).fetchall()
+        workspaces = connection.execute(
+            """
+            INSERT INTO workspaces (project_id, name)
+            SELECT id, 'Room ' || n FROM projects, generate_series(1, %s) n RETURNING id
+            """,
+            [ROOMS],
+        ).fetchall()
+        connection.execute("ANALYZE")
+    keys, now = tokens.Keys.of(secret), datetime.now(UTC)
+    signed_in = [tokens.issue(user=user, session=id, keys=keys, now=now, ttl=86400) for user, id in sessions]
+    return signed_in, [str(id) for (id,) in workspaces]
 
 
 @contextlib.contextmanager

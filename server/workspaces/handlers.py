@@ -23,7 +23,7 @@ from server.rest.pages import PageQuery, keys_of, page, page_of
 from server.workspaces import schemas, store
 
 routes = web.RouteTableDef()
-WORKSPACE, ONLINE = schemas.Workspace(), schemas.Online()
+WORKSPACE, ONLINE = schemas.Workspace(), schemas.UserHere()
 
 
 @routes.post("/api/v1/workspaces")
@@ -76,7 +76,7 @@ async def read_workspace(request: web.Request) -> web.Response:
 @routes.get("/api/v1/workspaces/{workspaceId}/users")
 @docs(tags=["workspaces"], summary="Who is online now, over all processes")
 @querystring_schema(PageQuery)
-@response_schema(page_of(schemas.Online), 200)
+@response_schema(page_of(schemas.UserHere), 200)
 @requires(Role.VIEWER)
 async def list_online(request: web.Request) -> web.Response:
     query = request[QUERY]

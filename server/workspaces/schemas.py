@@ -6,19 +6,14 @@ from marshmallow import fields, validate
 
 from server.fields import Id, JsonObject, Schema, Text
 from server.projects.schemas import Workspace
+from server.realtime.events import UserHere
 from server.rest.pages import PageQuery
 
-__all__ = ["EventsQuery", "NewWorkspace", "Online", "Workspace", "WorkspaceChange"]
+__all__ = ["EventsQuery", "NewWorkspace", "UserHere", "Workspace", "WorkspaceChange"]
 
 
 def workspace_name(**options: Any) -> Text:
     return Text(1, 100, trim=True, metadata={"example": "Number crunching"}, **options)
-
-
-class Online(Schema):
-    user_id = Id()
-    user_name = fields.String()
-    connections = fields.Integer()
 
 
 class EventsQuery(PageQuery):
