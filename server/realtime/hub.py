@@ -171,7 +171,8 @@ class Realtime:
     def _turn_strangers_away(self) -> None:
         self.draining = True
         for patience in self.strangers:
-            patience.reschedule(asyncio.get_running_loop().time())
+            if not patience.expired():
+                patience.reschedule(asyncio.get_running_loop().time())
 
     # Rooms
 
@@ -290,12 +291,6 @@ class Realtime:
             for gone in {each.connection for each in people} - {each.connection for each in room.people()}:
                 self._depart(room.workspace, gone)
 
-    async def _resume(self, room: Room) -> None:
-        try:
-            await room.resume()
-        except (RedisError, OSError, Unavailable) as error:
-            log.warning("events not resumed yet", channel=room.channel, error=str(error))
-
     # Time
 
     async def _renew(self) -> None:
@@ -318,7 +313,7 @@ class Realtime:
             # Not before everybody's access has been looked up.
             if self.subscriber.serving and (room.stuck or room.workspace in self._taken_for_dead):
                 self._taken_for_dead.discard(room.workspace)
-                await self._resume(room)
+                await self.subscriber.resume(room.channel, room)
         self._taken_for_dead &= self._rooms.keys()
 
     async def _watch(self) -> None:

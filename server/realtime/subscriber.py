@@ -80,6 +80,16 @@ class Subscriber:
             self._touch(channel)
             self._end_wait(channel)
 
+    async def resume(self, name: str, listener: Listener) -> None:
+        """Let one catch up; that it cannot is logged, and no reason to interrupt all others."""
+        try:
+            await self._confirmation(name.encode())
+            await listener.resume()
+        except (RedisError, OSError, ServiceError) as error:
+            log.warning("events not resumed yet", channel=name, error=str(error))
+        except Exception:
+            log.exception("events not resumed", channel=name)
+
     async def listen(self) -> None:
         """Deliver what Redis brings, for as long as the process lives; connects again when Redis was away."""
         while True:
@@ -168,20 +178,10 @@ class Subscriber:
         async def resume(channel: bytes, listener: Listener) -> None:
             async with slots:
                 if self._listeners.get(channel) is listener:
-                    await self._resume_one(channel, listener)
+                    await self.resume(channel.decode(), listener)
 
         await asyncio.gather(*(resume(channel, listener) for channel, listener in missed))
         self._pause = RECONNECT_SECONDS
-
-    async def _resume_one(self, channel: bytes, listener: Listener) -> None:
-        """One that cannot catch up is no reason to interrupt all others."""
-        try:
-            await self._confirmation(channel)
-            await listener.resume()
-        except (RedisError, OSError, ServiceError) as error:
-            log.warning("events not resumed yet", channel=channel.decode(), error=str(error))
-        except Exception:
-            log.exception("events not resumed", channel=channel.decode())
 
     def _touch(self, *channels: bytes) -> None:
         self._touched.update(channels)
