@@ -7,7 +7,7 @@ missed something compares version numbers, and reads the log.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from contextvars import Context
 from typing import Any, TypeVar
@@ -31,6 +31,7 @@ from server.documents.workshop import Workshop
 from server.errors import Forbidden, NotFound, ServiceError, Unavailable, ValidationFailed
 from server.postgres import Database
 from server.realtime.channels import Channels, document_channel
+from server.realtime.endless import keep_running
 from server.realtime.subscriber import Subscriber
 
 log = structlog.get_logger()
@@ -231,16 +232,7 @@ class Rooms:
 
     def start(self) -> None:
         for endless in (*[self._commits.work] * LANES, self._publish, self._sweep, self._name_pauses):
-            self._own(self._keep_running(endless))
-
-    async def _keep_running(self, endless: Callable[[], Awaitable[None]]) -> None:
-        """What was not foreseen ends one round, never the task: all documents depend on these."""
-        while True:
-            try:
-                await endless()
-            except Exception:  # a door of its own: nobody stands behind it
-                log.exception("a task of the documents failed")
-            await asyncio.sleep(RELOAD_SECONDS)
+            self._own(keep_running(endless))
 
     async def stop(self) -> None:
         while self._tasks:  # what is cancelled may begin others, and redis-py may not pass it on
