@@ -11,10 +11,9 @@ from typing import Any
 
 import aiohttp_cors
 import structlog
-import uvloop
 from aiohttp import hdrs, web
 
-from server import json, resources, tracing
+from server import json, loop, resources, tracing
 from server.auth import guard, tickets, upkeep
 from server.auth import handlers as auth
 from server.auth.blacklist import Blacklist
@@ -264,7 +263,7 @@ def run(settings: Settings, *, listener: int | None = None, ready: int | None = 
 
     From a supervisor: ``listener``, an open socket, and ``ready``, a pipe that hears when requests are served.
     """
-    uvloop.run(serve(settings, listener=listener, ready=ready))
+    loop.run(serve(settings, listener=listener, ready=ready))
 
 
 async def serve(settings: Settings, *, listener: int | None = None, ready: int | None = None) -> None:

@@ -37,15 +37,16 @@ def configure(settings: Settings) -> None:
         )
     )
     logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING), force=True)
-    logging.getLogger("saq").addFilter(_in_a_line)
+    for library in ("saq", "asyncpg.pool"):
+        logging.getLogger(library).addFilter(_in_a_line)
     # It warns of subprotocols that it does not know: of the access token that one of them may carry.
     logging.getLogger("aiohttp.websocket").setLevel(logging.CRITICAL)
 
 
 def _in_a_line(record: logging.LogRecord) -> bool:
-    """Every second, while Redis is away, SAQ would tell so by a traceback."""
+    """Every second, while a store is away, they would tell so by a traceback."""
     error = record.exc_info[1] if record.exc_info else None
-    if isinstance(error, RedisError):
+    if isinstance(error, (RedisError, OSError)):
         record.msg, record.exc_info = f"{record.getMessage()}: {error}", None
         record.args = ()
     return True

@@ -8,12 +8,11 @@ from typing import Any
 from uuid import uuid4
 
 import structlog
-import uvloop
 from croniter import croniter
 from saq import CronJob, Job, Worker
 from saq.types import TimersDict
 
-from server import metrics, resources, tracing
+from server import loop, metrics, resources, tracing
 from server.jobs import collections, lifecycle, recovery, workers
 from server.jobs.announcements import Announcements
 from server.jobs.bell import Bell
@@ -39,14 +38,13 @@ HAND_BACK_SECONDS = 5
 STOP_SECONDS = GRACE_SECONDS + 3 * HAND_BACK_SECONDS  # at most
 RECONCILE_SECONDS = 60
 CLEAN_UP_SECONDS = 300  # less than the ten minutes between two
-CANCEL_SECONDS = 0.2
 # SAQ's own upkeep; what it calls abort is not used: records are cancelled.
 TIMERS = TimersDict(schedule=1, worker_info=10, sweep=15, abort=60)
 
 
 def run(settings: Settings, queues: Sequence[str], *, supervised: bool = False, ready: int | None = None) -> int:
     """One worker process, until SIGTERM or SIGINT; ``ready`` is a pipe that hears when it works. Its exit code."""
-    return 0 if uvloop.run(work(settings, queues, supervised=supervised, ready=ready)) else 1
+    return 0 if loop.run(work(settings, queues, supervised=supervised, ready=ready)) else 1
 
 
 async def work(
@@ -126,12 +124,7 @@ def _warn(settings: Settings) -> None:
 
 
 async def _end(tasks: Collection["asyncio.Future[Any]"]) -> None:
-    pending = set(tasks)
-    while pending:
-        for task in pending:
-            task.cancel()
-        # Again and again: a client of Redis that is just connecting may swallow one.
-        _, pending = await asyncio.wait(pending, timeout=CANCEL_SECONDS)
+    await loop.end(tasks)
     for task in tasks:
         if not task.cancelled() and (error := task.exception()):
             log.error("worker's background failed", exc_info=error)

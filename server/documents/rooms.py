@@ -19,7 +19,7 @@ from aiohttp import web
 from asyncpg import Record
 from redis.exceptions import RedisError
 
-from server import metrics
+from server import loop, metrics
 from server.documents import logs, news, store, wire
 from server.documents.awareness import Awareness, Presence
 from server.documents.commits import LANES, PAUSE_SECONDS, Commits, Edit
@@ -40,7 +40,6 @@ T = TypeVar("T")
 SUBSCRIBE_SECONDS = 0.5  # for Redis to confirm; later, what is missed is found by the sweep
 READY_SECONDS = 5.0
 RELOAD_SECONDS = 0.5
-CANCEL_SECONDS = 0.2  # then once more
 GAP_SECONDS = 0.2  # for numbers that are on their way
 SWEEP_SECONDS = 1.0
 SWEPT_AT_ONCE = 5000
@@ -235,10 +234,8 @@ class Rooms:
             self._own(keep_running(endless))
 
     async def stop(self) -> None:
-        while self._tasks:  # what is cancelled may begin others, and redis-py may not pass it on
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.wait(self._tasks, timeout=CANCEL_SECONDS)
+        while self._tasks:  # what is cancelled may begin others
+            await loop.end(self._tasks)
         self.workshop.close()
 
     def _own(self, coroutine: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":

@@ -15,7 +15,7 @@ from bson.errors import InvalidDocument
 from opentelemetry.trace import SpanKind
 from pymongo.errors import ConnectionFailure, DocumentTooLarge, PyMongoError
 
-from server import fields, metrics, tracing
+from server import fields, loop, metrics, tracing
 from server.errors import ServiceError
 from server.jobs import artifacts, output, store
 from server.jobs.announcements import Announcements
@@ -36,7 +36,6 @@ log = structlog.get_logger()
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, JITTER = 1.0, 60.0, 0.2
 PATIENCE_SECONDS = 60.0  # with MongoDB: what a program did should not be done again because of a restart
 AGAIN_SECONDS = 0.3
-CANCEL_SECONDS = 0.2
 T = TypeVar("T")
 
 
@@ -220,10 +219,7 @@ async def _output(bench: Bench, record: Job) -> AsyncIterator[Output]:
         except PyMongoError as error:
             log.warning("output not kept", error=str(error)[:200])
         finally:
-            while not keeping.done():
-                keeping.cancel()
-                # Again and again: a client of Redis that is just connecting, to tell it live, may swallow one.
-                await asyncio.wait({keeping}, timeout=CANCEL_SECONDS)
+            await loop.end([keeping])
 
 
 async def _progress(bench: Bench, record: Job, percent: float) -> None:

@@ -1,0 +1,45 @@
+"""A process ends when it is told to, whatever the libraries in it have begun."""
+
+import subprocess
+import sys
+import time
+
+PROGRAM = """
+import asyncio
+from server import loop
+
+loop.LAST_SECONDS = 1.0
+
+async def stubborn(times):
+    while times:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            times -= 1
+
+async def main():
+    asyncio.ensure_future(stubborn({times}))
+    await asyncio.sleep(0)
+    return "done"
+
+print(loop.run(main()))
+"""
+
+
+def run(times: int) -> tuple["subprocess.CompletedProcess[str]", float]:
+    began = time.monotonic()
+    program = [sys.executable, "-c", PROGRAM.format(times=times)]
+    return subprocess.run(program, capture_output=True, text=True, timeout=30), time.monotonic() - began
+
+
+def test_a_task_that_swallows_a_cancellation_is_told_again() -> None:
+    done, _ = run(3)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
+def test_a_task_that_never_ends_does_not_keep_the_process() -> None:
+    done, seconds = run(-1)
+    assert done.returncode == 1
+    assert "tasks do not end" in done.stdout
+    assert "stubborn" in done.stdout
+    assert seconds < 15
