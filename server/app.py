@@ -1,11 +1,11 @@
 """The web process, put together on one page."""
 
 import asyncio
+import functools
 import os
 import socket
 import time
 from collections.abc import AsyncIterator, Iterable
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -101,7 +101,7 @@ def create_app(settings: Settings, stores: Resources) -> web.Application:
     app[ROOMS] = app[REALTIME].documents = make_rooms(stores, app[REALTIME])
     app[ops.STARTED] = time.monotonic()
     app[ops.DRAINING] = draining = ops.Draining()
-    app.on_response_prepare.extend((dress, partial(send_away, draining)))
+    app.on_response_prepare.extend((dress, functools.partial(send_away, draining)))
     if settings.production:
         app.on_response_prepare.append(insist_on_tls)
     for routes in API:
@@ -123,13 +123,18 @@ def create_app(settings: Settings, stores: Resources) -> web.Application:
     return app
 
 
+@functools.cache
 def swagger_document() -> dict[str, Any]:
+    """Not to be changed by who gets it: it is the same for every application."""
     return openapi.document(
         chain.from_iterable(API), needs_role=lambda handler: access.requirement_of(handler) is not None
     )
 
 
+@functools.cache
 def asyncapi_document() -> dict[str, Any]:
+    """Not to be changed by who gets it."""
+
     def role_of(message: Message) -> str | None:
         requirement = access.requirement_of(message.handler)
         return requirement.role.name if requirement else None
@@ -194,7 +199,7 @@ def doorman(stores: Resources, issuer: Issuer) -> Doorman:
         by_token=by_token,
         by_ticket=by_ticket,
         authorize=access.authorize_message,
-        recheck=partial(access.recheck, stores.db),
+        recheck=functools.partial(access.recheck, stores.db),
     )
 
 
@@ -219,7 +224,7 @@ async def close_hasher(app: web.Application) -> AsyncIterator[None]:
 
 async def keep_accounts(app: web.Application) -> AsyncIterator[None]:
     db = app[RESOURCES].db
-    forget_invitations = Chore("forget expired invitations", partial(invitations.forget_expired, db))
+    forget_invitations = Chore("forget expired invitations", functools.partial(invitations.forget_expired, db))
     task = asyncio.ensure_future(upkeep.run(db, app[auth.ISSUER], forget_invitations))
     yield
     task.cancel()
@@ -228,7 +233,7 @@ async def keep_accounts(app: web.Application) -> AsyncIterator[None]:
 
 async def watch_itself(app: web.Application) -> AsyncIterator[None]:
     realtime = app[REALTIME]
-    looking = watch.look(app[RESOURCES].db, partial(watch.show_sockets, realtime))
+    looking = watch.look(app[RESOURCES].db, functools.partial(watch.show_sockets, realtime))
     endless = (looking, watch.probe(realtime), watch.ask_stores(app[RESOURCES]))
     tasks = {asyncio.ensure_future(each) for each in endless}
     yield
