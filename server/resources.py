@@ -144,7 +144,8 @@ async def ping(redis: Redis) -> None:
 async def _open_mongo(stack: AsyncExitStack, uri: str) -> Any:
     client = mongo_client(uri)
     stack.push_async_callback(asyncio.to_thread, _close_mongo, client)
-    await client.admin.command("ping")
+    with pymongo.timeout(START_SECONDS):  # a moment longer than a request would wait
+        await client.admin.command("ping")
     return client
 
 

@@ -12,6 +12,7 @@ from aiohttp import web
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from server import loop
 from server.errors import Conflict, Unavailable
 from server.postgres import Executor
 from server.realtime.channels import CONTROL, DROPPABLE, Channels, event_body, event_frame, user_channel
@@ -163,9 +164,7 @@ class Realtime:
         ending = [task for task in self._tasks if task not in self._forever]
         if ending:
             await asyncio.wait(ending, timeout=STOP_SECONDS)
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await loop.end(list(self._tasks))
         await self.channels.history.close()
 
     def _turn_strangers_away(self) -> None:
