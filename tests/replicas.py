@@ -1,8 +1,10 @@
 """A streaming replica of the embedded PostgreSQL, as an operator makes one."""
 
+import asyncio
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import psycopg
 
@@ -34,12 +36,15 @@ class Replica(Postgres):
     def resume(self) -> None:
         self._run("SELECT pg_wal_replay_resume()")
 
-    def count(self, table: str) -> int:
-        return self._run(f"SELECT count(*)::int FROM {table}")
+    async def catch_up(self) -> None:
+        """Returns when it shows all that the primary has committed by now."""
+        wanted = _ask(self._primary.url, "SELECT pg_current_wal_lsn()::text")
+        async with asyncio.timeout(10):
+            while not self._run(f"SELECT pg_last_wal_replay_lsn() >= '{wanted}'"):
+                await asyncio.sleep(0.02)
 
-    def _run(self, statement: str) -> int:
-        with psycopg.connect(self.url, autocommit=True) as connection:
-            return (connection.execute(statement).fetchone() or (0,))[0]
+    def _run(self, statement: str) -> Any:
+        return _ask(self.url, statement)
 
     def _create(self) -> None:
         data = self._folder / "postgres"
@@ -61,3 +66,8 @@ class Replica(Postgres):
             group=self._user,
             extra_groups=None if self._user is None else [],
         )
+
+
+def _ask(url: str, statement: str) -> Any:
+    with psycopg.connect(url, autocommit=True) as connection:
+        return (connection.execute(statement).fetchone() or (None,))[0]

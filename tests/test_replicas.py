@@ -3,7 +3,7 @@
 import asyncio
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +16,26 @@ from server.devstack.stack import Stack
 from server.postgres import Database
 from server.replicas import connect
 from tests.actors import Actor
-from tests.conftest import MakeActor, MakeServer, addresses_of
+from tests.conftest import MakeActor, MakeServer
 from tests.faults import Mode, Network
 from tests.replicas import Replica
 
 ABSENT = "postgresql://nobody:nothing@127.0.0.1:9/workspace"
 
 
-@pytest.fixture
-def replica(own_stack: Stack) -> Iterator[Replica]:
+@pytest.fixture(scope="module")
+def module_replica(stack: Stack, database_url: str) -> Iterator[Replica]:
     with tempfile.TemporaryDirectory(prefix="replica-", ignore_cleanup_errors=True) as folder:
-        made = Replica(own_stack.postgres, Path(folder))
+        made = Replica(stack.postgres, Path(folder))
         made.start()
         yield made
         made.kill()
+
+
+@pytest.fixture
+def replica(module_replica: Replica) -> Iterator[Replica]:
+    yield module_replica
+    module_replica.resume()
 
 
 @dataclass
@@ -51,21 +57,13 @@ class World:
 
 
 @pytest.fixture
-async def world(
-    own_stack: Stack, replica: Replica, make_server: MakeServer, make_actor: MakeActor
-) -> AsyncIterator[World]:
-    server = await make_server(**addresses_of(own_stack) | {"database_replica_urls": (replica.url,)})
+async def world(replica: Replica, make_server: MakeServer, make_actor: MakeActor) -> World:
+    server = await make_server(database_replica_urls=(replica.url,))
     ada, bob = await make_actor("Ada", server), await make_actor("Bob", server)
     project = await ada.make_project()
     made = World(ada, bob, project, await ada.add(bob, project), await ada.make_workspace(project))
-    await until_shown(replica, "workspaces", 1)
+    await replica.catch_up()
     return made
-
-
-async def until_shown(replica: Replica, table: str, rows: int) -> None:
-    async with asyncio.timeout(10):
-        while replica.count(table) < rows:
-            await asyncio.sleep(0.02)
 
 
 def answered_by(store: str) -> float:
@@ -93,7 +91,7 @@ async def test_nobody_misses_a_write_where_the_replica_lags(world: World, replic
         assert "Robert" in [each["user"]["name"] for each in people["items"]]
     assert answered_by("primary") > before
     replica.resume()
-    await until_shown(replica, "workspaces", 2)
+    await replica.catch_up()
     before = answered_by("replica")
     assert len((await world.ada.get(world.lists[2]))["items"]) == 2
     assert answered_by("replica") == before + 1
@@ -114,7 +112,7 @@ async def test_the_text_of_a_version_may_come_from_the_replica(world: World, rep
     created = await world.ada.post(f"/workspaces/{world.workspace}/documents", {"path": "a.txt", "content": "one"})
     document = created["id"]
     newest = (await world.ada.get(f"/documents/{document}/versions"))["items"][0]["version"]
-    await until_shown(replica, "document_versions", 1)
+    await replica.catch_up()
     before = answered_by("replica")
     assert (await world.ada.get(f"/documents/{document}/versions/{newest}"))["content"] == "one"
     assert answered_by("replica") == before + 1
@@ -144,11 +142,11 @@ async def test_the_primary_stands_in_for_a_replica_that_is_gone_until_it_is_back
 
 @pytest.mark.parametrize("mode", [Mode.BLACK_HOLE, Mode.SLOW], ids=lambda mode: mode.name.lower())
 async def test_a_replica_that_hangs_delays_an_answer_and_loses_none(
-    mode: Mode, own_stack: Stack, replica: Replica, make_server: MakeServer, make_actor: MakeActor
+    mode: Mode, replica: Replica, make_server: MakeServer, make_actor: MakeActor
 ) -> None:
     async with Network.to({"replica": replica.url}) as network:
         urls = (network.urls["replica"],)
-        ada = await make_actor("Ada", await make_server(**addresses_of(own_stack), database_replica_urls=urls))
+        ada = await make_actor("Ada", await make_server(database_replica_urls=urls))
         paths = [f"/projects/{await ada.make_project()}{rest}" for rest in ("", "/collaborators")]
         await network.stores["replica"].turn(mode)
         for path in paths * 3:
@@ -157,10 +155,8 @@ async def test_a_replica_that_hangs_delays_an_answer_and_loses_none(
             assert time.monotonic() - began < 2
 
 
-async def test_a_replica_that_is_down_at_the_start_stops_nobody(
-    own_stack: Stack, make_server: MakeServer, make_actor: MakeActor
-) -> None:
-    server = await make_server(**addresses_of(own_stack) | {"database_replica_urls": (ABSENT,)})
+async def test_a_replica_that_is_down_at_the_start_stops_nobody(make_server: MakeServer, make_actor: MakeActor) -> None:
+    server = await make_server(database_replica_urls=(ABSENT,))
     ada = await make_actor("Ada", server)
     project = await ada.make_project()
     assert (await ada.get(f"/projects/{project}/collaborators"))["items"][0]["user"]["name"] == "Ada"
