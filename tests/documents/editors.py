@@ -54,7 +54,15 @@ class Editor:
         return self.doc.get_update(before)
 
     async def send(self, update: bytes) -> int:
-        ack = await self.socket.push("document:update", documentId=self.document, update=b64encode(update).decode())
+        """The version; what could not be saved in time is sent once more, as it is told."""
+        data = {"documentId": self.document, "update": b64encode(update).decode()}
+        try:
+            ack = await self.socket.push("document:update", **data)
+        except Refused as refusal:
+            if refusal.code != "unavailable":
+                raise
+            await asyncio.sleep(refusal.data["retryAfter"])
+            ack = await self.socket.push("document:update", **data)
         self.hear()
         return ack["version"]
 
