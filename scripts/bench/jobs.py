@@ -167,8 +167,8 @@ async def measure_store(stack: Stack, count: int) -> tuple[float, float]:
 
     async def create(_: int) -> None:
         more = {"user": uuid4(), "user_name": "", "type": "NOOP", "payload": {}, "priority": 5, "slots": 1}
-        empty = {"project": None, "workspace": None, "run_at": None, "idempotency_key": None}
-        job, _ = await store.create(mongo, **more, **empty, now=store.moment())
+        empty = {"project": None, "workspace": None, "run_at": None, "idempotency_key": None, "trace": None}
+        job, _ = await store.create(mongo, **more, **empty, body_hash="", now=store.moment())
         made.append(job)
 
     async def attempt(number: int) -> None:
@@ -176,7 +176,7 @@ async def measure_store(stack: Stack, count: int) -> tuple[float, float]:
         job = await store.claim(mongo, job=made[number]["_id"], claim=1, worker="bench", now=now)
         assert job
         await store.complete(mongo, job=job, result={}, now=now)
-        await store.waiting(mongo, user=job["userId"], most=1, now=now)
+        await store.waiting(mongo, user=job["userId"], types=["NOOP"], most=1, now=now)
 
     return await each_at_once(count, create), await each_at_once(count, attempt)
 
