@@ -68,7 +68,7 @@ def name_things(document: dict[str, Any], *, kept: dict[str, str], deleted: dict
 def found_nothing(document: dict[str, Any], log: str) -> tuple[set[str], set[str]]:
     """Of the operations that were called, those that were answered with nothing but 404; and all of them."""
     statuses: dict[str, set[int]] = {}
-    for line in log.splitlines():
+    for line in log.split("\n"):
         told = json.loads(line) if line.startswith('{"') else {}
         if told.get("event") == "request":
             name = operation_of(document, told["method"].lower(), told["path"])
