@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import ipaddress
 import shlex
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -30,7 +31,7 @@ RUN = ROOT / "run.py"
 
 
 async def run(wanted: StackSettings) -> None:
-    """Until SIGINT or SIGTERM; a second one kills.
+    """Until SIGINT, SIGTERM, or the terminal is closed (SIGHUP); a second one kills.
 
     Raises:
         StackError: something cannot be started at all.
@@ -38,6 +39,7 @@ async def run(wanted: StackSettings) -> None:
     wanted = dataclasses.replace(wanted, port=wanted.port or free_port())
     check_address(wanted.host, wanted.port)
     stop = stop_signal()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, stop.set)
     say("starting the stores")
     with Stack(wanted.data_dir, say=say) as stack:
         try:
@@ -236,4 +238,5 @@ def base_url(wanted: StackSettings) -> str:
 
 
 def say(text: str) -> None:
-    print(f"dev: {text}", flush=True)
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print(f"dev: {text}", flush=True)

@@ -94,10 +94,10 @@ async def test_dev_tells_its_addresses_restarts_what_dies_and_leaves_nothing_beh
     assert gone(second.values())
 
 
-def test_a_second_interrupt_kills(running: Dev) -> None:
+def test_a_closed_terminal_stops_it_and_a_second_signal_kills(running: Dev) -> None:
     children = running.children()
     os.kill(children["worker"], signal.SIGSTOP)  # it will not stop by itself
-    os.kill(running.pid, signal.SIGINT)
+    os.kill(running.pid, signal.SIGHUP)
     running.until("stopping the server")
     time.sleep(0.3)
     assert running.terminate(number=signal.SIGINT, seconds=10) == 0
