@@ -16,7 +16,6 @@ from server.errors import Conflict, FieldError, Gone, NotFound, RangeNotSatisfia
 from server.jobs import artifacts, bell, files, output, schemas, store
 from server.jobs.announcements import Announcements
 from server.jobs.dispatch import Dispatcher
-from server.jobs.queue import class_of
 from server.jobs.store import Job
 from server.jobs.types import JOB_TYPES
 from server.jobs.workers import Roster
@@ -62,7 +61,7 @@ async def _create(request: web.Request, body: dict[str, Any], key: str | None, b
     payload = _checked_payload(body["type"], body["payload"])
     project, workspace = await _place(request, body, payload)
     if language := JOB_TYPES[body["type"]].needs(body["payload"]):
-        await request.app[ROSTER].demand(language, queue=class_of(body["priority"]))
+        await request.app[ROSTER].demand(language)
     name = await _name(request) if workspace else ""
     async with answered():
         return await store.create(

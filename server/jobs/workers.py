@@ -88,8 +88,9 @@ class Roster:
             self._until = time.monotonic() + REMEMBERED_SECONDS
         return self._known
 
-    async def demand(self, language: str, *, queue: str) -> None:
-        """Whether somebody could run what is sent there; where nobody has reported it is not known, and it may wait.
+    async def demand(self, language: str) -> None:
+        """Whether somebody could run it; where nobody has reported it is not known, and it may wait. So may a job whose
+        queue nobody serves at the moment: its workers may be about to come back.
 
         Raises:
             ValidationFailed: ``language_unavailable``.
@@ -102,8 +103,8 @@ class Roster:
             return
         if known and not any(each.languages for each in known):
             raise Unavailable("No worker has a sandbox", code="sandbox_unavailable", retry_after=EXPIRY_SECONDS)
-        if known and not any(language in each.languages and queue in each.queues for each in known):
-            raise ValidationFailed(f"No worker offers {language} at this priority", code="language_unavailable")
+        if known and not any(language in each.languages for each in known):
+            raise ValidationFailed(f"No worker offers {language}", code="language_unavailable")
 
 
 def _key(worker: str) -> str:

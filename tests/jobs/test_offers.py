@@ -50,8 +50,7 @@ async def test_what_no_worker_offers_is_refused_and_what_one_does_is_not(
     assert (await ada.post("/jobs", javascript)).code == "language_unavailable"
     await workers.report(redis, report("fourth", "javascript", queues=["high"]))
     await asyncio.sleep(workers.REMEMBERED_SECONDS + 0.1)
-    assert (await ada.post("/jobs", javascript)).code == "language_unavailable"
-    await ask(ada, javascript, priority=8)
+    await ask(ada, javascript)  # those of its queue may be about to come back
 
 
 async def test_a_report_is_forgotten_after_30_s(redis: Redis) -> None:
