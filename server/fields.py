@@ -5,8 +5,9 @@ Keys are camelCase outside and snake_case inside; unknown fields are refused; no
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 from uuid import UUID
@@ -34,6 +35,43 @@ class Schema(MarshmallowSchema):
     def on_bind_field(self, field_name: str, field_obj: fields.Field[Any]) -> None:
         if field_obj.data_key is None:
             field_obj.data_key = camel(field_name)
+
+    def dump(self, obj: Any, *, many: bool | None = None) -> Any:
+        """As marshmallow does, of rows and dictionaries only, which need no search for attributes and hooks: that took
+        most of the time of a page of twenty."""
+        return list(map(self._shown, obj)) if many else self._shown(obj)
+
+    @cached_property
+    def _columns(self) -> list[tuple[str, str, Callable[[Any], Any] | None]]:
+        return [(name, field.data_key or name, _shower(field)) for name, field in self.dump_fields.items()]
+
+    def _shown(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        shown = {}
+        for name, key, show in self._columns:
+            try:
+                value = row[name]
+            except KeyError:
+                continue
+            shown[key] = value if value is None or show is None else show(value)
+        return shown
+
+
+def _shower(field: fields.Field[Any]) -> Callable[[Any], Any] | None:
+    """What makes JSON of a field's values; None where they are."""
+    if isinstance(field, fields.Nested):
+        nested = field.schema
+        assert isinstance(nested, Schema)
+        return partial(nested.dump, many=True) if field.many else nested._shown
+    if isinstance(field, fields.List):
+        show = _shower(field.inner)
+        return None if show is None else lambda values: list(map(show, values))
+    if isinstance(field, Id):
+        return str
+    if type(field) is fields.Integer:
+        return int
+    if isinstance(field, fields.String | fields.Dict | fields.Boolean) or type(field) is fields.Raw:
+        return None
+    return lambda value: field._serialize(value, None, None)
 
 
 class Text(fields.String):

@@ -23,7 +23,7 @@ def configure(settings: Settings) -> None:
     structlog.configure(
         processors=[*shared, _without_empty, *_renderers(settings.log_format)],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stdout),
+        logger_factory=_writers(settings.log_format),
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stdout)
@@ -33,6 +33,7 @@ def configure(settings: Settings) -> None:
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 *_renderers(settings.log_format),
+                _decoded,
             ],
         )
     )
@@ -59,8 +60,18 @@ def _renderers(style: str) -> list[Any]:
         return [structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty(), exception_formatter=plainly)]
     return [
         structlog.processors.format_exc_info,
-        structlog.processors.JSONRenderer(serializer=lambda value, **_: orjson.dumps(value, default=str).decode()),
+        structlog.processors.JSONRenderer(serializer=lambda value, **_: orjson.dumps(value, default=str)),
     ]
+
+
+def _writers(style: str) -> Any:
+    if style == "text":
+        return structlog.WriteLoggerFactory(file=sys.stdout)
+    return structlog.BytesLoggerFactory(file=sys.stdout.buffer)
+
+
+def _decoded(_: Any, __: str, line: Any) -> str:
+    return line.decode() if isinstance(line, bytes) else str(line)
 
 
 def _without_empty(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

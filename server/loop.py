@@ -1,6 +1,7 @@
 """The event loop of a process of ours, and how what runs in it ends: for certain."""
 
 import asyncio
+import gc
 import os
 import time
 from collections.abc import Coroutine, Iterable
@@ -13,12 +14,24 @@ log = structlog.get_logger()
 
 AGAIN_SECONDS = 0.2
 LAST_SECONDS = 5.0
+YOUNG_OBJECTS = 20_000
 T = TypeVar("T")
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
     """Run ``main``, in a process of which nothing is left afterwards, whatever libraries have begun meanwhile."""
     return uvloop.run(_and_the_rest(main))
+
+
+def settle() -> None:
+    """To be called once all is made that a process is made of: the garbage collector need not look at it again.
+
+    Nor often at the rest: of a request nearly everything goes by itself, and its first generation of 700 objects is
+    full after a few of them (measured: 8 % of the processor time of a server under load).
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(YOUNG_OBJECTS, *gc.get_threshold()[1:])
 
 
 async def end(tasks: Iterable["asyncio.Future[Any]"], *, seconds: float | None = None) -> set["asyncio.Future[Any]"]:

@@ -1,6 +1,7 @@
 """PostgreSQL: one pool, JSON codecs, and a deadline on every statement."""
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Protocol, TypeVar
@@ -11,6 +12,7 @@ import orjson
 from server import json
 from server.budget import within
 from server.errors import NotFound, Unavailable
+from server.together import Together
 
 POOL_SIZE = 20
 CONNECT_SECONDS = 3.0
@@ -37,6 +39,7 @@ class Database:
     def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]") -> None:
         self.pool = pool
         self._given_back: set[asyncio.Task[None]] = set()
+        self._finders: dict[str, Together[tuple[Any, ...], asyncpg.Record | None]] = {}
 
     async def fetch(self, query: str, *args: Any) -> list[asyncpg.Record]:
         return await self._run(lambda connection: connection.fetch(query, *args))
@@ -49,6 +52,18 @@ class Database:
 
     async def execute(self, query: str, *args: Any) -> str:
         return await self._run(lambda connection: connection.execute(query, *args))
+
+    async def find(self, query: str, *key: Any) -> asyncpg.Record | None:
+        """The row of one key, asked together with other requests' keys; None where there is none.
+
+        The statement takes an array for each part of the key (``unnest($1::uuid[]) WITH ORDINALITY``), and each of
+        its rows says by ``asked`` which key it belongs to, the first is 1. It is for reads that every request makes.
+        """
+        finder = self._finders.get(query)
+        if finder is None:
+            finder = self._finders[query] = Together(functools.partial(self._find, query))
+        with unavailable():
+            return await finder.ask(key, seconds=within(STATEMENT_SECONDS))
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Executor]:
@@ -69,6 +84,8 @@ class Database:
         await self.fetchval("SELECT 1")
 
     async def close(self) -> None:
+        for finder in self._finders.values():
+            await finder.close()
         for task in self._given_back:
             task.cancel()
         try:
@@ -88,6 +105,12 @@ class Database:
                     raise
                 await self.pool.release(connection)
                 return result
+
+    async def _find(self, query: str, keys: list[tuple[Any, ...]]) -> list[asyncpg.Record | None]:
+        found: list[asyncpg.Record | None] = [None] * len(keys)
+        for row in await self.fetch(query, *(list(part) for part in zip(*keys, strict=True))):
+            found[row["asked"] - 1] = row
+        return found
 
     def _give_back(self, connection: Any) -> None:
         task = asyncio.ensure_future(self.pool.release(connection))

@@ -19,11 +19,12 @@ from limits.aio.storage import MemoryStorage
 from redis.exceptions import RedisError
 
 from server import metrics
-from server.budget import within
 from server.pipelines import Pipelines
 
 H = TypeVar("H", bound=Callable[..., Any])
-LISTEN_SECONDS, LISTEN_TIMES = 0.1, 5  # so long may Redis answer nobody before the local count does
+# So long may Redis answer nobody before the local count does. A plain timeout would let a burst of requests, which are
+# answered one after the other, slip into the local count, and pass there once more.
+SILENCE_SECONDS = 0.5
 LONGEST_SECONDS = 1.0  # for one answer, however many others get theirs
 LOCAL_SECONDS = 1.5  # how long to count locally before Redis is asked again
 IPV6_PREFIX = 64
@@ -91,9 +92,12 @@ class RateLimiter:
         self.rates = rates
         self._redis = redis
         self._prefix = prefix
-        self._answers = 0  # of Redis, to anybody
         self._local = MemoryStorage()
         self._local_until = 0.0
+
+    def counts(self, name: str) -> bool:
+        """Whether that limit is on."""
+        return self.rates[name] is not None
 
     async def hit(self, name: str, who: str, *, amount: int = 1) -> Budget | None:
         """Take so many from the budget ``name`` of ``who``; None where that limit is off."""
@@ -104,9 +108,16 @@ class RateLimiter:
         if time.monotonic() < self._local_until:
             return await self._hit_local(name, rate, key, amount)
         try:
-            milliseconds = rate.get_expiry() * 1000
-            answer = self._redis.ask("EVAL", _COUNT, 1, f"{self._prefix}:{key}", milliseconds, amount)
-            count, left = await self._heard(answer)
+            count, left = await self._redis.ask(
+                "EVAL",
+                _COUNT,
+                1,
+                f"{self._prefix}:{key}",
+                rate.get_expiry() * 1000,
+                amount,
+                seconds=LONGEST_SECONDS,
+                silence=SILENCE_SECONDS,
+            )
         except (RedisError, OSError, TimeoutError):
             self._local_until = time.monotonic() + LOCAL_SECONDS
             return await self._hit_local(name, rate, key, amount)
@@ -118,27 +129,6 @@ class RateLimiter:
             return budget
         _, moved = await asyncio.gather(self.hit(budget.name, wrong, amount=-1), self.hit(budget.name, right))
         return moved or budget
-
-    async def _heard(self, answer: "asyncio.Future[Any]") -> Any:
-        """The answer; TimeoutError where Redis is silent, to everybody.
-
-        A crowd that waits for its turn, or a busy loop, is no silence: a plain timeout would let a burst of
-        requests slip into the local count, and pass there once more.
-        """
-        silence = 0
-        try:
-            async with asyncio.timeout(within(LONGEST_SECONDS)):
-                while silence < LISTEN_TIMES:
-                    answers = self._answers
-                    await asyncio.wait({answer}, timeout=LISTEN_SECONDS)
-                    if answer.done():
-                        found = answer.result()
-                        self._answers += 1
-                        return found
-                    silence = silence + 1 if self._answers == answers else 0
-                raise TimeoutError("Redis is silent")
-        finally:
-            answer.cancel()
 
     async def _hit_local(self, name: str, rate: limits.RateLimitItem, key: str, amount: int) -> Budget:
         metrics.LIMITER_FALLBACKS.inc()

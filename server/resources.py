@@ -24,12 +24,11 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from server import postgres, replicas
 from server.budget import within
 from server.errors import Unavailable
-from server.pipelines import Pipelines
+from server.pipelines import REDIS_SECONDS, Pipelines
 from server.replicas import Replicas
 from server.settings import Settings, StartError
 
 START_SECONDS = 3.0  # for each store at start: all three are named within 10 s
-REDIS_SECONDS = 1.0
 REDIS_CONNECTIONS = 50
 MONGO_SECONDS = 1.5
 MONGO_CONNECTIONS = 50

@@ -7,8 +7,9 @@ from redis.exceptions import RedisError, ResponseError
 
 from server.budget import budget
 from server.devstack.stack import Stack
-from server.pipelines import TOGETHER, Pipelines
+from server.pipelines import Pipelines
 from server.resources import redis_client
+from server.together import MOST_WAITING, TOGETHER, Together
 from tests.faults import Mode, Network
 
 
@@ -48,8 +49,11 @@ async def test_one_requests_budget_is_not_that_of_the_others_in_its_round_trip(s
         assert await pipelines.ask("ECHO", "connected") == b"connected"
         await network.stores["redis"].turn(Mode.SLOW)
         with budget(0.1):
-            answers = [pipelines.ask("ECHO", "first"), pipelines.ask("ECHO", "other")]
-            assert await asyncio.gather(*answers) == [b"first", b"other"]  # each has a patience of its own
+            first = pipelines.ask("ECHO", "first")
+        other = pipelines.ask("ECHO", "other")
+        with pytest.raises(TimeoutError):
+            await first
+        assert await other == b"other"
         await pipelines.close()
         await redis.aclose()
 
@@ -61,3 +65,42 @@ async def test_without_redis_all_are_told(unused_tcp_port: int) -> None:
     assert all(isinstance(answer, RedisError | OSError) for answer in answers)
     await pipelines.close()
     await redis.aclose()
+
+
+async def test_who_hears_nothing_for_long_is_told_and_a_crowd_that_is_served_is_not() -> None:
+    slow, mute = asyncio.Event(), asyncio.Event()
+
+    async def send(questions: list[str]) -> list[str]:
+        await (mute if "mute" in questions else slow).wait()
+        return questions
+
+    together: Together[str, str] = Together(send)
+    silent = together.ask("mute", seconds=10, silence=0.2)
+    with pytest.raises(TimeoutError):
+        await silent
+    late = together.ask("mute", seconds=0.5)
+    await asyncio.sleep(0)
+    patient = together.ask("slow", seconds=10, silence=0.4)
+    for _ in range(8):  # others are answered all the time
+        slow.set()
+        await together.ask("other", seconds=10, silence=0.4)
+        await asyncio.sleep(0.1)
+    assert await patient == "slow"
+    with pytest.raises(TimeoutError):
+        await late
+    await together.close()
+    left = together.ask("mute", seconds=10)
+    await together.close()
+    assert left.cancelled()
+
+
+async def test_more_than_can_wait_are_told_at_once() -> None:
+    async def send(questions: list[int]) -> list[int]:
+        return questions
+
+    together: Together[int, int] = Together(send)
+    answers = [together.ask(number, seconds=5) for number in range(MOST_WAITING + 1)]
+    with pytest.raises(TimeoutError):
+        await answers.pop()
+    assert await asyncio.gather(*answers) == list(range(MOST_WAITING))
+    await together.close()

@@ -73,8 +73,7 @@ class Blacklist:
         if self._missed or self._is_resting():
             return None
         try:
-            async with asyncio.timeout(ANSWER_SECONDS):
-                return await self._ask(_key(session), _key(token))
+            return await self._ask(_key(session), _key(token))
         except NoScriptError:
             await self._start_anew()
         except _AWAY:
@@ -88,7 +87,9 @@ class Blacklist:
             await self._start_anew()
 
     async def _ask(self, *keys: str) -> bool | None:
-        noted, remembers = await self._pipelines.ask("EVALSHA", self._ask_sha, 1 + len(keys), _SINCE, *keys)
+        noted, remembers = await self._pipelines.ask(
+            "EVALSHA", self._ask_sha, 1 + len(keys), _SINCE, *keys, seconds=ANSWER_SECONDS
+        )
         if noted:
             return True
         return False if remembers > self._seconds else None

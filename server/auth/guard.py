@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from server.auth import store
 from server.auth.sessions import Issuer
 from server.errors import Unauthenticated
-from server.postgres import Executor
+from server.postgres import Database
 from server.rest.keys import User
 
 
@@ -22,7 +22,7 @@ def identify(issuer: Issuer, token: str) -> User:
     return User(id=claims.user, session=claims.session, token=claims.token, expires_at=claims.expires_at)
 
 
-async def confirm(db: Executor, issuer: Issuer, user: User) -> None:
+async def confirm(db: Database, issuer: Issuer, user: User) -> None:
     """Returns where the session lives.
 
     Raises:
@@ -31,12 +31,12 @@ async def confirm(db: Executor, issuer: Issuer, user: User) -> None:
     """
     ended = await issuer.blacklist.ended(session=user.session, token=user.token)
     if ended is None:
-        ended = not await store.session_alive(db, session=user.session, user=user.id)
+        ended = await store.name_of_session(db, session=user.session, user=user.id) is None
     if ended:
         raise Unauthenticated("The session has ended")
 
 
-async def confirm_with_name(db: Executor, user: User) -> str:
+async def confirm_with_name(db: Database, user: User) -> str:
     """The user's name, for a socket, whose session lives as its row says.
 
     Raises:

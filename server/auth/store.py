@@ -6,7 +6,7 @@ from uuid import UUID
 
 from asyncpg import Record
 
-from server.postgres import Executor
+from server.postgres import Database, Executor
 
 SESSIONS_KEPT = 50  # living sessions of one user; the one unused longest gives way
 
@@ -35,11 +35,11 @@ async def user_by_email(db: Executor, *, email: str) -> Record | None:
     )
 
 
-async def user_by_id(db: Executor, *, user: UUID) -> Record | None:
-    return await db.fetchrow(
+async def user_by_id(db: Database, *, user: UUID) -> Record | None:
+    return await db.find(
         """
-        SELECT id, email, name, avatar_url, revision, created_at, updated_at, password_hash
-        FROM users WHERE id = $1
+        SELECT asked, id, email, name, avatar_url, revision, created_at, updated_at, password_hash
+        FROM unnest($1::uuid[]) WITH ORDINALITY AS keys (key, asked) JOIN users ON id = key
         """,
         user,
     )
@@ -242,30 +242,18 @@ async def end_session_of_token(db: Executor, *, hashes: list[bytes], user: UUID)
     return ended
 
 
-async def session_alive(db: Executor, *, session: UUID, user: UUID) -> bool:
-    return bool(
-        await db.fetchval(
-            """
-            SELECT true FROM sessions
-            WHERE id = $1 AND user_id = $2 AND ended_at IS NULL AND expires_at > now()
-            """,
-            session,
-            user,
-        )
-    )
-
-
-async def name_of_session(db: Executor, *, session: UUID, user: UUID) -> str | None:
+async def name_of_session(db: Database, *, session: UUID, user: UUID) -> str | None:
     """The user's name, or None where the session has ended."""
-    name: str | None = await db.fetchval(
+    found = await db.find(
         """
-        SELECT u.name FROM sessions s JOIN users u ON u.id = s.user_id
-        WHERE s.id = $1 AND s.user_id = $2 AND s.ended_at IS NULL AND s.expires_at > now()
+        SELECT asked, u.name FROM unnest($1::uuid[], $2::uuid[]) WITH ORDINALITY AS keys (session, owner, asked)
+        JOIN sessions s ON s.id = session AND s.user_id = owner AND s.ended_at IS NULL AND s.expires_at > now()
+        JOIN users u ON u.id = owner
         """,
         session,
         user,
     )
-    return name
+    return None if found is None else found["name"]
 
 
 async def end_session(db: Executor, *, user: UUID, session: UUID) -> bool:

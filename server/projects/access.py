@@ -6,16 +6,17 @@ thing exists for this user, which project it belongs to and what role they have 
 
 import asyncio
 import enum
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from uuid import UUID
 
 from aiohttp import web
+from asyncpg import Record
 
 from server.errors import Forbidden, NotFound, invalid
 from server.fields import parse_id
-from server.postgres import Executor
+from server.postgres import Database, Executor
 from server.realtime.connection import Connection
 from server.realtime.peers import Thing
 from server.realtime.table import Message
@@ -89,19 +90,23 @@ class Access:
             raise Forbidden(f"This needs the role {role.name}; yours is {self.role.name}")
 
 
-async def check(db: Executor, *, user: UUID, kind: Kind, id: UUID, role: Role) -> Access:
+async def check(db: Database, *, user: UUID, kind: Kind, id: UUID, role: Role) -> Access:
     """The access that this user has.
 
     Raises:
         NotFound: no such thing, or they are no member: which of the two is not revealed.
         Forbidden: they are a member without the needed role.
     """
-    row = await db.fetchrow(_ACCESS, user, kind.value, id)
+    row = await db.find(_ACCESS, user, kind.value, id)
     if row is None:
         raise NotFound(f"No such {kind.value}")
-    access = Access(project=row["project_id"], role=Role[row["role"]], revision=row["revision"])
+    access = _access(row)
     access.demand(role)
     return access
+
+
+def _access(row: Record) -> Access:
+    return Access(project=row["project_id"], role=Role[row["role"]], revision=row["revision"])
 
 
 def proof(access: Access) -> Proof:
@@ -115,14 +120,15 @@ def proof(access: Access) -> Proof:
 
 _AS_NEW = "SELECT true FROM projects WHERE id = $1 AND revision >= $2"
 _ACCESS = """
-SELECT m.project_id, m.role, p.revision
-FROM members m JOIN projects p ON p.id = m.project_id
-WHERE m.user_id = $1 AND m.project_id = CASE $2
-    WHEN 'project' THEN $3::uuid
-    WHEN 'workspace' THEN (SELECT project_id FROM workspaces WHERE id = $3)
+SELECT asked, m.project_id, m.role, p.revision
+FROM unnest($1::uuid[], $2::text[], $3::uuid[]) WITH ORDINALITY AS keys (person, kind, thing, asked)
+JOIN members m ON m.user_id = person AND m.project_id = CASE kind
+    WHEN 'project' THEN thing
+    WHEN 'workspace' THEN (SELECT w.project_id FROM workspaces w WHERE w.id = thing)
     WHEN 'document' THEN (
-        SELECT w.project_id FROM documents d JOIN workspaces w ON w.id = d.workspace_id WHERE d.id = $3)
+        SELECT w.project_id FROM documents d JOIN workspaces w ON w.id = d.workspace_id WHERE d.id = thing)
 END
+JOIN projects p ON p.id = m.project_id
 """
 
 
@@ -154,11 +160,15 @@ def _in_schemas(handler: Callable[..., Any]) -> Iterator[Kind]:
         yield from (kind for kind in Kind if kind.parameter in names)
 
 
-async def authorize(request: web.Request) -> None:
-    """Middleware's question: may this user use what the path names?"""
+def authorize(request: web.Request) -> Coroutine[Any, Any, None] | None:
+    """Middleware's question: may this user use what the path names? None where it names nothing."""
     requirement = requirement_of(request.match_info.handler)
     if requirement is None or requirement.of:
-        return
+        return None
+    return _authorize(request, requirement)
+
+
+async def _authorize(request: web.Request, requirement: Requirement) -> None:
     kind = next(kind for kind in Kind if kind.parameter in request.match_info)
     id = parse_id(request.match_info[kind.parameter])
     if id is None:
@@ -199,37 +209,20 @@ async def recheck(
     alive, rows = await asyncio.gather(
         db.fetch(_ALIVE, list(sessions)),
         db.fetch(
-            _STANDING,
+            _ACCESS,
             [user for user, _ in asked],
             [thing.kind for _, thing in asked],
             [thing.id for _, thing in asked],
         ),
     )
-    found = {
-        (row["user_id"], Thing(row["kind"], row["id"])): Access(
-            project=row["project_id"], role=Role[row["role"]], revision=row["revision"]
-        )
-        for row in rows
-    }
-    return {row["id"] for row in alive}, found
+    return {row["id"] for row in alive}, {asked[row["asked"] - 1]: _access(row) for row in rows}
 
 
 _ALIVE = "SELECT id FROM sessions WHERE id = ANY ($1::uuid[]) AND ended_at IS NULL AND expires_at > now()"
-_STANDING = """
-SELECT asked.user_id, asked.kind, asked.id, m.project_id, m.role, p.revision
-FROM unnest($1::uuid[], $2::text[], $3::uuid[]) AS asked (user_id, kind, id)
-JOIN members m ON m.user_id = asked.user_id AND m.project_id = CASE asked.kind
-    WHEN 'project' THEN asked.id
-    WHEN 'workspace' THEN (SELECT project_id FROM workspaces WHERE workspaces.id = asked.id)
-    WHEN 'document' THEN (
-        SELECT w.project_id FROM documents d JOIN workspaces w ON w.id = d.workspace_id WHERE d.id = asked.id)
-END
-JOIN projects p ON p.id = m.project_id
-"""
 
 
 async def check_named(
-    db: Executor, requirement: Requirement, *, user: UUID, values: Mapping[str, Any]
+    db: Database, requirement: Requirement, *, user: UUID, values: Mapping[str, Any]
 ) -> Access | None:
     """The access to what ``values`` (a validated body, query or message) name; None where they name nothing.
 

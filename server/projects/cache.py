@@ -4,7 +4,6 @@ The key holds the revision, which the access query returns: what is found can ne
 nothing needs to be invalidated. Without Redis everything is read from PostgreSQL.
 """
 
-import asyncio
 from uuid import UUID
 
 from redis.exceptions import RedisError
@@ -18,8 +17,7 @@ PATIENCE_SECONDS = 0.2  # a cache that takes longer is none
 
 async def find(redis: Pipelines, *, project: UUID, revision: int, role: str) -> bytes | None:
     try:
-        async with asyncio.timeout(PATIENCE_SECONDS):
-            found: bytes | None = await redis.ask("GET", _key(project, revision, role))
+        found: bytes | None = await redis.ask("GET", _key(project, revision, role), seconds=PATIENCE_SECONDS)
     except (RedisError, OSError, TimeoutError):
         found = None
     metrics.PROJECT_CACHE.labels("miss" if found is None else "hit").inc()
@@ -28,8 +26,8 @@ async def find(redis: Pipelines, *, project: UUID, revision: int, role: str) -> 
 
 async def keep(redis: Pipelines, body: bytes, *, project: UUID, revision: int, role: str) -> None:
     try:
-        async with asyncio.timeout(PATIENCE_SECONDS):
-            await redis.ask("SET", _key(project, revision, role), body, "EX", KEPT_SECONDS)
+        key = _key(project, revision, role)
+        await redis.ask("SET", key, body, "EX", KEPT_SECONDS, seconds=PATIENCE_SECONDS)
     except (RedisError, OSError, TimeoutError):
         return
 

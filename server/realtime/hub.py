@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 
 from server import loop
 from server.errors import Conflict, Unavailable
-from server.postgres import Executor
+from server.postgres import Database
 from server.realtime.channels import CONTROL, DROPPABLE, Channels, event_body, event_frame, user_channel
 from server.realtime.connection import CLOSE_SECONDS, Connection
 from server.realtime.cursors import Cursors
@@ -52,7 +52,7 @@ class Realtime:
         settings: Settings,
         messages: Mapping[str, Message],
         *,
-        db: Executor,
+        db: Database,
         redis: Redis,
         blocking_redis: Redis,
         channels: Channels,

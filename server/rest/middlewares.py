@@ -7,15 +7,18 @@ route needs a signed-in user, and a route with an id of ours in its path needs a
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import ip_address
+from secrets import token_hex
 from typing import Any
-from uuid import uuid4
 
 import structlog
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
+from multidict import istr
+from prometheus_client import Histogram
 
 from server import errors, fields, json, metrics, tracing
 from server.budget import budget, uncounted
@@ -32,12 +35,15 @@ SWITCHED = 101
 STORES_SECONDS = 1.6  # every answer within 2 s of the body
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Resource-Policy": "cross-origin",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-    "Cache-Control": "private, no-cache",
+    istr(name): value
+    for name, value in {
+        "X-Content-Type-Options": "nosniff",
+        "X-Frame-Options": "DENY",
+        "Referrer-Policy": "no-referrer",
+        "Cross-Origin-Resource-Policy": "cross-origin",
+        "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+        "Cache-Control": "private, no-cache",
+    }.items()
 }
 
 
@@ -47,10 +53,10 @@ class Admission:
 
     identify: Callable[[web.Request], User | None]
     """The user of the request's token, by the token alone. Raises Unauthenticated."""
-    confirm: Callable[[User], Awaitable[None]]
+    confirm: Callable[[User], Coroutine[Any, Any, None]]
     """Returns where that user's session lives. Raises Unauthenticated or Unavailable."""
-    authorize: Callable[[web.Request], Awaitable[None]]
-    """Checks the role for what the path names. Raises NotFound, Forbidden or Unavailable."""
+    authorize: Callable[[web.Request], Coroutine[Any, Any, None] | None]
+    """Checks the role for what the path names; None where it names nothing. Raises NotFound, Forbidden, Unavailable."""
     authorize_named: Callable[[web.Request], Awaitable[None]]
     """The same for what the body or the query names."""
     limiter: RateLimiter
@@ -152,11 +158,10 @@ def admit(admission: Admission) -> Middleware:
             request[USER] = user
         name = limit_of(target)
         who = payer(name, user=user and user.id, client=request[CLIENT]) if name else ""
-        session, budget, access = await asyncio.gather(
-            admission.confirm(user) if user else _nothing(),
-            admission.limiter.hit(name, who) if name else _nothing(),
-            admission.authorize(request) if user else _nothing(),
-            return_exceptions=True,
+        session, budget, access = await _outcomes(
+            admission.confirm(user) if user else None,
+            admission.limiter.hit(name, who) if name and admission.limiter.counts(name) else None,
+            admission.authorize(request) if user else None,
         )
         if isinstance(budget, BaseException):
             raise budget
@@ -255,7 +260,7 @@ def _is_trusted(hop: str, trusted: Sequence[Network]) -> bool:
 
 def _request_id(request: web.Request) -> str:
     given = request.headers.get("X-Request-Id", "")
-    return given if _SANE_ID.fullmatch(given) else uuid4().hex
+    return given if _SANE_ID.fullmatch(given) else token_hex(16)
 
 
 def _route(request: web.Request) -> str:
@@ -264,9 +269,14 @@ def _route(request: web.Request) -> str:
     return resource.canonical if resource else "unmatched"
 
 
+@lru_cache(4096)
+def _latency(method: str, route: str, status: int) -> Histogram:
+    return metrics.REQUESTS.labels(method, route, str(status))
+
+
 def _record(request: web.Request, status: int, seconds: float) -> None:
     if status != SWITCHED:  # how long a socket lived is no latency
-        metrics.REQUESTS.labels(request.method, _route(request), str(status)).observe(seconds)
+        _latency(request.method, _route(request), status).observe(seconds)
     user = request.get(USER)
     log.info(
         "request",
@@ -290,8 +300,19 @@ def _identified(admission: Admission, request: web.Request, *, public: bool) -> 
     return user or Unauthenticated("Sign in: send Authorization: Bearer <access token>")
 
 
-async def _nothing() -> None:
-    return None
+async def _outcomes(*questions: Coroutine[Any, Any, Any] | None) -> list[Any]:
+    """What each comes to, be it an exception; None where there is no question. Asked at once, and a single one without
+    the price of a task."""
+    asked = [each for each in questions if each is not None]
+    if len(asked) == 1:
+        try:
+            outcomes = [await asked[0]]
+        except Exception as refusal:  # noqa: BLE001 - as gather does
+            outcomes = [refusal]
+    else:
+        outcomes = await asyncio.gather(*asked, return_exceptions=True)
+    told = iter(outcomes)
+    return [None if each is None else next(told) for each in questions]
 
 
 async def _json_body(request: web.Request) -> Any:

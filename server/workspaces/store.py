@@ -5,7 +5,7 @@ from uuid import UUID
 
 from asyncpg import Record
 
-from server.postgres import Executor
+from server.postgres import Database, Executor
 
 
 async def create_workspace(
@@ -31,8 +31,14 @@ async def create_workspace(
     return row
 
 
-async def read_workspace(db: Executor, *, workspace: UUID) -> Record | None:
-    return await db.fetchrow("SELECT * FROM workspaces WHERE id = $1", workspace)
+async def read_workspace(db: Database, *, workspace: UUID) -> Record | None:
+    return await db.find(
+        """
+        SELECT asked, w.* FROM unnest($1::uuid[]) WITH ORDINALITY AS keys (key, asked)
+        JOIN workspaces w ON w.id = key
+        """,
+        workspace,
+    )
 
 
 async def list_workspaces(
