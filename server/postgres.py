@@ -12,12 +12,13 @@ import orjson
 from server import json
 from server.budget import within
 from server.errors import NotFound, Unavailable
-from server.together import Together
+from server.together import Send, Together
 
 POOL_SIZE = 20
 CONNECT_SECONDS = 3.0
 STATEMENT_SECONDS = 1.5  # every answer within 2 s, also when the server hangs
 T = TypeVar("T")
+Search = tuple[str, tuple[Any, ...]]  # a statement and a key
 
 
 class Executor(Protocol):
@@ -39,7 +40,7 @@ class Database:
     def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]") -> None:
         self.pool = pool
         self._given_back: set[asyncio.Task[None]] = set()
-        self._finders: dict[str, Together[tuple[Any, ...], asyncpg.Record | None]] = {}
+        self._finder: Together[Search, asyncpg.Record | None] = Together(self._finding)
 
     async def fetch(self, query: str, *args: Any) -> list[asyncpg.Record]:
         return await self._run(lambda connection: connection.fetch(query, *args))
@@ -59,11 +60,8 @@ class Database:
         The statement takes an array for each part of the key (``unnest($1::uuid[]) WITH ORDINALITY``), and each of
         its rows says by ``asked`` which key it belongs to, the first is 1. It is for reads that every request makes.
         """
-        finder = self._finders.get(query)
-        if finder is None:
-            finder = self._finders[query] = Together(functools.partial(self._find, query))
         with unavailable():
-            return await finder.ask(key, seconds=within(STATEMENT_SECONDS))
+            return await self._finder.ask((query, key), seconds=within(STATEMENT_SECONDS))
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Executor]:
@@ -84,8 +82,7 @@ class Database:
         await self.fetchval("SELECT 1")
 
     async def close(self) -> None:
-        for finder in self._finders.values():
-            await finder.close()
+        await self._finder.close()
         for task in self._given_back:
             task.cancel()
         try:
@@ -106,11 +103,13 @@ class Database:
                 await self.pool.release(connection)
                 return result
 
-    async def _find(self, query: str, keys: list[tuple[Any, ...]]) -> list[asyncpg.Record | None]:
-        found: list[asyncpg.Record | None] = [None] * len(keys)
-        for row in await self.fetch(query, *(list(part) for part in zip(*keys, strict=True))):
-            found[row["asked"] - 1] = row
-        return found
+    @asynccontextmanager
+    async def _finding(self) -> AsyncIterator[Send[Search, asyncpg.Record | None]]:
+        connection = await self.pool.acquire(timeout=STATEMENT_SECONDS)
+        try:
+            yield functools.partial(_find, connection)
+        finally:
+            self._give_back(connection)
 
     def _give_back(self, connection: Any) -> None:
         task = asyncio.ensure_future(self.pool.release(connection))
@@ -121,6 +120,19 @@ class Database:
         self._given_back.discard(task)
         if not task.cancelled():
             task.exception()  # seen: the caller was told already
+
+
+async def _find(connection: Any, searches: list[Search]) -> list[asyncpg.Record | None]:
+    found: list[asyncpg.Record | None] = [None] * len(searches)
+    places: dict[str, list[int]] = {}
+    for place, (query, _) in enumerate(searches):
+        places.setdefault(query, []).append(place)
+    async with asyncio.timeout(STATEMENT_SECONDS):
+        for query, asked in places.items():
+            keys = (searches[place][1] for place in asked)
+            for row in await connection.fetch(query, *map(list, zip(*keys, strict=True))):
+                found[asked[row["asked"] - 1]] = row
+    return found
 
 
 class unavailable:  # noqa: N801 - reads as a statement: with unavailable():

@@ -7,6 +7,7 @@ while other round trips are under way, goes together.
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from contextvars import Context
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -27,13 +28,15 @@ class _Patience:
     since: int  # the number of the look before
 
 
-class Together(Generic[Q, A]):
-    def __init__(self, send: Callable[[list[Q]], Awaitable[Sequence[A | BaseException]]]) -> None:
-        """``send`` takes questions to the store, within a time of its own, and returns an answer or an error to each.
+Send = Callable[[list[Q]], Awaitable[Sequence[A | BaseException]]]
+"""Takes questions to the store, within a time of its own, and returns an answer or an error to each. What it raises is
+the answer to all of them."""
 
-        What it raises is the answer to all of them.
-        """
-        self._send = send
+
+class Together(Generic[Q, A]):
+    def __init__(self, connect: Callable[[], AbstractAsyncContextManager[Send[Q, A]]]) -> None:
+        """``connect`` is entered for one round trip after the other, until nobody waits or one fails."""
+        self._connect = connect
         self._waiting: list[tuple[Q, asyncio.Future[A]]] = []
         self._under_way: set[asyncio.Task[None]] = set()
         self._starting = False
@@ -73,28 +76,35 @@ class Together(Generic[Q, A]):
 
     def _start(self) -> None:
         self._starting = False
-        # Who gave up in the meantime is not asked for any more.
-        self._waiting = [waiting for waiting in self._waiting if not waiting[1].done()]
-        while self._waiting and len(self._under_way) < ROUND_TRIPS:
-            batch, self._waiting = self._waiting[:TOGETHER], self._waiting[TOGETHER:]
+        for _ in range(min(len(self._waiting), ROUND_TRIPS - len(self._under_way))):
             # Without the context of whoever asked first: the others would wait under that one's budget.
-            task = asyncio.get_running_loop().create_task(self._take(batch), context=Context())
+            task = asyncio.get_running_loop().create_task(self._serve(), context=Context())
             self._under_way.add(task)
             task.add_done_callback(self._ended)
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
         self._under_way.discard(task)
-        if not task.cancelled():
+        if not task.cancelled() and self._waiting:
             self._start()
 
-    async def _take(self, batch: "list[tuple[Q, asyncio.Future[A]]]") -> None:
-        found: Sequence[A | BaseException]
+    async def _serve(self) -> None:
+        batch: list[tuple[Q, asyncio.Future[A]]] = []
         try:
-            found = await self._send([question for question, _ in batch])
+            async with self._connect() as send:
+                while batch := self._next():
+                    self._answer(batch, await send([question for question, _ in batch]))
+                    self._silent_looks = 0
         except Exception as error:  # noqa: BLE001 - it is theirs who asked
-            found = [error] * len(batch)
-        else:
-            self._silent_looks = 0
+            batch = batch or self._next()
+            self._answer(batch, [error] * len(batch))
+
+    def _next(self) -> list[tuple[Q, "asyncio.Future[A]"]]:
+        # Who gave up in the meantime is not asked for any more.
+        waiting = [each for each in self._waiting if not each[1].done()]
+        batch, self._waiting = waiting[:TOGETHER], waiting[TOGETHER:]
+        return batch
+
+    def _answer(self, batch: list[tuple[Q, "asyncio.Future[A]"]], found: Sequence[A | BaseException]) -> None:
         for (_, answer), value in zip(batch, found, strict=True):
             self._open.pop(answer, None)
             if answer.done():

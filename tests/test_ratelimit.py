@@ -189,7 +189,8 @@ def test_of_ipv6_the_network_pays(one: str, other: str, same: bool) -> None:
 
 async def test_while_redis_is_away_each_process_counts_for_itself(unused_tcp_port: int) -> None:
     redis = redis_client(f"redis://127.0.0.1:{unused_tcp_port}")
-    limiter = RateLimiter(Pipelines(redis), rates={"auth": TEN})
+    pipelines = Pipelines(redis)
+    limiter = RateLimiter(pipelines, rates={"auth": TEN})
     before = fallbacks()
     try:
         budgets = [await limiter.hit("auth", "somebody") for _ in range(12)]
@@ -198,6 +199,7 @@ async def test_while_redis_is_away_each_process_counts_for_itself(unused_tcp_por
         assert all(WINDOW - 1 <= budget.reset <= WINDOW for budget in budgets if budget)
         assert fallbacks() == before + 12
     finally:
+        await pipelines.close()
         await redis.aclose()
 
 
@@ -233,7 +235,8 @@ async def test_a_redis_that_does_not_answer_costs_half_a_second_once(settings: S
 
     silent = await asyncio.start_server(swallow, "127.0.0.1", 0)
     redis = redis_client(f"redis://127.0.0.1:{silent.sockets[0].getsockname()[1]}")
-    limiter = RateLimiter(Pipelines(redis), rates={"auth": TEN})
+    pipelines = Pipelines(redis)
+    limiter = RateLimiter(pipelines, rates={"auth": TEN})
     try:
         began = time.monotonic()
         budgets = await asyncio.gather(*(limiter.hit("auth", "somebody") for _ in range(300)))
@@ -243,6 +246,7 @@ async def test_a_redis_that_does_not_answer_costs_half_a_second_once(settings: S
         await limiter.hit("auth", "somebody")
         assert time.monotonic() - began < 0.4
     finally:
+        await pipelines.close()
         await redis.aclose()
         silent.close()
 
