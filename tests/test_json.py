@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
@@ -85,3 +86,18 @@ def test_a_refusal_is_quick_and_short(body: str) -> None:
     assert time.thread_time() - began < QUICK_SECONDS
     error: ServiceError = refused.value
     assert len(error.details) <= fields.MOST_PROBLEMS
+
+
+@pytest.mark.parametrize(
+    ("moment", "shown"),
+    [
+        (datetime(2026, 1, 2, 3, 4, 5, 678999, UTC), "2026-01-02T03:04:05.678Z"),
+        (datetime(2026, 1, 2, 3, 4, 5, 0, UTC), "2026-01-02T03:04:05.000Z"),
+        (datetime(2026, 1, 2, 3, 4, 5, 999, UTC), "2026-01-02T03:04:05.000Z"),
+        (datetime(2026, 1, 2, 3, 4, 5, 7000, timezone(timedelta(hours=2))), "2026-01-02T01:04:05.007Z"),
+        (datetime(1, 1, 1, tzinfo=UTC), "0001-01-01T00:00:00.000Z"),
+    ],
+)
+def test_times_are_utc_with_milliseconds(moment: datetime, shown: str) -> None:
+    assert json.timestamp(moment) == shown
+    assert json.dumps([moment]) == f'["{shown}"]'.encode()

@@ -13,8 +13,11 @@ from server import migrations
 from server.devstack.stores import package
 
 ROOT = Path(__file__).parent.parent
-CALLS = {"fetch", "fetchrow", "fetchval", "execute"}
-STORES = [*sorted((ROOT / "server").glob("*/store.py")), ROOT / "server/projects/access.py"]
+CALLS = {"fetch", "fetchrow", "fetchval", "execute", "find"}
+STORES = [
+    ROOT / f"server/{name}.py" for name in ("auth/store", "projects/store", "workspaces/store", "documents/store")
+]
+STORES.append(ROOT / "server/projects/access.py")
 
 
 def queries(path: Path) -> Iterator[tuple[int, ast.expr]]:

@@ -38,8 +38,10 @@ async def user_by_email(db: Executor, *, email: str) -> Record | None:
 async def user_by_id(db: Database, *, user: UUID) -> Record | None:
     return await db.find(
         """
-        SELECT asked, id, email, name, avatar_url, revision, created_at, updated_at, password_hash
-        FROM unnest($1::uuid[]) WITH ORDINALITY AS keys (key, asked) JOIN users ON id = key
+        SELECT asked, found.* FROM unnest($1::uuid[]) WITH ORDINALITY AS keys (key, asked), LATERAL (
+            SELECT id, email, name, avatar_url, revision, created_at, updated_at, password_hash
+            FROM users WHERE id = key LIMIT 1
+        ) AS found
         """,
         user,
     )
@@ -246,9 +248,11 @@ async def name_of_session(db: Database, *, session: UUID, user: UUID) -> str | N
     """The user's name, or None where the session has ended."""
     found = await db.find(
         """
-        SELECT asked, u.name FROM unnest($1::uuid[], $2::uuid[]) WITH ORDINALITY AS keys (session, owner, asked)
-        JOIN sessions s ON s.id = session AND s.user_id = owner AND s.ended_at IS NULL AND s.expires_at > now()
-        JOIN users u ON u.id = owner
+        SELECT asked, found.name FROM unnest($1::uuid[], $2::uuid[]) WITH ORDINALITY AS keys (session, owner, asked),
+        LATERAL (
+            SELECT (SELECT name FROM users WHERE id = owner) AS name FROM sessions s
+            WHERE s.id = session AND s.user_id = owner AND s.ended_at IS NULL AND s.expires_at > now() LIMIT 1
+        ) AS found
         """,
         session,
         user,

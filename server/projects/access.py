@@ -119,16 +119,20 @@ def proof(access: Access) -> Proof:
 
 
 _AS_NEW = "SELECT true FROM projects WHERE id = $1 AND revision >= $2"
+# One index lookup a key, by LIMIT: else a plan made while the tables were small would read them whole ever after.
 _ACCESS = """
-SELECT asked, m.project_id, m.role, p.revision
-FROM unnest($1::uuid[], $2::text[], $3::uuid[]) WITH ORDINALITY AS keys (person, kind, thing, asked)
-JOIN members m ON m.user_id = person AND m.project_id = CASE kind
-    WHEN 'project' THEN thing
-    WHEN 'workspace' THEN (SELECT w.project_id FROM workspaces w WHERE w.id = thing)
-    WHEN 'document' THEN (
-        SELECT w.project_id FROM documents d JOIN workspaces w ON w.id = d.workspace_id WHERE d.id = thing)
-END
-JOIN projects p ON p.id = m.project_id
+SELECT asked, found.*
+FROM unnest($1::uuid[], $2::text[], $3::uuid[]) WITH ORDINALITY AS keys (person, kind, thing, asked),
+LATERAL (
+    SELECT m.project_id, m.role, (SELECT revision FROM projects p WHERE p.id = m.project_id) AS revision
+    FROM members m WHERE m.user_id = person AND m.project_id = CASE kind
+        WHEN 'project' THEN thing
+        WHEN 'workspace' THEN (SELECT w.project_id FROM workspaces w WHERE w.id = thing)
+        WHEN 'document' THEN (
+            SELECT (SELECT w.project_id FROM workspaces w WHERE w.id = d.workspace_id)
+            FROM documents d WHERE d.id = thing)
+    END LIMIT 1
+) AS found
 """
 
 

@@ -50,9 +50,9 @@ async def read_project_with_members(db: Executor, *, project: UUID, most: int) -
                 SELECT id, project_id, name, description, meta, created_at, updated_at FROM workspaces
                 WHERE project_id = p.id ORDER BY created_at, id LIMIT $2) w) AS workspaces,
             (SELECT COALESCE(jsonb_agg(c ORDER BY c.joined_at, c.id), '[]') FROM (
-                SELECT m.id, m.role, m.joined_at, person(u) AS "user"
-                FROM members m JOIN users u ON u.id = m.user_id
-                WHERE m.project_id = p.id ORDER BY m.joined_at, m.id LIMIT $2) c) AS collaborators
+                SELECT m.id, m.role, m.joined_at,
+                       (SELECT person(u) FROM users u WHERE u.id = m.user_id) AS "user"
+                FROM members m WHERE m.project_id = p.id ORDER BY m.joined_at, m.id LIMIT $2) c) AS collaborators
         FROM projects p JOIN project_details d ON d.project_id = p.id WHERE p.id = $1
         """,
         project,
@@ -79,7 +79,7 @@ async def list_projects(
                 WHEN 'name' THEN lower(p.name)
                 WHEN 'createdAt' THEN to_char(p.created_at, 'YYYY-MM-DD"T"HH24:MI:SS.US')
                 ELSE to_char(p.updated_at, 'YYYY-MM-DD"T"HH24:MI:SS.US') END COLLATE "C" AS key
-            FROM members m JOIN projects p ON p.id = m.project_id
+            FROM members m, LATERAL (SELECT * FROM projects WHERE id = m.project_id LIMIT 1) p
             WHERE m.user_id = $1
               AND ($2::text IS NULL OR (m.role = 'OWNER') = ($2 = 'owned'))
               AND ($3::text IS NULL OR strpos(lower(p.name), lower($3)) > 0
@@ -91,7 +91,8 @@ async def list_projects(
             ORDER BY CASE WHEN $5 THEN key END DESC, CASE WHEN $5 THEN id END DESC, key, id
             LIMIT $6 + 1
         )
-        SELECT shown.*, d.owner, d.counts FROM shown JOIN project_details d ON d.project_id = shown.id
+        SELECT shown.*, d.owner, d.counts
+        FROM shown, LATERAL (SELECT * FROM project_details WHERE project_id = shown.id LIMIT 1) d
         ORDER BY CASE WHEN $5 THEN key END DESC, CASE WHEN $5 THEN shown.id END DESC, key, shown.id
         """,
         user,

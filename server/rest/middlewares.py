@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import ip_address
-from secrets import token_hex
+from random import getrandbits
 from typing import Any
 
 import structlog
@@ -260,7 +260,8 @@ def _is_trusted(hop: str, trusted: Sequence[Network]) -> bool:
 
 def _request_id(request: web.Request) -> str:
     given = request.headers.get("X-Request-Id", "")
-    return given if _SANE_ID.fullmatch(given) else token_hex(16)
+    # Unique is enough, nobody gains by guessing it.
+    return given if given and _SANE_ID.fullmatch(given) else f"{getrandbits(128):032x}"
 
 
 def _route(request: web.Request) -> str:
@@ -301,18 +302,25 @@ def _identified(admission: Admission, request: web.Request, *, public: bool) -> 
 
 
 async def _outcomes(*questions: Coroutine[Any, Any, Any] | None) -> list[Any]:
-    """What each comes to, be it an exception; None where there is no question. Asked at once, and a single one without
-    the price of a task."""
+    """What each comes to, be it an exception; None where there is no question.
+
+    Asked at once, the first one without a task of its own: that would cost as much as the question.
+    """
     asked = [each for each in questions if each is not None]
-    if len(asked) == 1:
-        try:
-            outcomes = [await asked[0]]
-        except Exception as refusal:  # noqa: BLE001 - as gather does
-            outcomes = [refusal]
-    else:
-        outcomes = await asyncio.gather(*asked, return_exceptions=True)
-    told = iter(outcomes)
-    return [None if each is None else next(told) for each in questions]
+    beside = [asyncio.ensure_future(each) for each in asked[1:]]
+    try:
+        outcomes = iter([await _outcome(each) for each in (*asked[:1], *beside)])
+    finally:
+        for task in beside:
+            task.cancel()
+    return [None if each is None else next(outcomes) for each in questions]
+
+
+async def _outcome(question: Awaitable[Any]) -> Any:
+    try:
+        return await question
+    except Exception as refusal:  # noqa: BLE001 - as gather does
+        return refusal
 
 
 async def _json_body(request: web.Request) -> Any:

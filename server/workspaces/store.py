@@ -34,8 +34,8 @@ async def create_workspace(
 async def read_workspace(db: Database, *, workspace: UUID) -> Record | None:
     return await db.find(
         """
-        SELECT asked, w.* FROM unnest($1::uuid[]) WITH ORDINALITY AS keys (key, asked)
-        JOIN workspaces w ON w.id = key
+        SELECT asked, found.* FROM unnest($1::uuid[]) WITH ORDINALITY AS keys (key, asked),
+        LATERAL (SELECT * FROM workspaces WHERE id = key LIMIT 1) AS found
         """,
         workspace,
     )
