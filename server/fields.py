@@ -65,11 +65,11 @@ def _shower(field: fields.Field[Any]) -> Callable[[Any], Any] | None:
     if isinstance(field, fields.List):
         show = _shower(field.inner)
         return None if show is None else lambda values: list(map(show, values))
-    if isinstance(field, Id):
+    if isinstance(field, Id | fields.String):
         return str
     if type(field) is fields.Integer:
         return int
-    if isinstance(field, fields.String | fields.Dict | fields.Boolean) or type(field) is fields.Raw:
+    if isinstance(field, fields.Dict | fields.Boolean) or type(field) is fields.Raw:
         return None
     return lambda value: field._serialize(value, None, None)
 

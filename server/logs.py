@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import MutableMapping
+from datetime import UTC, datetime
 from typing import Any
 
 import orjson
@@ -15,13 +16,8 @@ from server.settings import Settings
 def configure(settings: Settings) -> None:
     """Once, at the start of a process. Libraries' own logs go the same way, from warning up."""
     level = getattr(logging, settings.log_level.upper())
-    shared: list[Any] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
     structlog.configure(
-        processors=[*shared, _without_empty, *_renderers(settings.log_format)],
+        processors=[_complete, *_renderers(settings.log_format)],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=_writers(settings.log_format),
         cache_logger_on_first_use=True,
@@ -29,7 +25,7 @@ def configure(settings: Settings) -> None:
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
+            foreign_pre_chain=[_complete],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 *_renderers(settings.log_format),
@@ -74,5 +70,9 @@ def _decoded(_: Any, __: str, line: Any) -> str:
     return line.decode() if isinstance(line, bytes) else str(line)
 
 
-def _without_empty(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    return {key: value for key, value in event.items() if value is not None}
+def _complete(_: Any, level: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """What every line tells besides; nothing of what is not known. One step: four took as long as the writing."""
+    line: MutableMapping[str, Any] = structlog.contextvars.get_contextvars()
+    line.update({key: value for key, value in event.items() if value is not None})
+    line["level"], line["timestamp"] = level, f"{datetime.now(UTC).isoformat(timespec='microseconds')[:-6]}Z"
+    return line

@@ -6,6 +6,7 @@ while other round trips are under way, goes together.
 
 import asyncio
 import math
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from contextvars import Context
@@ -34,10 +35,20 @@ the answer to all of them."""
 
 
 class Together(Generic[Q, A]):
-    def __init__(self, connect: Callable[[], AbstractAsyncContextManager[Send[Q, A]]]) -> None:
-        """``connect`` is entered for one round trip after the other, until nobody waits or one fails."""
+    def __init__(
+        self,
+        connect: Callable[[], AbstractAsyncContextManager[Send[Q, A]]],
+        *,
+        round_trips: int = ROUND_TRIPS,
+        together: int = TOGETHER,
+    ) -> None:
+        """``connect`` is entered for one round trip after the other, until nobody waits or one fails.
+
+        At most ``round_trips`` are under way at once, each with so many questions ``together``.
+        """
         self._connect = connect
-        self._waiting: list[tuple[Q, asyncio.Future[A]]] = []
+        self._round_trips, self._together = round_trips, together
+        self._waiting: deque[tuple[Q, asyncio.Future[A]]] = deque()
         self._under_way: set[asyncio.Task[None]] = set()
         self._starting = False
         self._open: dict[asyncio.Future[A], _Patience] = {}
@@ -76,7 +87,7 @@ class Together(Generic[Q, A]):
 
     def _start(self) -> None:
         self._starting = False
-        for _ in range(min(len(self._waiting), ROUND_TRIPS - len(self._under_way))):
+        for _ in range(min(len(self._waiting), self._round_trips - len(self._under_way))):
             # Without the context of whoever asked first: the others would wait under that one's budget.
             task = asyncio.get_running_loop().create_task(self._serve(), context=Context())
             self._under_way.add(task)
@@ -99,9 +110,11 @@ class Together(Generic[Q, A]):
             self._answer(batch, [error] * len(batch))
 
     def _next(self) -> list[tuple[Q, "asyncio.Future[A]"]]:
-        # Who gave up in the meantime is not asked for any more.
-        waiting = [each for each in self._waiting if not each[1].done()]
-        batch, self._waiting = waiting[:TOGETHER], waiting[TOGETHER:]
+        batch: list[tuple[Q, asyncio.Future[A]]] = []
+        while self._waiting and len(batch) < self._together:
+            each = self._waiting.popleft()
+            if not each[1].done():  # who gave up in the meantime is not asked for any more
+                batch.append(each)
         return batch
 
     def _answer(self, batch: list[tuple[Q, "asyncio.Future[A]"]], found: Sequence[A | BaseException]) -> None:

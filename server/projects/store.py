@@ -75,7 +75,7 @@ async def list_projects(
     return await db.fetch(
         """
         WITH mine AS (
-            SELECT p.*, m.role, CASE $4
+            SELECT p.id, p.name, p.description, p.settings, p.created_at, p.updated_at, m.role, CASE $4
                 WHEN 'name' THEN lower(p.name)
                 WHEN 'createdAt' THEN to_char(p.created_at, 'YYYY-MM-DD"T"HH24:MI:SS.US')
                 ELSE to_char(p.updated_at, 'YYYY-MM-DD"T"HH24:MI:SS.US') END COLLATE "C" AS key

@@ -343,6 +343,8 @@ async def read_body(request: web.Request) -> bytes:
         TooLarge, BadRequest: it is larger, or slower, or not encoded as it says.
     """
     try:
+        if request.content.is_eof():  # it came with the head
+            return await request.read()
         with uncounted():
             async with asyncio.timeout(BODY_SECONDS):
                 return await request.read()
