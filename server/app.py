@@ -25,6 +25,7 @@ from server.documents import handlers as documents
 from server.documents.messages import messages as document_messages
 from server.documents.rooms import ROOMS, Rooms
 from server.documents.yjs import yjs
+from server.ending import KEEPALIVE_SECONDS
 from server.jobs import collections, dashboard
 from server.jobs import handlers as jobs
 from server.jobs.announcements import Announcements
@@ -59,9 +60,7 @@ log = structlog.get_logger()
 
 BODY_BYTES = 1 << 20
 BACKLOG = 1024
-CLOSE_SECONDS = 10.0
 LINGER_SECONDS = 0.3  # for the requests of connections that have just come: aiohttp would close these unheard
-KEEPALIVE_SECONDS = 12.0  # also what a client may take for its headers: aiohttp knows no other limit
 API: tuple[Iterable[web.AbstractRouteDef], ...] = (
     auth.routes,
     projects.routes,
@@ -327,11 +326,6 @@ async def linger(runner: web.AppRunner, *, replaced: bool) -> None:
         if not runner.server.connections:
             return
         await asyncio.sleep(LINGER_SECONDS)
-
-
-def stop_seconds(settings: Settings) -> float:
-    """What ``serve`` needs at most to stop: sockets or idle connections, then requests, then the stores."""
-    return max(settings.drain_seconds, KEEPALIVE_SECONDS) + settings.drain_seconds + CLOSE_SECONDS
 
 
 async def send_away(draining: ops.Draining, _: web.Request, response: web.StreamResponse) -> None:

@@ -5,16 +5,18 @@ Each imports what it needs by itself: a worker has no use for the web, --help fo
 
 import argparse
 import asyncio
+import gc
 import sys
 from collections.abc import Callable
 
-from server import logs, settings
+from server import ending, logs, settings
 from server.settings import StartError
 
 MOST_PROCESSES = 256
 
 
 def main() -> None:
+    gc.disable()  # until all is imported: of that nothing is garbage, and to find so takes a tenth of the start
     arguments = _parser().parse_args()
     try:
         sys.exit(arguments.run(arguments))
@@ -25,34 +27,40 @@ def main() -> None:
 
 
 def serve(arguments: argparse.Namespace) -> int:
-    from server import app
-    from server.supervisor import supervise
-
     loaded = settings.load()
     logs.configure(loaded)
-    _refuse_pending(loaded.database_url)
+    if arguments.listener is None:  # else the supervisor has looked
+        _refuse_pending(loaded.database_url)
     if arguments.processes is not None:
-        address, patience = (loaded.host, loaded.port), app.stop_seconds(loaded)
+        from server.supervisor import supervise
+
+        gc.enable()
+        address, patience = (loaded.host, loaded.port), ending.server_seconds(loaded)
         return asyncio.run(supervise(["server"], processes=arguments.processes, patience=patience, address=address))
+    from server import app
+
     app.run(loaded, listener=arguments.listener, ready=arguments.ready)
     return 0
 
 
 def work(arguments: argparse.Namespace) -> int:
-    from server import worker
-    from server.supervisor import supervise
-
     loaded = settings.load()
     logs.configure(loaded)
     if arguments.processes is not None:
+        from server.supervisor import supervise
+
+        gc.enable()
         command = ["worker", "--queues", ",".join(arguments.queues)]
-        return asyncio.run(supervise(command, processes=arguments.processes, patience=worker.STOP_SECONDS))
+        return asyncio.run(supervise(command, processes=arguments.processes, patience=ending.worker_seconds()))
+    from server import worker
+
     return worker.run(loaded, arguments.queues, supervised=arguments.supervised, ready=arguments.ready)
 
 
 def develop(_: argparse.Namespace) -> int:
     from server.devstack import dev
 
+    gc.enable()
     asyncio.run(dev.run(settings.load_stack()))
     return 0
 

@@ -13,6 +13,7 @@ from saq import CronJob, Job, Worker
 from saq.types import TimersDict
 
 from server import loop, metrics, resources, tracing
+from server.ending import GRACE_SECONDS, HAND_BACK_SECONDS
 from server.jobs import collections, lifecycle, recovery, workers
 from server.jobs.announcements import Announcements
 from server.jobs.bell import Bell
@@ -33,9 +34,6 @@ from server.signals import stop_signal, tell_ready
 
 log = structlog.get_logger()
 
-GRACE_SECONDS = 20  # for running attempts at the end; then they are handed back
-HAND_BACK_SECONDS = 5
-STOP_SECONDS = GRACE_SECONDS + 3 * HAND_BACK_SECONDS  # at most
 RECONCILE_SECONDS = 60
 CLEAN_UP_SECONDS = 300  # less than the ten minutes between two
 # SAQ's own upkeep; what it calls abort is not used: records are cancelled.

@@ -18,9 +18,8 @@ import pytest
 import yaml
 
 from server import settings
-from server.app import stop_seconds
+from server.ending import server_seconds, worker_seconds
 from server.settings import Settings, SettingsError
-from server.worker import STOP_SECONDS
 from tests.processes import ROOT
 
 TEXT = (ROOT / "docker-compose.yml").read_text()
@@ -195,7 +194,7 @@ def test_everything_is_bounded(service: str) -> None:
 
 @pytest.mark.parametrize("service", OURS)
 def test_a_stop_leaves_time_to_drain(service: str) -> None:
-    needed = {"server": stop_seconds(loaded(service)), "worker": STOP_SECONDS, "migrate": 0}
+    needed = {"server": server_seconds(loaded(service)), "worker": worker_seconds(), "migrate": 0}
     given = SERVICES[service].get("stop_grace_period", "10s")
     assert int(given.removesuffix("s")) >= needed[SERVICES[service]["command"][0]]
 

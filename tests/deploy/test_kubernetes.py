@@ -10,11 +10,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from server.app import stop_seconds
 from server.cli import main
+from server.ending import server_seconds, worker_seconds
 from server.ops import exposition
 from server.settings import Settings
-from server.worker import STOP_SECONDS
 
 FOLDER = Path(__file__).parents[2] / "scripts" / "deploy" / "kubernetes"
 VERSIONS = ("1.31", "1.37")
@@ -113,9 +112,9 @@ def test_a_pod_is_given_the_time_that_it_takes_to_drain(settings: Settings) -> N
     pod = find("Deployment", "server")["spec"]["template"]["spec"]
     pause = int(pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][1])
     told = dataclasses.replace(settings, drain_seconds=float(variables("settings.env")["DRAIN_SECONDS"]))
-    assert pod["terminationGracePeriodSeconds"] >= pause + stop_seconds(told)
+    assert pod["terminationGracePeriodSeconds"] >= pause + server_seconds(told)
     worker = find("Deployment", "worker")["spec"]["template"]["spec"]
-    assert worker["terminationGracePeriodSeconds"] >= STOP_SECONDS
+    assert worker["terminationGracePeriodSeconds"] >= worker_seconds()
 
 
 def test_prometheus_finds_the_workers_and_may_ask_them() -> None:
