@@ -285,8 +285,8 @@ async def serve(settings: Settings, *, listener: int | None = None, ready: int |
         )
         await runner.setup()
         try:
-            site = await listen(runner, settings, listener)
             loop.settle()
+            site = await listen(runner, settings, listener)
             tell_ready(ready)
             await stop.wait()
             log.info("server stopping")

@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any
 from uuid import UUID
 
+import orjson
 from marshmallow import RAISE, ValidationError, fields, validate
 from marshmallow import Schema as MarshmallowSchema
 
@@ -58,6 +59,8 @@ class Schema(MarshmallowSchema):
 
 def _shower(field: fields.Field[Any]) -> Callable[[Any], Any] | None:
     """What makes JSON of a field's values; None where they are."""
+    if isinstance(field, Ready):
+        return orjson.Fragment
     if isinstance(field, fields.Nested):
         nested = field.schema
         assert isinstance(nested, Schema)
@@ -105,6 +108,13 @@ class Time(fields.DateTime):
         if isinstance(value, str):  # out of a jsonb value
             value = datetime.fromisoformat(value)
         return None if value is None else json.timestamp(value)
+
+
+class Ready(fields.Nested):
+    """JSON text that a statement has made in the nested schema's shape, shown as it is."""
+
+    def _serialize(self, nested_obj: Any, attr: Any, obj: Any, **options: Any) -> Any:  # type: ignore[override]
+        return None if nested_obj is None else orjson.Fragment(nested_obj)
 
 
 class Email(fields.Email):

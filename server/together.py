@@ -87,7 +87,8 @@ class Together(Generic[Q, A]):
 
     def _start(self) -> None:
         self._starting = False
-        for _ in range(min(len(self._waiting), self._round_trips - len(self._under_way))):
+        batches = math.ceil(len(self._waiting) / self._together)
+        for _ in range(min(batches, self._round_trips - len(self._under_way))):
             # Without the context of whoever asked first: the others would wait under that one's budget.
             task = asyncio.get_running_loop().create_task(self._serve(), context=Context())
             self._under_way.add(task)

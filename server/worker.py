@@ -82,8 +82,8 @@ async def work(
             )
         ]
         working = asyncio.ensure_future(worker.start())
-        log.info("worker ready", worker=bench.worker, sandbox=report.tier, languages=report.languages, queues=queues)
         loop.settle()
+        log.info("worker ready", worker=bench.worker, sandbox=report.tier, languages=report.languages, queues=queues)
         tell_ready(ready)
         _warn(settings)
         stopping = asyncio.ensure_future(stop.wait())

@@ -101,3 +101,31 @@ async def objects(url: str) -> list[str]:
         return [row["name"] for row in rows]
     finally:
         await connection.close()
+
+
+async def test_projects_that_are_there_already_are_counted(empty_database_url: str) -> None:
+    migrations.apply(empty_database_url)
+    connection = await asyncpg.connect(empty_database_url)
+    try:
+        users = [
+            await connection.fetchval(
+                "INSERT INTO users (email, name, password_hash) VALUES ($1, 'Ada', 'x') RETURNING id", f"{n}@x.org"
+            )
+            for n in range(3)
+        ]
+        for members, workspaces in ((1, 0), (3, 2)):
+            project = await connection.fetchval("INSERT INTO projects (name) VALUES ('x') RETURNING id")
+            for user, role in zip(users[:members], ("OWNER", "VIEWER", "VIEWER"), strict=False):
+                await connection.execute(
+                    "INSERT INTO members (project_id, user_id, role) VALUES ($1, $2, $3)", project, user, role
+                )
+            for _ in range(workspaces):
+                await connection.execute("INSERT INTO workspaces (project_id, name) VALUES ($1, 'x')", project)
+        counts = "SELECT member_count, workspace_count FROM projects ORDER BY member_count"
+        kept = [tuple(row) for row in await connection.fetch(counts)]
+        assert kept == [(1, 0), (3, 2)]
+        for step in ("0006.counts.rollback", "0006.counts"):
+            await connection.execute((migrations.FOLDER / f"{step}.sql").read_text())
+        assert [tuple(row) for row in await connection.fetch(counts)] == kept
+    finally:
+        await connection.close()

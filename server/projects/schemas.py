@@ -5,7 +5,7 @@ from typing import Any
 from marshmallow import fields, validate
 
 from server.auth.schemas import Person, email, secret
-from server.fields import Id, JsonObject, Schema, Text, Time
+from server.fields import Id, JsonObject, Ready, Schema, Text, Time
 from server.rest.pages import PageQuery
 
 ROLES = ("OWNER", "COLLABORATOR", "VIEWER")
@@ -56,9 +56,9 @@ class Project(Schema):
     name = fields.String(metadata={"example": "Analytical Engine"})
     description = fields.String()
     settings = fields.Dict()
-    owner = fields.Nested(Person)
+    owner = Ready(Person)
     role = fields.String(metadata={"enum": list(ROLES), "description": "the caller's"})
-    counts = fields.Nested(Counts)
+    counts = Ready(Counts)
     created_at = Time()
     updated_at = Time()
 

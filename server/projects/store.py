@@ -23,8 +23,7 @@ async def create_project(
             INSERT INTO activity (project_id, actor_id, action, subject)
             SELECT id, $1, 'project.created', jsonb_build_object('name', $2::text) FROM made
         )
-        SELECT made.*, 'OWNER' AS role, person(u) AS owner,
-               jsonb_build_object('workspaces', 0, 'collaborators', 1) AS counts
+        SELECT made.*, 'OWNER' AS role, shown_person(u) AS owner, '{"workspaces":0,"collaborators":1}' AS counts
         FROM made JOIN users u ON u.id = $1
         """,
         owner,

@@ -367,7 +367,12 @@ def _query(schema: Any, request: web.Request) -> dict[str, Any]:
             raise errors.invalid(key, json.NUL_MESSAGE)
         if not value.isprintable() and _has_surrogate(value):
             raise errors.invalid(key, json.SURROGATE_MESSAGE)
-    return fields.load(schema, given)
+    return dict(_loaded(schema, tuple(given.items())))
+
+
+@lru_cache(1024)  # most are asked again and again: ?limit=20
+def _loaded(schema: Any, given: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+    return fields.load(schema, dict(given))
 
 
 def _has_surrogate(text: str) -> bool:

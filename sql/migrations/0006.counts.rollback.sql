@@ -1,4 +1,8 @@
-CREATE OR REPLACE VIEW project_details AS
+DROP VIEW project_details;
+DROP FUNCTION shown_person;
+DROP FUNCTION shown_counts;
+
+CREATE VIEW project_details AS
 SELECT m.project_id,
        jsonb_build_object('id', u.id, 'email', u.email, 'name', u.name, 'avatar_url', u.avatar_url) AS owner,
        jsonb_build_object(

@@ -6,7 +6,7 @@ import asyncpg
 
 from tests.actors import Actor
 from tests.auth.test_accounts import until_blocked
-from tests.conftest import MakeServer
+from tests.conftest import MakeActor, MakeServer
 
 
 async def test_a_project_shows_its_owner_its_counts_and_the_role_of_who_asks(alice: Actor, bob: Actor) -> None:
@@ -26,6 +26,26 @@ async def test_a_project_shows_its_owner_its_counts_and_the_role_of_who_asks(ali
         (alice.id, "OWNER"),
         (bob.id, "VIEWER"),
     ]
+
+
+async def test_the_counts_are_right_whoever_comes_and_goes_at_once(
+    alice: Actor, bob: Actor, carol: Actor, make_actor: MakeActor
+) -> None:
+    project = await alice.make_project()
+    dave = await make_actor("Dave", alice.base)
+    made = await asyncio.gather(*(alice.make_workspace(project) for _ in range(12)))
+    members = await asyncio.gather(*(alice.add(each, project) for each in (bob, carol, dave)))
+    await asyncio.gather(
+        *(bob.delete(f"/workspaces/{each}") for each in made[:5]),
+        *(alice.make_workspace(project) for _ in range(3)),
+        alice.delete(f"/projects/{project}/collaborators/{members[1]}"),
+        dave.delete("/auth/profile", {"password": dave.password}),
+        alice.patch(f"/projects/{project}", {"name": "other"}),
+    )
+    counts = {"workspaces": 10, "collaborators": 2}
+    shown = await bob.get(f"/projects/{project}")
+    assert (shown["counts"], len(shown["workspaces"]), len(shown["collaborators"])) == (counts, 10, 2)
+    assert (await bob.get("/projects"))["items"][0]["counts"] == counts
 
 
 async def test_the_single_project_shows_the_first_hundred_of_each(alice: Actor) -> None:
