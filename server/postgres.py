@@ -15,7 +15,7 @@ from server.errors import NotFound, Unavailable
 from server.together import Send, Together
 
 POOL_SIZE = 20
-LANES = 12  # of the pool, for single statements; the rest is for transactions, and for what is asked together
+LANES = 6  # of the pool, for single statements; the rest is for transactions, and for what is asked together
 CONNECT_SECONDS = 3.0
 STATEMENT_SECONDS = 1.5  # every answer within 2 s, also when the server hangs
 T = TypeVar("T")
