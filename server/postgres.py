@@ -17,6 +17,7 @@ from server.together import Send, Together
 POOL_SIZE = 20
 LANES = 6  # of the pool, for single statements; the rest is for transactions, and for what is asked together
 CONNECT_SECONDS = 3.0
+GIVE_BACK_SECONDS = 0.2
 STATEMENT_SECONDS = 1.5  # every answer within 2 s, also when the server hangs
 T = TypeVar("T")
 Q = TypeVar("Q")
@@ -93,8 +94,10 @@ class Database:
     async def close(self) -> None:
         await self._finder.close()
         await self._runner.close()
-        for task in self._given_back:
-            task.cancel()
+        if self._given_back:
+            _, late = await asyncio.wait(self._given_back, timeout=GIVE_BACK_SECONDS)
+            for task in late:  # of a server that does not confirm it
+                task.cancel()
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
                 await self.pool.close()

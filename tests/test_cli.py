@@ -58,7 +58,6 @@ def test_production_wants_secrets(processes: Processes) -> None:
     assert '"JWT_REFRESH_SECRET" invalid: Must have at least 32 bytes' in complaint(short)
 
 
-@pytest.mark.parametrize("command", ["server", "worker"])
 @pytest.mark.parametrize(
     ("setting", "address", "name"),
     [
@@ -68,14 +67,16 @@ def test_production_wants_secrets(processes: Processes) -> None:
     ],
 )
 def test_a_store_that_is_down_or_silent_at_the_start_is_named(
-    command: str, setting: str, address: str, name: str, processes: Processes, unused_tcp_port: int
+    setting: str, address: str, name: str, processes: Processes, unused_tcp_port: int
 ) -> None:
     with silent_port() as silent:
         started = time.monotonic()
         ends = [
-            processes.command(command, **{setting: address.format(port=port)}) for port in (unused_tcp_port, silent)
+            (port, processes.command(command, **{setting: address.format(port=port)}))
+            for command in ("server", "worker")
+            for port in (unused_tcp_port, silent)
         ]
-        for process, port in zip(ends, (unused_tcp_port, silent), strict=True):
+        for port, process in ends:
             line = complaint(process)
             assert line.startswith("error: "), line
             assert f"{name} at 127.0.0.1:{port} cannot be used" in line, line
