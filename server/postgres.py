@@ -15,12 +15,14 @@ from server.errors import NotFound, Unavailable
 from server.together import Send, Together
 
 POOL_SIZE = 20
+LANES = 6  # of the pool, for single statements; the rest is for transactions, and for what is asked together
 CONNECT_SECONDS = 3.0
 GIVE_BACK_SECONDS = 0.2
 STATEMENT_SECONDS = 1.5  # every answer within 2 s, also when the server hangs
 T = TypeVar("T")
 Q = TypeVar("Q")
 A = TypeVar("A")
+Statement = Callable[[Any], Awaitable[Any]]  # on a connection
 Search = tuple[str, tuple[Any, ...]]  # a statement and a key
 
 
@@ -44,6 +46,9 @@ class Database:
         self.pool = pool
         self._given_back: set[asyncio.Task[None]] = set()
         self._finder: Together[Search, asyncpg.Record | None] = Together(functools.partial(self._connected, _find))
+        self._runner: Together[Statement, Any] = Together(
+            functools.partial(self._connected, _execute), round_trips=LANES, together=1
+        )
 
     async def fetch(self, query: str, *args: Any) -> list[asyncpg.Record]:
         return await self._run(lambda connection: connection.fetch(query, *args))
@@ -88,6 +93,7 @@ class Database:
 
     async def close(self) -> None:
         await self._finder.close()
+        await self._runner.close()
         if self._given_back:
             _, late = await asyncio.wait(self._given_back, timeout=GIVE_BACK_SECONDS)
             for task in late:  # of a server that does not confirm it
@@ -100,15 +106,8 @@ class Database:
 
     async def _run(self, statement: Callable[[Any], Awaitable[T]]) -> T:
         with unavailable():
-            async with asyncio.timeout(within(STATEMENT_SECONDS)):
-                connection = await self.pool.acquire()
-                try:
-                    result = await statement(connection)
-                except BaseException:
-                    self._give_back(connection)
-                    raise
-                await self.pool.release(connection)
-                return result
+            answer: T = await self._runner.ask(statement, seconds=within(STATEMENT_SECONDS))
+            return answer
 
     @asynccontextmanager
     async def _connected(self, send: Callable[[Any, list[Q]], Awaitable[list[A]]]) -> AsyncIterator[Send[Q, A]]:
@@ -129,6 +128,16 @@ class Database:
         self._given_back.discard(task)
         if not task.cancelled():
             task.exception()  # seen: the caller was told already
+
+
+async def _execute(connection: Any, statements: list[Statement]) -> list[Any]:
+    async with asyncio.timeout(STATEMENT_SECONDS):
+        try:
+            return [await statement(connection) for statement in statements]
+        except asyncpg.PostgresError as error:
+            if connection.is_closed():
+                raise
+            return [error]
 
 
 async def _find(connection: Any, searches: list[Search]) -> list[asyncpg.Record | None]:
