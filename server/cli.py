@@ -16,7 +16,6 @@ MOST_PROCESSES = 256
 
 
 def main() -> None:
-    gc.disable()  # until all is imported: of that nothing is garbage, and to find so takes a tenth of the start
     arguments = _parser().parse_args()
     try:
         sys.exit(arguments.run(arguments))
@@ -34,9 +33,9 @@ def serve(arguments: argparse.Namespace) -> int:
     if arguments.processes is not None:
         from server.supervisor import supervise
 
-        gc.enable()
         address, patience = (loaded.host, loaded.port), ending.server_seconds(loaded)
         return asyncio.run(supervise(["server"], processes=arguments.processes, patience=patience, address=address))
+    gc.disable()  # for the imports, of which nothing is garbage: to find so takes a tenth of the start
     from server import app
 
     app.run(loaded, listener=arguments.listener, ready=arguments.ready)
@@ -49,9 +48,9 @@ def work(arguments: argparse.Namespace) -> int:
     if arguments.processes is not None:
         from server.supervisor import supervise
 
-        gc.enable()
         command = ["worker", "--queues", ",".join(arguments.queues)]
         return asyncio.run(supervise(command, processes=arguments.processes, patience=ending.worker_seconds()))
+    gc.disable()  # as above
     from server import worker
 
     return worker.run(loaded, arguments.queues, supervised=arguments.supervised, ready=arguments.ready)
@@ -60,7 +59,6 @@ def work(arguments: argparse.Namespace) -> int:
 def develop(_: argparse.Namespace) -> int:
     from server.devstack import dev
 
-    gc.enable()
     asyncio.run(dev.run(settings.load_stack()))
     return 0
 

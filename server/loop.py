@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 def run(main: Coroutine[Any, Any, T]) -> T:
     """Run ``main``, in a process of which nothing is left afterwards, whatever libraries have begun meanwhile."""
-    gc.enable()
+    gc.enable()  # which is off for imports
     return uvloop.run(_and_the_rest(main))
 
 

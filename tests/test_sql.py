@@ -2,7 +2,7 @@
 
 import ast
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 
 import asyncpg
@@ -20,7 +20,7 @@ STORES = [
 STORES.append(ROOT / "server/projects/access.py")
 
 
-def queries(path: Path) -> Iterator[tuple[int, ast.expr]]:
+def queries(path: Path, calls: Set[str] = CALLS) -> Iterator[tuple[int, ast.expr]]:
     """The first argument of every call that asks PostgreSQL, names of module constants resolved."""
     tree = ast.parse(path.read_text())
     constants = {
@@ -31,7 +31,7 @@ def queries(path: Path) -> Iterator[tuple[int, ast.expr]]:
         if isinstance(target, ast.Name)
     }
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CALLS:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in calls:
             query = node.args[0]
             yield node.lineno, constants.get(query.id, query) if isinstance(query, ast.Name) else query
 
@@ -52,6 +52,18 @@ async def test_every_statement_is_a_literal_that_postgresql_accepts(path: Path, 
                 raise AssertionError(f"{path}:{line}: {error}") from error
     finally:
         await connection.close()
+
+
+@pytest.mark.parametrize("path", STORES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_every_request_looks_up_is_in_an_index_also_while_tables_are_small(
+    path: Path, empty_database_url: str
+) -> None:
+    """The plan that is made then is kept while they grow."""
+    migrations.apply(empty_database_url)
+    with psycopg.connect(empty_database_url) as connection:
+        for line, query in queries(path, {"find"}):
+            plan = connection.execute(f"EXPLAIN (GENERIC_PLAN) {query.value}").fetchall()
+            assert not any("Seq Scan" in step for (step,) in plan), f"{path}:{line}: {plan}"
 
 
 def test_the_check_sees_a_statement_that_is_no_literal(tmp_path: Path) -> None:

@@ -340,7 +340,7 @@ def _met(reached: bool) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=3.0, help="of one measurement")
+    parser.add_argument("--seconds", type=int, default=3, help="of one measurement")
     parser.add_argument("--repeats", type=int, default=3, help="rounds; the medians are shown")
     parser.add_argument("--only", default="", help="comma list of words in the names of endpoints")
     parser.add_argument("--no-half-load", dest="half_load", action="store_false", help="leave out the latency at half")

@@ -38,16 +38,20 @@ class Held:
         self._connection, self._document = connection, document
 
     async def waited_for(self) -> None:
-        while not await self._connection.fetchval(
-            "SELECT count(*) FROM pg_stat_activity WHERE pg_backend_pid() = ANY (pg_blocking_pids(pid))"
-        ):
+        while not await self._waiting():
             await asyncio.sleep(0.005)
 
     async def cancelled(self) -> None:
         await self.waited_for()
-        await self._connection.execute(
-            "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE pg_backend_pid() = ANY (pg_blocking_pids(pid))"
+        for process in await self._waiting():
+            await self._connection.execute("SELECT pg_cancel_backend($1)", process)
+
+    async def _waiting(self) -> list[int]:
+        """By pg_locks: pg_stat_activity shows a transaction no connection that is younger than its first look."""
+        rows = await self._connection.fetch(
+            "SELECT pid FROM pg_locks WHERE NOT granted AND pg_backend_pid() = ANY (pg_blocking_pids(pid))"
         )
+        return [row["pid"] for row in rows]
 
     async def deleted(self) -> None:
         await self._connection.execute("DELETE FROM documents WHERE id = $1", self._document)

@@ -1,0 +1,59 @@
+"""The pool: statements that share connections, lookups that share statements, each with its own answer."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import asyncpg
+import pytest
+
+from server import postgres
+from server.errors import Unavailable
+from server.postgres import LANES, Database
+
+DOUBLE = "SELECT asked, key * 2 AS twice FROM unnest($1::int[]) WITH ORDINALITY AS keys (key, asked) WHERE key > 0"
+SUM = "SELECT asked, a + b AS sum FROM unnest($1::int[], $2::int[]) WITH ORDINALITY AS keys (a, b, asked)"
+
+
+@pytest.fixture
+async def db(database_url: str) -> AsyncIterator[Database]:
+    made = await postgres.connect(database_url)
+    yield made
+    await made.close()
+
+
+async def test_each_key_gets_its_own_row_whatever_is_looked_up_beside_it(db: Database) -> None:
+    doubles = [db.find(DOUBLE, number) for number in range(300)]
+    sums = [db.find(SUM, number, 1) for number in range(300)]
+    found = await asyncio.gather(*(each for pair in zip(doubles, sums, strict=True) for each in pair))
+    assert [row and row["twice"] for row in found[::2]] == [None, *range(2, 600, 2)]
+    assert [row and row["sum"] for row in found[1::2]] == list(range(1, 301))
+
+
+async def test_a_statement_that_fails_is_nobody_elses(db: Database) -> None:
+    asked = [db.fetchval("SELECT 12 / $1::int", number % 3) for number in range(6 * LANES)]
+    answers = await asyncio.gather(*asked, return_exceptions=True)
+    for number, answer in enumerate(answers):
+        if number % 3:
+            assert answer == 12 // (number % 3)
+        else:
+            assert isinstance(answer, asyncpg.DivisionByZeroError)
+
+
+async def test_statements_that_hang_leave_room_for_transactions_and_are_over_in_time(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgres, "STATEMENT_SECONDS", 0.5)
+    hanging = [asyncio.ensure_future(db.execute("SELECT pg_sleep(10)")) for _ in range(LANES)]
+    await asyncio.sleep(0.1)
+    async with db.transaction() as transaction:
+        assert await transaction.fetchval("SELECT 1") == 1
+    async with asyncio.timeout(2):
+        outcomes = await asyncio.gather(*hanging, return_exceptions=True)
+    assert all(isinstance(each, Unavailable) for each in outcomes)
+    assert await db.fetchval("SELECT 1") == 1
+
+
+async def test_a_connection_that_the_server_ends_is_replaced(db: Database) -> None:
+    with pytest.raises(Unavailable):
+        await db.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+    assert await db.fetchval("SELECT 1") == 1
