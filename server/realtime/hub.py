@@ -308,12 +308,12 @@ class Realtime:
         rooms = [workspace for workspace, room in self._rooms.items() if room.members]
         for start in range(0, len(rooms), RENEWED_AT_ONCE):
             self._taken_for_dead.update(await self.presence.renew(rooms[start : start + RENEWED_AT_ONCE]))
+        for workspace in self._taken_for_dead & self._rooms.keys():
+            self._rooms[workspace].interrupt()
+        self._taken_for_dead.clear()
         for room in list(self._rooms.values()):
-            # Not before everybody's access has been looked up.
-            if self.subscriber.serving and (room.stuck or room.workspace in self._taken_for_dead):
-                self._taken_for_dead.discard(room.workspace)
+            if room.stuck and self.subscriber.serving:  # not before everybody's access has been looked up
                 await self.subscriber.resume(room.channel, room)
-        self._taken_for_dead &= self._rooms.keys()
 
     async def _watch(self) -> None:
         """Heartbeats, and tokens that expire."""

@@ -173,9 +173,13 @@ class Room:
             arrival.give_up()
 
     async def resume(self) -> None:
-        """Bring the members up to date: what they missed, who is here now, then what has happened meanwhile."""
+        """Bring the members up to date: what they missed, who is here now, then what has happened meanwhile.
+
+        Once for each interruption, however many ask for it.
+        """
         async with self._restoring:
-            self.interrupt()
+            if self._whole.is_set():
+                return
             if not self.members:
                 self.last = ""
                 self._whole.set()

@@ -95,34 +95,40 @@ class Standing:
             self._doubt.clear()
             async with self._one_at_a_time:  # what is asked already may be older than these doubts
                 doubted, self._doubted = self._doubted, set()
-            await self._look_up_all(doubted)
+            # Nothing else of theirs: if that has been lost too, the notice that says why is on its way.
+            await self._look_up_all(doubted, only_doubted=True)
 
     async def _recheck_all(self) -> None:
         while True:
             await asyncio.sleep(RECHECK_SECONDS)
             await self.vouch()
 
-    async def _look_up_all(self, whom: Iterable["Connection"]) -> None:
+    async def _look_up_all(self, whom: Iterable["Connection"], *, only_doubted: bool = False) -> None:
         for some in _slices(whom):
             async with self._one_at_a_time:
-                await self._look_up_until_answered(some)
+                await self._look_up_until_answered(some, only_doubted=only_doubted)
             await asyncio.sleep(0)
 
-    async def _look_up_until_answered(self, whom: Sequence["Connection"]) -> None:
+    async def _look_up_until_answered(self, whom: Sequence["Connection"], *, only_doubted: bool) -> None:
         while True:
             try:
-                return await self._look_up(whom)
+                return await self._look_up(whom, only_doubted=only_doubted)
             except ServiceError as error:
                 log.warning("access cannot be looked up", error=error.detail, sockets=len(whom))
             except Exception:  # a door of its own: who is not looked up keeps what they have lost
                 log.exception("access cannot be looked up", sockets=len(whom))
             await asyncio.sleep(RETRY_SECONDS)
 
-    async def _look_up(self, whom: Sequence["Connection"]) -> None:
+    async def _look_up(self, whom: Sequence["Connection"], *, only_doubted: bool) -> None:
         sessions = {peer: peer.user.session for peer in whom if peer.id in self._peers}
         if not sessions:
             return
-        asked = [(peer, thing, access) for peer in sessions for thing, access in peer.grants.items()]
+        asked = [
+            (peer, thing, access)
+            for peer in sessions
+            for thing, access in peer.grants.items()
+            if access is None or not only_doubted
+        ]
         alive, found = await self._recheck(
             list(set(sessions.values())), list({(peer.user.id, thing) for peer, thing, _ in asked})
         )

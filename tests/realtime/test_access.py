@@ -226,6 +226,8 @@ async def test_an_error_that_nobody_foresaw_does_not_end_the_looking(
             await asyncio.sleep(0.6)
         finally:
             connection.execute("ALTER TABLE elsewhere RENAME TO sessions")
+    monkeypatch.setattr("server.realtime.standing.RECHECK_SECONDS", 15.0)
+    await asyncio.sleep(0.6)  # else a look of its own may find out first, and knows nobody's name
     assert (await alice.delete(path)).status == 204
     await his.assert_push("ACCESS_REVOKED", seconds=WITHIN, reason="removed", userName="Alice")
 
@@ -240,6 +242,22 @@ async def test_two_removals_at_once_each_have_their_reason(pair: Pair) -> None:
     await asyncio.gather(alice.delete(paths[0]), bob.delete(paths[1]))
     told = [await his.assert_push("ACCESS_REVOKED", seconds=WITHIN) for _ in range(2)]
     assert {each["workspaceId"]: each["reason"] for each in told} == {workspaces[0]: "removed", workspaces[1]: "left"}
+
+
+async def test_a_loss_whose_notice_is_on_its_way_is_not_told_without_its_reason(
+    server: str, make_actor: MakeActor, database_url: str
+) -> None:
+    """It is in PostgreSQL already when another loss of the same user is looked up."""
+    alice, bob = await make_actor("Alice", server), await make_actor("Bob", server)
+    project, left = [await alice.make_project(bob) for _ in range(2)]
+    workspace = await alice.make_workspace(project)
+    his = await bob.connect(workspace)
+    await his.push("join:workspace", workspaceId=await alice.make_workspace(left))
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute("DELETE FROM members WHERE project_id = %s AND user_id = %s", [left, bob.id])
+    assert (await alice.delete(await collaborator(alice, bob, project))).status == 204
+    await his.assert_push("ACCESS_REVOKED", seconds=WITHIN, workspaceId=workspace)
+    await his.refute_push()
 
 
 async def test_real_processes_tell_each_other(processes: Processes, make_actor: MakeActor) -> None:

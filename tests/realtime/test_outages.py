@@ -172,6 +172,33 @@ async def test_a_room_that_cannot_catch_up_interrupts_no_other(
     assert redis.connections <= connections + 1, "and nothing is connected anew for it"
 
 
+async def test_a_room_is_resynced_once_whoever_finds_it_out_of_touch(
+    apart: Three, redis: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both who has subscribed again and who renews the leases see to it: the latter comes while the former waits."""
+    alice, bob, project = apart
+    workspace = await alice.make_workspace(project)
+    his = await bob.connect(workspace)
+    confirmation, renewed = Subscriber._confirmation, asyncio.Event()
+    renew = Realtime._renew_leases
+
+    async def wait_for_renewal(self: Subscriber, channel: bytes) -> None:
+        await asyncio.wait_for(renewed.wait(), 5)
+        await confirmation(self, channel)
+
+    async def renew_meanwhile(self: Realtime) -> None:
+        if redis.mode is Mode.PASS and any(room.stuck for room in self._rooms.values()):
+            asyncio.get_running_loop().call_later(0.1, renewed.set)
+        await renew(self)
+
+    monkeypatch.setattr(Subscriber, "_confirmation", wait_for_renewal)
+    monkeypatch.setattr(Realtime, "_renew_leases", renew_meanwhile)
+    await redis.turn(Mode.STOPPED)
+    await redis.turn(Mode.PASS)
+    await resynced(his)
+    await his.refute_push()
+
+
 # Presence
 
 
