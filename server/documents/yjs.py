@@ -21,7 +21,7 @@ from server.projects.access import Access, Kind, Role, check
 from server.realtime import protocol
 from server.realtime.connection import Connection
 from server.realtime.endpoint import identify, refuse_strangers
-from server.realtime.hub import REALTIME, Realtime
+from server.realtime.hub import REALTIME, RESTARTING, Realtime
 from server.realtime.outbox import Delivery
 from server.realtime.peers import Revocation, Thing
 from server.rest.keys import User
@@ -69,6 +69,8 @@ async def yjs(request: web.Request) -> web.StreamResponse:
     editor.notices = notices
     try:
         realtime.admit(editor, notices=notices)
+        if realtime.draining:
+            editor.close(*RESTARTING)
         await _serve(editor, socket, request.app[ROOMS])
     finally:
         editor.ended()

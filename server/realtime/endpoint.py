@@ -12,7 +12,7 @@ from server.errors import Forbidden, RateLimited, ServiceError, Unauthenticated,
 from server.realtime import hub, messages, protocol
 from server.realtime.connection import Connection
 from server.realtime.doorman import Doorman, Identified
-from server.realtime.hub import REALTIME, Realtime
+from server.realtime.hub import REALTIME, RESTARTING, Realtime
 from server.realtime.outbox import Delivery
 from server.realtime.protocol import SUBPROTOCOL, Frame, MalformedFrame
 
@@ -28,7 +28,6 @@ BEARER_PROTOCOL = "bearer."
 _AUTHENTICATE = messages.Authenticate()
 _GONE = {WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR}
 _HEARTBEATS = {WSMsgType.PING, WSMsgType.PONG}
-_RESTARTING = (1012, "restarting")
 
 
 async def websocket(request: web.Request) -> web.StreamResponse:
@@ -145,7 +144,7 @@ async def _first_message(socket: web.WebSocketResponse, realtime: Realtime) -> W
                     return message
     except TimeoutError:
         if realtime.draining:
-            raise _TurnedAway(*_RESTARTING) from None
+            raise _TurnedAway(*RESTARTING) from None
         raise _TurnedAway(4408, "no authentication in time") from None
     finally:
         realtime.strangers.discard(patience)
@@ -189,7 +188,7 @@ async def _serve(
         if greeting is not None and greeting.id is not None:
             connection.send(protocol.ack(greeting.id, {"tokenExpiresAt": user.expires_at}))
         if realtime.draining:
-            connection.close(*_RESTARTING)
+            connection.close(*RESTARTING)
         await _read(connection, socket)
     finally:
         connection.ended()

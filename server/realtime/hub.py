@@ -40,6 +40,7 @@ EXPIRY_WARNING_SECONDS = 60.0
 RENEWED_AT_ONCE = 200
 MOST_ROOMS = 200  # of one connection
 RECONNECT_MILLISECONDS = 3000  # clients of a process that stops come back within this, not all at once
+RESTARTING = 1012, "restarting"  # what sockets are closed with when the process stops
 LAST_WORDS_SECONDS = 0.2  # between server:draining and the first close
 CLOSED_AT_ONCE = 50
 CLOSE_PAUSE_SECONDS = 0.05
@@ -153,14 +154,14 @@ class Realtime:
         at_once = max(CLOSED_AT_ONCE, -(-len(peers) // spread))
         while self.peers and asyncio.get_running_loop().time() < deadline:
             for peer in list(self.peers.values())[:at_once]:
-                peer.retire(1012, "restarting")
+                peer.retire(*RESTARTING)
             await asyncio.sleep(CLOSE_PAUSE_SECONDS)
 
     async def stop(self) -> None:
         """Close what is still open with 1012 and end all tasks."""
         self._turn_strangers_away()
         for peer in list(self.peers.values()):
-            peer.close(1012, "restarting")
+            peer.close(*RESTARTING)
         ending = [task for task in self._tasks if task not in self._forever]
         if ending:
             await asyncio.wait(ending, timeout=STOP_SECONDS)

@@ -16,6 +16,7 @@ from server.postgres import Database
 from server.realtime.subscriber import Subscriber
 from server.settings import Settings
 from tests.actors import Actor
+from tests.listeners import Nobody
 
 
 @pytest.fixture
@@ -75,26 +76,13 @@ def hold(database_url: str) -> Hold:
     return held
 
 
-class _Nobody:
-    """Hears a channel of which nothing is asked."""
-
-    def deliver(self, origin: str, kind: str, payload: bytes) -> None:
-        pass
-
-    def interrupt(self) -> None:
-        pass
-
-    async def resume(self) -> None:
-        pass
-
-
 MakeRooms = Callable[[], Rooms]
 
 
 @pytest.fixture
 async def make_rooms(settings: Settings) -> AsyncIterator[MakeRooms]:
     """Live documents as a process has them, without the doors."""
-    nobody = _Nobody()
+    nobody = Nobody()
     async with resources.connect(settings) as stores:
         subscriber = Subscriber(stores.blocking_redis, channel="test", control=nobody, vouch=nobody.resume)
         listening = asyncio.ensure_future(subscriber.listen())

@@ -13,6 +13,7 @@ import pytest
 from pycrdt import Doc, Text
 
 from server.documents import updates, wire
+from server.realtime.hub import Realtime
 from tests.actors import Actor
 from tests.conftest import MakeServer
 from tests.documents.editors import Editor, make_document
@@ -389,3 +390,23 @@ async def test_a_silent_client_is_spoken_to(alice: Actor, workspace: str, monkey
     heard = [(await socket.receive(timeout=5)).data for _ in range(4)]
     assert heard.count(wire.KEEPALIVE) >= 3
     await socket.close()
+
+
+@pytest.mark.parametrize("door", ["/ws", "/yjs/{document}"])
+async def test_who_comes_in_as_the_process_begins_to_stop_is_sent_away(
+    alice: Actor, workspace: str, door: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was let in before, and is there after those who were there have been sent away."""
+    document = await make_document(alice, workspace)
+    admit = Realtime.admit
+
+    def begin_to_stop(self: Realtime, peer: Any, **more: Any) -> None:
+        self.draining = True
+        admit(self, peer, **more)
+
+    monkeypatch.setattr(Realtime, "admit", begin_to_stop)
+    door = door.format(document=document)
+    async with alice.http.ws_connect(f"{alice.base}{door}", headers=alice.headers) as socket:
+        async for _ in socket:
+            pass
+        assert socket.close_code == 1012

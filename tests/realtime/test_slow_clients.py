@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 
 from server.realtime.outbox import Delivery, Outbox
 from tests.actors import Actor
@@ -135,6 +136,31 @@ async def test_who_reads_again_too_late_is_told_why(make_server: MakeServer, mak
     while "USER_LEAVE" not in [frame["data"]["type"] for frame in hers.heard]:
         await pour(hers, workspace, 100)
     assert await his.closed() == 1013
+
+
+def sample(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(name, labels) or 0
+
+
+async def test_what_a_full_outbox_drops_is_counted(
+    make_server: MakeServer, make_actor: MakeActor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.ops.watch.LOOK_SECONDS", 0.01)
+    base = await make_server(ws_outbox_frames=4)
+    alice, bob = await make_actor("Alice", base), await make_actor("Bob", base)
+    workspace = await alice.make_workspace(None, bob)
+    hers, his = await alice.connect(workspace), await deaf(bob, workspace)
+    await hers.assert_push("USER_JOIN", userId=bob.id)
+    while sample("websocket_outbox_frames") < 4:
+        await pour(hers, workspace, 100)
+        await asyncio.sleep(0.05)  # to be looked at
+    before = sample("websocket_frames_dropped_total", delivery="ephemeral")
+    await hers.push("cursor:update", workspaceId=workspace, position=1)
+    async with asyncio.timeout(2):
+        while sample("websocket_frames_dropped_total", delivery="ephemeral") != before + 1:
+            await asyncio.sleep(0.01)
+    await hers.refute_push()
+    his.close()
 
 
 async def test_a_deaf_client_delays_nobody(processes: Processes, make_actor: MakeActor) -> None:

@@ -7,17 +7,7 @@ import pytest
 from server.realtime.subscriber import Subscriber
 from server.resources import blocking_redis_client
 from server.settings import Settings
-
-
-class Nobody:
-    def deliver(self, origin: str, kind: str, payload: bytes) -> None:
-        pass
-
-    def interrupt(self) -> None:
-        pass
-
-    async def resume(self) -> None:
-        pass
+from tests.listeners import Nobody
 
 
 async def test_a_channel_that_is_left_while_redis_is_away_leaves_nothing_behind(settings: Settings) -> None:
