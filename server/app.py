@@ -34,7 +34,7 @@ from server.jobs.types import JOB_TYPES
 from server.jobs.workers import Roster
 from server.ops import handlers as ops
 from server.ops import operators, watch
-from server.projects import access, invitations
+from server.projects import access, cache, invitations
 from server.projects import handlers as projects
 from server.ratelimit import RateLimiter, limit
 from server.realtime import asyncapi
@@ -85,6 +85,7 @@ def create_app(settings: Settings, stores: Resources) -> web.Application:
     app[auth.ISSUER] = issuer
     app[auth.HASHER] = Hasher(rounds=settings.bcrypt_rounds)
     app[auth.ACCEPT] = invitations.accept
+    app[cache.LISTED] = cache.Listed()
     app[REALTIME] = Realtime(
         settings,
         merge(MESSAGES),

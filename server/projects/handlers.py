@@ -48,8 +48,9 @@ async def create_project(request: web.Request) -> web.Response:
 async def list_projects(request: web.Request) -> web.Response:
     query = request[QUERY]
     order = f"projects by {query['sort']}"
+    db = request.app[RESOURCES].db
     rows = await store.list_projects(
-        request.app[RESOURCES].db,
+        db,
         user=request[USER].id,
         which=query["role"],
         search=query["q"],
@@ -58,7 +59,8 @@ async def list_projects(request: web.Request) -> web.Response:
         limit=query["limit"],
         after=keys_of(query["cursor"], str, UUID, of=order),
     )
-    return answers.page(PROJECT, *page(rows, query["limit"], "key", "id", of=order))
+    listed, next_cursor = page(rows, query["limit"], "key", "id", of=order)
+    return answers.page_of_shown(await request.app[cache.LISTED].show(db, listed), next_cursor)
 
 
 @routes.get("/api/v1/projects/{projectId}")

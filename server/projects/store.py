@@ -70,11 +70,14 @@ async def list_projects(
     limit: int,
     after: tuple[Any, Any],
 ) -> list[Record]:
-    """Projects of the user in the order of ``sort``; one more than ``limit``. ``key`` is the sort key."""
+    """Which projects of the user, in what revision and with what role of theirs; one more than ``limit``.
+
+    In the order of ``sort``; ``key`` is the sort key.
+    """
     return await db.fetch(
         """
         WITH mine AS (
-            SELECT p.id, p.name, p.description, p.settings, p.created_at, p.updated_at, m.role, CASE $4
+            SELECT p.id, p.revision, m.role, CASE $4
                 WHEN 'name' THEN lower(p.name)
                 WHEN 'createdAt' THEN to_char(p.created_at, 'YYYY-MM-DD"T"HH24:MI:SS.US')
                 ELSE to_char(p.updated_at, 'YYYY-MM-DD"T"HH24:MI:SS.US') END COLLATE "C" AS key
@@ -83,16 +86,12 @@ async def list_projects(
               AND ($2::text IS NULL OR (m.role = 'OWNER') = ($2 = 'owned'))
               AND ($3::text IS NULL OR strpos(lower(p.name), lower($3)) > 0
                    OR strpos(lower(p.description), lower($3)) > 0)
-        ), shown AS (
-            SELECT * FROM mine
-            WHERE $7::text IS NULL OR CASE WHEN $5::boolean THEN (key, id) < ($7, $8::uuid)
-                                           ELSE (key, id) > ($7, $8) END
-            ORDER BY CASE WHEN $5 THEN key END DESC, CASE WHEN $5 THEN id END DESC, key, id
-            LIMIT $6 + 1
         )
-        SELECT shown.*, d.owner, d.counts
-        FROM shown, LATERAL (SELECT * FROM project_details WHERE project_id = shown.id LIMIT 1) d
-        ORDER BY CASE WHEN $5 THEN key END DESC, CASE WHEN $5 THEN shown.id END DESC, key, shown.id
+        SELECT * FROM mine
+        WHERE $7::text IS NULL OR CASE WHEN $5::boolean THEN (key, id) < ($7, $8::uuid)
+                                       ELSE (key, id) > ($7, $8) END
+        ORDER BY CASE WHEN $5 THEN key END DESC, CASE WHEN $5 THEN id END DESC, key, id
+        LIMIT $6 + 1
         """,
         user,
         which,
@@ -101,6 +100,18 @@ async def list_projects(
         descending,
         limit,
         *after,
+    )
+
+
+async def read_projects(db: Executor, *, projects: list[UUID]) -> list[Record]:
+    """Those of them that there are, in no order."""
+    return await db.fetch(
+        """
+        SELECT p.*, d.owner, d.counts
+        FROM unnest($1::uuid[]) AS asked(id), LATERAL (SELECT * FROM projects WHERE id = asked.id LIMIT 1) p,
+             LATERAL (SELECT * FROM project_details WHERE project_id = asked.id LIMIT 1) d
+        """,
+        projects,
     )
 
 

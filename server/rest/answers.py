@@ -35,7 +35,12 @@ def created(location: str, body: Any, *, tag: str | None = None) -> web.Response
 
 def page(schema: Schema, rows: Sequence[Any], next_cursor: str | None, **beside: Any) -> web.Response:
     """A list: the items shown, the cursor of the next page, and what stands beside them."""
-    return json({"items": schema.dump(rows, many=True), "nextCursor": next_cursor, **beside})
+    return page_of_shown(schema.dump(rows, many=True), next_cursor, **beside)
+
+
+def page_of_shown(items: Sequence[Any], next_cursor: str | None, **beside: Any) -> web.Response:
+    """The same of items that are JSON already, or will be without a schema."""
+    return json({"items": items, "nextCursor": next_cursor, **beside})
 
 
 def secret(response: web.Response) -> web.Response:

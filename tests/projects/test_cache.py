@@ -1,13 +1,15 @@
 """The cache of projects: quick, in no process ever stale, and nothing that anybody depends on."""
 
 import asyncio
+from uuid import UUID, uuid4
 
 import aiohttp
 import asyncpg
 import pytest
 
-from server import postgres
+from server import json, postgres
 from server.devstack.stack import Stack
+from server.projects import cache
 from tests.actors import Actor
 from tests.conftest import MakeServer, addresses_of
 
@@ -22,7 +24,38 @@ async def test_what_one_server_changes_no_other_shows_old(alice: Actor, bob: Act
         assert (await bob.at(there.base).get(f"/projects/{project}"))["role"] == "COLLABORATOR"
 
 
-async def test_readers_beside_a_writer_never_see_time_run_backwards(alice: Actor, make_server: MakeServer) -> None:
+async def test_a_list_shows_what_the_project_shows_after_every_change(
+    alice: Actor, bob: Actor, carol: Actor, make_server: MakeServer
+) -> None:
+    project, there = await alice.make_project(bob, name="Engine"), await make_server()
+    path = f"/projects/{project}"
+
+    async def compare() -> None:
+        for actor in (alice, bob):
+            whole = (await actor.get(path)).body
+            del whole["workspaces"], whole["collaborators"]
+            for base in (alice.base, there):
+                assert (await actor.at(base).get("/projects"))["items"] == [whole]
+
+    await compare()
+    await alice.patch(path, {"description": "of brass", "settings": {"tabs": 4}})
+    await compare()
+    workspace = await bob.make_workspace(project)
+    await compare()
+    await bob.delete(f"/workspaces/{workspace}")
+    await compare()
+    await alice.add(carol, project)
+    await compare()
+    await alice.patch("/auth/profile", {"name": "Alicia"})
+    await compare()
+    await carol.delete("/auth/profile", {"password": carol.password})
+    await compare()
+
+
+@pytest.mark.parametrize("read_all", [False, True])
+async def test_readers_beside_a_writer_never_see_time_run_backwards(
+    alice: Actor, make_server: MakeServer, read_all: bool
+) -> None:
     project = await alice.make_project(name="0")
     there = alice.at(await make_server())
     written = 0
@@ -31,7 +64,8 @@ async def test_readers_beside_a_writer_never_see_time_run_backwards(alice: Actor
         last = 0
         while written < 40:
             known = written
-            name = int((await there.get(f"/projects/{project}"))["name"])
+            shown = (await there.get("/projects"))["items"][0] if read_all else await there.get(f"/projects/{project}")
+            name = int(shown["name"])
             assert name >= max(known, last)
             last = name
 
@@ -44,22 +78,56 @@ async def test_readers_beside_a_writer_never_see_time_run_backwards(alice: Actor
     await asyncio.gather(write(), *(read() for _ in range(4)))
 
 
-async def test_a_second_reader_costs_one_statement(alice: Actor, monkeypatch: pytest.MonkeyPatch) -> None:
-    project = await alice.make_project()
-    statements: list[str] = []
+@pytest.fixture
+def statements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What servers of this process ask PostgreSQL, but for sessions: asked while Redis has not remembered for long."""
+    asked: list[str] = []
 
     def count(name: str) -> None:
         run = getattr(postgres.Database, name)
 
         async def counted(self: postgres.Database, query: str, *args: object) -> object:
-            if "sessions" not in query:  # asked while Redis has not remembered for long
-                statements.append(query)
+            if "sessions" not in query:
+                asked.append(query)
             return await run(self, query, *args)
 
         monkeypatch.setattr(postgres.Database, name, counted)
 
-    count("find")
-    count("fetchrow")
+    for name in ("find", "fetch", "fetchrow"):
+        count(name)
+    return asked
+
+
+async def test_a_list_that_comes_again_is_one_statement_unless_it_is_old(
+    alice: Actor, statements: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    projects = [await alice.make_project() for _ in range(3)]
+    statements.clear()
+    first = await alice.get("/projects")
+    assert len(statements) == 2
+    assert (await alice.get("/projects")).body == first.body
+    assert len(statements) == 3
+    await alice.patch(f"/projects/{projects[0]}", {"name": "changed"})
+    statements.clear()
+    assert (await alice.get("/projects"))["items"][0]["name"] == "changed"
+    assert len(statements) == 2
+    monkeypatch.setattr("server.projects.cache.KEPT_SECONDS", -1)
+    await alice.get("/projects")
+    assert len(statements) == 4
+
+
+async def test_a_listed_project_that_is_gone_by_now_is_left_out(alice: Actor, database_url: str) -> None:
+    here, gone = UUID(await alice.make_project()), uuid4()
+    db = await postgres.connect(database_url)
+    rows = [{"id": id, "revision": 1, "role": "OWNER"} for id in (gone, here)]
+    shown = await cache.Listed().show(db, rows)
+    await db.close()
+    assert [each["id"] for each in json.loads(json.dumps(shown))] == [str(here)]
+
+
+async def test_a_second_reader_costs_one_statement(alice: Actor, statements: list[str]) -> None:
+    project = await alice.make_project()
+    statements.clear()
     first = await alice.get(f"/projects/{project}")
     assert len(statements) == 2
     second = await alice.get(f"/projects/{project}")
