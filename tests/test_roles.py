@@ -225,7 +225,9 @@ SERVER = Path(server.__file__).parent
 ACCESS = "projects/access.py"
 KNOW_MEMBERS = {
     ACCESS,
-    "projects/store.py",  # changes who is in a project
+    "projects/store.py",  # whose projects there are
+    "projects/members_store.py",  # changes who is in a project
+    "projects/invitations_store.py",  # to accept one is to be in it
     "auth/store.py",  # an account that owns projects with others in them is not deleted
     "documents/store.py",  # an edit and the right to make it are one statement
 }

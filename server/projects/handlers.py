@@ -12,7 +12,17 @@ from server import json
 from server.errors import Conflict, NotFound, Unauthenticated
 from server.fields import parse_id
 from server.postgres import Database
-from server.projects import access, announcements, cache, invitations, members, schemas, store
+from server.projects import (
+    access,
+    announcements,
+    cache,
+    invitations,
+    invitations_store,
+    members,
+    members_store,
+    schemas,
+    store,
+)
 from server.projects.access import ACCESS, Kind, Role, requires
 from server.realtime.channels import Channels
 from server.realtime.hub import REALTIME
@@ -156,7 +166,7 @@ async def transfer_project(request: web.Request) -> web.Response:
 async def list_collaborators(request: web.Request) -> web.Response:
     query = request[QUERY]
     ask = partial(
-        store.list_members,
+        members_store.list_members,
         project=request[ACCESS].project,
         limit=query["limit"],
         after=keys_of(query["cursor"], datetime, UUID, of="collaborators"),
@@ -173,13 +183,13 @@ async def list_collaborators(request: web.Request) -> web.Response:
 @requires(Role.OWNER)
 async def add_collaborator(request: web.Request) -> web.Response:
     db, project, actor, body = request.app[RESOURCES].db, request[ACCESS].project, request[USER].id, request[BODY]
-    user = await store.user_id_by_email(db, email=body["email"])
+    user = await members_store.user_id_by_email(db, email=body["email"])
     here = f"/api/v1/projects/{project}"
     if user is None:
         invited = await invitations.invite(db, project=project, actor=actor, now=datetime.now(UTC), **body)
         shown: dict[str, Any] = {"invitation": NEW_INVITATION.dump(invited)}
         return answers.secret(answers.created(f"{here}/invitations/{invited['id']}", shown))
-    added = await store.add_member(db, project=project, actor=actor, user=user, role=body["role"])
+    added = await members_store.add_member(db, project=project, actor=actor, user=user, role=body["role"])
     if added is None:
         raise Conflict("They are a collaborator already", code="already_collaborator")
     return answers.created(f"{here}/collaborators/{added['id']}", {"collaborator": COLLABORATOR.dump(added)})
@@ -235,7 +245,7 @@ async def list_invitations(request: web.Request) -> web.Response:
 @requires(Role.OWNER)
 async def withdraw_invitation(request: web.Request) -> web.Response:
     untagged(request)
-    withdrawn = await store.withdraw_invitation(
+    withdrawn = await invitations_store.withdraw_invitation(
         request.app[RESOURCES].db,
         project=request[ACCESS].project,
         actor=request[USER].id,
@@ -271,7 +281,7 @@ def _told(request: web.Request) -> tuple[Database, Channels, UUID, UUID]:
 
 async def _invitations(request: web.Request, *, project: UUID | None = None, user: UUID | None = None) -> web.Response:
     query = request[QUERY]
-    rows = await store.list_invitations(
+    rows = await invitations_store.list_invitations(
         request.app[RESOURCES].db,
         project=project,
         user=user,

@@ -8,7 +8,7 @@ from uuid import UUID
 from server.auth.tokens import new_secret
 from server.errors import Forbidden, Gone, NotFound
 from server.postgres import Executor
-from server.projects import store
+from server.projects import invitations_store
 
 LIFETIME = timedelta(days=7)
 KEPT_DAYS = 30  # after that: whoever has the token is told for so long that it has expired
@@ -23,7 +23,7 @@ def token_hash(token: str) -> bytes:
 async def invite(db: Executor, *, project: UUID, actor: UUID, email: str, role: str, now: datetime) -> dict[str, Any]:
     """The pending invitation of that address, with its ``token``; inviting again renews it."""
     token = new_secret()
-    invited = await store.invite(
+    invited = await invitations_store.invite(
         db,
         project=project,
         actor=actor,
@@ -42,7 +42,7 @@ async def accept(db: Executor, user: UUID, token: str) -> UUID:
         NotFound, Gone, Forbidden: it is unknown or used, has expired, or was sent to another address.
     """
     hashed = token_hash(token)
-    accepted = await store.accept_invitation(db, user=user, token_hash=hashed)
+    accepted = await invitations_store.accept_invitation(db, user=user, token_hash=hashed)
     if accepted is None:
         raise await _refusal(db, hashed)
     project: UUID = accepted["project_id"]
@@ -50,12 +50,12 @@ async def accept(db: Executor, user: UUID, token: str) -> UUID:
 
 
 async def forget_expired(db: Executor) -> None:
-    while await store.forget_invitations(db, keep_days=KEPT_DAYS, most=FORGOTTEN_AT_ONCE) == FORGOTTEN_AT_ONCE:
+    while await invitations_store.forget(db, keep_days=KEPT_DAYS, most=FORGOTTEN_AT_ONCE) == FORGOTTEN_AT_ONCE:
         pass
 
 
 async def _refusal(db: Executor, hashed: bytes) -> NotFound | Gone | Forbidden:
-    state = await store.invitation_state(db, token_hash=hashed)
+    state = await invitations_store.invitation_state(db, token_hash=hashed)
     if state is None:
         return NotFound("No such invitation")
     if state["expired"]:

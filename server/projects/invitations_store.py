@@ -1,0 +1,134 @@
+"""SQL of invitations to projects."""
+
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from asyncpg import Record
+
+from server.postgres import Executor
+
+
+async def invite(
+    db: Executor,
+    *,
+    project: UUID,
+    actor: UUID,
+    email: str,
+    role: str,
+    token_hash: bytes,
+    expires_at: datetime,
+) -> Record:
+    """The pending invitation of that address: new, or renewed with a new token."""
+    row = await db.fetchrow(
+        """
+        WITH invited AS (
+            INSERT INTO invitations (project_id, email, role, token_hash, invited_by, expires_at)
+            VALUES ($1, $3, $4, $5, $2, $6)
+            ON CONFLICT (project_id, lower(email)) DO UPDATE
+                SET role = EXCLUDED.role, token_hash = EXCLUDED.token_hash, invited_by = EXCLUDED.invited_by,
+                    created_at = now(), expires_at = EXCLUDED.expires_at
+            RETURNING *
+        ), noted AS (
+            INSERT INTO activity (project_id, actor_id, action, subject)
+            SELECT $1, $2, 'invitation.created', jsonb_build_object('email', email, 'role', role) FROM invited
+        )
+        SELECT i.id, i.project_id, i.email, i.role, i.expires_at, i.created_at, person(u) AS invited_by
+        FROM invited i LEFT JOIN users u ON u.id = $2
+        """,
+        project,
+        actor,
+        email,
+        role,
+        token_hash,
+        expires_at,
+    )
+    assert row is not None
+    return row
+
+
+async def list_invitations(
+    db: Executor, *, project: UUID | None, user: UUID | None, limit: int, after: tuple[Any, Any]
+) -> list[Record]:
+    """Pending invitations of a project, or those sent to a user's address; newest first; one more than ``limit``."""
+    return await db.fetch(
+        """
+        SELECT i.id, i.project_id, i.email, i.role, i.expires_at, i.created_at,
+               person(u) AS invited_by
+        FROM invitations i LEFT JOIN users u ON u.id = i.invited_by
+        WHERE ($1::uuid IS NULL OR i.project_id = $1)
+          AND ($2::uuid IS NULL OR lower(i.email) = (SELECT lower(email) FROM users WHERE id = $2))
+          AND i.expires_at > now()
+          AND ($4::timestamptz IS NULL OR (i.created_at, i.id) < ($4, $5::uuid))
+        ORDER BY i.created_at DESC, i.id DESC LIMIT $3 + 1
+        """,
+        project,
+        user,
+        limit,
+        *after,
+    )
+
+
+async def withdraw_invitation(db: Executor, *, project: UUID, actor: UUID, invitation: UUID) -> bool:
+    return bool(
+        await db.fetchval(
+            """
+            WITH gone AS (
+                DELETE FROM invitations WHERE project_id = $1 AND id = $3 RETURNING email
+            ), noted AS (
+                INSERT INTO activity (project_id, actor_id, action, subject)
+                SELECT $1, $2, 'invitation.withdrawn', jsonb_build_object('email', email) FROM gone
+            )
+            SELECT true FROM gone
+            """,
+            project,
+            actor,
+            invitation,
+        )
+    )
+
+
+async def accept_invitation(db: Executor, *, user: UUID, token_hash: bytes) -> Record | None:
+    """``project_id`` and ``role`` where the invitation is alive and addressed to the user; it is used up."""
+    return await db.fetchrow(
+        """
+        WITH used AS (
+            DELETE FROM invitations
+            WHERE token_hash = $2 AND expires_at > now()
+              AND lower(email) = (SELECT lower(email) FROM users WHERE id = $1)
+            RETURNING project_id, role
+        ), joined AS (
+            INSERT INTO members (project_id, user_id, role) SELECT project_id, $1, role FROM used
+            ON CONFLICT (project_id, user_id) DO NOTHING
+        ), noted AS (
+            INSERT INTO activity (project_id, actor_id, action, subject)
+            SELECT project_id, $1, 'invitation.accepted', jsonb_build_object('userId', $1::uuid, 'role', role)
+            FROM used
+        )
+        SELECT project_id, role FROM used
+        """,
+        user,
+        token_hash,
+    )
+
+
+async def invitation_state(db: Executor, *, token_hash: bytes) -> Record | None:
+    """``expired`` of an invitation that could not be accepted; None where there is none."""
+    return await db.fetchrow("SELECT expires_at <= now() AS expired FROM invitations WHERE token_hash = $1", token_hash)
+
+
+async def forget(db: Executor, *, keep_days: int, most: int) -> int:
+    """Housekeeping: how many that expired long ago are gone now."""
+    forgotten: int = await db.fetchval(
+        """
+        WITH forgotten AS (
+            DELETE FROM invitations WHERE id IN (
+                SELECT id FROM invitations WHERE expires_at < now() - make_interval(days => $1) LIMIT $2
+            ) RETURNING id
+        )
+        SELECT count(*) FROM forgotten
+        """,
+        keep_days,
+        most,
+    )
+    return forgotten

@@ -1,0 +1,130 @@
+"""SQL of who is in a project."""
+
+from typing import Any
+from uuid import UUID
+
+from asyncpg import Record
+
+from server.postgres import Executor
+
+
+async def user_id_by_email(db: Executor, *, email: str) -> UUID | None:
+    found: UUID | None = await db.fetchval("SELECT id FROM users WHERE lower(email) = lower($1)", email)
+    return found
+
+
+async def add_member(db: Executor, *, project: UUID, actor: UUID, user: UUID, role: str) -> Record | None:
+    """The new member (a pending invitation of theirs is used up); None where they are one already."""
+    return await db.fetchrow(
+        """
+        WITH added AS (
+            INSERT INTO members (project_id, user_id, role) VALUES ($1, $3, $4)
+            ON CONFLICT (project_id, user_id) DO NOTHING RETURNING *
+        ), used AS (
+            DELETE FROM invitations i USING users u, added
+            WHERE u.id = added.user_id AND i.project_id = $1 AND lower(i.email) = lower(u.email)
+        ), noted AS (
+            INSERT INTO activity (project_id, actor_id, action, subject)
+            SELECT $1, $2, 'collaborator.added', jsonb_build_object('userId', user_id, 'role', role) FROM added
+        )
+        SELECT added.id, added.role, added.joined_at, person(u) AS "user"
+        FROM added JOIN users u ON u.id = added.user_id
+        """,
+        project,
+        actor,
+        user,
+        role,
+    )
+
+
+async def list_members(db: Executor, *, project: UUID, limit: int, after: tuple[Any, Any]) -> list[Record]:
+    """Members, the owner among them, in the order in which they joined; one more than ``limit``."""
+    return await db.fetch(
+        """
+        SELECT m.id, m.role, m.joined_at, person(u) AS "user"
+        FROM members m JOIN users u ON u.id = m.user_id
+        WHERE m.project_id = $1 AND ($3::timestamptz IS NULL OR (m.joined_at, m.id) > ($3, $4::uuid))
+        ORDER BY m.joined_at, m.id LIMIT $2 + 1
+        """,
+        project,
+        limit,
+        *after,
+    )
+
+
+async def read_member(db: Executor, *, project: UUID, member: UUID) -> Record | None:
+    return await db.fetchrow("SELECT id, user_id, role FROM members WHERE project_id = $1 AND id = $2", project, member)
+
+
+async def change_role(db: Executor, *, project: UUID, actor: UUID, member: UUID, role: str) -> Record | None:
+    """The member with the new role; None where there is none, or they are the owner."""
+    return await db.fetchrow(
+        """
+        WITH changed AS (
+            UPDATE members SET role = $4 WHERE project_id = $1 AND id = $3 AND role <> 'OWNER' RETURNING *
+        ), noted AS (
+            INSERT INTO activity (project_id, actor_id, action, subject)
+            SELECT $1, $2, 'collaborator.role_changed', jsonb_build_object('userId', user_id, 'role', role)
+            FROM changed
+        )
+        SELECT changed.id, changed.user_id, changed.role, changed.joined_at, person(u) AS "user"
+        FROM changed JOIN users u ON u.id = changed.user_id
+        """,
+        project,
+        actor,
+        member,
+        role,
+    )
+
+
+async def remove_member(db: Executor, *, project: UUID, actor: UUID, member: UUID) -> Record | None:
+    """Who was removed, and the actor's name; None where there is none, or they are the owner."""
+    return await db.fetchrow(
+        """
+        WITH gone AS (
+            DELETE FROM members WHERE project_id = $1 AND id = $3 AND role <> 'OWNER' RETURNING user_id
+        ), noted AS (
+            INSERT INTO activity (project_id, actor_id, action, subject)
+            SELECT $1, $2, CASE WHEN user_id = $2 THEN 'collaborator.left' ELSE 'collaborator.removed' END,
+                   jsonb_build_object('userId', user_id) FROM gone
+        )
+        SELECT user_id, COALESCE((SELECT name FROM users WHERE id = $2), '') AS actor_name FROM gone
+        """,
+        project,
+        actor,
+        member,
+    )
+
+
+async def step_down(db: Executor, *, project: UUID, owner: UUID) -> bool:
+    """First half of a transfer: whether that user was the owner and is a collaborator now."""
+    return bool(
+        await db.fetchval(
+            """
+            UPDATE members SET role = 'COLLABORATOR'
+            WHERE project_id = $1 AND user_id = $2 AND role = 'OWNER' RETURNING true
+            """,
+            project,
+            owner,
+        )
+    )
+
+
+async def step_up(db: Executor, *, project: UUID, actor: UUID, user: UUID) -> bool:
+    """Second half of a transfer: whether that user is a member and the owner now."""
+    return bool(
+        await db.fetchval(
+            """
+            WITH raised AS (
+                UPDATE members SET role = 'OWNER' WHERE project_id = $1 AND user_id = $3 RETURNING user_id
+            ), noted AS (
+                INSERT INTO activity (project_id, actor_id, action, subject)
+                SELECT $1, $2, 'project.transferred', jsonb_build_object('userId', user_id) FROM raised
+            )
+            SELECT true FROM raised
+            """,
+            project,
+            actor,
+            user,
+        )
+    )
