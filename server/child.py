@@ -1,5 +1,6 @@
-"""A child process in a session of its own, which does not outlive us."""
+"""Child processes: in a session of their own, with no descriptor of ours but those they are given."""
 
+import asyncio
 import contextlib
 import ctypes
 import fcntl
@@ -7,7 +8,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from server.settings import StartError
@@ -17,7 +19,11 @@ STOP_SECONDS = 15.0
 POLL_SECONDS = 0.02
 LOG_BYTES = 16 << 20  # of one log; the one before it is kept as well
 _PR_SET_PDEATHSIG = 1
-_prctl = ctypes.CDLL(None).prctl  # looked up here: between fork and exec nothing may wait for a lock
+_LIBC = ctypes.CDLL(None)
+# Looked up here: between fork and exec nothing may wait for a lock.
+_prctl, _syscall, _fcntl = _LIBC.prctl, _LIBC.syscall, _LIBC.fcntl
+_CLOSE_RANGE, _CLOSE_RANGE_CLOEXEC = 436, 4  # close_range(2), Linux 5.11; the number is the same on all machines
+_LAST_DESCRIPTOR = ctypes.c_uint(0xFFFFFFFF)
 
 
 class StackError(StartError):
@@ -189,6 +195,49 @@ class Child:
         return f"{telling[-1].strip()} ({self._log})"
 
 
+async def spawn(
+    *command: str,
+    stdin: int = subprocess.DEVNULL,
+    stdout: int = subprocess.DEVNULL,
+    stderr: int = subprocess.DEVNULL,
+    inherit: Sequence[int] = (),
+    environment: Mapping[str, str] | None = None,
+    cwd: str | Path | None = None,
+    limit: int = 1 << 16,
+) -> asyncio.subprocess.Process:
+    """Start a program in a session of its own, on the running loop.
+
+    It gets the three streams and ``inherit``, and no other descriptor. uvloop does not close what is inheritable, and
+    for a stream that is None it leaves an inheritable copy of ours behind: hence no stream may be None. ``limit`` is
+    the most bytes of a line that its output is read by.
+
+    Raises:
+        OSError: it cannot be executed.
+    """
+    return await asyncio.create_subprocess_exec(
+        *command,
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        pass_fds=tuple(inherit),
+        env=environment,
+        cwd=cwd,
+        limit=limit,
+        start_new_session=True,
+        preexec_fn=partial(_close_on_exec, tuple(inherit)),
+    )
+
+
+def open_standard_streams() -> None:
+    """Open the null device for each of 0, 1 and 2 that is closed.
+
+    Otherwise the next file or socket would get that number, and child processes would write their errors into it.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+
+
 def try_lock(file: int) -> bool:
     """Whether the lock is ours now; it ends when the last holder of this open file is gone."""
     try:
@@ -196,6 +245,14 @@ def try_lock(file: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _close_on_exec(inherit: tuple[int, ...]) -> None:
+    """Between fork and exec. The streams have still other numbers, and a failed exec is yet to be told."""
+    if _syscall(_CLOSE_RANGE, 3, _LAST_DESCRIPTOR, _CLOSE_RANGE_CLOEXEC) != 0:
+        raise OSError("close_range")
+    for descriptor in inherit:
+        _fcntl(descriptor, fcntl.F_SETFD, 0)
 
 
 def _dies_with_us(orphaned: signal.Signals, parent: int) -> Callable[[], None]:

@@ -10,12 +10,14 @@ import sys
 from collections.abc import Callable
 
 from server import ending, logs, settings
+from server.child import open_standard_streams
 from server.settings import StartError
 
 MOST_PROCESSES = 256
 
 
 def main() -> None:
+    open_standard_streams()
     arguments = _parser().parse_args()
     try:
         sys.exit(arguments.run(arguments))

@@ -15,7 +15,7 @@ from pathlib import Path
 import aiohttp
 
 from server import settings
-from server.child import Child, StackError
+from server.child import Child, StackError, spawn
 from server.devstack.stack import Stack, check_address, free_port
 from server.devstack.stores import Store
 from server.settings import StackSettings
@@ -73,24 +73,24 @@ def program(name: str, environment: dict[str, str]) -> Child:
 
 async def migrate(environment: dict[str, str], stop: asyncio.Event) -> None:
     """Raises StackError where it fails, unless because we are told to stop."""
-    child = await asyncio.create_subprocess_exec(
+    # In a session of its own, since Ctrl-C is for us: a migration is not cut in two.
+    migration = await spawn(
         sys.executable,
         str(RUN),
         "migrate",
-        env=environment,
+        environment=environment,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
-        start_new_session=True,  # Ctrl-C is for us: a migration is not cut in two
     )
-    output = await last_words(child, stop)
-    if child.returncode and not stop.is_set():
-        lines = output.decode(errors="replace").strip().splitlines() or [f"they ended with {child.returncode}"]
+    output = await last_words(migration, stop)
+    if migration.returncode and not stop.is_set():
+        lines = output.decode(errors="replace").strip().splitlines() or [f"they ended with {migration.returncode}"]
         raise StackError(f"the migrations failed: {lines[-1]}")
 
 
-async def last_words(child: asyncio.subprocess.Process, stop: asyncio.Event) -> bytes:
+async def last_words(process: asyncio.subprocess.Process, stop: asyncio.Event) -> bytes:
     """All that it says until its end; one signal lets it finish, one more kills it."""
-    said = asyncio.ensure_future(child.communicate())
+    said = asyncio.ensure_future(process.communicate())
     signals = 0
     while not said.done() and signals < 2:
         signalled = asyncio.ensure_future(stop.wait())
@@ -101,7 +101,7 @@ async def last_words(child: asyncio.subprocess.Process, stop: asyncio.Event) -> 
     if signals:
         stop.set()
     if not said.done():
-        child.kill()
+        process.kill()
     output, _ = await said
     return output
 

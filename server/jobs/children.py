@@ -8,6 +8,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from server import child
 from server.errors import TooLarge
 
 MOST_ANSWER_BYTES = 8 << 20
@@ -23,19 +24,16 @@ async def run(program: Path, *arguments: str, cwd: Path, progress: OnProgress) -
         ChildError: it failed.
         TooLarge: it prints more than an answer may have.
     """
-    process = await asyncio.create_subprocess_exec(
+    process = await child.spawn(
         sys.executable,
         "-I",
         str(program),
         str(os.getpid()),
         *arguments,
-        stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
         cwd=cwd,
-        env={},  # nothing of ours
+        environment={},  # nothing of ours
         limit=MOST_ANSWER_BYTES,
-        start_new_session=True,
     )
     assert process.stdout is not None
     try:

@@ -60,6 +60,20 @@ def check(result: int, what: str) -> int:
     return result
 
 
+CLOSE_RANGE = 436  # close_range(2), Linux 5.9; the same on x86_64 and aarch64
+LAST_DESCRIPTOR = 0xFFFFFFFF
+
+
+def close_all_but(*kept: int) -> None:
+    """Close every descriptor above 2 that is not among ``kept``, whoever left it open."""
+    first = 3
+    for descriptor in (*sorted(kept), LAST_DESCRIPTOR + 1):
+        if descriptor > first:
+            last = ctypes.c_uint(descriptor - 1)
+            check(LIBC.syscall(CLOSE_RANGE, ctypes.c_uint(first), last, 0), "close_range")
+        first = descriptor + 1
+
+
 # Landlock (Documentation/userspace-api/landlock.rst)
 
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446  # the same on x86_64 and aarch64
@@ -425,6 +439,7 @@ def start(config: dict, stdout: int, stderr: int) -> "tuple[int, int]":
             os.setpriority(os.PRIO_PROCESS, 0, max(NICE, os.getpriority(os.PRIO_PROCESS, 0)))
             for number, descriptor in enumerate((os.open(config["stdin"], os.O_RDONLY), stdout, stderr)):
                 os.dup2(descriptor, number)
+            close_all_but(report)
             become(config, report)
         except BaseException as error:  # noqa: BLE001 - it is told, and nothing has run
             os.write(report, FAILED + f" {type(error).__name__}: {error}".encode()[:1000])
@@ -837,9 +852,7 @@ class Launcher:
             signal.signal(number, signal.SIG_IGN)  # the worker decides when we end, and our end is bound to its
         gc.freeze()
         while True:
-            message, descriptors, _, _ = socket.recv_fds(self.control, LONGEST_MESSAGE, 3)
-            for descriptor in descriptors:  # or the program would inherit the channel, and could tell its own outcome
-                os.set_inheritable(descriptor, False)
+            message, descriptors, _, _ = socket.recv_fds(self.control, LONGEST_MESSAGE, 3, socket.MSG_CMSG_CLOEXEC)
             if not message:
                 break
             self.launch(message.decode(), descriptors)
@@ -896,6 +909,7 @@ def remove_stale(directory: str) -> None:
 
 def main() -> None:
     control, lock, directory = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    close_all_but(control, lock)
     for descriptor in (control, lock):  # held by us, and by no program
         os.set_inheritable(descriptor, False)
     Launcher(socket.socket(fileno=control), directory).serve()

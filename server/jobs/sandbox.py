@@ -298,6 +298,16 @@ def shut(what, door):
     except OSError:
         return
     raise SystemExit(what + " is open")
+def is_open(descriptor):
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
+# Those that were open before the limit of open files was lowered may have any number.
+left = [descriptor for descriptor in range(3, 1 << 16) if is_open(descriptor)]
+if left:
+    raise SystemExit(f"the worker's descriptors are open: {left[:10]}")
 shut("network", lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM))
 shut("unix sockets", lambda: socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
 shut("host file", lambda: open("/etc/passwd"))

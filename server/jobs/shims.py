@@ -15,6 +15,8 @@ from typing import Any
 
 import structlog
 
+from server import child
+
 log = structlog.get_logger()
 
 LAUNCHER = Path(__file__).parent / "launcher.py"
@@ -22,6 +24,7 @@ OUTPUT_BYTES = 1 << 20
 CHUNK = 64 << 10
 DROPPING_PAUSE = 0.001
 STOP_SECONDS = 2.0
+STDERR = 2
 
 OnOutput = Callable[[str, int, str], None]
 """Called with the stream's name, the offset in characters and the text."""
@@ -84,13 +87,12 @@ class Launcher:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         try:
-            process = await asyncio.create_subprocess_exec(
+            process = await child.spawn(
                 *(sys.executable, "-I", "-S", str(LAUNCHER), str(theirs.fileno()), str(lock), str(directory)),
-                stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=[theirs.fileno(), lock],
-                start_new_session=True,
+                stderr=STDERR,  # the launcher's own errors; it closes ours for what it forks
+                inherit=[theirs.fileno(), lock],
                 cwd="/",
-                env={},  # nothing of ours in anybody's /proc/…/environ
+                environment={},  # nothing of ours in anybody's /proc/…/environ
             )
         except BaseException:
             ours.close()

@@ -6,10 +6,14 @@ worker      one real worker process for the tests of this folder, on the stores 
 runner      runs programs in one tier of the sandbox, in a process of its own; each of its tests runs once for every
             tier that this machine has, as root and as somebody else
 own_runner  the same, for one test alone, which may kill it
+streams     a terminal, a pipe and a log file, one after the other
+exposed_runner  a runner of one test alone, whose stdin, stdout and stderr are ``streams``
 """
 
+import contextlib
 import dataclasses
 import os
+import pty
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -41,6 +45,38 @@ SOMEBODY = 20_000 + os.getpid() % 40_000  # whose processes, and limits, are of 
 TIERS = [tier for tier in tiers.TIERS if not tier.cgroup or cgroups.find()]  # few machines have that one
 EVERYWHERE = [f"{tier.name} as {user}" for tier in TIERS for user in tier.users]
 HOW_TO_HAVE_IT = {"bwrap": "apt-get install bubblewrap, and user namespaces"}
+
+
+@dataclasses.dataclass
+class Streams:
+    """What a worker's stdin, stdout and stderr are, and what the other side of it has seen."""
+
+    kind: str
+    descriptor: int
+    other_side: int
+
+    def written(self) -> bytes:
+        """All that has been written, which is read once."""
+        os.set_blocking(self.other_side, False)
+        with contextlib.suppress(BlockingIOError):
+            return os.read(self.other_side, 1 << 16)
+        return b""
+
+
+@pytest.fixture(params=["terminal", "pipe", "file"])
+def streams(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Streams]:
+    if request.param == "terminal":
+        other_side, descriptor = pty.openpty()
+    elif request.param == "pipe":
+        other_side, descriptor = os.pipe()
+    else:
+        log = tmp_path / "log"
+        log.write_text("an honest line\n")
+        descriptor = os.open(log, os.O_RDWR | os.O_APPEND)
+        other_side = os.open(log, os.O_RDONLY)
+    yield Streams(request.param, descriptor, other_side)
+    os.close(descriptor)
+    os.close(other_side)
 
 
 @pytest.fixture
@@ -96,7 +132,12 @@ def own_runner(request: pytest.FixtureRequest) -> Iterator[Runner]:
     yield from running(request.param)
 
 
-def running(where: str) -> Iterator[Runner]:
+@pytest.fixture(params=EVERYWHERE)
+def exposed_runner(request: pytest.FixtureRequest, streams: Streams) -> Iterator[Runner]:
+    yield from running(request.param, streams=streams.descriptor)
+
+
+def running(where: str, *, streams: int | None = None) -> Iterator[Runner]:
     tier, _, user = where.partition(" as ")
     if user == tiers.ROOT and os.geteuid() != 0:
         pytest.skip("the tests are not run as root")
@@ -105,7 +146,7 @@ def running(where: str) -> Iterator[Runner]:
     folder = Path(tempfile.mkdtemp(prefix="runner-"))
     folder.chmod(0o711)
     os.chown(folder, uid, -1)
-    started = Runner(tier, uid, folder)
+    started = Runner(tier, uid, folder, streams=streams)
     try:
         if started.tier != tier:
             pytest.skip(f"this machine does not hold {tier}: it takes {HOW_TO_HAVE_IT.get(tier, 'a kernel with it')}")

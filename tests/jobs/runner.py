@@ -1,7 +1,8 @@
 """A worker of sandboxes only, in a process and with a user of its own: what the tests confine programs with.
 
-``python -m tests.jobs.runner TIER UID`` reads requests from stdin and answers on stdout, a line of JSON each. Root
-becomes UID first, so that one run of the tests sees the tiers of root and those of everybody.
+``python -m tests.jobs.runner TIER UID CONTROL`` reads requests from the socket CONTROL, an inherited descriptor, and
+answers there, a line of JSON each. Root becomes UID first, so that one run of the tests sees the tiers of root and
+those of everybody.
 """
 
 import asyncio
@@ -10,15 +11,17 @@ import dataclasses
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import structlog
 
+from server import loop
 from server.jobs import shims, tiers
 from server.jobs.sandbox import FilesRefusedError, Limits, Outcome, Sandbox, SandboxError
 from tests.devstack.pids import gone
@@ -59,17 +62,23 @@ class Job:
 class Runner:
     """The process, as its users see it."""
 
-    def __init__(self, tier: str, uid: int, folder: Path) -> None:
+    def __init__(self, tier: str, uid: int, folder: Path, *, streams: int | None = None) -> None:
+        """``streams`` is its stdin, stdout and stderr; without it has ours, and nothing to read."""
         self.uid, self.folder = uid, folder
         self._numbers = iter(range(1 << 30))
         self._answers: list[dict[str, Any]] = []
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.jobs.runner", tier, str(uid)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd=ROOT,
-            env={**os.environ, "TMPDIR": str(folder), "WORKER_SECRET": SECRET},
-        )
+        control, theirs = socket.socketpair()
+        with control, theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.jobs.runner", tier, str(uid), str(theirs.fileno())],
+                stdin=subprocess.DEVNULL if streams is None else streams,
+                stdout=streams,
+                stderr=streams,
+                pass_fds=[theirs.fileno()],
+                cwd=ROOT,
+                env={**os.environ, "TMPDIR": str(folder), "WORKER_SECRET": SECRET},
+            )
+            self._control = control.makefile("rwb")
         try:
             hello = self._hear()
         except AssertionError:
@@ -116,13 +125,12 @@ class Runner:
         self._process.wait()
 
     def close(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self._process.communicate(timeout=30)
+        self._control.close()
+        self._process.wait(timeout=30)
 
     def say(self, **message: Any) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(message).encode() + b"\n")
-        self._process.stdin.flush()
+        self._control.write(json.dumps(message).encode() + b"\n")
+        self._control.flush()
 
     def until(self, number: int, *what: str) -> dict[str, Any]:
         """The first answer to a request that says one of these."""
@@ -136,8 +144,7 @@ class Runner:
             self._answers.append(self._hear())
 
     def _hear(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        line = self._control.readline()
         if not line:
             raise AssertionError("the runner has ended")
         answer: dict[str, Any] = json.loads(line)
@@ -162,19 +169,26 @@ def leaves_no_process(word: str, *, seconds: float = 2) -> bool:
 # The process itself
 
 
-async def serve(tier: str) -> None:
+async def serve(tier: str, control: socket.socket) -> None:
+    reader, writer = await asyncio.open_connection(sock=control, limit=1 << 27)
+
+    def tell(**message: Any) -> None:
+        writer.write(json.dumps(message).encode() + b"\n")
+
+    def tell_if_cancelled(number: int, job: asyncio.Task[None]) -> None:
+        if job.cancelled():
+            tell(id=number, cancelled=True)
+
     jobs: dict[int, asyncio.Task[None]] = {}
     box = await Sandbox.detect([each for each in tiers.TIERS if each.name == tier])
     tell(tier=box.tier.name, languages=box.languages)
-    reader = asyncio.StreamReader(limit=1 << 27)
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     async for line in reader:
         request = json.loads(line)
         if "cancel" in request:
             jobs[request["id"]].cancel()
         else:
             number = request["id"]
-            jobs[number] = asyncio.create_task(answer(box, request))
+            jobs[number] = asyncio.create_task(answer(box, request, tell))
             jobs[number].add_done_callback(lambda job, number=number: tell_if_cancelled(number, job))
     for job in jobs.values():
         job.cancel()
@@ -182,7 +196,7 @@ async def serve(tier: str) -> None:
     await box.close()
 
 
-async def answer(box: Sandbox, request: dict[str, Any]) -> None:
+async def answer(box: Sandbox, request: dict[str, Any], tell: Callable[..., None]) -> None:
     number = request["id"]
     try:
         outcome = await box.run(
@@ -200,16 +214,6 @@ async def answer(box: Sandbox, request: dict[str, Any]) -> None:
         tell(id=number, outcome=dataclasses.asdict(outcome))
 
 
-def tell_if_cancelled(number: int, job: asyncio.Task[None]) -> None:
-    if job.cancelled():
-        tell(id=number, cancelled=True)
-
-
-def tell(**message: Any) -> None:
-    sys.stdout.write(json.dumps(message) + "\n")
-    sys.stdout.flush()
-
-
 async def find_nothing() -> None:
     await (await Sandbox.detect([])).close()
 
@@ -221,7 +225,7 @@ def become(uid: int) -> None:
     shims.LAUNCHER = Path(shutil.copy(shims.LAUNCHER, copies))
     tiers.INSIDE = Path(shutil.copy(tiers.INSIDE, copies))
     asyncio.run(asyncio.to_thread(os.getpid))  # imports what it will need, while it may
-    asyncio.run(find_nothing())
+    loop.run(find_nothing())
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
@@ -230,11 +234,11 @@ def become(uid: int) -> None:
 
 
 def main() -> None:
-    tier, uid = sys.argv[1], int(sys.argv[2])
+    tier, uid, control = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     if uid != os.geteuid():
         become(uid)
-    asyncio.run(serve(tier))
+    loop.run(serve(tier, socket.socket(fileno=control)))  # the loop of a worker
 
 
 if __name__ == "__main__":

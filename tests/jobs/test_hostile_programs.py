@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import stat
 import subprocess
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from uuid import uuid4
 import pytest
 
 from tests.devstack.pids import gone
+from tests.jobs.conftest import Streams
 from tests.jobs.runner import SECRET, Runner, leaves_no_process, processes_with
 
 # Prints what could be done, a line each; what fails says nothing.
@@ -355,6 +357,61 @@ def test_programs_yield_to_the_worker(runner: Runner) -> None:
     outcome = runner.run("import os; print(os.nice(0)); os.nice(-1)")
     assert int(outcome.stdout) >= 10
     assert outcome.exit_code == 1
+
+
+# Tries to write to, cut off and read from what it finds open beyond its own three.
+DESCRIPTORS = """
+import fcntl, os
+for number in range(3, 1 << 16):
+    try: kind = os.fstat(number)
+    except OSError: continue
+    print("open:", number, kind)
+    fcntl.fcntl(number, fcntl.F_SETFL, os.O_NONBLOCK)
+    for deed in (lambda: os.write(number, b"FORGED"), lambda: os.ftruncate(number, 0), lambda: os.read(number, 100)):
+        try: print("done:", number, deed())
+        except OSError: pass
+"""
+# These interpreters have descriptors of their own: which ones tells whether one is the worker's.
+IDENTITIES = {
+    "bash": "exec 3</dev/zero; stat -L -c %d:%i /proc/self/fd/{3..254} 2>/dev/null",
+    "javascript": """
+const fs = require('fs')
+for (let number = 3; number < 4096; number++)
+    try { const { dev, ino } = fs.fstatSync(number); console.log(`${dev}:${ino}`) } catch (error) { }
+""",
+}
+TERMINALS = """
+import os, sys
+streams = [f"/proc/{pid}/fd/{number}" for pid in (1, int(sys.argv[1])) if pid != os.getpid() for number in range(3)]
+for path in ("/dev/tty", "/dev/console", *(f"/dev/pts/{number}" for number in range(5)), *streams):
+    try: open(path, "wb", 0).write(b"FORGED")
+    except OSError: continue
+    print("written:", path)
+"""
+
+
+def test_a_program_cannot_reach_the_terminal_the_pipe_or_the_log_of_its_worker(
+    exposed_runner: Runner, streams: Streams
+) -> None:
+    before = streams.written()
+    assert exposed_runner.run(DESCRIPTORS).stdout == ""
+    for language in IDENTITIES.keys() & set(exposed_runner.languages):
+        found = set(exposed_runner.run(IDENTITIES[language], language).stdout.split())
+        assert found
+        assert not found & particular_files_of(exposed_runner.pid)
+    assert exposed_runner.run(TERMINALS, args=[str(exposed_runner.pid)]).stdout == ""
+    assert b"FORGED" not in streams.written()
+    if streams.kind == "file":
+        assert b"an honest line" in before
+        assert os.fstat(streams.descriptor).st_size >= len(before)
+
+
+def particular_files_of(pid: int) -> set[str]:
+    """Device and inode of what a process has open: of files, terminals, pipes and sockets, which are not shared by
+    chance as an event counter's inode is, or the null device."""
+    found = [path.stat() for path in Path(f"/proc/{pid}/fd").iterdir()]
+    null = Path(os.devnull).stat().st_rdev
+    return {f"{each.st_dev}:{each.st_ino}" for each in found if stat.S_IFMT(each.st_mode) and each.st_rdev != null}
 
 
 DAEMONS = {

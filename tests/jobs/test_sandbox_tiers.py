@@ -58,6 +58,23 @@ async def test_a_tier_with_a_door_open_is_not_taken(monkeypatch: pytest.MonkeyPa
     await box.close()
 
 
+@pytest.mark.parametrize("tier", tiers.ours(), ids=lambda tier: tier.name)
+async def test_a_tier_that_lets_a_descriptor_through_is_not_taken(
+    tier: tiers.Tier, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source, leak = shims.LAUNCHER.read_text(), "            os.dup2(1, 9)\n            become(config, report)"
+    assert source.count("            become(config, report)") == 1
+    leaky = tmp_path / "launcher.py"
+    leaky.write_text(source.replace("            become(config, report)", leak))
+    monkeypatch.setattr(shims, "LAUNCHER", leaky)
+    with structlog.testing.capture_logs() as logs:
+        box = await Sandbox.detect([tier])
+    await box.close()
+    assert box.languages == ()
+    if not (tier.cgroup and cgroups.find() is None):  # else it was not even tried
+        assert "the worker's descriptors are open: [9]" in {each["problem"].strip() for each in logs}
+
+
 async def test_without_a_tier_nothing_runs() -> None:
     box = await Sandbox.detect([])
     assert box.languages == ()
