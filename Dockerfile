@@ -3,9 +3,9 @@ FROM python:3.11-slim-bookworm AS builder
 WORKDIR /build
 # Only what the dependencies depend on, so that a change of the code does not install them again. Without
 # server/ beside it, `pip install .` adds the package's metadata (its version) and all it requires.
-COPY setup.cfg pyproject.toml ./
+COPY setup.cfg pyproject.toml constraints.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip \
-    python -m venv --without-pip /venv && pip --python /venv/bin/python install '.[otel]'
+    python -m venv --without-pip /venv && pip --python /venv/bin/python install --constraint constraints.txt '.[otel]'
 WORKDIR /app
 COPY run.py ./
 COPY sql ./sql

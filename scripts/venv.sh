@@ -80,15 +80,15 @@ PYTHON
 # uv does not read pip's configuration (mirrors, certificates): where it fails, pip may not.
 install() {
     if have_uv && quietly "installing the package and its extra '$1' with uv" \
-        uv pip install --quiet --python "$PYTHON" --editable "$ROOT[$1]"; then return; fi
+        uv pip install --quiet --python "$PYTHON" --constraint "$ROOT/constraints.txt" --editable "$ROOT[$1]"; then return; fi
     "$PYTHON" -c 'import pip' 2>/dev/null || add_pip
     quietly "installing the package and its extra '$1' (a minute or two the first time)" \
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable "$ROOT[$1]" ||
+        "$PYTHON" -m pip install --quiet --disable-pip-version-check --constraint "$ROOT/constraints.txt" --editable "$ROOT[$1]" ||
         fail "the installation failed"
 }
 
 # What an installation depends on. A venv does not survive being moved, hence the path.
-fingerprint() { { printf '%s\n' "$VENV" && cat "$ROOT/setup.cfg" "$ROOT/pyproject.toml"; } | cksum; }
+fingerprint() { { printf '%s\n' "$VENV" && cat "$ROOT/setup.cfg" "$ROOT/pyproject.toml" "$ROOT/constraints.txt"; } | cksum; }
 
 # is_installed EXTRA: the extra 'test' contains 'embedded'.
 is_installed() {

@@ -25,6 +25,7 @@ import re
 import secrets
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,15 @@ structlog.configure(
 
 MakeServer = Callable[..., Awaitable[str]]
 MakeActor = Callable[..., Awaitable[Actor]]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name what was skipped, a line for each reason: few of them, and each says what to install."""
+    reasons = Counter(report.longrepr[2] for report in terminalreporter.getreports("skipped"))
+    if reasons:
+        terminalreporter.section("skipped")
+    for reason, count in reasons.most_common():
+        terminalreporter.line(f"{count:5} {reason.removeprefix('Skipped: ')}")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

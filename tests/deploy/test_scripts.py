@@ -51,7 +51,10 @@ class Machine:
         return [line.replace(str(self.root), "ROOT") for line in lines]
 
 
-INSTALL = "-m pip install --quiet --disable-pip-version-check --editable ROOT[{extra}]"
+INSTALL = (
+    "-m pip install --quiet --disable-pip-version-check --constraint ROOT/constraints.txt --editable ROOT[{extra}]"
+)
+SHARED_OUT = "-m pytest -n {processes} --dist worksteal"
 
 
 @pytest.fixture
@@ -60,7 +63,7 @@ def machine(tmp_path: Path) -> Machine:
         (tmp_path / folder).mkdir()
     for script in ("dev", "demo", "test", "check", "venv.sh"):
         shutil.copy(ROOT / "scripts" / script, tmp_path / "scripts")
-    for name in ("setup.cfg", "pyproject.toml", "run.py"):
+    for name in ("setup.cfg", "pyproject.toml", "constraints.txt", "run.py"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "tests" / "test_one.py").touch()
     for tool in TOOLS:
@@ -82,13 +85,30 @@ def test_the_first_call_installs_and_the_second_does_not(machine: Machine) -> No
 
 def test_the_tests_extra_serves_dev_too_and_a_change_of_dependencies_installs_anew(machine: Machine) -> None:
     machine.run("test")
-    assert machine.asked() == ["-m venv ROOT/.venv", INSTALL.format(extra="test"), "-m pytest"]
+    assert machine.asked()[:2] == ["-m venv ROOT/.venv", INSTALL.format(extra="test")]
     machine.run("dev")
     assert machine.asked() == ["run.py dev"]
-    with (machine.root / "setup.cfg").open("a") as file:
-        file.write("# another dependency\n")
-    machine.run("test")
-    assert machine.asked() == [INSTALL.format(extra="test"), "-m pytest"]
+    for name in ("setup.cfg", "constraints.txt"):
+        with (machine.root / name).open("a") as file:
+            file.write("# another dependency\n")
+        machine.run("test")
+        assert machine.asked()[0] == INSTALL.format(extra="test")
+
+
+@pytest.mark.parametrize(("processors", "processes"), [(1, 2), (2, 3), (64, 8)])
+def test_a_whole_run_is_shared_out_among_processes(machine: Machine, processors: int, processes: int) -> None:
+    nproc = machine.root / "bin" / "nproc"
+    nproc.write_text(f"#!/bin/sh\necho {processors}\n")
+    nproc.chmod(0o755)
+    for arguments in ((), ("-x",), ("--full",)):
+        machine.run("test", *arguments)
+        assert machine.asked()[-1] == " ".join((SHARED_OUT.format(processes=processes), *arguments))
+
+
+@pytest.mark.parametrize("choice", ["-n0", "-k name", "--lf", "ROOT/tests/test_one.py"])
+def test_a_choice_of_tests_runs_in_one_process(machine: Machine, choice: str) -> None:
+    machine.run("test", *choice.replace("ROOT/", "").split())
+    assert machine.asked()[-1] == f"-m pytest {choice}"
 
 
 def test_a_file_is_meant_as_seen_from_where_one_stands(machine: Machine) -> None:
