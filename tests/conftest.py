@@ -1,7 +1,8 @@
 """Fixtures. All stores are real; nothing of the product is replaced.
 
 Stores
-    stack               one PostgreSQL, Valkey and MongoDB stand-in for the whole run, in a throw-away directory
+    stack               one PostgreSQL, Valkey and MongoDB stand-in for the whole run, in a throw-away directory; or
+                        those that run already in the directory TEST_STACK
     own_stack           the same and migrated, for one test alone that kills them: ``own_stack.valkey.kill()``
     database_url        a migrated database on ``stack``
     empty_database_url  one without a table; ``make_database()`` makes several
@@ -21,6 +22,7 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
+import os
 import re
 import secrets
 import shutil
@@ -86,8 +88,9 @@ def full(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="session")
 def stack() -> Iterator[Stack]:
-    with throw_away_stack() as running:
-        yield running
+    running = os.environ.get("TEST_STACK")
+    with contextlib.nullcontext(Stack.running_in(Path(running))) if running else throw_away_stack() as found:
+        yield found
 
 
 @pytest.fixture

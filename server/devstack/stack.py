@@ -59,6 +59,17 @@ class Stack:
         finally:
             self._held.close()
 
+    @classmethod
+    def running_in(cls, data_dir: Path) -> "Stack":
+        """Return the stores that another process keeps running there: their addresses, not their processes.
+
+        Raises:
+            StackError: what is kept there is damaged.
+        """
+        found = cls(data_dir)
+        found._build(found._kept())
+        return found
+
     @property
     def stores(self) -> tuple[Store, ...]:
         return self.postgres, self.valkey, self.mongo

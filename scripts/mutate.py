@@ -1,0 +1,239 @@
+"""Mutation testing of the modules that decide about access: see scripts/mutate.
+
+cosmic-ray makes the changes and runs the tests, in copies of the checkout: one for each processor, with stores that
+outlive the many short runs.
+"""
+
+import argparse
+import ast
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import tomllib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+
+from cosmic_ray.work_db import WorkDB, use_db
+from cosmic_ray.work_item import MutationSpec, TestOutcome, WorkerOutcome, WorkResult
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from server import migrations  # noqa: E402
+from server.devstack.stack import Stack  # noqa: E402
+
+WHOLE_RUN_SECONDS = 3600
+TIMEOUT_SECONDS = 120.0  # of the tests of one change; one that hangs is noticed too
+CONFIG = """
+[cosmic-ray]
+module-path = "{module}"
+timeout = {timeout}
+excluded-modules = []
+test-command = "{command}"
+distributor.name = "local"
+"""
+SKIPPED = WorkResult(worker_outcome=WorkerOutcome.SKIPPED)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A module with its narrow tests; ``functions`` are those to change, all where there are none."""
+
+    module: str
+    tests: tuple[str, ...]
+    functions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a survivor changed: the lines that it took away and put in."""
+
+    module: str
+    lines: str
+
+    @classmethod
+    def of(cls, target: Target, result: WorkResult) -> "Change":
+        lines = (result.diff or "").splitlines()
+        changed = [line for line in lines if line.startswith(("-", "+")) and not line.startswith(("---", "+++"))]
+        return cls(target.module, "\n".join(f"{line[0]} {line[1:].strip()}" for line in changed))
+
+
+@dataclass
+class Report:
+    tried: int = 0
+    left_out: int = 0  # for want of time
+    survivors: tuple[Change, ...] = ()
+
+
+def main() -> int:
+    options = arguments()
+    plan = tomllib.loads((ROOT / "scripts/mutate.toml").read_text())
+    targets = [
+        Target(each["module"], tuple(each["tests"]), tuple(each.get("functions", ()))) for each in plan["target"]
+    ]
+    known = {Change(each["module"], each["change"].strip()): each["reason"] for each in plan.get("survivor", ())}
+    chosen = [target for target in targets if not options.modules or target.module in options.modules]
+    if len(chosen) < len(options.modules):
+        sys.exit(f"choose from: {' '.join(target.module for target in targets)}")
+    deadline = time.monotonic() + options.seconds
+    reports = run_all(chosen, deadline)
+    return tell(chosen, reports, known)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts/mutate")
+    parser.add_argument("--seconds", type=float, default=WHOLE_RUN_SECONDS)
+    parser.add_argument("modules", nargs="*")
+    return parser.parse_args()
+
+
+def run_all(targets: Sequence[Target], deadline: float) -> list[Report]:
+    """Each target on a copy of its own of the checkout, as many at once as there are processors."""
+    workers = min(len(targets), os.cpu_count() or 1)
+    with contextlib.ExitStack() as held:
+        places: Queue[Path] = Queue()
+        for _ in range(workers):  # stores are started by the main thread only
+            places.put(held.enter_context(workplace()))
+
+        def run(target: Target) -> Report:
+            place = places.get()
+            try:
+                return run_one(target, place, deadline)
+            finally:
+                places.put(place)
+
+        with ThreadPoolExecutor(workers) as pool:
+            return list(pool.map(run, targets))
+
+
+@contextlib.contextmanager
+def workplace() -> Iterator[Path]:
+    """A copy of the checkout without what git ignores, beside stores that run."""
+    with tempfile.TemporaryDirectory(prefix="mutate-", ignore_cleanup_errors=True) as folder:
+        place = Path(folder)
+        place.chmod(0o711)  # PostgreSQL of root runs as another user
+        files = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            capture_output=True,
+            check=True,
+        ).stdout
+        for name in filter(None, files.decode().split("\0")):
+            (place / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, place / "copy" / name)
+        with Stack(place / "data") as stack:
+            migrations.apply(stack.postgres.url)
+            yield place
+
+
+def run_one(target: Target, place: Path, deadline: float) -> Report:
+    copy = place / "copy"
+    session, config = place / "session.sqlite", place / "config.toml"
+    tests = f"{sys.executable} -m pytest -x -q -p no:cacheprovider -p no:xdist {' '.join(target.tests)}"
+    config.write_text(CONFIG.format(module=target.module, timeout=TIMEOUT_SECONDS, command=tests))
+    session.unlink(missing_ok=True)
+    environment = {**os.environ, "TEST_STACK": str(place / "data"), "PYTHONPATH": str(copy)}
+    say(f"{target.module}: its tests as they are")
+    began = time.monotonic()
+    subprocess.run(tests.split(), cwd=copy, env=environment, stdout=subprocess.DEVNULL, check=True)
+    say(f"{target.module}: {time.monotonic() - began:.1f} s")
+    cosmic_ray = [sys.executable, "-m", "cosmic_ray.cli"]
+    subprocess.run([*cosmic_ray, "init", str(config), str(session)], cwd=copy, check=True, capture_output=True)
+    with use_db(session, WorkDB.Mode.open) as db:
+        skip_what_changes_nothing(db, target, (copy / target.module).read_text())
+        todo = len(db.pending_work_items)
+    say(f"{target.module}: {todo} changes")
+    running = subprocess.Popen([*cosmic_ray, "exec", str(config), str(session)], cwd=copy, env=environment)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        running.wait(timeout=max(1.0, deadline - time.monotonic()))
+    running.terminate()
+    running.wait()
+    return read(target, session, todo)
+
+
+def read(target: Target, session: Path, todo: int) -> Report:
+    with use_db(session, WorkDB.Mode.open) as db:
+        results = [result for _, result in db.results if result.worker_outcome is not WorkerOutcome.SKIPPED]
+    survivors = {Change.of(target, each) for each in results if each.test_outcome is TestOutcome.SURVIVED}
+    ordered = tuple(sorted(survivors, key=lambda change: change.lines))
+    return Report(tried=len(results), left_out=todo - len(results), survivors=ordered)
+
+
+def skip_what_changes_nothing(db: WorkDB, target: Target, source: str) -> None:
+    """Annotations, the star of keyword-only parameters and ``__all__`` look like operators and values to cosmic-ray."""
+    tree = ast.parse(source)
+    annotations = [span for node in ast.walk(tree) for span in annotations_of(node)]
+    operators = {
+        (node.left.end_lineno, node.left.end_col_offset) for node in ast.walk(tree) if isinstance(node, ast.BinOp)
+    }
+    for item in db.pending_work_items:
+        [mutation] = item.mutations
+        is_operator = "BinaryOperator" in mutation.operator_name
+        if (
+            any(begin <= mutation.start_pos < end for begin, end in annotations)
+            or (is_operator and not follows_an_operand(mutation, operators))
+            or (target.functions and not is_of(mutation, target.functions, source))
+        ):
+            db.set_result(item.job_id, SKIPPED)
+
+
+Span = tuple[tuple[int, int], tuple[int, int]]
+
+
+def annotations_of(node: ast.AST) -> Iterator[Span]:
+    found = [getattr(node, "annotation", None), getattr(node, "returns", None)]
+    for each in found:
+        if isinstance(each, ast.expr):
+            yield (each.lineno, each.col_offset), (each.end_lineno or 0, each.end_col_offset or 0)
+
+
+def follows_an_operand(mutation: MutationSpec, operands: set[tuple[int | None, int | None]]) -> bool:
+    """The operator stands behind the end of a left operand, by white space and brackets at most."""
+    line, column = mutation.start_pos
+    return any(at[0] == line and at[1] is not None and 0 <= column - at[1] <= 2 for at in operands) or any(
+        at[0] == line - 1 for at in operands
+    )
+
+
+def is_of(mutation: MutationSpec, functions: Sequence[str], source: str) -> bool:
+    """Whether it changes one of these functions, or takes away a mark of who may call one."""
+    if mutation.definition_name is None:
+        return source.splitlines()[mutation.start_pos[0] - 1].startswith("@requires")
+    return mutation.definition_name.rpartition(".")[2] in functions
+
+
+def tell(targets: Sequence[Target], reports: Sequence[Report], known: dict[Change, str]) -> int:
+    """Print what survived; 1 where a survivor is not known, or a known one is noticed by now."""
+    failed = False
+    for target, report in zip(targets, reports, strict=True):
+        new = [change for change in report.survivors if change not in known]
+        gone = [change for change in known if change.module == target.module and change not in report.survivors]
+        print(f"{target.module}: {report.tried} changes, {len(report.survivors)} survived, {len(new)} of them unknown")
+        if report.left_out:
+            print(f"  {report.left_out} not tried for want of time")
+            gone = []
+        for title, changes in (("survived", new), ("known as a survivor, noticed by now", gone)):
+            for change in changes:
+                failed = True
+                print(f"  {title}:\n    " + change.lines.replace("\n", "\n    "))
+    return int(failed)
+
+
+_saying = threading.Lock()
+
+
+def say(text: str) -> None:
+    with _saying:
+        print(f"mutate: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

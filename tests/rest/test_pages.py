@@ -1,0 +1,146 @@
+"""Pages of lists: the rows that are shown, and cursors that lead to the next ones."""
+
+import base64
+from datetime import UTC, datetime, timedelta, timezone
+from uuid import UUID, uuid4
+
+import pytest
+from marshmallow import ValidationError, fields
+
+from server import json
+from server.errors import ValidationFailed
+from server.fields import Schema
+from server.rest.pages import PageQuery, cursor_of, keys_of, page, page_of
+
+MOMENT = datetime(2026, 11, 30, 10, 15, 30, 123456, UTC)
+
+
+def encoded(value: object) -> str:
+    return base64.urlsafe_b64encode(json.dumps(value)).decode().rstrip("=")
+
+
+def rows(count: int) -> list[dict[str, int]]:
+    return [{"id": number} for number in range(count)]
+
+
+@pytest.mark.parametrize("there", [0, 1, 2])
+def test_a_page_that_is_the_last_has_no_cursor(there: int) -> None:
+    assert page(rows(there), 2, "id", of="things") == (rows(there), None)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_a_page_shows_its_limit_and_its_cursor_holds_the_last_row_shown(limit: int) -> None:
+    shown, cursor = page(rows(limit + 1), limit, "id", of="things")
+    assert shown == rows(limit)
+    assert cursor is not None
+    assert keys_of(cursor, int, of="things") == (limit - 1,)
+
+
+def test_a_cursor_keeps_the_microseconds_of_a_time() -> None:
+    # Rounded to milliseconds it would repeat rows, or skip them.
+    id = uuid4()
+    _, cursor = page([{"at": MOMENT, "id": id}] * 2, 1, "at", "id", of="things")
+    assert keys_of(cursor, datetime, UUID, of="things") == (MOMENT, id)
+
+
+def test_a_time_of_another_zone_is_the_same_moment_in_utc() -> None:
+    there = MOMENT.astimezone(timezone(timedelta(hours=5)))
+    [found] = keys_of(cursor_of(there.isoformat(), of="things"), datetime, of="things")
+    assert (found, found.tzinfo) == (MOMENT, UTC)
+
+
+def test_no_cursor_is_the_first_page() -> None:
+    assert keys_of(None, datetime, UUID, of="things") == (None, None)
+
+
+@pytest.mark.parametrize("length", range(1, 13))
+def test_a_cursor_of_any_length_can_be_read(length: int) -> None:
+    name = "x" * length  # base64 pads one in three
+    cursor = cursor_of(name, of="things")
+    assert "=" not in cursor
+    assert keys_of(cursor, str, of="things") == (name,)
+
+
+LARGEST = (1 << 63) - 1
+
+
+def test_numbers_of_a_cursor_fit_a_bigint() -> None:
+    for number in (LARGEST, -LARGEST, 0):
+        assert keys_of(encoded(["things", str(number)]), int, of="things") == (number,)
+
+
+BAD = {
+    "empty": "",
+    "no base64": "!!!!",
+    "a letter too many": "aaaaa",
+    "not ASCII": "é",
+    "no JSON": base64.urlsafe_b64encode(b"x").decode(),
+    "no UTF-8": base64.urlsafe_b64encode(b"\xff\xfe").decode(),
+    "no list": encoded({"0": "things", "1": "1"}),
+    "a text": encoded("things"),
+    "of another list": encoded(["others", "1"]),
+    "a later list": encoded(["zzz", "1"]),
+    "too few keys": encoded(["things"]),
+    "too many keys": encoded(["things", "1", "2"]),
+    "a number for a text": encoded(["things", 1]),
+    "null": encoded(["things", None]),
+    "a list for a text": encoded(["things", ["1"]]),
+    "a word for a number": encoded(["things", "one"]),
+    "beyond a bigint": encoded(["things", str(LARGEST + 1)]),
+    "below a bigint": encoded(["things", str(-LARGEST - 1)]),
+    "5,000 digits": encoded(["things", "9" * 5000]),
+}
+
+
+@pytest.mark.parametrize("cursor", BAD.values(), ids=list(BAD))
+def test_what_is_no_cursor_of_the_list_is_refused(cursor: str) -> None:
+    with pytest.raises(ValidationFailed) as refused:
+        keys_of(cursor, int, of="things")
+    assert refused.value.details == [{"field": "cursor", "message": "Not a cursor of this list."}]
+    assert refused.value.__cause__ is None
+
+
+BAD_TIMES = {
+    "no time": "yesterday",
+    "without a zone": "2026-11-30T10:15:30",
+    "before the first year": "0001-01-01T00:00:00+14:00",
+    "after the last year": "9999-12-31T23:59:59-14:00",
+}
+
+
+@pytest.mark.parametrize("time", BAD_TIMES.values(), ids=list(BAD_TIMES))
+def test_a_time_that_cannot_be_asked_for_is_refused(time: str) -> None:
+    with pytest.raises(ValidationFailed):
+        keys_of(encoded(["things", time]), datetime, of="things")
+
+
+def test_a_bad_id_is_refused() -> None:
+    with pytest.raises(ValidationFailed):
+        keys_of(encoded(["things", "1"]), UUID, of="things")
+
+
+def test_a_page_has_twenty_items_unless_asked_for_others() -> None:
+    assert PageQuery().load({}) == {"limit": 20, "cursor": None}
+    for limit in ("1", "100"):
+        assert PageQuery().load({"limit": limit})["limit"] == int(limit)
+    for limit in ("0", "101", "-1"):
+        with pytest.raises(ValidationError):
+            PageQuery().load({"limit": limit})
+
+
+def test_a_long_cursor_is_not_even_read() -> None:
+    assert PageQuery().load({"cursor": "x" * 1000})["cursor"] == "x" * 1000
+    with pytest.raises(ValidationError):
+        PageQuery().load({"cursor": "x" * 1001})
+
+
+class Thing(Schema):
+    id = fields.Integer()
+
+
+def test_the_document_names_each_kind_of_page_once() -> None:
+    shape = page_of(Thing)
+    assert shape is page_of(Thing)
+    assert shape.__name__ == "ThingPage"
+    assert set(shape().fields) == {"items", "next_cursor"}
+    assert shape().fields["next_cursor"].allow_none
