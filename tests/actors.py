@@ -8,6 +8,7 @@ from uuid import uuid4
 import aiohttp
 import orjson
 
+from tests.patience import PATIENCE_SECONDS
 from tests.sockets import Socket
 
 PASSWORD = "Lovelace1815"
@@ -108,7 +109,7 @@ class Actor:
         assert made.status == 201, made
         return made["id"]
 
-    async def finished_job(self, job: str, *, seconds: float = 30) -> dict[str, Any]:
+    async def finished_job(self, job: str, *, seconds: float = PATIENCE_SECONDS) -> dict[str, Any]:
         """The job, once it is completed, failed or cancelled."""
         async with asyncio.timeout(seconds):
             while (read := await self.get(f"/jobs/{job}"))["status"] in ("pending", "processing"):

@@ -11,6 +11,8 @@ Stores
 Servers
     settings            of an application in this process: cheap passwords, no limits; ``override`` changes some
     make_server         starts applications in this process: ``await make_server(**settings)`` → its address
+    unhurried           these take no store for one that is away because the machine is slow; of itself in every test,
+                        of one that is marked ``hurried`` only a request as a whole may take longer
     server              one such application
     processes           starts real processes: ``processes.server()``, ``processes.worker()``
 People
@@ -41,6 +43,7 @@ from aiohttp.test_utils import TestServer
 from server import migrations, resources
 from server.app import create_app
 from server.devstack.stack import Stack
+from server.pipelines import Pipelines
 from server.rest.runner import Runner
 from server.settings import Settings, load
 from tests.actors import Actor
@@ -71,6 +74,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--chaos-seconds", help="how long things are killed in the chaos story")
     parser.addoption("--chaos-seed", help="which, and in which order")
     parser.addoption("--full", action="store_true", help="the full form of the tests that have a short one")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "hurried: a store hangs in this test: the product's own limits hold for a call")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -135,6 +142,37 @@ def make_database(stack: Stack) -> Iterator[Callable[[], str]]:
 @pytest.fixture
 def empty_database_url(make_database: Callable[[], str]) -> str:
     return make_database()
+
+
+UNHURRIED_SECONDS = 20.0
+OF_A_REQUEST = "server.rest.middlewares.STORES_SECONDS"
+OF_A_CALL = (
+    "server.auth.blacklist.ANSWER_SECONDS",
+    "server.auth.sessions.SPREAD_SECONDS",
+    "server.documents.rooms.SUBSCRIBE_SECONDS",
+    "server.ops.exposition.CHECK_SECONDS",
+    "server.ops.stores.CHECK_SECONDS",
+    "server.pipelines.REDIS_SECONDS",
+    "server.postgres.CONNECT_SECONDS",
+    "server.postgres.STATEMENT_SECONDS",
+    "server.projects.cache.PATIENCE_SECONDS",
+    "server.ratelimit.LONGEST_SECONDS",
+    "server.ratelimit.SILENCE_SECONDS",
+    "server.realtime.subscriber.SUBSCRIBE_SECONDS",
+    "server.replicas.ANSWER_SECONDS",
+    "server.resources.MONGO_ANSWER_SECONDS",
+    "server.resources.REDIS_SECONDS",
+    "server.resources.START_SECONDS",
+)
+
+
+@pytest.fixture(autouse=True)
+def unhurried(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OF_A_REQUEST, UNHURRIED_SECONDS)
+    if request.node.get_closest_marker("hurried") is None:
+        for name in OF_A_CALL:
+            monkeypatch.setattr(name, UNHURRIED_SECONDS)
+        monkeypatch.setitem(Pipelines.ask.__kwdefaults__, "seconds", UNHURRIED_SECONDS)
 
 
 TEST_SETTINGS = {

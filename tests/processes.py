@@ -8,8 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+from tests.patience import START_SECONDS
+
 ROOT = Path(__file__).parent.parent
-READY_SECONDS = 20.0
 SHORTER = """
 import runpy, sys
 import {module}
@@ -58,7 +59,7 @@ class Process:
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def until(self, pattern: str, *, seconds: float = READY_SECONDS) -> re.Match[str]:
+    def until(self, pattern: str, *, seconds: float = START_SECONDS) -> re.Match[str]:
         """The first match in what it prints."""
         deadline = time.monotonic() + seconds
         while (found := re.search(pattern, self.output)) is None:
@@ -69,12 +70,12 @@ class Process:
             time.sleep(0.02)
         return found
 
-    def terminate(self, *, seconds: float = 30, number: int = signal.SIGTERM) -> int:
+    def terminate(self, *, seconds: float = START_SECONDS, number: int = signal.SIGTERM) -> int:
         """Ask it to stop; its exit code."""
         self._process.send_signal(number)
         return self._process.wait(timeout=seconds)
 
-    def wait(self, *, seconds: float = 30) -> int:
+    def wait(self, *, seconds: float = START_SECONDS) -> int:
         return self._process.wait(timeout=seconds)
 
     def freeze(self) -> None:

@@ -11,6 +11,7 @@ import psycopg
 from server.devstack.postgres import Postgres
 from server.devstack.stack import free_port
 from server.devstack.stores import Place, Store
+from tests.patience import PATIENCE_SECONDS
 
 
 class Replica(Postgres):
@@ -39,7 +40,7 @@ class Replica(Postgres):
     async def catch_up(self) -> None:
         """Returns when it shows all that the primary has committed by now."""
         wanted = _ask(self._primary.url, "SELECT pg_current_wal_lsn()::text")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while not self._run(f"SELECT pg_last_wal_replay_lsn() >= '{wanted}'"):
                 await asyncio.sleep(0.02)
 

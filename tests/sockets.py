@@ -14,8 +14,8 @@ import jsonschema
 import orjson
 
 from server.app import asyncapi_document
+from tests.patience import PATIENCE_SECONDS
 
-PATIENCE_SECONDS = 5.0
 HELD_AGAINST = 20  # frames of a kind; of what is said thousands of times the first will do
 _held: Counter[str] = Counter()
 

@@ -2,7 +2,8 @@
 
 import subprocess
 import sys
-import time
+
+from tests.patience import START_SECONDS
 
 PROGRAM = """
 import asyncio
@@ -13,7 +14,7 @@ loop.LAST_SECONDS = 1.0
 async def stubborn(times):
     while times:
         try:
-            await asyncio.sleep(60)
+            await asyncio.sleep(600)
         except asyncio.CancelledError:
             times -= 1
 
@@ -26,20 +27,18 @@ print(loop.run(main()))
 """
 
 
-def run(times: int) -> tuple["subprocess.CompletedProcess[str]", float]:
-    began = time.monotonic()
+def run(times: int) -> "subprocess.CompletedProcess[str]":
     program = [sys.executable, "-c", PROGRAM.format(times=times)]
-    return subprocess.run(program, capture_output=True, text=True, timeout=30), time.monotonic() - began
+    return subprocess.run(program, capture_output=True, text=True, timeout=START_SECONDS)
 
 
 def test_a_task_that_swallows_a_cancellation_is_told_again() -> None:
-    done, _ = run(3)
+    done = run(3)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 
 def test_a_task_that_never_ends_does_not_keep_the_process() -> None:
-    done, seconds = run(-1)
+    done = run(-1)
     assert done.returncode == 1
     assert "tasks do not end" in done.stdout
     assert "stubborn" in done.stdout
-    assert seconds < 15

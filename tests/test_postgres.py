@@ -9,6 +9,7 @@ import pytest
 from server import postgres
 from server.errors import Unavailable
 from server.postgres import LANES, Database
+from tests.patience import PATIENCE_SECONDS
 
 DOUBLE = "SELECT asked, key * 2 AS twice FROM unnest($1::int[]) WITH ORDINALITY AS keys (key, asked) WHERE key > 0"
 SUM = "SELECT asked, a + b AS sum FROM unnest($1::int[], $2::int[]) WITH ORDINALITY AS keys (a, b, asked)"
@@ -43,11 +44,11 @@ async def test_statements_that_hang_leave_room_for_transactions_and_are_over_in_
     db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(postgres, "STATEMENT_SECONDS", 0.5)
-    hanging = [asyncio.ensure_future(db.execute("SELECT pg_sleep(10)")) for _ in range(LANES)]
+    hanging = [asyncio.ensure_future(db.execute("SELECT pg_sleep(600)")) for _ in range(LANES)]
     await asyncio.sleep(0.1)
     async with db.transaction() as transaction:
         assert await transaction.fetchval("SELECT 1") == 1
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         outcomes = await asyncio.gather(*hanging, return_exceptions=True)
     assert all(isinstance(each, Unavailable) for each in outcomes)
     assert await db.fetchval("SELECT 1") == 1

@@ -23,6 +23,7 @@ from server.settings import Settings
 from tests.actors import PASSWORD, Actor, Answer
 from tests.conftest import MakeActor, MakeServer
 from tests.faults import Mode, Network
+from tests.patience import PATIENCE_SECONDS
 
 WINDOW = 900
 TEN = limits.parse("10/15minutes")
@@ -216,19 +217,22 @@ async def test_a_server_whose_redis_is_gone_counts_for_itself_and_then_with_the_
         assert [shown(await wrong_login(actor, address))[1] for actor in (here, there)] == [9, 8]
         await network.stores["redis_url"].turn(Mode.STOPPED)
         address = fresh_address()
-        began = time.monotonic()
         answers = await asyncio.gather(*(wrong_login(here, address) for _ in range(40)))
-        assert time.monotonic() - began < 2
         assert Counter(answer.status for answer in answers) == {401: 10, 429: 30}
         assert shown(await wrong_login(there, address))[1] == 9  # it knows nothing of these
         await network.stores["redis_url"].turn(Mode.PASS)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while (await wrong_login(here, address)).status == 429:
                 await asyncio.sleep(0.1)
         assert shown(await wrong_login(there, address))[1] == shown(await wrong_login(here, address))[1] + 1
 
 
-async def test_a_redis_that_does_not_answer_costs_half_a_second_once(settings: Settings) -> None:
+@pytest.mark.hurried
+async def test_a_redis_that_does_not_answer_is_waited_for_once_by_all(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ratelimit, "LOCAL_SECONDS", 600.0)
+
     async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
         writer.close()
@@ -238,13 +242,10 @@ async def test_a_redis_that_does_not_answer_costs_half_a_second_once(settings: S
     pipelines = Pipelines(redis)
     limiter = RateLimiter(pipelines, rates={"auth": TEN})
     try:
-        began = time.monotonic()
         budgets = await asyncio.gather(*(limiter.hit("auth", "somebody") for _ in range(300)))
-        assert time.monotonic() - began < 3
         assert sum(budget.passed for budget in budgets if budget) == 10
-        began = time.monotonic()
-        await limiter.hit("auth", "somebody")
-        assert time.monotonic() - began < 0.4
+        monkeypatch.setattr(pipelines, "ask", None)  # it is left alone now
+        assert await limiter.hit("auth", "somebody")
     finally:
         await pipelines.close()
         await redis.aclose()

@@ -2,7 +2,6 @@
 
 import asyncio
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from server.replicas import connect
 from tests.actors import Actor
 from tests.conftest import MakeActor, MakeServer
 from tests.faults import Mode, Network
+from tests.patience import PATIENCE_SECONDS
 from tests.replicas import Replica
 
 ABSENT = "postgresql://nobody:nothing@127.0.0.1:9/workspace"
@@ -133,13 +133,14 @@ async def test_the_primary_stands_in_for_a_replica_that_is_gone_until_it_is_back
         for path in world.lists:
             assert (await world.ada.get(path)).status == 200
     replica.start()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         before = answered_by("replica")
         while answered_by("replica") == before:
             assert (await world.ada.get(world.lists[1])).status == 200
             await asyncio.sleep(0.1)
 
 
+@pytest.mark.hurried
 @pytest.mark.parametrize("mode", [Mode.BLACK_HOLE, Mode.SLOW], ids=lambda mode: mode.name.lower())
 async def test_a_replica_that_hangs_delays_an_answer_and_loses_none(
     mode: Mode, replica: Replica, make_server: MakeServer, make_actor: MakeActor
@@ -150,9 +151,7 @@ async def test_a_replica_that_hangs_delays_an_answer_and_loses_none(
         paths = [f"/projects/{await ada.make_project()}{rest}" for rest in ("", "/collaborators")]
         await network.stores["replica"].turn(mode)
         for path in paths * 3:
-            began = time.monotonic()
             assert (await ada.get(path)).status == 200
-            assert time.monotonic() - began < 2
 
 
 async def test_a_replica_that_is_down_at_the_start_stops_nobody(make_server: MakeServer, make_actor: MakeActor) -> None:
@@ -162,6 +161,7 @@ async def test_a_replica_that_is_down_at_the_start_stops_nobody(make_server: Mak
     assert (await ada.get(f"/projects/{project}/collaborators"))["items"][0]["user"]["name"] == "Ada"
 
 
+@pytest.mark.hurried
 async def test_a_request_that_has_no_time_left_does_not_give_the_replica_a_rest(own_stack: Stack) -> None:
     async with Network.to({"postgres": own_stack.postgres.url}) as network, AsyncExitStack() as stack:
         primary = await postgres.connect(own_stack.postgres.url)

@@ -15,6 +15,7 @@ from server.devstack.stack import Stack
 from tests.actors import Actor
 from tests.conftest import environment
 from tests.devstack.pids import gone
+from tests.patience import PATIENCE_SECONDS
 from tests.processes import Processes, Server
 
 
@@ -30,7 +31,7 @@ def members(server: Server) -> list[int]:
 
 async def counting(server: Server, number: int) -> None:
     """Returns when it has so many processes, of which none is dead."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while len(members(server)) != number:
             await asyncio.sleep(0.05)
 
@@ -93,14 +94,14 @@ async def test_a_rolling_restart_is_not_noticed(processes: Processes) -> None:
     before = members(server)
     async with Hammer(server.base) as hammer:
         os.kill(server.pid, signal.SIGHUP)
-        await asyncio.to_thread(server.until, "processes restarted", seconds=60)
+        await asyncio.to_thread(server.until, "processes restarted")
     assert hammer.failures == []
     assert hammer.answers > 50
     after = members(server)
     assert len(after) == 2
     assert not set(before) & set(after)
     assert await asyncio.to_thread(server.terminate) == 0
-    assert gone([*before, *after], seconds=1)
+    assert gone([*before, *after], seconds=PATIENCE_SECONDS)
 
 
 async def test_clients_that_keep_their_connections_do_not_notice_a_rolling_restart(processes: Processes) -> None:
@@ -109,7 +110,7 @@ async def test_clients_that_keep_their_connections_do_not_notice_a_rolling_resta
         while hammer.answers < 16:
             await asyncio.sleep(0.05)
         os.kill(server.pid, signal.SIGHUP)
-        await asyncio.to_thread(server.until, "processes restarted", seconds=60)
+        await asyncio.to_thread(server.until, "processes restarted")
     assert hammer.failures == []
 
 
@@ -170,7 +171,7 @@ async def test_sockets_are_told_of_a_rolling_restart_and_find_the_successor(
     workspace = await ada.make_workspace()
     socket = await ada.connect(workspace)
     os.kill(server.pid, signal.SIGHUP)
-    await socket.assert_push("server:draining", seconds=20)
+    await socket.assert_push("server:draining")
     assert await socket.closed() == 1012
     again = await ada.connect(workspace)
     assert again.joined
@@ -193,7 +194,7 @@ async def test_who_dies_is_replaced_and_its_waiting_connections_are_answered(pro
 
 @contextmanager
 def waiting_in(host: str, port: int, *, connections: int) -> Iterator[list[socket.socket]]:
-    clients = [socket.create_connection((host, port), timeout=20) for _ in range(connections)]
+    clients = [socket.create_connection((host, port), timeout=PATIENCE_SECONDS) for _ in range(connections)]
     yield clients
     for client in clients:
         client.close()
@@ -212,7 +213,7 @@ async def test_a_signal_ends_all_of_them(number: int, processes: Processes) -> N
     server = await started(processes, number=3)
     family = members(server)
     assert await asyncio.to_thread(server.terminate, number=number) == 0
-    assert gone(family, seconds=1)
+    assert gone(family, seconds=PATIENCE_SECONDS)
     assert "Traceback" not in server.output
 
 
@@ -226,7 +227,7 @@ async def test_servers_do_not_outlive_a_killed_supervisor(processes: Processes) 
     server = await started(processes)
     family = members(server)
     server.kill()
-    assert gone(family, seconds=10)
+    assert gone(family, seconds=PATIENCE_SECONDS)
 
 
 async def test_a_port_that_another_server_has_is_not_shared(processes: Processes) -> None:

@@ -5,7 +5,6 @@ import dataclasses
 import os
 import re
 import signal
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,13 @@ from tests.actors import Actor
 from tests.conftest import environment
 from tests.devstack.pids import children_of, gone
 from tests.jobs.asking import SLEEPS, ask, program
+from tests.patience import PATIENCE_SECONDS
 from tests.processes import Processes, Worker
 
 
-async def test_an_idle_worker_ends_within_2_s_of_sigterm(processes: Processes, quiet: dict[str, str]) -> None:
-    worker = processes.worker(**environment(quiet)).ready()
-    began = time.monotonic()
+async def test_an_idle_worker_does_not_wait_for_its_grace_to_end(processes: Processes, quiet: dict[str, str]) -> None:
+    worker = processes.worker(**environment(quiet), shorter="server.worker.GRACE_SECONDS=600").ready()
     assert await asyncio.to_thread(worker.terminate) == 0
-    assert time.monotonic() - began < 2
 
 
 async def test_a_busy_worker_lets_its_job_finish(
@@ -43,13 +41,13 @@ async def test_a_busy_worker_lets_its_job_finish(
     await started(ada, job)
     children = list(children_of(worker.pid).values())
     assert await asyncio.to_thread(worker.terminate) == 0
-    assert gone(children, seconds=2)
+    assert gone(children, seconds=PATIENCE_SECONDS)
     done = await ada.get(f"/jobs/{job}")
     assert (done["status"], done["attempts"], done["result"]["stdout"]) == ("completed", 1, "done\n")
 
 
 async def started(who: Actor, job: str) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while (await who.get(f"/jobs/{job}"))["status"] != "processing":
             await asyncio.sleep(0.02)
 
@@ -78,7 +76,7 @@ async def test_processes_are_supervised_replaced_and_drained(
     await workers(ada, 2)
     first = members(supervisor)
     os.kill(first[0], signal.SIGKILL)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while len(members(supervisor)) < 2 or first[0] in members(supervisor):
             await asyncio.sleep(0.05)
     assert first[1] in members(supervisor)
@@ -87,7 +85,7 @@ async def test_processes_are_supervised_replaced_and_drained(
     await started(ada, job)
     family = members(supervisor)
     assert await asyncio.to_thread(supervisor.terminate) == 0
-    assert gone(family, seconds=2)
+    assert gone(family, seconds=PATIENCE_SECONDS)
     assert (await ada.get(f"/jobs/{job}"))["status"] == "completed"
 
 
@@ -115,7 +113,7 @@ async def test_processes_do_not_outlive_a_killed_supervisor(processes: Processes
         await asyncio.sleep(0.05)
     family = members(supervisor)
     supervisor.kill()
-    assert gone(family, seconds=10)
+    assert gone(family, seconds=PATIENCE_SECONDS)
 
 
 async def test_a_worker_whose_background_fails_ends_and_says_so_by_its_exit_code(
@@ -144,6 +142,6 @@ def members(supervisor: Worker) -> list[int]:
 
 async def workers(who: Actor, number: int) -> None:
     """Returns when so many have reported."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while (await who.get("/jobs/stats"))["queue"]["workers"] != number:
             await asyncio.sleep(0.1)

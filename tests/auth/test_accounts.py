@@ -11,6 +11,7 @@ import pytest
 from server.projects.invitations import token_hash
 from tests.actors import PASSWORD, Actor, Answer
 from tests.conftest import MakeActor
+from tests.patience import PATIENCE_SECONDS
 
 USER_KEYS = {"id", "email", "name", "avatarUrl", "createdAt", "updatedAt"}
 OTHER_PASSWORD = "Babbage1791"
@@ -291,7 +292,7 @@ async def until_blocked(database_url: str, *, statements: int = 1) -> None:
     """Until so many statements wait for a lock that the test holds."""
     watcher = await asyncpg.connect(database_url)
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while await watcher.fetchval(BLOCKED) < statements:
                 await asyncio.sleep(0.01)
     finally:

@@ -23,11 +23,11 @@ from aiohttp.test_utils import TestServer
 from server.devstack.stack import free_port
 from tests.actors import Actor
 from tests.conftest import MakeActor, MakeServer
+from tests.patience import PATIENCE_SECONDS, START_SECONDS
 from tests.processes import ROOT
 
 PROGRAM = shutil.which("nginx", path=os.environ["PATH"] + ":/usr/sbin")
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="nginx is missing: apt-get install nginx-light")
-START_SECONDS = 10.0
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Nginx = Callable[..., Awaitable[str]]
@@ -269,7 +269,7 @@ async def test_an_artifact_arrives_while_it_is_being_sent(
         response = web.StreamResponse()
         await response.prepare(request)
         await response.write(b"first")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await first_arrived.wait()
         await response.write(b"second")
         return response

@@ -18,6 +18,7 @@ from server.devstack.dev import Watched
 from server.devstack.stack import Stack, free_port, read_env
 from server.settings import StackSettings
 from tests.devstack.pids import children_of, gone
+from tests.patience import PATIENCE_SECONDS
 from tests.processes import Process
 
 READY = "Ctrl-C stops everything"
@@ -59,7 +60,7 @@ def running(folder: Path) -> Iterator[Dev]:
         started.kill()
 
 
-async def until_ready(running: Dev, *, seconds: float = 15) -> None:
+async def until_ready(running: Dev, *, seconds: float = PATIENCE_SECONDS) -> None:
     deadline = time.monotonic() + seconds
     while not await running.is_ready():
         assert time.monotonic() < deadline, running.output
@@ -107,7 +108,7 @@ def test_a_closed_terminal_stops_it_and_a_second_signal_kills(running: Dev) -> N
 def test_all_die_with_dev(running: Dev) -> None:
     children = running.children()
     running.kill()
-    assert gone(children.values(), seconds=30)
+    assert gone(children.values(), seconds=PATIENCE_SECONDS)
 
 
 def test_a_taken_port_ends_dev_before_anything_is_started(folder: Path) -> None:

@@ -23,6 +23,7 @@ from server.devstack.postgres import Postgres
 from server.devstack.stack import Stack, check_address, read_env
 from server.devstack.stores import Place
 from tests.devstack.pids import gone
+from tests.patience import PATIENCE_SECONDS
 from tests.processes import ROOT
 
 Insert = Callable[[int], None]
@@ -98,7 +99,7 @@ def test_killed_stores_come_back_where_they_were_with_all_they_acknowledged(own_
     own_stack.kill()  # in the middle of the writing
     assert [(store.alive, store.pid, store.answers()) for store in own_stack.stores] == [(False, None, False)] * 3
     for each in writers:
-        each.join(timeout=10)
+        each.join(timeout=PATIENCE_SECONDS)
     for store in own_stack.stores:
         store.start()
     assert own_stack.urls == before[0]

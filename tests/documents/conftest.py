@@ -17,6 +17,7 @@ from server.realtime.subscriber import Subscriber
 from server.settings import Settings
 from tests.actors import Actor
 from tests.listeners import Nobody
+from tests.patience import PATIENCE_SECONDS
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def hold(database_url: str) -> Hold:
     async def held(document: str) -> AsyncIterator[Held]:
         connection = await asyncpg.connect(database_url)
         try:
-            async with asyncio.timeout(5), connection.transaction():
+            async with asyncio.timeout(PATIENCE_SECONDS), connection.transaction():
                 await connection.execute("SELECT FROM documents WHERE id = $1 FOR UPDATE", UUID(document))
                 yield Held(connection, UUID(document))
         finally:

@@ -10,9 +10,9 @@ from pycrdt import Doc, Text
 
 from server.documents import wire
 from tests.actors import Actor
+from tests.patience import PATIENCE_SECONDS
 from tests.sockets import Closed, Refused, Socket
 
-PATIENCE_SECONDS = 10.0
 RECONNECT_SECONDS = 30.0
 FAILURES = (Refused, Closed, aiohttp.ClientError, OSError, TimeoutError)
 

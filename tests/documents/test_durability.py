@@ -14,6 +14,7 @@ from server.devstack.stack import Stack
 from tests.actors import Actor
 from tests.conftest import TEST_SETTINGS, MakeServer
 from tests.documents.editors import Editor, make_document
+from tests.patience import PATIENCE_SECONDS
 from tests.processes import Processes, Server
 
 UNHURRIED = {"WS_FRAMES_PER_SECOND": "100000", "WS_BURST": "100000"}  # machines type faster than they may
@@ -41,7 +42,7 @@ async def typing(*editors: Editor) -> AsyncIterator[list[str]]:
 
 async def text_of(actor: Actor, document: str) -> str:
     """As REST has it, as soon as it answers."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while True:
             with contextlib.suppress(aiohttp.ClientError, OSError):
                 answer = await actor.get(f"/documents/{document}/content")

@@ -18,6 +18,7 @@ from server.postgres import Database
 from tests.actors import Actor
 from tests.documents.editors import Editor, make_document
 from tests.documents.test_yjs import raw_socket
+from tests.patience import PATIENCE_SECONDS
 from tests.sockets import Refused
 
 
@@ -174,7 +175,7 @@ async def test_a_log_of_a_thousand_updates_is_compacted_by_itself(
     editor = await Editor(alice, document).open()
     for number in range(60):
         await editor.type(f"{number} ")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while await log_length(db, document) > 30:
             await asyncio.sleep(0.05)
     assert (await alice.get(f"/documents/{document}/content")).body == editor.text
@@ -200,7 +201,7 @@ async def test_a_document_that_is_only_written_over_rest_is_compacted_too(
     texts = [f"{number}" * 20_000 for number in range(1, 8)]
     for text in texts:
         await put(alice, document, text)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while await log_length(db, document) > 3:
             await asyncio.sleep(0.05)
     assert (await alice.get(f"/documents/{document}/content")).body == texts[-1]
@@ -211,7 +212,7 @@ async def test_a_document_that_is_only_written_over_rest_is_compacted_too(
 async def test_a_long_log_is_compacted_when_it_is_opened(alice: Actor, workspace: str, db: Database) -> None:
     document = await make_document(alice, workspace, content="x" * 60_000)
     opened = await Editor(alice, document).open()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while await log_length(db, document):
             await asyncio.sleep(0.05)
     assert await opened.type("!") == 2
@@ -262,7 +263,7 @@ async def test_nul_is_let_in_by_no_door(alice: Actor, bob: Actor, workspace: str
         await hers.type("a\0b")
     assert refused.value.code == "validation_failed"
     await his.send_bytes(wire.sync(wire.UPDATE, updates.first("a\0b")))
-    while (await his.receive(timeout=5)).type is aiohttp.WSMsgType.BINARY:
+    while (await his.receive(timeout=PATIENCE_SECONDS)).type is aiohttp.WSMsgType.BINARY:
         continue
     assert his.close_code == 4400
     assert (await alice.get(f"/documents/{document}/content")).body == "text"

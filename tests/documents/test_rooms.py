@@ -23,6 +23,7 @@ from tests.documents.conftest import Hold, MakeRooms
 from tests.documents.editors import Editor, make_document
 from tests.documents.test_history import rest_for
 from tests.documents.test_yjs import NodeEditor, StartNode, compared, raw_socket, start_node
+from tests.patience import PATIENCE_SECONDS
 
 __all__ = ["start_node"]
 
@@ -156,7 +157,7 @@ async def test_y_websocket_clients_type_on_while_commits_fail(
 
 async def both(*editors: NodeEditor) -> str:
     """The text, once all of them have all of it."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while True:
             texts = {(await each.do("state"))["text"] for each in editors}
             if len(texts) == 1 and len(text := texts.pop()) == len("hers his "):
@@ -166,7 +167,7 @@ async def both(*editors: NodeEditor) -> str:
 
 async def last_frame(socket: aiohttp.ClientWebSocketResponse) -> aiohttp.WSMessage:
     """What comes after all that this client is not told by."""
-    while (message := await socket.receive(timeout=5)).type is aiohttp.WSMsgType.BINARY:
+    while (message := await socket.receive(timeout=PATIENCE_SECONDS)).type is aiohttp.WSMsgType.BINARY:
         assert not isinstance(wire.parse(message.data), wire.Sync), "it was told what is there"
     return message
 
@@ -231,7 +232,7 @@ async def test_a_listener_that_fails_holds_up_nobody_else(alice: Actor, workspac
     deaf.heard = None  # type: ignore[assignment]
     await rooms.enter(UUID(document), deaf)
     await rooms.enter(UUID(beside), ear)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         assert await asyncio.gather(*(begin(rooms, each, alice, "x") for each in (document, beside))) == [2, 2]
     assert [update.version for update in ear.heard] == [2]
 
@@ -264,7 +265,7 @@ async def test_a_document_with_much_to_commit_waits_for_its_turn(
             done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
             commits.put(Edit(room, 1, UUID(alice.id), typed("x"), number, "", done))
         lane = asyncio.ensure_future(commits.work())
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while len(order) < 6:
                 await asyncio.sleep(0.01)
         lane.cancel()
@@ -363,6 +364,6 @@ async def test_a_document_that_cannot_be_compared_stands_in_the_way_of_no_other(
             sizes=[1],
             pause_seconds=300,
         )
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not ear.heard:
             await asyncio.sleep(0.05)

@@ -17,11 +17,11 @@ from server.realtime.hub import Realtime
 from tests.actors import Actor
 from tests.conftest import MakeServer
 from tests.documents.editors import Editor, make_document
+from tests.patience import PATIENCE_SECONDS
 from tests.processes import Processes
 from tests.sockets import Closed
 
 CLIENTS = Path(__file__).parent.parent / "clients"
-PATIENCE_SECONDS = 15.0
 
 
 class NodeEditor:
@@ -190,7 +190,7 @@ async def test_who_may_not_come_in_is_told_why(
 
     async def code(path: str, *protocols: str) -> int | None:
         async with http.ws_connect(f"{alice.base}/yjs/{path}", protocols=protocols) as socket:
-            while (message := await socket.receive(timeout=5)).type is aiohttp.WSMsgType.BINARY:
+            while (message := await socket.receive(timeout=PATIENCE_SECONDS)).type is aiohttp.WSMsgType.BINARY:
                 continue
             assert message.type is aiohttp.WSMsgType.CLOSE, message
             return socket.close_code
@@ -376,7 +376,7 @@ async def test_a_cursor_that_rests_is_shown_again_before_clients_forget_it(
     for socket in sockets:
         clocks: list[int] = []
         while len(clocks) < 2:
-            seen = wire.parse((await socket.receive(timeout=5)).data)
+            seen = wire.parse((await socket.receive(timeout=PATIENCE_SECONDS)).data)
             assert isinstance(seen, wire.Awareness)
             clocks += [entry.clock for entry in seen.entries if entry.client == 77]
         assert clocks[0] < clocks[1]
@@ -387,7 +387,7 @@ async def test_a_cursor_that_rests_is_shown_again_before_clients_forget_it(
 async def test_a_silent_client_is_spoken_to(alice: Actor, workspace: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.documents.yjs.KEEPALIVE_SECONDS", 0.3)
     socket = await raw_socket(alice, await make_document(alice, workspace))
-    heard = [(await socket.receive(timeout=5)).data for _ in range(4)]
+    heard = [(await socket.receive(timeout=PATIENCE_SECONDS)).data for _ in range(4)]
     assert heard.count(wire.KEEPALIVE) >= 3
     await socket.close()
 

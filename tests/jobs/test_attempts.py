@@ -28,6 +28,7 @@ from tests.actors import Actor
 from tests.faults import Mode, Network
 from tests.jobs.asking import ask
 from tests.jobs.conftest import MakeBench, ask_for
+from tests.patience import PATIENCE_SECONDS
 
 
 async def said(bench: Bench, job: Job) -> str:
@@ -41,7 +42,7 @@ async def read(bench: Bench, job: Job) -> Job:
     return found
 
 
-async def until(condition: Any, *, seconds: float = 10) -> None:
+async def until(condition: Any, *, seconds: float = PATIENCE_SECONDS) -> None:
     async with asyncio.timeout(seconds):
         while not await condition():
             await asyncio.sleep(0.02)
@@ -236,7 +237,7 @@ async def test_an_attempt_outlives_a_mongodb_that_was_away_for_longer_than_its_l
     keeping = [asyncio.ensure_future(bench.leases.keep()) for bench in (holder, other)]
     job = await ask_for(holder)
     running = asyncio.ensure_future(lifecycle.attempt(holder, job=job["_id"], claim=1))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not other.leases.can_judge():
             await asyncio.sleep(0.05)
     await mongo.turn(Mode.STOPPED)

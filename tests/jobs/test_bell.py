@@ -8,6 +8,7 @@ from server.devstack.stack import Stack
 from server.jobs.bell import BELL, Bell, tell_cancelled
 from server.resources import blocking_redis_client, redis_client
 from tests.faults import Mode, Network
+from tests.patience import PATIENCE_SECONDS
 
 
 @asynccontextmanager
@@ -33,21 +34,21 @@ async def test_a_silent_redis_is_noticed_and_the_bell_heard_again_when_it_speaks
         await asyncio.sleep(2.5)  # pings are answered
         assert proxy.connections == before
         await proxy.turn(Mode.BLACK_HOLE)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while proxy.connections == before:  # it has given the old connection up
                 await asyncio.sleep(0.05)
         await proxy.turn(Mode.PASS)
         bell.work.clear()
         await until_heard(redis, bell)
         await tell_cancelled(redis, job="a job")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while heard != ["a job"]:
                 await asyncio.sleep(0.02)
     await redis.aclose()
 
 
 async def until_heard(redis: object, bell: Bell) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not bell.work.is_set():
             await redis.publish(BELL, "")  # type: ignore[attr-defined]
             await asyncio.sleep(0.05)

@@ -15,6 +15,7 @@ from server.settings import Settings
 from tests.actors import Actor
 from tests.conftest import MakeActor, MakeServer, environment
 from tests.jobs.asking import SLEEPS, ask, program
+from tests.patience import PATIENCE_SECONDS
 from tests.processes import Processes
 
 pytestmark = pytest.mark.usefixtures("worker")
@@ -32,7 +33,7 @@ def running(mark: str) -> list[str]:
     return found
 
 
-async def until(condition, *, seconds: float = 20) -> None:
+async def until(condition, *, seconds: float = PATIENCE_SECONDS) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.05)

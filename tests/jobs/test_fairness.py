@@ -8,6 +8,7 @@ import aiohttp
 from tests.actors import Actor
 from tests.conftest import environment
 from tests.jobs.asking import SLEEPS, ask, program
+from tests.patience import PATIENCE_SECONDS
 from tests.processes import Processes
 
 
@@ -30,7 +31,7 @@ async def test_one_users_many_jobs_delay_anothers_first_by_less_than_2_s(
 
 
 async def eventually_active(who: Actor, number: int) -> dict:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while (stats := await who.get("/jobs/stats"))["queue"]["active"] < number:
             await asyncio.sleep(0.05)
     await asyncio.sleep(0.5)

@@ -18,6 +18,7 @@ from server.resources import Resources, connect
 from server.settings import Settings
 from server.worker import UpkeepWorker, _end
 from tests.jobs.conftest import MakeBench
+from tests.patience import PATIENCE_SECONDS
 
 
 @pytest.fixture
@@ -134,7 +135,7 @@ async def test_the_reconciler_goes_on_while_the_housekeeping_is_long(make_bench:
     name = next(name for name in worker.functions if name.endswith("clean_up"))
     await lane.enqueue(saq.Job(name, key=f"{lane.name}:now", timeout=60))
     running = asyncio.ensure_future(worker.start())
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while ticks < 2:
             await asyncio.sleep(0.1)
     await _end([running, *worker.tasks])

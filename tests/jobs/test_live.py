@@ -10,6 +10,7 @@ from server.settings import Settings
 from tests.actors import Actor
 from tests.conftest import MakeActor, MakeServer
 from tests.jobs.asking import ask, program
+from tests.patience import PATIENCE_SECONDS
 from tests.sockets import Socket
 
 pytestmark = pytest.mark.usefixtures("worker")
@@ -49,11 +50,13 @@ async def test_pending_is_told_before_a_worker_hears_of_the_job(alice: Actor, se
     await alice.post(f"/jobs/{job}/cancel")
     async with Redis.from_url(settings.redis_url) as redis, redis.pubsub() as pubsub:
         await pubsub.psubscribe("*")
-        await pubsub.get_message(timeout=5)
+        await pubsub.get_message(timeout=PATIENCE_SECONDS)
         for begin in (ask(alice), alice.post(f"/jobs/{job}/retry")):
             asking = asyncio.ensure_future(begin)
             told = False
-            while (heard := await pubsub.get_message(ignore_subscribe_messages=True, timeout=5)) is not None:
+            while (
+                heard := await pubsub.get_message(ignore_subscribe_messages=True, timeout=PATIENCE_SECONDS)
+            ) is not None:
                 told = told or (alice.id in heard["channel"].decode() and b"pending" in heard["data"])
                 if heard["channel"].decode() == BELL:
                     break

@@ -13,6 +13,7 @@ from server.resources import connect
 from server.settings import Settings
 from tests.actors import Actor
 from tests.jobs.asking import ask, program
+from tests.patience import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.usefixtures("worker")
 TALKS = """
@@ -27,7 +28,7 @@ print("oh", file=sys.stderr)
 async def test_the_output_so_far_is_there_while_the_program_runs(alice: Actor) -> None:
     job = (await ask(alice, program(TALKS)))["id"]
     pages, after, text = 0, "0", ""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while True:
             page = await alice.get(f"/jobs/{job}/logs?after={after}")
             for item in page["items"]:

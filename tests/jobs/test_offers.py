@@ -10,6 +10,7 @@ from server.jobs import workers
 from server.jobs.workers import Report
 from tests.conftest import MakeActor, MakeServer, environment
 from tests.jobs.asking import ask, program
+from tests.patience import PATIENCE_SECONDS
 from tests.processes import Processes
 
 
@@ -67,7 +68,7 @@ async def test_a_worker_says_what_it_offers(
 ) -> None:
     ada = await make_actor("Ada", await make_server(**quiet))
     worker = processes.worker(**environment(quiet)).ready()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not (told := (await ada.get("/health/ready"))["workers"]):
             await asyncio.sleep(0.1)
     assert "python" in told[0]["languages"]

@@ -43,7 +43,7 @@ async def test_a_killed_workers_job_is_run_by_another_and_the_lost_attempt_does_
     left = list(children_of(first.pid).values())
     killed = datetime.now(UTC)
     first.kill()
-    assert gone(left, seconds=5)  # not even the program outlives it
+    assert gone(left, seconds=PATIENCE_SECONDS)  # not even the program outlives it
     second = processes.worker(**where).ready()
     done = await until_status(ada, job, *FINAL)
     assert (done["status"], done["attempts"], done["result"]["stdout"]) == ("completed", 1, "done\n")

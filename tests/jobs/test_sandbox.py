@@ -8,6 +8,7 @@ from uuid import uuid4
 import pytest
 
 from tests.jobs.runner import Runner, SandboxError, leaves_no_process, processes_with
+from tests.patience import PATIENCE_SECONDS
 
 MIB = 1 << 20
 HELLO = {
@@ -207,7 +208,7 @@ def test_a_killed_worker_leaves_no_process_and_no_directory(own_runner: Runner) 
     until(lambda: not list(own_runner.folder.glob("sandbox-*")))
 
 
-def until(holds: Callable[[], bool], *, seconds: float = 10) -> None:
+def until(holds: Callable[[], bool], *, seconds: float = PATIENCE_SECONDS) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline

@@ -19,6 +19,7 @@ import structlog.testing
 from server.jobs import cgroups, launcher, shims, tiers
 from server.jobs.sandbox import Sandbox, SandboxError
 from tests.devstack.pids import gone
+from tests.patience import PATIENCE_SECONDS
 
 BPF_JUMP = 5
 HEADERS = {
@@ -228,7 +229,7 @@ async def test_a_programs_control_group_holds_all_of_it_and_ends_with_it(
     job.cancel()
     await asyncio.wait([job])
     assert not made.exists()
-    assert gone(map(int, processes), seconds=2)
+    assert gone(map(int, processes), seconds=PATIENCE_SECONDS)
     await box.close()
 
 

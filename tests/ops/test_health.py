@@ -7,6 +7,7 @@ import aiohttp
 from server.devstack.stack import Stack
 from tests.actors import Actor
 from tests.conftest import MakeServer, addresses_of
+from tests.patience import PATIENCE_SECONDS
 from tests.processes import Processes
 
 
@@ -36,7 +37,7 @@ async def test_a_store_that_is_down_is_named_and_the_process_still_lives(
         (own_stack.postgres, "postgresql"),
     ):
         store.kill()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             answer = await operator.get("/health/ready")
         assert (answer.status, answer["status"]) == (503, "unavailable")
         assert answer["stores"][name]["status"] == "down"

@@ -15,6 +15,7 @@ from tests.actors import Actor
 from tests.conftest import MakeServer, environment
 from tests.documents.editors import Editor, make_document
 from tests.jobs.asking import ask, program
+from tests.patience import PATIENCE_SECONDS
 from tests.processes import Processes, Server
 from tests.test_supervisor import members, started
 
@@ -33,7 +34,7 @@ async def scrape(http: aiohttp.ClientSession, base: str) -> dict[str, float]:
 
 async def measured(http: aiohttp.ClientSession, base: str, name: str, value: float) -> None:
     """Returns when that sample has that value."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while (await scrape(http, base)).get(name) != value:
             await asyncio.sleep(0.1)
 
@@ -67,14 +68,14 @@ async def test_every_frame_and_every_close_is_counted_and_a_socket_is_no_request
     assert (await yjs.receive()).data
     # Four welcomes, two joins, two opened documents, one edit: acknowledged, heard; USER_JOIN; and what /yjs says.
     frames = 4 + 2 + 2 + 2 + 1 + 1
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while grown(before, await scrape(http, server), "websocket_frames_sent_total") < frames:
             await asyncio.sleep(0.1)
     await yjs.close()
     for socket in (speaking, hearing):
         await socket.close()
     closed = 'websocket_closed_total{code="1006"}'
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while grown(before, await scrape(http, server), closed) < 3:
             await asyncio.sleep(0.1)
     lived = [name for name in await scrape(http, server) if 'route="/ws"' in name or 'route="/yjs' in name]
@@ -119,7 +120,7 @@ async def test_what_a_dead_process_counted_stays_and_what_it_had_goes(
 
 
 async def replaced(server: Server, *, times: int) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while len(re.findall("server ready", server.output)) < 2 + times:
             await asyncio.sleep(0.05)
 

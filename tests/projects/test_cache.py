@@ -12,6 +12,7 @@ from server.devstack.stack import Stack
 from server.projects import cache
 from tests.actors import Actor
 from tests.conftest import MakeServer, addresses_of
+from tests.patience import PATIENCE_SECONDS
 
 
 async def test_what_one_server_changes_no_other_shows_old(alice: Actor, bob: Actor, make_server: MakeServer) -> None:
@@ -142,7 +143,7 @@ async def test_without_redis_projects_are_read_all_the_same(
     project = await ada.make_project()
     own_stack.valkey.kill()
     for _ in range(3):
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             assert (await ada.get(f"/projects/{project}")).status == 200
 
 

@@ -9,6 +9,7 @@ import aiohttp
 
 from server.realtime.history import position
 from tests.actors import Actor
+from tests.patience import PATIENCE_SECONDS
 from tests.sockets import Closed, Refused, Socket
 
 AWAY = (Closed, aiohttp.ClientError, OSError, TimeoutError)
@@ -54,7 +55,7 @@ class Member:
         if self.socket is not None:
             self.socket.cut()
 
-    async def has_heard(self, change: Any, *, seconds: float = 15) -> None:
+    async def has_heard(self, change: Any, *, seconds: float = PATIENCE_SECONDS) -> None:
         async with asyncio.timeout(seconds):
             while repr(change) not in self._heard:
                 await asyncio.sleep(0.01)

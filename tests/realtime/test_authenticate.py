@@ -13,6 +13,7 @@ import pytest
 from server.realtime import endpoint
 from tests.actors import Actor
 from tests.conftest import MakeActor, MakeServer
+from tests.patience import PATIENCE_SECONDS
 from tests.sockets import Refused, Socket
 
 
@@ -136,7 +137,7 @@ async def test_who_was_turned_away_and_goes_on_sending_is_cut_off(
                 await asyncio.sleep(0)
 
         with pytest.raises(ConnectionError):
-            await asyncio.wait_for(go_on(), 5)
+            await asyncio.wait_for(go_on(), PATIENCE_SECONDS)
 
 
 async def test_an_error_that_nobody_foresaw_closes_the_socket_and_is_no_http(alice: Actor, database_url: str) -> None:
@@ -183,7 +184,7 @@ async def test_a_silent_peer_is_given_up(alice: Actor, monkeypatch: pytest.Monke
     answering = asyncio.create_task(lively.raw.receive())  # pings are answered while one listens
     async with opened(alice, headers=alice.headers, autoping=False) as silent:
         await silent.assert_push("welcome")
-        while (message := await silent.raw.receive(timeout=5)).type is aiohttp.WSMsgType.PING:
+        while (message := await silent.raw.receive(timeout=PATIENCE_SECONDS)).type is aiohttp.WSMsgType.PING:
             pass
         assert (message.type, message.data) == (aiohttp.WSMsgType.CLOSE, 4408)
         await silent.raw.close()

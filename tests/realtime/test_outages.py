@@ -21,6 +21,7 @@ from server.resources import blocking_redis_client, redis_client
 from tests.actors import Actor
 from tests.conftest import MakeActor, MakeServer
 from tests.faults import Mode, Network, Proxy
+from tests.patience import PATIENCE_SECONDS
 from tests.realtime.test_access import collaborator
 from tests.realtime.test_presence import online
 from tests.sockets import Refused, Socket
@@ -183,7 +184,7 @@ async def test_a_room_is_resynced_once_whoever_finds_it_out_of_touch(
     renew = Realtime._renew_leases
 
     async def wait_for_renewal(self: Subscriber, channel: bytes) -> None:
-        await asyncio.wait_for(renewed.wait(), 5)
+        await asyncio.wait_for(renewed.wait(), PATIENCE_SECONDS)
         await confirmation(self, channel)
 
     async def renew_meanwhile(self: Realtime) -> None:
@@ -321,6 +322,6 @@ async def test_an_endless_task_survives_what_nobody_foresaw(monkeypatch: pytest.
         await asyncio.Event().wait()
 
     task = asyncio.create_task(keep_running(endless))
-    await asyncio.wait_for(again.wait(), 5)
+    await asyncio.wait_for(again.wait(), PATIENCE_SECONDS)
     task.cancel()
     assert isinstance((await asyncio.gather(task, return_exceptions=True))[0], asyncio.CancelledError)

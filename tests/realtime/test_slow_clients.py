@@ -12,6 +12,7 @@ from prometheus_client import REGISTRY
 from server.realtime.outbox import Delivery, Outbox
 from tests.actors import Actor
 from tests.conftest import MakeActor, MakeServer
+from tests.patience import PATIENCE_SECONDS
 from tests.processes import Processes, Server
 from tests.realtime.test_frames import footprint
 from tests.sockets import Socket
@@ -158,7 +159,7 @@ async def test_what_a_full_outbox_drops_is_counted(
             await asyncio.sleep(0.01)
     before = sample("websocket_frames_dropped_total", delivery="ephemeral")
     await hers.push("cursor:update", workspaceId=workspace, position=1)
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while sample("websocket_frames_dropped_total", delivery="ephemeral") != before + 1:
             await asyncio.sleep(0.01)
     await hers.refute_push()

@@ -12,6 +12,7 @@ import pytest
 from server.errors import CODES
 from tests.actors import Actor
 from tests.conftest import MakeServer
+from tests.patience import PATIENCE_SECONDS
 
 
 async def test_an_error_is_a_problem(alice: Actor) -> None:
@@ -84,7 +85,7 @@ READABLE = b"POST /api/v1/auth/login HTTP/1.1\r\nHost: x\r\n"
 async def test_what_cannot_be_read_is_answered_as_everything_else_is(head: bytes, server: str) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", int(server.rpartition(":")[2]))
     writer.write(head + b"\r\nConnection: close\r\n\r\n")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         sent, _, body = (await reader.read()).partition(b"\r\n\r\n")
     writer.close()
     status, *lines = sent.decode().split("\r\n")

@@ -17,6 +17,7 @@ from server.fields import Text
 from server.rest.marks import is_public
 from tests.actors import PASSWORD, Actor
 from tests.conftest import MakeActor
+from tests.patience import PATIENCE_SECONDS
 from tests.processes import Processes
 from tests.test_roles import fill, route_id, things_of, valid_body
 from tests.test_roles import routes as private_routes
@@ -249,7 +250,7 @@ async def test_who_hangs_up_in_the_middle_of_a_body_is_not_a_fault_of_ours(serve
         await writer.drain()
         await asyncio.sleep(0.1)
         writer.close()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while refusals() == refused:
             await asyncio.sleep(0.05)
     assert faults() == before

@@ -8,6 +8,7 @@ import pytest
 
 from tests.actors import Actor
 from tests.devstack.pids import children_of, gone
+from tests.patience import PATIENCE_SECONDS
 from tests.processes import Processes
 from tests.sockets import Refused
 
@@ -56,7 +57,7 @@ async def test_two_people_on_two_servers_share_a_workspace_and_run_a_program(
     endings = [asyncio.to_thread(process.terminate) for process in (first, second, worker)]
     *codes, closed_with = await asyncio.gather(*endings, adas.closed())
     assert (codes, closed_with) == ([0, 0, 0], 1012)
-    assert gone(children, seconds=2)
+    assert gone(children, seconds=PATIENCE_SECONDS)
 
 
 async def test_a_stranger_is_kept_out_of_all_of_it(processes: Processes, http: aiohttp.ClientSession) -> None:
