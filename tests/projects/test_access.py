@@ -1,0 +1,149 @@
+"""The one place that decides: each role gets what it allows, of each kind of thing, and strangers learn nothing."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+
+from server import postgres
+from server.errors import Forbidden, NotFound, ValidationFailed
+from server.postgres import Database
+from server.projects import access
+from server.projects.access import Access, Kind, Requirement, Role, named
+from server.realtime.peers import Thing
+from tests.actors import Actor
+
+LEAST = {"Owner": Role.OWNER, "Collaborator": Role.COLLABORATOR, "Viewer": Role.VIEWER}
+
+
+@pytest.fixture
+async def db(database_url: str) -> AsyncIterator[Database]:
+    made = await postgres.connect(database_url)
+    yield made
+    await made.close()
+
+
+@dataclass
+class World:
+    users: dict[str, UUID]
+    things: dict[Kind, UUID]
+    revision: int
+
+
+@pytest.fixture
+async def world(alice: Actor, bob: Actor, carol: Actor) -> World:
+    project = await alice.make_project(bob)
+    await alice.add(carol, project, role="VIEWER")
+    return World(
+        {"Owner": UUID(alice.id), "Collaborator": UUID(bob.id), "Viewer": UUID(carol.id), "Stranger": uuid4()},
+        await things_in(alice, project),
+        int((await alice.get(f"/projects/{project}")).headers["ETag"].strip('"').partition("-")[0]),
+    )
+
+
+async def things_in(owner: Actor, project: str) -> dict[Kind, UUID]:
+    workspace = await owner.make_workspace(project)
+    document = (await owner.post(f"/workspaces/{workspace}/documents", {"path": "main.py"}))["id"]
+    return {Kind.PROJECT: UUID(project), Kind.WORKSPACE: UUID(workspace), Kind.DOCUMENT: UUID(document)}
+
+
+@pytest.mark.parametrize("needed", Role)
+@pytest.mark.parametrize("has", Role)
+def test_a_role_allows_what_the_lesser_ones_do(has: Role, needed: Role) -> None:
+    granted = Access(project=uuid4(), role=has, revision=1)
+    allowed = ["VIEWER", "COLLABORATOR", "OWNER"].index(has.name) >= ["VIEWER", "COLLABORATOR", "OWNER"].index(
+        needed.name
+    )
+    assert granted.allows(needed) is allowed
+    if allowed:
+        granted.demand(needed)
+    else:
+        with pytest.raises(Forbidden) as refused:
+            granted.demand(needed)
+        assert needed.name in refused.value.detail
+        assert has.name in refused.value.detail
+
+
+@pytest.mark.parametrize("kind", Kind)
+async def test_members_have_their_role_in_each_kind_of_thing(db: Database, world: World, kind: Kind) -> None:
+    for name, role in LEAST.items():
+        granted = await access.check(db, user=world.users[name], kind=kind, id=world.things[kind], role=Role.VIEWER)
+        assert granted == Access(world.things[Kind.PROJECT], role, world.revision)
+    with pytest.raises(Forbidden):
+        await access.check(db, user=world.users["Viewer"], kind=kind, id=world.things[kind], role=Role.COLLABORATOR)
+
+
+@pytest.mark.parametrize("kind", Kind)
+async def test_strangers_cannot_tell_what_is_there(db: Database, world: World, kind: Kind) -> None:
+    told = []
+    for user, id in ((world.users["Stranger"], world.things[kind]), (world.users["Owner"], uuid4())):
+        with pytest.raises(NotFound) as refused:
+            await access.check(db, user=user, kind=kind, id=id, role=Role.VIEWER)
+        told.append(refused.value.detail)
+    assert told == [f"No such {kind.value}"] * 2
+
+
+async def test_an_id_is_of_one_kind(db: Database, world: World) -> None:
+    for kind in Kind:
+        for other in set(Kind) - {kind}:
+            with pytest.raises(NotFound):
+                await access.check(db, user=world.users["Owner"], kind=other, id=world.things[kind], role=Role.VIEWER)
+
+
+def test_things_are_named_by_their_fields() -> None:
+    assert named("documentId", "projectId") == (Kind.DOCUMENT, Kind.PROJECT)
+    assert named() == ()
+
+
+NEEDED = Requirement(Role.COLLABORATOR, named("documentId", "workspaceId", "projectId"))
+
+
+def values(things: dict[Kind, UUID], *kinds: Kind) -> dict[str, Any]:
+    return {f"{kind.value}_id": things[kind] for kind in kinds}
+
+
+async def test_what_is_named_needs_the_role_and_what_is_not_needs_none(db: Database, world: World) -> None:
+    for kinds in ([Kind.PROJECT], [Kind.WORKSPACE], [Kind.DOCUMENT], list(Kind)):
+        given = values(world.things, *kinds)
+        granted = await access.check_named(db, NEEDED, user=world.users["Collaborator"], values=given)
+        assert granted == Access(world.things[Kind.PROJECT], Role.COLLABORATOR, world.revision)
+        with pytest.raises(Forbidden):
+            await access.check_named(db, NEEDED, user=world.users["Viewer"], values=given)
+        with pytest.raises(NotFound):
+            await access.check_named(db, NEEDED, user=world.users["Stranger"], values=given)
+    for nothing in ({}, {"project_id": None, "workspace_id": None}):
+        assert await access.check_named(db, NEEDED, user=world.users["Stranger"], values=nothing) is None
+
+
+async def test_things_of_different_projects_contradict_each_other(db: Database, world: World, alice: Actor) -> None:
+    other = await things_in(alice, await alice.make_project())
+    given = values(world.things, Kind.WORKSPACE) | values(other, Kind.PROJECT)
+    with pytest.raises(ValidationFailed) as refused:
+        await access.check_named(db, NEEDED, user=world.users["Owner"], values=given)
+    assert [each["field"] for each in refused.value.details] == ["projectId"]
+
+
+async def test_one_look_at_many_sockets_tells_which_sessions_and_which_access_are_left(
+    db: Database, world: World, alice: Actor
+) -> None:
+    sessions = [UUID(each["id"]) for each in (await alice.get("/auth/sessions"))["items"]]
+    workspace, document = (Thing(kind.value, world.things[kind]) for kind in (Kind.WORKSPACE, Kind.DOCUMENT))
+    asked = [
+        (world.users["Stranger"], workspace),
+        (world.users["Viewer"], document),
+        (world.users["Owner"], workspace),
+        (world.users["Owner"], Thing("workspace", uuid4())),
+    ]
+    alive, granted = await access.recheck(db, [*sessions, uuid4()], asked)
+    assert alive == set(sessions)
+    assert {key: each.role for key, each in granted.items()} == {asked[1]: Role.VIEWER, asked[2]: Role.OWNER}
+    assert await access.recheck(db, [], []) == (set(), {})
+
+
+async def test_a_replica_that_is_behind_is_told_from_one_that_is_not(db: Database, world: World) -> None:
+    for revision, is_new in ((world.revision - 1, True), (world.revision, True), (world.revision + 1, False)):
+        proof = access.proof(Access(world.things[Kind.PROJECT], Role.OWNER, revision))
+        assert await proof(db) is is_new
+    assert not await access.proof(Access(uuid4(), Role.OWNER, 1))(db)
