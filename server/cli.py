@@ -66,7 +66,7 @@ def develop(_: argparse.Namespace) -> int:
 
 
 def migrate(arguments: argparse.Namespace) -> int:
-    from server import migrations
+    from server import backfill, migrations
 
     url = settings.load().database_url
     if arguments.check:
@@ -74,6 +74,8 @@ def migrate(arguments: argparse.Namespace) -> int:
         print("\n".join(f"pending: {name}" for name in waiting) or "nothing is pending")
         return 1 if waiting else 0
     print("\n".join(f"applied: {name}" for name in migrations.apply(url)) or "nothing to apply")
+    for line in asyncio.run(backfill.run(url)):
+        print(line)
     return 0
 
 

@@ -5,6 +5,7 @@ Keys are camelCase outside and snake_case inside; unknown fields are refused; no
 
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from functools import cached_property, partial
@@ -21,6 +22,9 @@ from server.errors import FieldError, ValidationFailed, invalid
 
 JSON_OBJECT_BYTES = 16 * 1024
 MOST_PROBLEMS = 50  # of one body; who makes more of them does not read them
+# What has Unicode's Default_Ignorable_Code_Point (DerivedCoreProperties.txt) and is neither a format character nor
+# combining, and the blank Braille pattern: letters and symbols by category, and yet nothing to see.
+_BLANK = re.compile("[\u115f\u1160\u2065\u2800\u3164\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]")
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.IGNORECASE)
 
 
@@ -89,6 +93,29 @@ class Text(fields.String):
         return text.strip() if self.trim else text
 
 
+class Name(Text):
+    """A name that people read: trimmed, with a visible character, without control characters and line breaks.
+
+    Anything else is kept as sent, such as the joiners within an emoji.
+    """
+
+    def __init__(self, low: int, high: int, **options: Any) -> None:
+        super().__init__(low, high, trim=True, **options)
+
+    def _validate(self, value: Any) -> None:
+        super()._validate(value)
+        if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in value):
+            raise ValidationError("Must not contain control characters or line breaks.")
+        if not any(map(_is_visible, value)):
+            raise ValidationError("Must contain a visible character.")
+
+
+def _is_visible(character: str) -> bool:
+    """Whether it shows by itself. Unassigned ones may: emoji that are newer than Python's tables."""
+    category = unicodedata.category(character)
+    return category[0] not in "ZM" and category not in ("Cc", "Cf", "Cs") and not _BLANK.match(character)
+
+
 class Id(fields.UUID):
     """A UUID in its canonical form; ``int``, ``bytes`` and braces are refused."""
 
@@ -117,16 +144,8 @@ class Ready(fields.Nested):
         return None if nested_obj is None else orjson.Fragment(nested_obj)
 
 
-class Email(fields.Email):
-    """An address; its length is checked first: the pattern takes long on a long text."""
-
-    def _validate(self, value: Any) -> None:
-        validate.Length(max=254)(value)
-        super()._validate(value)
-
-
 class WebAddress(fields.Url):
-    """Of a page or picture; its length is checked first, as an e-mail address's is."""
+    """Of a page or picture; its length is checked first: the pattern takes long on a long text."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(schemes={"http", "https"}, **options)

@@ -4,16 +4,34 @@
 
 CREATE TABLE users (
     id            uuid PRIMARY KEY DEFAULT gen_random_uuid(),
-    email         text NOT NULL CHECK (length(email) <= 254),
+    -- By this collation lower() changes ASCII letters only.
+    email         text COLLATE "C" NOT NULL CHECK (length(email) <= 254),
     name          text NOT NULL CHECK (length(name) BETWEEN 2 AND 100),
     avatar_url    text CHECK (length(avatar_url) <= 2048),
     password_hash text NOT NULL,
     revision      bigint NOT NULL DEFAULT 1,
     created_at    timestamptz NOT NULL DEFAULT now(),
-    updated_at    timestamptz NOT NULL DEFAULT now()
+    updated_at    timestamptz NOT NULL DEFAULT now(),
+    -- By which addresses are compared (server/auth/addresses.py). Of colliding accounts the oldest has it.
+    email_key     text COLLATE "C" CHECK (length(email_key) <= 512)
 );
 
-CREATE UNIQUE INDEX users_email_key ON users (lower(email));
+CREATE UNIQUE INDEX users_email_key ON users (email_key);
+-- No two accounts sign in by one spelling.
+CREATE UNIQUE INDEX users_email_spelling ON users (lower(email));
+-- Accounts without a key sign in by their exact spelling.
+CREATE INDEX users_email_without_key ON users (email) WHERE email_key IS NULL;
+
+-- For rows that are inserted without a key, by servers of the version before.
+CREATE FUNCTION fill_email_key() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    NEW.email_key := lower(NEW.email);
+    RETURN NEW;
+END $$;
+
+CREATE TRIGGER users_fill_email_key BEFORE INSERT ON users
+FOR EACH ROW WHEN (NEW.email_key IS NULL AND octet_length(NEW.email) = length(NEW.email))
+EXECUTE FUNCTION fill_email_key();
 
 -- A user as others see them; null for nobody.
 CREATE FUNCTION person(u users) RETURNS jsonb LANGUAGE sql STABLE AS $$
@@ -93,17 +111,23 @@ FOR EACH ROW EXECUTE FUNCTION hold_new_member();
 CREATE TABLE invitations (
     id         uuid PRIMARY KEY DEFAULT gen_random_uuid(),
     project_id uuid NOT NULL REFERENCES projects ON DELETE CASCADE,
-    email      text NOT NULL CHECK (length(email) <= 254),
+    email      text COLLATE "C" NOT NULL CHECK (length(email) <= 254),
     role       text NOT NULL CHECK (role IN ('COLLABORATOR', 'VIEWER')),
     token_hash bytea NOT NULL UNIQUE,
     invited_by uuid,  -- shown as nobody, once they are gone
     created_at timestamptz NOT NULL DEFAULT now(),
-    expires_at timestamptz NOT NULL
+    expires_at timestamptz NOT NULL,
+    email_key  text COLLATE "C" CHECK (length(email_key) <= 512)
 );
 
-CREATE UNIQUE INDEX invitations_email_key ON invitations (project_id, lower(email));
-CREATE INDEX invitations_email ON invitations (lower(email));
+-- New addresses are stored in their ASCII form: in lower case this is their key.
+CREATE UNIQUE INDEX invitations_email_spelling ON invitations (project_id, lower(email));
+CREATE INDEX invitations_email_key ON invitations (email_key);
 CREATE INDEX invitations_expires_at ON invitations (expires_at);
+
+CREATE TRIGGER invitations_fill_email_key BEFORE INSERT ON invitations
+FOR EACH ROW WHEN (NEW.email_key IS NULL AND octet_length(NEW.email) = length(NEW.email))
+EXECUTE FUNCTION fill_email_key();
 
 CREATE TABLE activity (
     id         bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,

@@ -11,6 +11,7 @@ HOMES: dict[str, set[str]] = {
     "pycrdt": {"documents"},
     "motor": {"resources.py", "jobs"},
     "bcrypt": {"auth"},
+    "email_validator": {"auth"},
     "jwt": {"auth"},
     "yoyo": {"migrations.py"},
 }

@@ -5,7 +5,7 @@ from uuid import UUID
 
 from asyncpg import Record
 
-from server.auth import sessions, store
+from server.auth import addresses, sessions, store
 from server.auth.sessions import Device, Issuer, Pair
 from server.errors import Conflict, Unauthenticated
 from server.postgres import Database, Executor
@@ -37,7 +37,8 @@ async def create(
         NotFound, Gone, Forbidden: the invitation is unknown, has expired, or was sent to another address.
     """
     async with db.transaction() as transaction:
-        user = await store.create_user(transaction, email=email, name=name, password_hash=password_hash)
+        key = addresses.key(email)
+        user = await store.create_user(transaction, email=email, email_key=key, name=name, password_hash=password_hash)
         if user is None:
             raise Conflict("Email already registered", code="email_taken")
         if invitation_token is not None:

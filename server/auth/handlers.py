@@ -9,9 +9,9 @@ from aiohttp import web
 from aiohttp_apispec import docs, json_schema, querystring_schema, response_schema
 from asyncpg import Record
 
-from server.auth import accounts, schemas, sessions, store, tickets
+from server.auth import accounts, addresses, schemas, sessions, store, tickets
 from server.auth.accounts import Accept, wrong_password
-from server.auth.passwords import Hasher
+from server.auth.passwords import Fit, Hasher
 from server.auth.sessions import Device, Issuer, Pair
 from server.errors import NotFound, Unauthenticated, Unavailable
 from server.fields import parse_id
@@ -61,9 +61,9 @@ async def register(request: web.Request) -> web.Response:
 @public
 async def login(request: web.Request) -> web.Response:
     db, body = request.app[RESOURCES].db, request[BODY]
-    user = await store.user_by_email(db, email=body["email"])
-    fits = await request.app[HASHER].verify(body["password"], user and user["password_hash"])
-    if user is None or not fits:
+    user = await store.user_by_email(db, email=body["email"], email_key=addresses.key(body["email"]))
+    fit = await request.app[HASHER].verify(body["password"], user and user["password_hash"])
+    if user is None or not fit:
         raise wrong_password()
     pair = await sessions.start(
         db,
@@ -74,7 +74,8 @@ async def login(request: web.Request) -> web.Response:
     )
     if pair is None:
         raise wrong_password()
-    await _renew_hash(request, user)
+    if fit is Fit.OUTDATED:
+        await _renew_hash(request, user)
     return answers.secret(answers.json(_signed_in(user, pair)))
 
 
@@ -221,13 +222,10 @@ async def _verified(request: web.Request, password: str) -> Record:
 
 
 async def _renew_hash(request: web.Request, user: Record) -> None:
-    """To today's cost: else this user's logins would take another time than those of unknown addresses."""
-    hasher = request.app[HASHER]
-    if hasher.is_current(user["password_hash"]):
-        return
+    """Hash the password as today: else this user's logins would take another time than those of unknown addresses."""
     db = request.app[RESOURCES].db
     with contextlib.suppress(Unavailable):  # they are signed in; their next login renews it as well
-        renewed = await hasher.hash(request[BODY]["password"])
+        renewed = await request.app[HASHER].hash(request[BODY]["password"])
         await store.renew_hash(db, user=user["id"], old_hash=user["password_hash"], new_hash=renewed)
 
 

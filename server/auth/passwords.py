@@ -1,16 +1,22 @@
-"""Password hashing: bcrypt, in a small pool of threads that give way to the event loop."""
+"""Password hashing: bcrypt, in a small pool of threads that give way to the event loop.
+
+A password is hashed in NFKC (UAX #15): keyboards send the same letters as different code points. Hashes from before
+that are of the password as it was sent.
+"""
 
 import asyncio
 import base64
+import enum
 import hashlib
 import hmac
 import os
 import sys
 import threading
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import bcrypt
 
@@ -19,9 +25,25 @@ from server.errors import Unavailable
 
 # bcrypt reads 72 bytes only; this public label keeps the digest from being any other's. Never change it.
 LABEL = b"collaborative-workspace/password/v1"
+# As sent: four times the characters of the longest password, as many as it has code points in any of its spellings.
+# NFKC may make 18 of one (U+FDFA), and takes a time that grows faster than the text.
+MAX_TYPED_CHARACTERS = 512
 PATIENCE_SECONDS = 1.0  # for a thread; who would wait longer is told to come back
 NICE = 10
 T = TypeVar("T")
+
+
+class Fit(enum.IntEnum):
+    """How a password fits a hash; false where it does not."""
+
+    NONE = 0
+    OUTDATED = 1  # the hash is of another cost, or of the password as it was sent
+    CURRENT = 2
+
+
+def normalize(password: str) -> str:
+    """Return the form that is hashed, up to 18 times as long."""
+    return unicodedata.normalize("NFKC", password)
 
 
 class Hasher:
@@ -40,27 +62,33 @@ class Hasher:
         Raises:
             Unavailable: no thread was free in time.
         """
-        hashed = await self._run(bcrypt.hashpw, _digest(password), bcrypt.gensalt(self.rounds))
+        hashed = await self._run(bcrypt.hashpw, _digest(normalize(password)), bcrypt.gensalt(self.rounds))
         return hashed.decode()
 
-    async def verify(self, password: str, hashed: str | None) -> bool:
-        """Whether the password fits; None (nobody has that address) costs the same and fits never.
+    async def verify(self, password: str, hashed: str | None) -> Fit:
+        """Return how the password fits. None, the hash of an unknown address, costs the same and never fits.
+
+        A password that is not in NFKC is tried as sent, too, whatever the hash is: one more bcrypt, by which nobody
+        can tell whether the address is known.
 
         Raises:
             Unavailable: as ``hash`` does.
         """
         against = self._nobody if hashed is None else hashed.encode()
-        fits = await self._run(bcrypt.checkpw, _digest(password), against)
-        return fits and hashed is not None
+        spellings = list(dict.fromkeys((normalize(password), password)))
+        found = await self._run(_first_that_fits, map(_digest, spellings), against)
+        if hashed is None or found is None:
+            return Fit.NONE
+        return Fit.CURRENT if found == 0 and self._has_this_cost(hashed) else Fit.OUTDATED
 
-    def is_current(self, hashed: str) -> bool:
+    def _has_this_cost(self, hashed: str) -> bool:
         """Whether it was made at this cost: ``$2b$12$…``."""
         return hashed.split("$")[2] == f"{self.rounds:02}"
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def _run(self, function: Callable[..., T], *args: bytes) -> T:
+    async def _run(self, function: Callable[..., T], *args: Any) -> T:
         with uncounted():
             try:
                 async with asyncio.timeout(PATIENCE_SECONDS):
@@ -71,6 +99,11 @@ class Hasher:
                 return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
             finally:
                 self._free.release()
+
+
+def _first_that_fits(digests: Iterable[bytes], hashed: bytes) -> int | None:
+    """Return the place of the first digest that fits the hash."""
+    return next((place for place, digest in enumerate(digests) if bcrypt.checkpw(digest, hashed)), None)
 
 
 def _digest(password: str) -> bytes:

@@ -1,51 +1,84 @@
 """What accounts look like from outside."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from marshmallow import ValidationError, fields, validate
 
-from server.fields import Email, Id, Schema, Text, Time, WebAddress
+from server.auth import addresses
+from server.auth.passwords import MAX_TYPED_CHARACTERS, normalize
+from server.fields import Id, Name, Schema, Text, Time, WebAddress
+
+MIN_PASSWORD_CHARACTERS, MAX_PASSWORD_CHARACTERS = 8, 128
+_ADDRESS = {"example": "ada@example.org", "maxLength": addresses.MAX_LENGTH}
+
+
+class Email(fields.String):
+    """The address of a new account, in its canonical form."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(metadata={"format": "email", **_ADDRESS}, **options)
+
+    def _deserialize(self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **options: Any) -> str:
+        try:
+            return addresses.parse(super()._deserialize(value, attr, data, **options))
+        except addresses.InvalidAddressError as error:
+            raise ValidationError(str(error)) from None
+
+
+class AnyEmail(Text):
+    """An address as it was typed, trimmed: accounts from before today's rules have others, too."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(high=addresses.MAX_LENGTH, trim=True, metadata=_ADDRESS, **options)
 
 
 def strong(password: Any) -> None:
-    validate.Length(8, 128)(password)
+    """Check a new password in the form that is hashed, so that it does not depend on the keyboard."""
+    too_long = f"Longer than maximum length {MAX_PASSWORD_CHARACTERS}."
+    validate.Length(max=MAX_TYPED_CHARACTERS, error=too_long)(password)
+    normal = normalize(password)
+    validate.Length(MIN_PASSWORD_CHARACTERS, MAX_PASSWORD_CHARACTERS)(normal)
     kinds = (str.isupper, str.islower, str.isdigit)
-    if not all(any(map(kind, password)) for kind in kinds):
+    if not all(any(map(kind, normal)) for kind in kinds):
         raise ValidationError("Must contain an upper-case letter, a lower-case letter and a digit.")
-
-
-def email(**options: Any) -> Email:
-    return Email(metadata={"example": "ada@example.org", "maxLength": 254}, **options)
 
 
 def password(**options: Any) -> fields.String:
     return fields.String(
-        validate=strong, metadata={"example": "Lovelace1815", "minLength": 8, "maxLength": 128}, **options
+        validate=strong,
+        metadata={
+            "example": "Lovelace1815",
+            "minLength": MIN_PASSWORD_CHARACTERS,
+            "maxLength": MAX_PASSWORD_CHARACTERS,
+        },
+        **options,
     )
 
 
 def any_password() -> fields.String:
     """One that exists already: whether it fits is for bcrypt to say."""
-    return fields.String(required=True, validate=validate.Length(max=128), metadata={"example": "Lovelace1815"})
+    length = validate.Length(max=MAX_TYPED_CHARACTERS)
+    return fields.String(required=True, validate=length, metadata={"example": "Lovelace1815"})
 
 
 def secret(**options: Any) -> fields.String:
     return fields.String(validate=validate.Length(1, 256), **options)
 
 
-def user_name(**options: Any) -> Text:
-    return Text(2, 100, metadata={"example": "Ada Lovelace"}, **options)
+def user_name(**options: Any) -> Name:
+    return Name(2, 100, metadata={"example": "Ada Lovelace"}, **options)
 
 
 class Register(Schema):
-    email = email(required=True)
+    email = Email(required=True)
     password = password(required=True)
     name = user_name(required=True)
     invitation_token = secret(load_default=None, metadata={"description": "joins that project at once"})
 
 
 class Login(Schema):
-    email = fields.String(required=True, validate=validate.Length(max=254), metadata={"example": "ada@example.org"})
+    email = AnyEmail(required=True)
     password = any_password()
 
 

@@ -11,27 +11,31 @@ from server.postgres import Database, Executor
 SESSIONS_KEPT = 50  # living sessions of one user; the one unused longest gives way
 
 
-async def create_user(db: Executor, *, email: str, name: str, password_hash: str) -> Record | None:
-    """The user, or None where the address is taken."""
+async def create_user(db: Executor, *, email: str, email_key: str, name: str, password_hash: str) -> Record | None:
+    """Return the new user, or None if the key is taken, or the spelling by an account without a key."""
     return await db.fetchrow(
         """
-        INSERT INTO users (email, name, password_hash) VALUES ($1, $2, $3)
-        ON CONFLICT (lower(email)) DO NOTHING
+        INSERT INTO users (email, email_key, name, password_hash) VALUES ($1, $2, $3, $4)
+        ON CONFLICT DO NOTHING
         RETURNING id, email, name, avatar_url, revision, created_at, updated_at
         """,
         email,
+        email_key,
         name,
         password_hash,
     )
 
 
-async def user_by_email(db: Executor, *, email: str) -> Record | None:
+async def user_by_email(db: Executor, *, email: str, email_key: str) -> Record | None:
+    """Return the user with this key. An account without a key that is spelled like this goes first."""
     return await db.fetchrow(
         """
         SELECT id, email, name, avatar_url, revision, created_at, updated_at, password_hash
-        FROM users WHERE lower(email) = lower($1)
+        FROM users WHERE email_key = $2 OR (email_key IS NULL AND email = $1)
+        ORDER BY email_key NULLS FIRST LIMIT 1
         """,
         email,
+        email_key,
     )
 
 
@@ -74,7 +78,7 @@ async def change_user(
 
 
 async def renew_hash(db: Executor, *, user: UUID, old_hash: str, new_hash: str) -> None:
-    """The same password, hashed at another cost."""
+    """Replace a hash by another one of the same password."""
     await db.execute(
         "UPDATE users SET password_hash = $3 WHERE id = $1 AND password_hash = $2", user, old_hash, new_hash
     )
@@ -334,3 +338,34 @@ async def forget_old_sessions(db: Executor, *, keep_days: int) -> int:
         keep_days,
     )
     return forgotten
+
+
+async def users_without_key(db: Executor, *, limit: int, after: tuple[Any, Any]) -> list[Record]:
+    """Return accounts without an ``email_key``, oldest first."""
+    return await db.fetch(
+        """
+        SELECT id, email, created_at FROM users
+        WHERE email_key IS NULL AND ($2::timestamptz IS NULL OR (created_at, id) > ($2, $3::uuid))
+        ORDER BY created_at, id LIMIT $1
+        """,
+        limit,
+        *after,
+    )
+
+
+async def give_key(db: Executor, *, user: UUID, email_key: str) -> bool:
+    """Give an account its key; return whether it was free.
+
+    Raises:
+        asyncpg.UniqueViolationError: another account was given it at the same moment.
+    """
+    return bool(
+        await db.fetchval(
+            """
+            UPDATE users SET email_key = $2
+            WHERE id = $1 AND NOT EXISTS (SELECT FROM users WHERE email_key = $2) RETURNING true
+            """,
+            user,
+            email_key,
+        )
+    )

@@ -9,6 +9,7 @@ from aiohttp import web
 from aiohttp_apispec import docs, json_schema, querystring_schema, response_schema
 
 from server import json
+from server.auth import addresses
 from server.errors import Conflict, NotFound, Unauthenticated
 from server.fields import parse_id
 from server.postgres import Database
@@ -183,7 +184,7 @@ async def list_collaborators(request: web.Request) -> web.Response:
 @requires(Role.OWNER)
 async def add_collaborator(request: web.Request) -> web.Response:
     db, project, actor, body = request.app[RESOURCES].db, request[ACCESS].project, request[USER].id, request[BODY]
-    user = await members_store.user_id_by_email(db, email=body["email"])
+    user = await members_store.user_id_by_key(db, email_key=addresses.key(body["email"]))
     here = f"/api/v1/projects/{project}"
     if user is None:
         invited = await invitations.invite(db, project=project, actor=actor, now=datetime.now(UTC), **body)

@@ -5,8 +5,9 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+from server.auth import addresses
 from server.auth.tokens import new_secret
-from server.errors import Forbidden, Gone, NotFound
+from server.errors import Forbidden, Gone, NotFound, invalid
 from server.postgres import Executor
 from server.projects import invitations_store
 
@@ -21,13 +22,22 @@ def token_hash(token: str) -> bytes:
 
 
 async def invite(db: Executor, *, project: UUID, actor: UUID, email: str, role: str, now: datetime) -> dict[str, Any]:
-    """The pending invitation of that address, with its ``token``; inviting again renews it."""
+    """Return the pending invitation of that address, with its ``token``; inviting again renews it.
+
+    Raises:
+        ValidationFailed: no account can be made with that address.
+    """
+    try:
+        email = addresses.parse(email)
+    except addresses.InvalidAddressError as error:
+        raise invalid("email", str(error)) from None
     token = new_secret()
     invited = await invitations_store.invite(
         db,
         project=project,
         actor=actor,
         email=email,
+        email_key=addresses.key(email),
         role=role,
         token_hash=token_hash(token),
         expires_at=now + LIFETIME,

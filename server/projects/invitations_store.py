@@ -15,6 +15,7 @@ async def invite(
     project: UUID,
     actor: UUID,
     email: str,
+    email_key: str,
     role: str,
     token_hash: bytes,
     expires_at: datetime,
@@ -23,8 +24,8 @@ async def invite(
     row = await db.fetchrow(
         """
         WITH invited AS (
-            INSERT INTO invitations (project_id, email, role, token_hash, invited_by, expires_at)
-            VALUES ($1, $3, $4, $5, $2, $6)
+            INSERT INTO invitations (project_id, email, email_key, role, token_hash, invited_by, expires_at)
+            VALUES ($1, $3, $7, $4, $5, $2, $6)
             ON CONFLICT (project_id, lower(email)) DO UPDATE
                 SET role = EXCLUDED.role, token_hash = EXCLUDED.token_hash, invited_by = EXCLUDED.invited_by,
                     created_at = now(), expires_at = EXCLUDED.expires_at
@@ -42,6 +43,7 @@ async def invite(
         role,
         token_hash,
         expires_at,
+        email_key,
     )
     assert row is not None
     return row
@@ -57,7 +59,7 @@ async def list_invitations(
                person(u) AS invited_by
         FROM invitations i LEFT JOIN users u ON u.id = i.invited_by
         WHERE ($1::uuid IS NULL OR i.project_id = $1)
-          AND ($2::uuid IS NULL OR lower(i.email) = (SELECT lower(email) FROM users WHERE id = $2))
+          AND ($2::uuid IS NULL OR i.email_key = (SELECT email_key FROM users WHERE id = $2))
           AND i.expires_at > now()
           AND ($4::timestamptz IS NULL OR (i.created_at, i.id) < ($4, $5::uuid))
         ORDER BY i.created_at DESC, i.id DESC LIMIT $3 + 1
@@ -95,7 +97,7 @@ async def accept_invitation(db: Executor, *, user: UUID, token_hash: bytes) -> R
         WITH used AS (
             DELETE FROM invitations
             WHERE token_hash = $2 AND expires_at > now()
-              AND lower(email) = (SELECT lower(email) FROM users WHERE id = $1)
+              AND email_key = (SELECT email_key FROM users WHERE id = $1)
             RETURNING project_id, role
         ), joined AS (
             INSERT INTO members (project_id, user_id, role) SELECT project_id, $1, role FROM used
@@ -132,3 +134,11 @@ async def forget(db: Executor, *, keep_days: int, most: int) -> int:
         most,
     )
     return forgotten
+
+
+async def invitations_without_key(db: Executor, *, limit: int) -> list[Record]:
+    return await db.fetch("SELECT id, email FROM invitations WHERE email_key IS NULL LIMIT $1", limit)
+
+
+async def give_key(db: Executor, *, invitation: UUID, email_key: str) -> None:
+    await db.execute("UPDATE invitations SET email_key = $2 WHERE id = $1", invitation, email_key)

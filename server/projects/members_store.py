@@ -8,8 +8,8 @@ from asyncpg import Record
 from server.postgres import Executor
 
 
-async def user_id_by_email(db: Executor, *, email: str) -> UUID | None:
-    found: UUID | None = await db.fetchval("SELECT id FROM users WHERE lower(email) = lower($1)", email)
+async def user_id_by_key(db: Executor, *, email_key: str) -> UUID | None:
+    found: UUID | None = await db.fetchval("SELECT id FROM users WHERE email_key = $1", email_key)
     return found
 
 
@@ -22,7 +22,7 @@ async def add_member(db: Executor, *, project: UUID, actor: UUID, user: UUID, ro
             ON CONFLICT (project_id, user_id) DO NOTHING RETURNING *
         ), used AS (
             DELETE FROM invitations i USING users u, added
-            WHERE u.id = added.user_id AND i.project_id = $1 AND lower(i.email) = lower(u.email)
+            WHERE u.id = added.user_id AND i.project_id = $1 AND i.email_key = u.email_key
         ), noted AS (
             INSERT INTO activity (project_id, actor_id, action, subject)
             SELECT $1, $2, 'collaborator.added', jsonb_build_object('userId', user_id, 'role', role) FROM added

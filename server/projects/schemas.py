@@ -4,16 +4,16 @@ from typing import Any
 
 from marshmallow import fields, validate
 
-from server.auth.schemas import Person, email, secret
-from server.fields import Id, JsonObject, Ready, Schema, Text, Time
+from server.auth.schemas import AnyEmail, Person, secret
+from server.fields import Id, JsonObject, Name, Ready, Schema, Time
 from server.rest.pages import PageQuery
 
 ROLES = ("OWNER", "COLLABORATOR", "VIEWER")
 SORTS = ("updatedAt", "-updatedAt", "createdAt", "-createdAt", "name", "-name")
 
 
-def project_name(**options: Any) -> Text:
-    return Text(1, 100, trim=True, metadata={"example": "Analytical Engine"}, **options)
+def project_name(**options: Any) -> Name:
+    return Name(1, 100, metadata={"example": "Analytical Engine"}, **options)
 
 
 def description(**options: Any) -> fields.String:
@@ -90,7 +90,7 @@ class ProjectWithMembers(Project):
 
 
 class NewCollaborator(Schema):
-    email = email(required=True)
+    email = AnyEmail(required=True)
     role = given_role(load_default="COLLABORATOR")
 
 

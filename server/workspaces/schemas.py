@@ -4,7 +4,7 @@ from typing import Any
 
 from marshmallow import fields, validate
 
-from server.fields import Id, JsonObject, Schema, Text
+from server.fields import Id, JsonObject, Name, Schema
 from server.projects.schemas import Workspace
 from server.realtime.events import UserHere
 from server.rest.pages import PageQuery
@@ -12,8 +12,8 @@ from server.rest.pages import PageQuery
 __all__ = ["EventsQuery", "NewWorkspace", "UserHere", "Workspace", "WorkspaceChange"]
 
 
-def workspace_name(**options: Any) -> Text:
-    return Text(1, 100, trim=True, metadata={"example": "Number crunching"}, **options)
+def workspace_name(**options: Any) -> Name:
+    return Name(1, 100, metadata={"example": "Number crunching"}, **options)
 
 
 class EventsQuery(PageQuery):
