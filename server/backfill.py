@@ -10,16 +10,15 @@ from typing import Any
 import asyncpg
 from asyncpg import Record
 
-from server import postgres
 from server.auth import addresses
 from server.auth import store as accounts
-from server.errors import Unavailable
-from server.postgres import Database, Executor
+from server.postgres import CONNECT_SECONDS, Executor
 from server.projects import invitations_store
 from server.settings import StartError
 
 BATCH_ROWS = 500
 MAX_LISTED = 100
+STATEMENT_SECONDS = 60.0
 
 
 async def run(database_url: str) -> list[str]:
@@ -49,7 +48,7 @@ async def _fill_keys_of_accounts(db: Executor) -> list[str]:
 async def _give_key(db: Executor, user: Record) -> bool:
     try:
         return await accounts.give_key(db, user=user["id"], email_key=addresses.key(user["email"]))
-    except asyncpg.UniqueViolationError:  # somebody registers with it at this very moment
+    except asyncpg.UniqueViolationError:  # a registration has just taken it
         return False
 
 
@@ -66,12 +65,15 @@ def _described(user: Record) -> str:
 
 
 @asynccontextmanager
-async def _connected(database_url: str) -> AsyncIterator[Database]:
+async def _connected(database_url: str) -> AsyncIterator[Executor]:
+    """Not the pool of ``server.postgres``: its deadline is for requests, and after a migration disks are busy."""
     try:
-        db = await postgres.connect(database_url, size=1)
+        connection: Any = await asyncpg.connect(
+            database_url, timeout=CONNECT_SECONDS, command_timeout=STATEMENT_SECONDS
+        )
         try:
-            yield db
+            yield connection
         finally:
-            await db.close()
-    except (Unavailable, OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            await connection.close(timeout=CONNECT_SECONDS)
+    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         raise StartError(f"PostgreSQL cannot be used: {' '.join(str(error).split())}") from error

@@ -44,8 +44,8 @@ def key(text: str) -> str:
     Two spellings have one key if they name one mailbox: the domain counts in its ASCII form, the local part in lower
     case. The key of an ASCII address is that address in lower case, which migration 0007 computes in SQL.
 
-    Accounts from before these rules may have other addresses. A local part that is not ASCII is folded in NFC, unless
-    ASCII comes out: U+212A must not become k. A text that is no address at all is its own key.
+    Accounts from before these rules may have other addresses. A local part that is not ASCII counts in lower case and
+    NFC, unless ASCII comes out: U+212A must not become k. A text that is no address at all is its own key.
     """
     text = text.strip()
     if text.isascii():
@@ -54,7 +54,7 @@ def key(text: str) -> str:
     if domain is None:
         return text
     local = _local_part(text)
-    folded = unicodedata.normalize("NFC", local).lower()
+    folded = unicodedata.normalize("NFC", local.lower())
     if folded.isascii() and not local.isascii():
         folded = local
     return f"{folded}@{domain}"

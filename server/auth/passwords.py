@@ -68,8 +68,8 @@ class Hasher:
     async def verify(self, password: str, hashed: str | None) -> Fit:
         """Return how the password fits. None, the hash of an unknown address, costs the same and never fits.
 
-        A password that is not in NFKC is tried as sent, too, whatever the hash is: one more bcrypt, by which nobody
-        can tell whether the address is known.
+        A password that is not in NFKC is also tried as sent, whatever the hash is: the time depends on what was typed,
+        not on the account.
 
         Raises:
             Unavailable: as ``hash`` does.

@@ -20,14 +20,19 @@ FOR EACH ROW WHEN ((OLD.name, OLD.avatar_url, OLD.email) IS DISTINCT FROM (NEW.n
 EXECUTE FUNCTION raise_revisions_of_member();
 
 -- The key of an ASCII address. Other addresses need IDNA: `run.py migrate` gives them theirs afterwards, the oldest
--- first. ASCII addresses that may collide with one of those wait for it, too: they have the same local part.
-UPDATE users u SET email_key = lower(email)
-WHERE octet_length(email) = length(email) AND NOT EXISTS (
+-- first. Rewriting the table takes a third of the time of an update, and leaves no dead rows.
+ALTER TABLE users ALTER COLUMN email_key TYPE text COLLATE "C"
+USING CASE WHEN octet_length(email) = length(email) THEN lower(email) END;
+ALTER TABLE invitations ALTER COLUMN email_key TYPE text COLLATE "C"
+USING CASE WHEN octet_length(email) = length(email) THEN lower(email) END;
+
+-- Those that may collide with such an address wait for it: they begin like it.
+UPDATE users u SET email_key = NULL
+WHERE octet_length(email) = length(email) AND EXISTS (
     SELECT FROM users other
     WHERE octet_length(other.email) > length(other.email)
-      AND lower(substring(other.email FROM '^(.*)@')) = lower(substring(u.email FROM '^(.*)@'))
+      AND lower(split_part(other.email, '@', 1)) = lower(split_part(u.email, '@', 1))
 );
-UPDATE invitations SET email_key = lower(email) WHERE octet_length(email) = length(email);
 
 CREATE UNIQUE INDEX users_email_key ON users (email_key);
 -- No two accounts sign in by one spelling. Servers of the version before infer this index, and its like below.

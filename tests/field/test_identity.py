@@ -18,7 +18,7 @@ import bcrypt
 import psycopg
 import pytest
 
-from server import migrations
+from server import backfill, migrations
 from server.auth import passwords
 from server.projects.invitations import token_hash
 from tests.actors import PASSWORD, Actor, Answer
@@ -195,7 +195,7 @@ async def test_adding_a_member_uses_up_the_invitation_of_any_spelling(
     assert (await alice.get(f"/projects/{project}/invitations"))["items"] == []
 
 
-async def test_an_address_that_nobody_can_have_is_not_invited(alice: Actor) -> None:
+async def test_an_address_that_cannot_be_registered_is_not_invited(alice: Actor) -> None:
     project = await alice.make_project()
     for address in (f"mi{KELVIN}e@kix.example", "no-address", "", "x@exam\u200bple.org", "a" * 65 + "@example.org"):
         refused = await alice.post(f"/projects/{project}/collaborators", {"email": address})
@@ -244,6 +244,12 @@ def insert_accounts(url: str, *emails: str) -> dict[str, str]:
     return dict(row for row in rows if row is not None)
 
 
+async def upgrade(url: str) -> list[str]:
+    """As ``run.py migrate`` does; what it tells of accounts."""
+    await asyncio.to_thread(migrations.apply, url)
+    return await backfill.run(url)
+
+
 def migrate(processes: Processes, url: str) -> str:
     process = processes.command("migrate", DATABASE_URL=url)
     assert process.wait() == 0, process.output
@@ -252,7 +258,7 @@ def migrate(processes: Processes, url: str) -> str:
 
 def keys_in(url: str) -> dict[str, str | None]:
     with psycopg.connect(url) as connection:
-        return dict(connection.execute("SELECT email, email_key FROM users").fetchall())
+        return dict(connection.execute("SELECT email, email_key FROM users ORDER BY created_at").fetchall())
 
 
 async def test_an_upgrade_keeps_every_account_and_lists_those_that_collide(
@@ -300,11 +306,11 @@ async def test_an_upgrade_keeps_every_account_and_lists_those_that_collide(
 
 
 async def test_an_old_look_alike_is_not_taken_for_the_address_that_it_imitates(
-    old_database_url: str, processes: Processes, make_server: MakeServer, make_actor: MakeActor
+    old_database_url: str, make_server: MakeServer, make_actor: MakeActor
 ) -> None:
     look_alikes = [f"mi{KELVIN}e@kix.example", f"{DOTTED_I}van@kix.example"]
     ids = insert_accounts(old_database_url, *look_alikes)
-    migrate(processes, old_database_url)
+    await upgrade(old_database_url)
     server = await make_server(database_url=old_database_url)
     owner = await make_actor("Owner", server)
     path = f"/projects/{await owner.make_project()}/collaborators"
@@ -318,7 +324,7 @@ async def test_an_old_look_alike_is_not_taken_for_the_address_that_it_imitates(
 
 
 async def test_an_upgrade_keeps_pending_invitations(
-    old_database_url: str, processes: Processes, make_server: MakeServer, make_actor: MakeActor
+    old_database_url: str, make_server: MakeServer, make_actor: MakeActor
 ) -> None:
     invited = ["Ada@Example.org", "x@bücher.example", "jürgen@example.org"]
     accounts = ["ada@example.org", "x@xn--bcher-kva.example", "jürgen@example.org"]
@@ -338,7 +344,7 @@ async def test_an_upgrade_keeps_pending_invitations(
                 """,
                 (project, email, token_hash(f"token of {email}")),
             )
-    migrate(processes, old_database_url)
+    await upgrade(old_database_url)
     server = await make_server(database_url=old_database_url)
     guest = await make_actor("Guest", server)
     for email, account in zip(invited, accounts, strict=True):
@@ -349,10 +355,10 @@ async def test_an_upgrade_keeps_pending_invitations(
 
 
 async def test_a_server_of_the_version_before_works_on_during_the_upgrade(
-    old_database_url: str, processes: Processes, make_server: MakeServer, http: aiohttp.ClientSession
+    old_database_url: str, make_server: MakeServer, http: aiohttp.ClientSession
 ) -> None:
     """Its statements, letter by letter."""
-    migrate(processes, old_database_url)
+    await upgrade(old_database_url)
     create = """
         INSERT INTO users (email, name, password_hash) VALUES ($1, $2, $3)
         ON CONFLICT (lower(email)) DO NOTHING
@@ -382,16 +388,17 @@ async def test_a_server_of_the_version_before_works_on_during_the_upgrade(
 
 
 async def test_the_key_of_a_deleted_account_goes_to_its_twin_with_the_next_upgrade(
-    old_database_url: str, processes: Processes, make_server: MakeServer, http: aiohttp.ClientSession
+    old_database_url: str, make_server: MakeServer, http: aiohttp.ClientSession
 ) -> None:
     ids = insert_accounts(old_database_url, "x@bücher.example", "x@xn--bcher-kva.example")
-    assert ids["x@xn--bcher-kva.example"] in migrate(processes, old_database_url)
+    (line,) = await upgrade(old_database_url)
+    assert ids["x@xn--bcher-kva.example"] in line
     with psycopg.connect(old_database_url) as connection:
         connection.execute("DELETE FROM users WHERE id = %s", (ids["x@bücher.example"],))
     server = await make_server(database_url=old_database_url)
     taken = await register(http, server, email="x@bücher.example")  # the spelling of the account without a key
     assert (taken.status, taken.code) == (409, "email_taken")
-    assert "without a key" not in migrate(processes, old_database_url)
+    assert await upgrade(old_database_url) == []
     assert keys_in(old_database_url) == {"x@xn--bcher-kva.example": "x@xn--bcher-kva.example"}
 
 
@@ -409,7 +416,7 @@ async def named(actor: Actor, kind: str, name: str) -> Answer:
 
 
 @pytest.mark.parametrize("kind", ["user", "registration", "project", "workspace"])
-async def test_a_name_that_nobody_can_see_or_that_breaks_lines_is_refused(kind: str, alice: Actor) -> None:
+async def test_an_invisible_name_or_one_that_breaks_lines_is_refused(kind: str, alice: Actor) -> None:
     for why, name in (NOT_SEEN | BREAKING).items():
         assert fields_of(await named(alice, kind, name)) == {"name"}, why
 

@@ -13,7 +13,7 @@ from aiohttp import web
 from marshmallow import fields, validate
 
 from server import metrics
-from server.fields import Text
+from server.fields import Name, Text
 from server.rest.marks import is_public
 from tests.actors import PASSWORD, Actor
 from tests.conftest import MakeActor
@@ -77,10 +77,10 @@ async def send(actor: Actor, method: str, path: str, raw: str) -> int:
 
 
 def is_text(schema: Any, name: str) -> bool:
-    """Free text: nothing but its length is prescribed."""
+    """Free text: nothing but its length is prescribed, or that one can see it."""
     field = next(field for key, field in schema.fields.items() if (field.data_key or key) == name)
     limits = (validate.Length, NoneType)
-    return type(field) in (fields.String, Text) and isinstance(field.validate, limits)
+    return type(field) in (fields.String, Text, Name) and isinstance(field.validate, limits)
 
 
 async def bodies(actor: Actor, route: web.RouteDef, path: str, ids: dict[str, str]) -> None:
