@@ -1,0 +1,88 @@
+"""What ``migrate`` fills in after the migrations."""
+
+import asyncio
+
+import asyncpg
+import pytest
+
+from server import backfill, migrations
+from server.settings import StartError
+from tests.auth.test_accounts import until_blocked
+
+
+@pytest.fixture
+def url(empty_database_url: str) -> str:
+    migrations.apply(empty_database_url)
+    return empty_database_url
+
+
+async def insert(url: str, *emails: str) -> list[str]:
+    """Accounts of one moment, in the order of their ids; these."""
+    db = await asyncpg.connect(url)
+    try:
+        ids = [f"00000000-0000-4000-8000-{number:012}" for number in range(len(emails))]
+        await db.execute(
+            """
+            INSERT INTO users (id, email, name, password_hash)
+            SELECT id, email, 'Old', 'x' FROM unnest($1::uuid[], $2::text[]) AS old (id, email)
+            """,
+            ids,
+            emails,
+        )
+        return ids
+    finally:
+        await db.close()
+
+
+async def keys(url: str) -> list[str | None]:
+    db = await asyncpg.connect(url)
+    try:
+        return [row["email_key"] for row in await db.fetch("SELECT email_key FROM users ORDER BY id")]
+    finally:
+        await db.close()
+
+
+async def test_accounts_get_their_keys_batch_by_batch_the_oldest_first(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backfill, "BATCH_ROWS", 2)
+    names = ["a", "b", "c", "d", "e"]
+    ids = await insert(
+        url, *(f"{name}@BÜCHER.example" for name in names), *(f"{name}@bücher.example" for name in names)
+    )
+    expected = [f"{name}@xn--bcher-kva.example" for name in names]
+    for _ in range(2):  # what was done stays as it is
+        told = await backfill.run(url)
+        assert await keys(url) == expected + [None] * 5
+        assert [line.split()[3] for line in told] == ids[5:]
+
+
+async def test_of_many_accounts_without_a_key_some_are_listed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backfill, "BATCH_ROWS", 2)
+    monkeypatch.setattr(backfill, "MAX_LISTED", 3)
+    spellings = ["bücher", "bÜcher", "ｂücher", "büｃher", "bücｈer", "bücheｒ"]
+    ids = await insert(url, *(f"x@{spelling}.example" for spelling in spellings))
+    told = await backfill.run(url)
+    assert [line.split()[3] for line in told[:3]] == ids[1:4]
+    assert told[3:] == ["without a key: 2 more"]
+
+
+async def test_an_account_whose_key_is_being_registered_with_is_left_without(url: str) -> None:
+    (id,) = await insert(url, "x@bücher.example")
+    db = await asyncpg.connect(url)
+    try:
+        async with db.transaction():
+            await db.execute(
+                "INSERT INTO users (email, name, password_hash) VALUES ('x@xn--bcher-kva.example', 'New', 'x')"
+            )
+            run = asyncio.ensure_future(backfill.run(url))
+            await until_blocked(url)
+    finally:
+        await db.close()
+    (line,) = await run
+    assert id in line
+
+
+async def test_a_database_that_is_away_is_told_in_one_line(unused_tcp_port: int) -> None:
+    with pytest.raises(StartError, match=r"^PostgreSQL cannot be used: .*"):
+        await backfill.run(f"postgresql://app@127.0.0.1:{unused_tcp_port}/app")
