@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import UUID, uuid4
 
 import jwt
@@ -18,8 +19,10 @@ ISSUER = "collaborative-workspace"
 AUDIENCE = "collaborative-workspace/api"
 LEEWAY_SECONDS = 2
 LARGEST_TOKEN = 4096
+MAX_NUMERIC_DATE = 253_402_300_799  # the end of the year 9999
 REMEMBERED = 4096  # verified tokens of a process
 _THREE_PARTS = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.([A-Za-z0-9_-]+)")
+_TOKEN_ID = re.compile(r"[0-9a-f]{32}")
 _REQUIRED = ["exp", "iat", "iss", "aud", "sub", "sid", "jti", "typ"]
 
 
@@ -85,12 +88,11 @@ def verify(token: str, *, keys: Keys, ttl: int) -> Claims:
         )
         if claims["typ"] != "access":
             raise jwt.InvalidTokenError("not an access token")
-        issued_at, expires_at = (datetime.fromtimestamp(claims[name], UTC) for name in ("iat", "exp"))
         return Claims(
-            user=UUID(str(claims["sub"])),
-            session=UUID(str(claims["sid"])),
-            token=str(claims["jti"]),
-            expires_at=min(expires_at, issued_at + timedelta(seconds=ttl)),
+            user=UUID(claims["sub"]),
+            session=UUID(_text(claims["sid"])),
+            token=_token_id(claims["jti"]),
+            expires_at=min(_time(claims["exp"]), _time(claims["iat"]) + timedelta(seconds=ttl)),
         )
     # RecursionError: a header of nothing but brackets.
     except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError):
@@ -127,6 +129,34 @@ def fingerprints(secret: str, keys: Keys) -> list[bytes]:
     """What is stored of a secret, by every accepted key; the signing key's first."""
     ordered = [keys.signing_id, *(key for key in keys.accepted if key != keys.signing_id)]
     return [hmac.digest(keys.accepted[key].encode(), secret.encode(), hashlib.sha256) for key in ordered]
+
+
+def _time(claim: Any) -> datetime:
+    """Return the time of a NumericDate (RFC 7519, section 2) that is whole, as ours are.
+
+    Raises:
+        ValueError: it is anything else, or not in the years 1970 to 9999.
+    """
+    if type(claim) is not int or not 0 <= claim <= MAX_NUMERIC_DATE:
+        raise ValueError("no time")
+    return datetime.fromtimestamp(claim, UTC)
+
+
+def _token_id(claim: Any) -> str:
+    """Return the id as it stands in Redis keys.
+
+    Raises:
+        ValueError: it is none of ours.
+    """
+    if not _TOKEN_ID.fullmatch(_text(claim)):
+        raise ValueError("no token id")
+    return str(claim)
+
+
+def _text(claim: Any) -> str:
+    if not isinstance(claim, str):
+        raise TypeError("no text")
+    return claim
 
 
 def _is_canonical(token: str) -> bool:
