@@ -14,6 +14,7 @@ LAGS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 
 REQUESTS = Histogram("http_request_duration_seconds", "Requests by route template", ["method", "route", "status"])
 LIMITER_FALLBACKS = Counter("rate_limiter_fallbacks_total", "Checks that a local limiter answered while Redis was away")
+FORWARDED_MALFORMED = Counter("forwarded_malformed_total", "Requests whose X-Forwarded-For entry is no address")
 PROJECT_CACHE = Counter("project_cache_total", "Projects looked up in a cache", ["cache", "outcome"])
 SOCKETS = Gauge("websocket_connections", "Sockets open", multiprocess_mode=LIVE)
 ROOMS = Gauge("websocket_rooms", "Rooms, of each process: one may count in several", multiprocess_mode=LIVE)

@@ -18,7 +18,7 @@ from server import ratelimit
 from server.pipelines import Pipelines
 from server.ratelimit import RateLimiter, payer
 from server.resources import redis_client
-from server.rest.middlewares import client_address
+from server.rest.forwarded import ClientAddresses
 from server.settings import Settings
 from tests.actors import PASSWORD, Actor, Answer
 from tests.conftest import MakeActor, MakeServer
@@ -163,7 +163,7 @@ async def test_a_forwarded_address_is_believed_from_trusted_proxies_only(
 def test_an_ipv4_address_that_is_written_as_ipv6_is_itself(mapped: str) -> None:
     def seen(peer: str, forwarded: str, *trusted: str) -> str:
         request = make_mocked_request("GET", "/", headers={"X-Forwarded-For": forwarded} if forwarded else {})
-        return client_address(request.clone(remote=peer), [ip_network(each) for each in trusted])
+        return ClientAddresses([ip_network(each) for each in trusted]).of(request.clone(remote=peer))
 
     assert seen(mapped, "") == "192.0.2.1"
     assert seen(mapped, "192.0.2.9", "192.0.2.1") == "192.0.2.9"

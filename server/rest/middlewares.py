@@ -10,7 +10,6 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from ipaddress import ip_address
 from random import getrandbits
 from typing import Any
 
@@ -24,6 +23,7 @@ from server import errors, fields, json, metrics, tracing
 from server.budget import budget, uncounted
 from server.errors import ServiceError, Unauthenticated
 from server.ratelimit import RateLimiter, limit_of, payer
+from server.rest.forwarded import ClientAddresses
 from server.rest.keys import BEGUN, BODY, BROKEN_OFF, CLIENT, HEADERS, QUERY, REQUEST_ID, UNREADABLE, USER, User
 from server.rest.marks import is_public
 from server.settings import Network
@@ -70,12 +70,13 @@ def middlewares(admission: Admission, *, traced: bool) -> list[Middleware]:
 
 def trace(trusted: Sequence[Network]) -> Middleware:
     """A request id, the client's address, the log line and the metrics."""
+    addresses = ClientAddresses(trusted)
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         started = time.perf_counter()
         recognise(request)
-        request[CLIENT] = client_address(request, trusted)
+        request[CLIENT] = addresses.of(request)
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request[REQUEST_ID])
         response = await handler(request)
@@ -224,38 +225,6 @@ def problem(request: web.Request, error: ServiceError) -> web.Response:
     if BROKEN_OFF in request:
         answer.force_close()
     return answer
-
-
-def client_address(request: web.Request, trusted: Sequence[Network]) -> str:
-    """The peer's address or, behind trusted proxies, the last forwarded one that is not such a proxy."""
-    hops = [request.remote or "unknown"]
-    forwarded = ",".join(request.headers.getall("X-Forwarded-For", ()))
-    hops += [hop.strip() for hop in reversed(forwarded.split(",")) if hop.strip()]
-    hops = [_unmapped(hop) for hop in hops]
-    for hop in hops:
-        if not _is_trusted(hop, trusted):
-            return hop if hop == hops[0] or _is_address(hop) else hops[0]
-    return hops[-1]
-
-
-def _unmapped(hop: str) -> str:
-    """An IPv4 address as such, where a socket for both kinds shows it as ``::ffff:192.0.2.1``."""
-    if not hop.lower().startswith("::ffff:") or not _is_address(hop):
-        return hop
-    address = ip_address(hop)
-    return str(getattr(address, "ipv4_mapped", None) or address)
-
-
-def _is_address(text: str) -> bool:
-    try:
-        ip_address(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _is_trusted(hop: str, trusted: Sequence[Network]) -> bool:
-    return bool(trusted) and _is_address(hop) and any(ip_address(hop) in network for network in trusted)
 
 
 def _request_id(request: web.Request) -> str:
