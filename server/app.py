@@ -47,7 +47,7 @@ from server.realtime.messages import messages as socket_messages
 from server.realtime.table import Message, MessageTable, merge
 from server.resources import Resources
 from server.rest import openapi
-from server.rest.keys import RESOURCES, User
+from server.rest.keys import LIMITER, RESOURCES, User
 from server.rest.marks import public
 from server.rest.middlewares import Admission, dress, middlewares
 from server.rest.runner import Runner
@@ -76,12 +76,15 @@ MESSAGES: tuple[MessageTable, ...] = (socket_messages, workspace_messages, docum
 
 def create_app(settings: Settings, stores: Resources) -> web.Application:
     """The application over open stores. The caller owns the stores and closes them afterwards."""
-    issuer = make_issuer(settings, stores)
+    issuer, limiter = make_issuer(settings, stores), make_limiter(settings, stores)
     app = web.Application(
-        middlewares=middlewares(admission(settings, stores, issuer), traced=bool(settings.otel_exporter_otlp_endpoint)),
+        middlewares=middlewares(
+            admission(settings, stores, issuer, limiter), traced=bool(settings.otel_exporter_otlp_endpoint)
+        ),
         client_max_size=BODY_BYTES,
     )
     app[RESOURCES] = stores
+    app[LIMITER] = limiter
     app[auth.ISSUER] = issuer
     app[auth.HASHER] = Hasher(rounds=settings.bcrypt_rounds)
     app[auth.ACCEPT] = invitations.accept
@@ -166,7 +169,17 @@ def make_rooms(stores: Resources, realtime: Realtime) -> Rooms:
     return rooms
 
 
-def admission(settings: Settings, stores: Resources, issuer: Issuer) -> Admission:
+def make_limiter(settings: Settings, stores: Resources) -> RateLimiter:
+    rates = {
+        "auth": settings.rate_limit_auth,
+        "refresh": settings.rate_limit_refresh,
+        "account": settings.rate_limit_account,
+        "default": settings.rate_limit_default,
+    }
+    return RateLimiter(stores.pipelines, rates=rates)
+
+
+def admission(settings: Settings, stores: Resources, issuer: Issuer, limiter: RateLimiter) -> Admission:
     def identify(request: web.Request) -> User | None:
         token = guard.bearer(request.headers.get("Authorization"))
         return guard.identify(issuer, token) if token else None
@@ -174,13 +187,12 @@ def admission(settings: Settings, stores: Resources, issuer: Issuer) -> Admissio
     async def confirm(user: User) -> None:
         await guard.confirm(stores.db, issuer, user)
 
-    rates = {"auth": settings.rate_limit_auth, "default": settings.rate_limit_default}
     return Admission(
         identify=identify,
         confirm=confirm,
         authorize=access.authorize,
         authorize_named=access.authorize_named,
-        limiter=RateLimiter(stores.pipelines, rates=rates),
+        limiter=limiter,
         trusted=settings.trusted_proxies,
     )
 

@@ -6,35 +6,46 @@ would ask three times for what one script tells, in round trips of its own (meas
 processor time for a check, ours 40), and it rounds to seconds, down too, so that Retry-After would be too early.
 """
 
-import asyncio
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from ipaddress import ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_address
 from typing import Any, TypeVar
+from uuid import UUID
 
 import limits
 from limits.aio.storage import MemoryStorage
 from redis.exceptions import RedisError
 
 from server import metrics
+from server.errors import RateLimited
 from server.pipelines import Pipelines
 
 H = TypeVar("H", bound=Callable[..., Any])
+Network = IPv4Network | IPv6Network
 # So long may Redis answer nobody before the local count does. A plain timeout would let a burst of requests, which are
 # answered one after the other, slip into the local count, and pass there once more.
 SILENCE_SECONDS = 0.5
 LONGEST_SECONDS = 1.0  # for one answer, however many others get theirs
 LOCAL_SECONDS = 1.5  # how long to count locally before Redis is asked again
 IPV6_PREFIX = 64
-# What the library does on Redis, and the time that is left in the same breath, in milliseconds.
-_COUNT = """
-local count = redis.call('INCRBY', KEYS[1], ARGV[2])
+# What the library does on Redis, and the time that is left in the same breath, in milliseconds. A hit that is refused
+# is not counted: else what is given back later would be missing from the window.
+_HIT = """
+local count = redis.call('INCR', KEYS[1])
 if redis.call('PTTL', KEYS[1]) < 0 then redis.call('PEXPIRE', KEYS[1], ARGV[1]) end
-return {count, redis.call('PTTL', KEYS[1])}
+local passed = count <= tonumber(ARGV[2])
+if not passed then count = redis.call('DECR', KEYS[1]) end
+return {passed and 1 or 0, count, redis.call('PTTL', KEYS[1])}
 """
+# Of a window that has ended nothing is left to give back to.
+_GIVE_BACK = """
+if tonumber(redis.call('GET', KEYS[1]) or 0) > 0 then redis.call('DECR', KEYS[1]) end
+"""
+_AWAY = (RedisError, OSError, TimeoutError)
 BY_ADDRESS = frozenset({"auth"})  # budgets that the users of one address share, signed in or not
+BY_HANDLER = frozenset({"refresh"})  # budgets that the handler takes from: only it knows of which session
 
 
 def limit(name: str | None) -> Callable[[H], H]:
@@ -51,24 +62,33 @@ def limit_of(handler: Callable[..., Any]) -> str | None:
     return getattr(handler, "__limit__", "default")
 
 
-def payer(name: str, *, client: str, user: object | None = None) -> str:
-    """Whose budget a request is taken from: the user's, or the address's where nobody signed in."""
-    return f"address:{_household(client)}" if user is None or name in BY_ADDRESS else f"user:{user}"
+def limit_key(name: str, *, client: str, user: object | None = None) -> str:
+    """Return whose budget a request is taken from: the user's, or the address's for anonymous requests."""
+    return f"address:{client_subnet(client) or client}" if user is None or name in BY_ADDRESS else f"user:{user}"
 
 
-def _household(client: str) -> str:
-    """Of IPv6 the first 64 bits: whoever has one such address has all of them."""
-    if ":" not in client:
-        return client
+def session_key(session: UUID) -> str:
+    """Return the key of a budget that one session has for itself."""
+    return f"session:{session}"
+
+
+def client_subnet(client: str) -> Network | None:
+    """Return the network that counts as one client; None for a client without an address.
+
+    Of IPv6 the first 64 bits: a host that has one such address has all of them.
+    """
     try:
-        return str(ip_network((client, IPV6_PREFIX), strict=False))
+        address = ip_address(client)
     except ValueError:
-        return client
+        return None
+    if address.version == 4:
+        return IPv4Network(address)
+    return IPv6Network((int(address), IPV6_PREFIX), strict=False)
 
 
 @dataclass(frozen=True)
-class Budget:
-    """What is left, in the words of draft-ietf-httpapi-ratelimit-headers."""
+class Quota:
+    """The state of a budget after a hit, as draft-ietf-httpapi-ratelimit-headers shows it."""
 
     name: str
     quota: int
@@ -78,11 +98,18 @@ class Budget:
     passed: bool
 
     def headers(self) -> dict[str, str]:
-        shown = {
+        return {
             "RateLimit-Policy": f'"{self.name}";q={self.quota};w={self.window}',
             "RateLimit": f'"{self.name}";r={self.remaining};t={self.reset}',
         }
-        return shown if self.passed else {**shown, "Retry-After": str(max(1, self.reset))}
+
+
+class QuotaExceeded(RateLimited):
+    """A budget has nothing left; the answer shows that budget and no other."""
+
+    def __init__(self, quota: Quota) -> None:
+        super().__init__("Too many requests", retry_after=max(1, quota.reset))
+        self.quota = quota
 
 
 class RateLimiter:
@@ -99,51 +126,89 @@ class RateLimiter:
         """Whether that limit is on."""
         return self.rates[name] is not None
 
-    async def hit(self, name: str, who: str, *, amount: int = 1) -> Budget | None:
-        """Take so many from the budget ``name`` of ``who``; None where that limit is off."""
+    async def take(self, name: str, key: str) -> Quota | None:
+        """Take one from the budget ``name`` of ``key``; None for a limit that is off.
+
+        Raises:
+            QuotaExceeded: none is left.
+        """
+        quota = await self.hit(name, key)
+        if quota is not None and not quota.passed:
+            raise QuotaExceeded(quota)
+        return quota
+
+    async def hit(self, name: str, key: str) -> Quota | None:
+        """As ``take``, but ``passed`` says whether one was left."""
         rate = self.rates[name]
         if rate is None:
             return None
-        key = rate.key_for(name, who)
-        if time.monotonic() < self._local_until:
-            return await self._hit_local(name, rate, key, amount)
+        counter = rate.key_for(name, key)
+        if self._is_local():
+            return await self._hit_local(name, rate, counter)
         try:
-            count, left = await self._redis.ask(
-                "EVAL",
-                _COUNT,
-                1,
-                f"{self._prefix}:{key}",
-                rate.get_expiry() * 1000,
-                amount,
-                seconds=LONGEST_SECONDS,
-                silence=SILENCE_SECONDS,
-            )
-        except (RedisError, OSError, TimeoutError):
-            self._local_until = time.monotonic() + LOCAL_SECONDS
-            return await self._hit_local(name, rate, key, amount)
-        return _budget(name, rate, count, left / 1000)
+            passed, count, left = await self._ask(_HIT, counter, rate.get_expiry() * 1000, rate.amount)
+        except _AWAY:
+            self._count_locally()
+            return await self._hit_local(name, rate, counter)
+        return _quota(name, rate, count, left / 1000, passed=bool(passed))
 
-    async def move(self, budget: Budget, wrong: str, right: str) -> Budget:
-        """What was taken from the wrong one is given back, and taken from the right one."""
+    async def give_back(self, name: str, key: str) -> None:
+        """Undo a hit that passed. Without Redis it may stay counted until its window ends."""
+        rate = self.rates[name]
+        if rate is None:
+            return
+        counter = rate.key_for(name, key)
+        if self._is_local():
+            await self._local.decr(counter)
+            return
+        try:
+            await self._ask(_GIVE_BACK, counter)
+        except _AWAY:
+            self._count_locally()
+
+    async def move(self, quota: Quota, wrong: str, right: str) -> Quota:
+        """Give back a hit of the wrong key and take it from the right one."""
         if wrong == right:
-            return budget
-        _, moved = await asyncio.gather(self.hit(budget.name, wrong, amount=-1), self.hit(budget.name, right))
-        return moved or budget
+            return quota
+        if quota.passed:
+            await self.give_back(quota.name, wrong)
+        return await self.hit(quota.name, right) or quota
 
-    async def _hit_local(self, name: str, rate: limits.RateLimitItem, key: str, amount: int) -> Budget:
+    def _is_local(self) -> bool:
+        return time.monotonic() < self._local_until
+
+    def _count_locally(self) -> None:
+        self._local_until = time.monotonic() + LOCAL_SECONDS
+
+    async def _ask(self, script: str, counter: str, *arguments: int) -> Any:
+        return await self._redis.ask(
+            "EVAL",
+            script,
+            1,
+            f"{self._prefix}:{counter}",
+            *arguments,
+            seconds=LONGEST_SECONDS,
+            silence=SILENCE_SECONDS,
+        )
+
+    async def _hit_local(self, name: str, rate: limits.RateLimitItem, counter: str) -> Quota:
         metrics.LIMITER_FALLBACKS.inc()
-        count = await self._local.incr(key, rate.get_expiry(), amount)
-        return _budget(name, rate, count, await self._local.get_expiry(key) - time.time())
+        count = await self._local.incr(counter, rate.get_expiry())
+        passed = count <= rate.amount
+        if not passed:
+            count = await self._local.decr(counter)
+        left = await self._local.get_expiry(counter) - time.time()
+        return _quota(name, rate, count, left, passed=passed)
 
 
-def _budget(name: str, rate: limits.RateLimitItem, count: int, left: float) -> Budget:
+def _quota(name: str, rate: limits.RateLimitItem, count: int, left: float, *, passed: bool) -> Quota:
     window = rate.get_expiry()
-    return Budget(
+    return Quota(
         name=name,
         quota=rate.amount,
         window=window,
         remaining=max(0, rate.amount - count),
         # The expiry is read beside the count: before the first hit there is none yet.
         reset=math.ceil(left) if 0 < left <= window else window,
-        passed=count <= rate.amount,
+        passed=passed,
     )

@@ -199,7 +199,7 @@ class Settings:
     jwt_refresh_secret: str = setting(
         text,
         default=PerEnvironment("development-refresh-secret-change-me", ""),
-        help="keys the hashes of refresh tokens; differs from `JWT_SECRET`",
+        help="keys refresh tokens, their hashes and successors; differs from `JWT_SECRET`",
         secret=True,
     )
     jwt_refresh_secret_previous: str = setting(
@@ -209,7 +209,13 @@ class Settings:
     refresh_token_ttl: int = setting(seconds, default=timedelta(days=7), help="lifetime of a refresh token")
     bcrypt_rounds: int = setting(integer(4, 31), default=12, help="bcrypt cost, 4–31; production refuses less than 10")
     rate_limit_auth: limits.RateLimitItem | None = setting(
-        rate, default="10/15minutes", help="register, login, refresh, password; per address; `off` for none"
+        rate, default="10/15minutes", help="register, login, password; per address; `off` for none"
+    )
+    rate_limit_refresh: limits.RateLimitItem | None = setting(
+        rate, default="60/15minutes", help="refreshes of a session's tokens; per session; `off` for none"
+    )
+    rate_limit_account: limits.RateLimitItem | None = setting(
+        rate, default="10/15minutes", help="failed password checks; per account or session; `off` for none"
     )
     rate_limit_default: limits.RateLimitItem | None = setting(
         rate, default="100/15minutes", help="all other `/api` requests; per user, or address; `off` for none"

@@ -181,6 +181,8 @@ TEST_SETTINGS = {
     "PORT": "0",
     "BCRYPT_ROUNDS": "4",
     "RATE_LIMIT_AUTH": "off",
+    "RATE_LIMIT_REFRESH": "off",
+    "RATE_LIMIT_ACCOUNT": "off",
     "RATE_LIMIT_DEFAULT": "off",
     "LOG_LEVEL": "warning",
     "DRAIN_SECONDS": "2",

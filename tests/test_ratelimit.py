@@ -16,7 +16,7 @@ from prometheus_client import REGISTRY
 
 from server import ratelimit
 from server.pipelines import Pipelines
-from server.ratelimit import RateLimiter, payer
+from server.ratelimit import QuotaExceeded, RateLimiter, limit_key
 from server.resources import redis_client
 from server.rest.forwarded import ClientAddresses
 from server.settings import Settings
@@ -185,7 +185,7 @@ def fallbacks() -> float:
     ],
 )
 def test_of_ipv6_the_network_pays(one: str, other: str, same: bool) -> None:
-    assert (payer("auth", user=None, client=one) == payer("auth", user=None, client=other)) is same
+    assert (limit_key("auth", client=one) == limit_key("auth", client=other)) is same
 
 
 async def test_while_redis_is_away_each_process_counts_for_itself(unused_tcp_port: int) -> None:
@@ -199,6 +199,33 @@ async def test_while_redis_is_away_each_process_counts_for_itself(unused_tcp_por
         assert [budget.remaining for budget in budgets if budget] == [*range(9, -1, -1), 0, 0]
         assert all(WINDOW - 1 <= budget.reset <= WINDOW for budget in budgets if budget)
         assert fallbacks() == before + 12
+    finally:
+        await pipelines.close()
+        await redis.aclose()
+
+
+@pytest.mark.parametrize("away", [False, True])
+async def test_what_is_given_back_can_be_taken_again_and_no_more(
+    away: bool, settings: Settings, unused_tcp_port: int
+) -> None:
+    redis = redis_client(f"redis://127.0.0.1:{unused_tcp_port}" if away else settings.redis_url)
+    pipelines = Pipelines(redis)
+    limiter, key = RateLimiter(pipelines, rates={"auth": TEN, "off": None}), secrets.token_hex()
+
+    async def passing(times: int) -> int:
+        return sum([quota.passed for _ in range(times) if (quota := await limiter.hit("auth", key))])
+
+    try:
+        await limiter.give_back("auth", key)  # nothing was taken yet
+        assert await passing(15) == 10
+        for _ in range(3):
+            await limiter.give_back("auth", key)
+        assert await passing(15) == 3  # those that were refused have not counted
+        with pytest.raises(QuotaExceeded) as refused:
+            await limiter.take("auth", key)
+        assert refused.value.retry_after == refused.value.quota.reset > WINDOW - 60
+        assert await limiter.take("off", key) is None
+        await limiter.give_back("off", key)
     finally:
         await pipelines.close()
         await redis.aclose()

@@ -45,6 +45,8 @@ def test_the_stores_are_all_that_development_must_be_told() -> None:
     assert (loaded.app_env, loaded.port, loaded.bcrypt_rounds) == ("development", 3000, 12)
     assert (loaded.access_token_ttl, loaded.refresh_token_ttl) == (15 * 60, 7 * 24 * 3600)
     assert str(loaded.rate_limit_auth) == "10 per 15 minute"
+    assert str(loaded.rate_limit_refresh) == "60 per 15 minute"
+    assert str(loaded.rate_limit_account) == "10 per 15 minute"
     assert loaded.cors_origin == ("*",)
     assert loaded.job_fault_rate == 0.05
     assert loaded.log_format == "text"
@@ -89,6 +91,8 @@ def test_a_missing_setting_is_named(name: str) -> None:
         ("BCRYPT_ROUNDS", "3"),
         ("BCRYPT_ROUNDS", "32"),
         ("RATE_LIMIT_AUTH", "many"),
+        ("RATE_LIMIT_REFRESH", "60/session"),
+        ("RATE_LIMIT_ACCOUNT", "-1"),
         ("RATE_LIMIT_DEFAULT", "10/fortnight"),
         ("TRUSTED_PROXIES", "10.0.0.0/8,proxy"),
         ("CORS_ORIGIN", "app.example.org"),
@@ -198,8 +202,10 @@ def test_lists_are_split_and_trimmed() -> None:
     assert loaded.database_replica_urls == ("postgresql://a/app", "postgresql://b/app")
 
 
-def test_a_rate_limit_can_be_off() -> None:
-    assert load(**GOOD, RATE_LIMIT_AUTH="off").rate_limit_auth is None
+@pytest.mark.parametrize("name", ["auth", "refresh", "account", "default"])
+def test_a_rate_limit_can_be_off(name: str) -> None:
+    loaded = load(**GOOD, **{f"RATE_LIMIT_{name.upper()}": "off"})
+    assert getattr(loaded, f"rate_limit_{name}") is None
 
 
 def test_dev_needs_no_store_and_listens_on_this_machine_only() -> None:

@@ -303,6 +303,8 @@ def ours(folder: Path) -> Iterator[Target]:
             "PORT": "0",
             "BCRYPT_ROUNDS": "4",
             "RATE_LIMIT_AUTH": "off",
+            "RATE_LIMIT_REFRESH": "off",
+            "RATE_LIMIT_ACCOUNT": "off",
             "RATE_LIMIT_DEFAULT": "off",
             "LOG_LEVEL": "info",
             "JWT_SECRET": secrets.token_hex(32),

@@ -220,6 +220,8 @@ def server(name: str, stack: Stack, folder: Path, **settings: str) -> Iterator[T
         "ACCESS_TOKEN_TTL": "1h",
         "BCRYPT_ROUNDS": str(BCRYPT_ROUNDS),
         "RATE_LIMIT_AUTH": "off",
+        "RATE_LIMIT_REFRESH": "off",
+        "RATE_LIMIT_ACCOUNT": "off",
         **settings,
     }
     environment = {**os.environ, **stack.environment, **chosen}

@@ -7,6 +7,7 @@ from uuid import UUID
 
 from aiohttp import web
 
+from server.ratelimit import RateLimiter
 from server.resources import Resources
 
 
@@ -21,12 +22,14 @@ class User:
 
 
 RESOURCES = web.AppKey("resources", Resources)
+LIMITER = web.AppKey("limiter", RateLimiter)
 
 REQUEST_ID = web.RequestKey("request_id", str)
 CLIENT = web.RequestKey("client", str)  # address, behind trusted proxies the forwarded one
 USER = web.RequestKey("user", User)
 BROKEN_OFF = web.RequestKey("broken_off", bool)  # the rest of the body is of no interest: close after the answer
 UNREADABLE = web.RequestKey("unreadable", bool)  # nothing is known but that somebody asked
+COUNTED = web.RequestKey("counted", bool)  # its handler took it from a budget
 BEGUN = web.RequestKey("begun", web.StreamResponse)  # its answer, once the head of it is on its way
 Values = dict[str, Any]
 BODY: web.RequestKey[Values] = web.RequestKey("body", dict)

@@ -22,9 +22,22 @@ from prometheus_client import Histogram
 from server import errors, fields, json, metrics, tracing
 from server.budget import budget, uncounted
 from server.errors import ServiceError, Unauthenticated
-from server.ratelimit import RateLimiter, limit_of, payer
+from server.ratelimit import BY_HANDLER, QuotaExceeded, RateLimiter, limit_key, limit_of
+from server.rest import limits
 from server.rest.forwarded import ClientAddresses
-from server.rest.keys import BEGUN, BODY, BROKEN_OFF, CLIENT, HEADERS, QUERY, REQUEST_ID, UNREADABLE, USER, User
+from server.rest.keys import (
+    BEGUN,
+    BODY,
+    BROKEN_OFF,
+    CLIENT,
+    COUNTED,
+    HEADERS,
+    QUERY,
+    REQUEST_ID,
+    UNREADABLE,
+    USER,
+    User,
+)
 from server.rest.marks import is_public
 from server.settings import Network
 
@@ -158,27 +171,38 @@ def admit(admission: Admission) -> Middleware:
         if user is not None:
             request[USER] = user
         name = limit_of(target)
-        who = payer(name, user=user and user.id, client=request[CLIENT]) if name else ""
-        session, budget, access = await _outcomes(
+        by_handler = name in BY_HANDLER
+        key = limit_key(name, user=user and user.id, client=request[CLIENT]) if name else ""
+        session, quota, access = await _outcomes(
             admission.confirm(user) if user else None,
-            admission.limiter.hit(name, who) if name and admission.limiter.counts(name) else None,
+            admission.limiter.hit(name, key) if name and not by_handler and admission.limiter.counts(name) else None,
             admission.authorize(request) if user else None,
         )
-        if isinstance(budget, BaseException):
-            raise budget
-        if budget is not None:
-            if isinstance(session, Unauthenticated):
-                # Whoever holds the token of an ended session is not that user: the address pays instead.
-                budget = await admission.limiter.move(budget, who, payer(budget.name, client=request[CLIENT]))
-            request[HEADERS].update(budget.headers())
-            if not budget.passed:
-                raise errors.RateLimited("Too many requests", retry_after=max(1, budget.reset))
+        if isinstance(quota, BaseException):
+            raise quota
+        if quota is not None and isinstance(session, Unauthenticated):
+            # A client with the token of an ended session is not that user: the address pays instead.
+            quota = await admission.limiter.move(quota, key, limit_key(quota.name, client=request[CLIENT]))
+        if quota is not None:
+            if not quota.passed:
+                raise QuotaExceeded(quota)
+            request[HEADERS].update(quota.headers())
         for refusal in (identified, session, access):
             if isinstance(refusal, BaseException):
                 raise refusal
-        return await handler(request)
+        return await (_count_unhandled(request, handler) if by_handler else handler(request))
 
     return middleware
+
+
+async def _count_unhandled(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Let the handler count; a request that is refused before it gets there counts in its address's budget."""
+    try:
+        return await handler(request)
+    except ServiceError as error:
+        if error.status < 500 and COUNTED not in request:
+            await limits.count_address(request)
+        raise
 
 
 @web.middleware
@@ -218,6 +242,8 @@ def problem(request: web.Request, error: ServiceError) -> web.Response:
         headers["WWW-Authenticate"] = 'Bearer error="invalid_token"'
     if error.retry_after is not None:
         headers["Retry-After"] = str(error.retry_after)
+    if isinstance(error, QuotaExceeded):
+        request[HEADERS].update(error.quota.headers())
     if isinstance(error, errors.MethodNotAllowed):
         headers["Allow"] = ", ".join(error.allowed)
     body = json.dumps(errors.problem(error, request_id=request.get(REQUEST_ID, "")))
