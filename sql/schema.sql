@@ -62,11 +62,26 @@ CREATE TABLE refresh_tokens (
     parent     bytea,
     created_at timestamptz NOT NULL DEFAULT now(),
     expires_at timestamptz NOT NULL,
-    spent_at   timestamptz
+    spent_at   timestamptz,
+    -- From these and the token its successor is computed; for seconds, then they are erased.
+    salt       bytea,
+    key_id     text
 );
 
 CREATE INDEX refresh_tokens_session_id ON refresh_tokens (session_id);
 CREATE INDEX refresh_tokens_parent ON refresh_tokens (parent);
+CREATE INDEX refresh_tokens_salted ON refresh_tokens (spent_at) WHERE salt IS NOT NULL;
+
+-- The networks (an IPv4 address, an IPv6 /64) from which an account was signed in to: guesses from elsewhere do not
+-- lock its owner out there.
+CREATE TABLE known_networks (
+    user_id         uuid NOT NULL REFERENCES users ON DELETE CASCADE,
+    network         cidr NOT NULL,
+    last_sign_in_at timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (user_id, network)
+);
+
+CREATE INDEX known_networks_last_sign_in_at ON known_networks (last_sign_in_at);
 
 -- Projects, who is in them, and what happened in them.
 

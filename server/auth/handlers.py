@@ -15,8 +15,8 @@ from server.auth.passwords import Fit, Hasher
 from server.auth.sessions import Device, Issuer, Pair
 from server.errors import NotFound, Unauthenticated, Unavailable
 from server.fields import parse_id
-from server.ratelimit import limit
-from server.rest import answers
+from server.ratelimit import limit, session_key
+from server.rest import answers, limits
 from server.rest.etags import expected_revisions, lost, untagged
 from server.rest.keys import BODY, CLIENT, QUERY, RESOURCES, USER
 from server.rest.marks import public, refuses
@@ -84,11 +84,16 @@ async def login(request: web.Request) -> web.Response:
 @json_schema(schemas.Refresh)
 @response_schema(schemas.TokenPair, 200)
 @refuses("unauthenticated", "refresh_reused")
-@limit("auth")
+@limit("refresh")
 @public
 async def refresh(request: web.Request) -> web.Response:
-    db, issuer = request.app[RESOURCES].db, request.app[ISSUER]
-    pair = await sessions.refresh(db, issuer, token=request[BODY]["refresh_token"])
+    db, issuer, token = request.app[RESOURCES].db, request.app[ISSUER], request[BODY]["refresh_token"]
+    found = await sessions.find_token(db, issuer, token=token)
+    if found is None:
+        await limits.count_address(request)
+    else:
+        await limits.count(request, "refresh", session_key(found["session_id"]))
+    pair = await sessions.refresh(db, issuer, token=token, found=found)
     return answers.secret(answers.json(_tokens(pair)))
 
 

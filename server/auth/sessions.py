@@ -2,19 +2,23 @@
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
+from asyncpg import Record
+
 from server.auth import store, tokens
 from server.auth.blacklist import Blacklist
 from server.errors import NotFound, Unauthenticated, Unavailable
-from server.postgres import Executor
+from server.postgres import Database, Executor
 from server.realtime.channels import Channels
 from server.rest.keys import User
 
-GRACE_SECONDS = 10.0  # two honest requests with one token may race
+GRACE_SECONDS = 10.0  # requests with one refresh token at once get the same successor
+SALT_BYTES = 32
 SPREAD_SECONDS = 0.75  # more than the blacklist takes; a silent Redis must not keep who logs out
 KEPT_DAYS = 7  # of sessions that expired, for whoever asks what happened
 NOTED_AGAIN = 5000  # sessions; where more ended lately, the rows decide for as long
@@ -71,26 +75,43 @@ async def start(db: Executor, issuer: Issuer, *, user: UUID, password_hash: str,
     return _pair(issuer, user=user, session=started["id"], refresh=refresh, now=now)
 
 
-async def refresh(db: Executor, issuer: Issuer, *, token: str) -> Pair:
-    """Spend a refresh token for a new pair.
+async def find_token(db: Database, issuer: Issuer, *, token: str) -> Record | None:
+    """Return a refresh token of a living session, be it spent: ``hash`` and ``session_id``."""
+    hashes = tokens.fingerprints(token, issuer.refresh_keys)
+    found = await asyncio.gather(*(store.living_token(db, hash=hash) for hash in hashes))
+    return next(filter(None, found), None)
+
+
+async def refresh(db: Executor, issuer: Issuer, *, token: str, found: Record | None) -> Pair:
+    """Spend a refresh token for a new pair; used again at once it gives the same refresh token.
+
+    ``found`` is what ``find_token`` has returned for it.
 
     Raises:
-        Unauthenticated: ``refresh_reused`` where the token was spent before (its session ends), else
-            ``unauthenticated``: it is unknown or expired, or its session has ended.
+        Unauthenticated: ``refresh_reused``: the token was spent before, and its session has been ended;
+            ``unauthenticated``: it is unknown or expired, its session has ended, or it was spent in this moment by a
+            server that keeps no salt or has another key.
     """
-    now = datetime.now(UTC)
-    hashes = tokens.fingerprints(token, issuer.refresh_keys)
-    fresh = tokens.new_secret()
+    if found is None:
+        raise await _refusal(db, issuer, token)
+    now, keys, salt = datetime.now(UTC), issuer.refresh_keys, secrets.token_bytes(SALT_BYTES)
+    successor = tokens.successor(token, salt=salt, key=keys.accepted[keys.signing_id])
     rotated = await store.rotate(
         db,
-        hashes=hashes,
-        new_hash=tokens.fingerprints(fresh, issuer.refresh_keys)[0],
+        hash=found["hash"],
+        successor_hash=tokens.fingerprints(successor, keys)[0],
+        salt=salt,
+        key_id=keys.signing_id,
         expires_at=now + timedelta(seconds=issuer.refresh_ttl),
         grace_seconds=GRACE_SECONDS,
     )
     if rotated is None:
-        raise await _refusal(db, issuer, hashes)
-    return _pair(issuer, user=rotated["user_id"], session=rotated["session_id"], refresh=fresh, now=now)
+        raise await _refusal(db, issuer, token)
+    key = keys.accepted.get(rotated["key_id"])
+    if key is None:
+        raise Unauthenticated("The refresh token is not valid")
+    successor = tokens.successor(token, salt=rotated["salt"], key=key)
+    return _pair(issuer, user=rotated["user_id"], session=rotated["session_id"], refresh=successor, now=now)
 
 
 async def end_current(db: Executor, issuer: Issuer, *, user: User, refresh_token: str | None) -> None:
@@ -148,8 +169,15 @@ async def forget_old(db: Executor) -> None:
         pass
 
 
-async def _refusal(db: Executor, issuer: Issuer, hashes: list[bytes]) -> Unauthenticated:
-    reused = await store.end_session_of_spent_token(db, hashes=hashes)
+async def erase_salts(db: Executor) -> None:
+    """Erase the salts of refresh tokens whose successors may not be asked for again."""
+    while await store.erase_salts(db, grace_seconds=GRACE_SECONDS):
+        pass
+
+
+async def _refusal(db: Executor, issuer: Issuer, token: str) -> Unauthenticated:
+    hashes = tokens.fingerprints(token, issuer.refresh_keys)
+    reused = await store.end_session_of_spent_token(db, hashes=hashes, grace_seconds=GRACE_SECONDS)
     if reused is None:
         return Unauthenticated("The refresh token is not valid")
     await spread(issuer, sessions=[reused])

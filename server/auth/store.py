@@ -179,59 +179,113 @@ async def start_session(
     )
 
 
-async def rotate(
-    db: Executor, *, hashes: list[bytes], new_hash: bytes, expires_at: datetime, grace_seconds: float
-) -> Record | None:
-    """Spend a refresh token and give its session a new one, in one statement.
+async def living_token(db: Database, *, hash: bytes) -> Record | None:
+    """Return a refresh token of a living session, be it spent: ``hash`` and ``session_id``."""
+    return await db.find(
+        """
+        SELECT asked, found.* FROM unnest($1::bytea[]) WITH ORDINALITY AS keys (key, asked), LATERAL (
+            SELECT t.hash, t.session_id FROM refresh_tokens t
+            WHERE t.hash = key AND t.expires_at > now() AND EXISTS (
+                SELECT FROM sessions s WHERE s.id = t.session_id AND s.ended_at IS NULL AND s.expires_at > now())
+            LIMIT 1
+        ) AS found
+        """,
+        hash,
+    )
 
-    A token spent less than ``grace_seconds`` ago still counts, as long as none of its successors was spent:
-    then two honest requests raced. None where the token cannot be spent. Tokens of the session that have
-    expired are forgotten on the way.
+
+async def rotate(
+    db: Executor,
+    *,
+    hash: bytes,
+    successor_hash: bytes,
+    salt: bytes,
+    key_id: str,
+    expires_at: datetime,
+    grace_seconds: float,
+) -> Record | None:
+    """Spend a refresh token and give its session the successor, in one statement.
+
+    Of uses at once one is the first: its salt and key id stay with the token, and its successor is the only one. The
+    others find them in the row, for ``grace_seconds`` or until the successor is used. None for a token that cannot be
+    spent. Tokens of the session that have expired are forgotten on the way. Rows are looked up by single keys: for a
+    join PostgreSQL would read small tables whole, and keep to that plan while they grow.
     """
     return await db.fetchrow(
         """
         WITH spent AS (
-            UPDATE refresh_tokens t SET spent_at = COALESCE(t.spent_at, now())
+            UPDATE refresh_tokens t
+            SET spent_at = COALESCE(t.spent_at, now()), salt = COALESCE(t.salt, $3), key_id = COALESCE(t.key_id, $4)
             FROM sessions s
-            WHERE t.hash = ANY ($1::bytea[]) AND t.expires_at > now()
+            WHERE t.hash = $1 AND t.expires_at > now()
               AND s.id = t.session_id AND s.ended_at IS NULL AND s.expires_at > now()
-              AND (t.spent_at IS NULL OR (
-                    t.spent_at > now() - make_interval(secs => $4)
-                    AND NOT EXISTS (SELECT FROM refresh_tokens c WHERE c.parent = t.hash AND c.spent_at IS NOT NULL)
-              ))
-            RETURNING t.hash, t.session_id, s.user_id
+              AND (t.spent_at IS NULL
+                   OR (t.salt IS NOT NULL AND t.spent_at > now() - make_interval(secs => $6)))
+            RETURNING t.hash, t.parent, t.session_id, s.user_id, t.salt, t.key_id
+        ), first AS (
+            SELECT * FROM spent WHERE salt = $3
         ), issued AS (
             INSERT INTO refresh_tokens (hash, session_id, parent, expires_at)
-            SELECT $2, session_id, hash, $3 FROM spent
+            SELECT $2, session_id, hash, $5 FROM first
+        ), erased AS (
+            UPDATE refresh_tokens SET salt = NULL, key_id = NULL
+            WHERE hash = (SELECT parent FROM first) AND salt IS NOT NULL
         ), used AS (
-            UPDATE sessions SET last_used_at = now(), expires_at = GREATEST(sessions.expires_at, $3)
-            FROM spent WHERE id = spent.session_id
+            UPDATE sessions SET last_used_at = now(), expires_at = GREATEST(expires_at, $5)
+            WHERE id = (SELECT session_id FROM first)
         ), forgotten AS (
-            DELETE FROM refresh_tokens o USING spent WHERE o.session_id = spent.session_id AND o.expires_at < now()
+            DELETE FROM refresh_tokens WHERE session_id = (SELECT session_id FROM first) AND expires_at < now()
         )
-        SELECT session_id, user_id FROM spent
+        SELECT session_id, user_id, salt, key_id FROM spent
         """,
-        hashes,
-        new_hash,
+        hash,
+        successor_hash,
+        salt,
+        key_id,
         expires_at,
         grace_seconds,
     )
 
 
-async def end_session_of_spent_token(db: Executor, *, hashes: list[bytes]) -> UUID | None:
-    """End the session that a spent refresh token belongs to; its id, or None where there is no such token."""
+async def end_session_of_spent_token(db: Executor, *, hashes: list[bytes], grace_seconds: float) -> UUID | None:
+    """End the session of a spent refresh token that is used again; its id, or None for any other token.
+
+    A token that was spent less than ``grace_seconds`` ago, and whose successor is unused, is another: an older version
+    spent it, and two honest requests raced.
+    """
     ended: UUID | None = await db.fetchval(
         """
         WITH reused AS (
-            SELECT session_id FROM refresh_tokens WHERE hash = ANY ($1::bytea[]) AND spent_at IS NOT NULL
+            SELECT session_id FROM refresh_tokens t WHERE hash = ANY ($1::bytea[]) AND (
+                spent_at <= now() - make_interval(secs => $2) OR EXISTS (
+                    SELECT FROM refresh_tokens c WHERE c.parent = t.hash AND c.spent_at IS NOT NULL))
         ), ended AS (
             UPDATE sessions SET ended_at = now() FROM reused WHERE id = reused.session_id AND ended_at IS NULL
         )
         SELECT session_id FROM reused
         """,
         hashes,
+        grace_seconds,
     )
     return ended
+
+
+async def erase_salts(db: Executor, *, grace_seconds: float) -> int:
+    """Housekeeping: erase the salts of tokens that were spent so long ago; of how many, 0 when there are no more."""
+    erased: int = await db.fetchval(
+        """
+        WITH late AS (
+            SELECT hash FROM refresh_tokens
+            WHERE salt IS NOT NULL AND spent_at <= now() - make_interval(secs => $1)
+            ORDER BY spent_at LIMIT 1000 FOR UPDATE SKIP LOCKED
+        ), erased AS (
+            UPDATE refresh_tokens t SET salt = NULL, key_id = NULL FROM late WHERE t.hash = late.hash RETURNING t.hash
+        )
+        SELECT count(*) FROM erased
+        """,
+        grace_seconds,
+    )
+    return erased
 
 
 async def end_session_of_token(db: Executor, *, hashes: list[bytes], user: UUID) -> UUID | None:

@@ -131,6 +131,15 @@ def fingerprints(secret: str, keys: Keys) -> list[bytes]:
     return [hmac.digest(keys.accepted[key].encode(), secret.encode(), hashlib.sha256) for key in ordered]
 
 
+def successor(token: str, *, salt: bytes, key: str) -> str:
+    """Return the refresh token that follows this one; without the salt, which is erased, the key does not give it.
+
+    HMAC-SHA-256 (RFC 2104) of token and salt, in base64url without padding: as long as ``new_secret``.
+    """
+    digest = hmac.digest(key.encode(), token.encode() + salt, hashlib.sha256)
+    return base64.urlsafe_b64encode(digest).decode().rstrip("=")
+
+
 def _time(claim: Any) -> datetime:
     """Return the time of a NumericDate (RFC 7519, section 2) that is whole, as ours are.
 

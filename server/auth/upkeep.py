@@ -16,6 +16,7 @@ log = structlog.get_logger()
 
 CATCH_UP_SECONDS = 0.5
 FORGET_SECONDS = 3600.0
+ERASE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ async def run(db: Executor, issuer: Issuer, *others: Chore) -> None:
     async with asyncio.TaskGroup() as tasks:
         for chore in (
             Chore("catch up with missed notes", issuer.blacklist.catch_up, CATCH_UP_SECONDS),
+            Chore("erase salts of spent tokens", partial(sessions.erase_salts, db), ERASE_SECONDS),
             Chore("forget old sessions", partial(sessions.forget_old, db)),
             *others,
         ):

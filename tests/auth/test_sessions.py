@@ -78,14 +78,13 @@ async def test_200_refreshes_of_one_token_on_two_servers_leave_one_family(
     assert statuses.keys() <= {200, 503}, statuses  # a busy machine may say: try again
     assert statuses[200] >= 100, statuses
     assert len(await living(twin)) == 1
-    heirs = [answer["refreshToken"] for answer in answers if answer.status == 200]
-    assert len(set(heirs)) == len(heirs)
-    assert (await refresh(twin, heirs[0])).status == 200
+    (heir,) = {answer["refreshToken"] for answer in answers if answer.status == 200}
+    last = await refresh(twin, heir)
+    assert last.status == 200
 
-    replayed = await refresh(alice, alice.refresh_token)  # an ancestor, and a successor was spent
+    replayed = await refresh(alice, alice.refresh_token)  # an ancestor, and its successor was spent
     assert (replayed.status, replayed.code) == REUSED
-    for heir in heirs[1:4]:
-        assert (await refresh(twin, heir)).status == 401
+    assert (await refresh(twin, last["refreshToken"])).status == 401
     assert (await twin.get("/auth/sessions")).status == 401
 
 
