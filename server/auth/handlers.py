@@ -9,16 +9,17 @@ from aiohttp import web
 from aiohttp_apispec import docs, json_schema, querystring_schema, response_schema
 from asyncpg import Record
 
-from server.auth import accounts, addresses, schemas, sessions, store, tickets
+from server.auth import accounts, addresses, password_checks, schemas, sessions, store, tickets
 from server.auth.accounts import Accept, wrong_password
+from server.auth.password_checks import account_key
 from server.auth.passwords import Fit, Hasher
 from server.auth.sessions import Device, Issuer, Pair
 from server.errors import NotFound, Unauthenticated, Unavailable
 from server.fields import parse_id
-from server.ratelimit import limit, session_key
+from server.ratelimit import client_subnet, limit, session_key
 from server.rest import answers, limits
 from server.rest.etags import expected_revisions, lost, untagged
-from server.rest.keys import BODY, CLIENT, QUERY, RESOURCES, USER
+from server.rest.keys import BODY, CLIENT, LIMITER, QUERY, RESOURCES, USER
 from server.rest.marks import public, refuses
 from server.rest.pages import PageQuery, keys_of, page, page_of
 
@@ -61,8 +62,10 @@ async def register(request: web.Request) -> web.Response:
 @public
 async def login(request: web.Request) -> web.Response:
     db, body = request.app[RESOURCES].db, request[BODY]
-    user = await store.user_by_email(db, email=body["email"], email_key=addresses.key(body["email"]))
-    fit = await request.app[HASHER].verify(body["password"], user and user["password_hash"])
+    network, email_key = client_subnet(request[CLIENT]), addresses.key(body["email"])
+    user = await store.user_by_email(db, email=body["email"], email_key=email_key, network=network)
+    key = account_key(email_key, network=network if user and user["is_known_network"] else None)
+    fit = await _check_password(request, body["password"], user, key=key)
     if user is None or not fit:
         raise wrong_password()
     pair = await sessions.start(
@@ -221,9 +224,14 @@ async def _me(request: web.Request) -> Record:
 async def _verified(request: web.Request, password: str) -> Record:
     """Who asks, once more by their password."""
     me = await _me(request)
-    if not await request.app[HASHER].verify(password, me["password_hash"]):
+    if not await _check_password(request, password, me, key=session_key(request[USER].session)):
         raise wrong_password()
     return me
+
+
+async def _check_password(request: web.Request, password: str, user: Record | None, *, key: str) -> Fit:
+    limiter, hasher = request.app[LIMITER], request.app[HASHER]
+    return await password_checks.check(limiter, hasher, password, user and user["password_hash"], key=key)
 
 
 async def _renew_hash(request: web.Request, user: Record) -> None:

@@ -14,6 +14,7 @@ from server.auth import store, tokens
 from server.auth.blacklist import Blacklist
 from server.errors import NotFound, Unauthenticated, Unavailable
 from server.postgres import Database, Executor
+from server.ratelimit import client_subnet
 from server.realtime.channels import Channels
 from server.rest.keys import User
 
@@ -67,6 +68,7 @@ async def start(db: Executor, issuer: Issuer, *, user: UUID, password_hash: str,
         token_hash=tokens.fingerprints(refresh, issuer.refresh_keys)[0],
         user_agent=_storable(device.user_agent)[:LONGEST_USER_AGENT],
         ip=_storable(device.ip)[:LONGEST_ADDRESS],
+        network=client_subnet(device.ip),
         expires_at=now + timedelta(seconds=issuer.refresh_ttl),
     )
     if started is None:
@@ -166,6 +168,12 @@ async def note_again(db: Executor, issuer: Issuer) -> None:
 async def forget_old(db: Executor) -> None:
     """The rows of sessions that expired long ago, piece by piece."""
     while await store.forget_old_sessions(db, keep_days=KEPT_DAYS):
+        pass
+
+
+async def forget_old_networks(db: Executor) -> None:
+    """Forget the networks that are known no longer, piece by piece."""
+    while await store.forget_old_networks(db):
         pass
 
 

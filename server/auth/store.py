@@ -1,6 +1,7 @@
 """SQL of accounts, sessions and refresh tokens."""
 
 from datetime import datetime
+from ipaddress import IPv4Network, IPv6Network
 from typing import Any
 from uuid import UUID
 
@@ -8,7 +9,11 @@ from asyncpg import Record
 
 from server.postgres import Database, Executor
 
+Network = IPv4Network | IPv6Network
+
 SESSIONS_KEPT = 50  # living sessions of one user; the one unused longest gives way
+MAX_KNOWN_NETWORKS = 100  # of one user; the one that is longest without a sign-in gives way
+KNOWN_NETWORK_DAYS = 30  # since the last sign-in
 
 
 async def create_user(db: Executor, *, email: str, email_key: str, name: str, password_hash: str) -> Record | None:
@@ -26,16 +31,24 @@ async def create_user(db: Executor, *, email: str, email_key: str, name: str, pa
     )
 
 
-async def user_by_email(db: Executor, *, email: str, email_key: str) -> Record | None:
-    """Return the user with this key. An account without a key that is spelled like this goes first."""
+async def user_by_email(db: Executor, *, email: str, email_key: str, network: Network | None) -> Record | None:
+    """Return the user with this key. An account without a key that is spelled like this goes first.
+
+    ``is_known_network`` tells whether they have signed in from that network lately.
+    """
     return await db.fetchrow(
         """
-        SELECT id, email, name, avatar_url, revision, created_at, updated_at, password_hash
+        SELECT id, email, name, avatar_url, revision, created_at, updated_at, password_hash, EXISTS (
+            SELECT FROM known_networks
+            WHERE user_id = users.id AND network = $3::cidr AND last_sign_in_at > now() - make_interval(days => $4)
+        ) AS is_known_network
         FROM users WHERE email_key = $2 OR (email_key IS NULL AND email = $1)
         ORDER BY email_key NULLS FIRST LIMIT 1
         """,
         email,
         email_key,
+        network,
+        KNOWN_NETWORK_DAYS,
     )
 
 
@@ -146,17 +159,26 @@ async def delete_user(db: Executor, *, user: UUID) -> None:
 
 
 async def start_session(
-    db: Executor, *, user: UUID, password_hash: str, token_hash: bytes, user_agent: str, ip: str, expires_at: datetime
+    db: Executor,
+    *,
+    user: UUID,
+    password_hash: str,
+    token_hash: bytes,
+    user_agent: str,
+    ip: str,
+    network: Network | None,
+    expires_at: datetime,
 ) -> Record | None:
-    """``id`` of the new session, and ``ended``: the ids of those that had to give way.
+    """``id`` of the new session, and ``ended``: the ids of those that had to give way. The network gets known.
 
     None where the password is no longer the one that was verified: who changes it ends all sessions, and
-    waits for one that is being started.
+    waits for one that is being started. So do other sign-ins of that user: two that each forget a network which the
+    other one renews would deadlock.
     """
     return await db.fetchrow(
         """
         WITH holder AS (
-            SELECT id FROM users WHERE id = $1 AND password_hash = $7 FOR SHARE
+            SELECT id FROM users WHERE id = $1 AND password_hash = $7 FOR NO KEY UPDATE
         ), ended AS (
             UPDATE sessions SET ended_at = now() WHERE id IN (
                 SELECT s.id FROM sessions s JOIN holder ON holder.id = s.user_id WHERE s.ended_at IS NULL
@@ -166,6 +188,14 @@ async def start_session(
             INSERT INTO sessions (user_id, user_agent, ip, expires_at) SELECT id, $3, $4, $5 FROM holder RETURNING id
         ), token AS (
             INSERT INTO refresh_tokens (hash, session_id, expires_at) SELECT $2, id, $5 FROM started
+        ), known AS (
+            INSERT INTO known_networks (user_id, network) SELECT id, $8::cidr FROM holder WHERE $8::cidr IS NOT NULL
+            ON CONFLICT (user_id, network) DO UPDATE SET last_sign_in_at = now()
+        ), forgotten AS (
+            DELETE FROM known_networks k USING holder WHERE k.user_id = holder.id AND k.network IN (
+                SELECT o.network FROM known_networks o WHERE o.user_id = $1 AND o.network <> $8::cidr
+                ORDER BY o.last_sign_in_at DESC OFFSET $9 - 1
+            )
         )
         SELECT id, ARRAY(SELECT id FROM ended) AS ended FROM started
         """,
@@ -176,6 +206,8 @@ async def start_session(
         expires_at,
         SESSIONS_KEPT,
         password_hash,
+        network,
+        MAX_KNOWN_NETWORKS,
     )
 
 
@@ -286,6 +318,24 @@ async def erase_salts(db: Executor, *, grace_seconds: float) -> int:
         grace_seconds,
     )
     return erased
+
+
+async def forget_old_networks(db: Executor) -> int:
+    """Housekeeping: how many networks that are known no longer are gone now, 0 when there are no more."""
+    forgotten: int = await db.fetchval(
+        """
+        WITH old AS (
+            SELECT user_id, network FROM known_networks WHERE last_sign_in_at < now() - make_interval(days => $1)
+            ORDER BY last_sign_in_at LIMIT 1000 FOR UPDATE SKIP LOCKED
+        ), forgotten AS (
+            DELETE FROM known_networks k USING old WHERE k.user_id = old.user_id AND k.network = old.network
+            RETURNING k.network
+        )
+        SELECT count(*) FROM forgotten
+        """,
+        KNOWN_NETWORK_DAYS,
+    )
+    return forgotten
 
 
 async def end_session_of_token(db: Executor, *, hashes: list[bytes], user: UUID) -> UUID | None:

@@ -34,6 +34,7 @@ async def run(db: Executor, issuer: Issuer, *others: Chore) -> None:
             Chore("catch up with missed notes", issuer.blacklist.catch_up, CATCH_UP_SECONDS),
             Chore("erase salts of spent tokens", partial(sessions.erase_salts, db), ERASE_SECONDS),
             Chore("forget old sessions", partial(sessions.forget_old, db)),
+            Chore("forget old networks", partial(sessions.forget_old_networks, db)),
             *others,
         ):
             tasks.create_task(keep_doing(chore))
