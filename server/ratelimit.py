@@ -21,9 +21,9 @@ from redis.exceptions import RedisError
 from server import metrics
 from server.errors import RateLimited
 from server.pipelines import Pipelines
+from server.settings import Network
 
 H = TypeVar("H", bound=Callable[..., Any])
-Network = IPv4Network | IPv6Network
 # So long may Redis answer nobody before the local count does. A plain timeout would let a burst of requests, which are
 # answered one after the other, slip into the local count, and pass there once more.
 SILENCE_SECONDS = 0.5
@@ -91,7 +91,7 @@ class Quota:
     """The state of a budget after a hit, as draft-ietf-httpapi-ratelimit-headers shows it."""
 
     name: str
-    quota: int
+    amount: int
     window: int
     remaining: int
     reset: int
@@ -99,7 +99,7 @@ class Quota:
 
     def headers(self) -> dict[str, str]:
         return {
-            "RateLimit-Policy": f'"{self.name}";q={self.quota};w={self.window}',
+            "RateLimit-Policy": f'"{self.name}";q={self.amount};w={self.window}',
             "RateLimit": f'"{self.name}";r={self.remaining};t={self.reset}',
         }
 
@@ -205,7 +205,7 @@ def _quota(name: str, rate: limits.RateLimitItem, count: int, left: float, *, pa
     window = rate.get_expiry()
     return Quota(
         name=name,
-        quota=rate.amount,
+        amount=rate.amount,
         window=window,
         remaining=max(0, rate.amount - count),
         # The expiry is read beside the count: before the first hit there is none yet.

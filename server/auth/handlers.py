@@ -17,7 +17,7 @@ from server.auth.sessions import Device, Issuer, Pair
 from server.errors import NotFound, Unauthenticated, Unavailable
 from server.fields import parse_id
 from server.ratelimit import client_subnet, limit, session_key
-from server.rest import answers, limits
+from server.rest import answers, quotas
 from server.rest.etags import expected_revisions, lost, untagged
 from server.rest.keys import BODY, CLIENT, LIMITER, QUERY, RESOURCES, USER
 from server.rest.marks import public, refuses
@@ -93,9 +93,9 @@ async def refresh(request: web.Request) -> web.Response:
     db, issuer, token = request.app[RESOURCES].db, request.app[ISSUER], request[BODY]["refresh_token"]
     found = await sessions.find_token(db, issuer, token=token)
     if found is None:
-        await limits.count_address(request)
+        await quotas.count_address(request)
     else:
-        await limits.count(request, "refresh", session_key(found["session_id"]))
+        await quotas.count(request, "refresh", session_key(found["session_id"]))
     pair = await sessions.refresh(db, issuer, token=token, found=found)
     return answers.secret(answers.json(_tokens(pair)))
 

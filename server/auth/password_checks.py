@@ -10,9 +10,10 @@ so that strangers cannot lock the owner out there. A session that checks the pas
 import hashlib
 
 from server.auth.passwords import Fit, Hasher
-from server.ratelimit import Network, RateLimiter
+from server.ratelimit import RateLimiter
+from server.settings import Network
 
-BUDGET = "account"
+LIMIT = "account"
 
 
 async def check(limiter: RateLimiter, hasher: Hasher, password: str, hashed: str | None, *, key: str) -> Fit:
@@ -22,13 +23,13 @@ async def check(limiter: RateLimiter, hasher: Hasher, password: str, hashed: str
         QuotaExceeded: too many have failed.
         Unavailable: too many are being checked.
     """
-    await limiter.take(BUDGET, key)
+    await limiter.take(LIMIT, key)
     fit: Fit | None = None
     try:
         fit = await hasher.verify(password, hashed)
     finally:
         if fit is not Fit.NONE:
-            await limiter.give_back(BUDGET, key)
+            await limiter.give_back(LIMIT, key)
     return fit
 
 

@@ -1,15 +1,13 @@
 """SQL of accounts, sessions and refresh tokens."""
 
 from datetime import datetime
-from ipaddress import IPv4Network, IPv6Network
 from typing import Any
 from uuid import UUID
 
 from asyncpg import Record
 
 from server.postgres import Database, Executor
-
-Network = IPv4Network | IPv6Network
+from server.settings import Network
 
 SESSIONS_KEPT = 50  # living sessions of one user; the one unused longest gives way
 MAX_KNOWN_NETWORKS = 100  # of one user; the one that is longest without a sign-in gives way

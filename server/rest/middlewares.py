@@ -23,7 +23,7 @@ from server import errors, fields, json, metrics, tracing
 from server.budget import budget, uncounted
 from server.errors import ServiceError, Unauthenticated
 from server.ratelimit import BY_HANDLER, QuotaExceeded, RateLimiter, limit_key, limit_of
-from server.rest import limits
+from server.rest import quotas
 from server.rest.forwarded import ClientAddresses
 from server.rest.keys import (
     BEGUN,
@@ -201,7 +201,7 @@ async def _count_unhandled(request: web.Request, handler: Handler) -> web.Stream
         return await handler(request)
     except ServiceError as error:
         if error.status < 500 and COUNTED not in request:
-            await limits.count_address(request)
+            await quotas.count_address(request)
         raise
 
 

@@ -20,6 +20,7 @@ import limits
 import pytest
 from aiohttp.test_utils import make_mocked_request
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 from redis.asyncio import Redis
@@ -43,6 +44,7 @@ from tests.test_ratelimit import from_address, shown
 BEHIND_PROXY = {"trusted_proxies": (ip_network("127.0.0.1"),)}
 TEN, SIXTY = limits.parse("10/15minutes"), limits.parse("60/15minutes")
 WRONG = "Wrong12345"
+ON_ANY_MACHINE = hypothesis_settings(deadline=None)
 
 
 @pytest.fixture(autouse=True)
@@ -272,24 +274,10 @@ async def test_sign_ins_that_forget_each_others_networks_do_not_deadlock(
     """Two sign-ins at once, each of which renews a network that the other one forgets."""
     monkeypatch.setattr(store, "MAX_KNOWN_NETWORKS", 1)
     ada = await user(http, server).register()
-    password_hash = await db.fetchval("SELECT password_hash FROM users WHERE id = $1", ada.id)
     connections = [await asyncpg.connect(database_url) for _ in range(2)]
     networks = [IPv4Network("192.0.2.1"), IPv4Network("192.0.2.2")]
-
-    async def sign_in(connection: asyncpg.Connection, network: IPv4Network) -> None:
-        await store.start_session(
-            connection,
-            user=UUID(ada.id),
-            password_hash=password_hash,
-            token_hash=secrets.token_bytes(32),
-            user_agent="",
-            ip="",
-            network=network,
-            expires_at=datetime.now(UTC) + timedelta(days=1),
-        )
-
     try:
-        for _ in range(30):
+        for _ in range(100):
             await db.execute(
                 """
                 INSERT INTO known_networks (user_id, network) SELECT $1, unnest($2::cidr[])
@@ -298,10 +286,39 @@ async def test_sign_ins_that_forget_each_others_networks_do_not_deadlock(
                 ada.id,
                 networks,
             )
-            await asyncio.gather(*map(sign_in, connections, networks))
+            await asyncio.gather(*(start(*each, ada) for each in zip(connections, networks, strict=True)))
     finally:
         for connection in connections:
             await connection.close()
+
+
+async def start(connection: asyncpg.Connection, network: IPv4Network | None, actor: Actor) -> None:
+    password_hash = await connection.fetchval("SELECT password_hash FROM users WHERE id = $1", actor.id)
+    started = await store.start_session(
+        connection,
+        user=UUID(actor.id),
+        password_hash=password_hash,
+        token_hash=secrets.token_bytes(32),
+        user_agent="",
+        ip="",
+        network=network,
+        expires_at=datetime.now(UTC) + timedelta(days=1),
+    )
+    assert started
+
+
+async def test_a_client_without_an_address_can_sign_in_and_knows_no_network(
+    server: str, http: aiohttp.ClientSession, db: asyncpg.Connection
+) -> None:
+    """Over a Unix socket."""
+    assert ratelimit.client_subnet("unknown") is None
+    ada = await user(http, server).register()
+    known = await networks_of(ada, db)
+    await start(db, None, ada)
+    assert await networks_of(ada, db) == known
+    found = await store.user_by_email(db, email=ada.email, network=None)
+    assert found
+    assert found["is_known_network"] is False
 
 
 async def networks_of(actor: Actor, db: asyncpg.Connection) -> list[str]:
@@ -663,6 +680,7 @@ def test_an_entry_is_an_address_with_or_without_a_port_or_nothing(entry: str, ad
     assert (parsed and str(parsed)) == address
 
 
+@ON_ANY_MACHINE
 @given(st.text(max_size=80))
 def test_no_entry_breaks_a_server(entry: str) -> None:
     forwarded.parse(entry)
@@ -754,6 +772,7 @@ JSON = st.recursive(
 NAMES = st.sampled_from([*claims(), "nbf", "x"])
 
 
+@ON_ANY_MACHINE
 @given(st.dictionaries(NAMES, JSON, max_size=4), st.dictionaries(st.sampled_from(["kid", "typ", "crit", "b64"]), JSON))
 def test_no_signed_token_breaks_a_server(changes: dict[str, Any], header: dict[str, Any]) -> None:
     verifier = Verifier(Keys.of(KEY), ttl=900)
@@ -765,6 +784,7 @@ def test_no_signed_token_breaks_a_server(changes: dict[str, Any], header: dict[s
     assert found.expires_at <= datetime.fromtimestamp(time.time() + 905, UTC)
 
 
+@ON_ANY_MACHINE
 @given(JSON)
 def test_no_signed_payload_breaks_a_server(payload: Any) -> None:
     with pytest.raises(Unauthenticated):
