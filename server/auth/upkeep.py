@@ -41,12 +41,16 @@ async def run(db: Executor, issuer: Issuer, *others: Chore) -> None:
 
 
 async def keep_doing(chore: Chore) -> None:
-    """Whatever happens to it: the next time may be better, and others go on."""
+    """Whatever happens to it: the next time may be better, and others go on. An outage is logged once."""
+    is_put_off = False
     while True:
         try:
             await chore.do()
+            is_put_off = False
         except ServiceError as error:
-            log.warning("chore put off", chore=chore.name, error=error.detail)
+            if not is_put_off:
+                log.warning("chore put off", chore=chore.name, error=error.detail)
+            is_put_off = True
         except Exception:  # a door of its own: nobody stands behind it
             log.exception("chore failed", chore=chore.name)
         await asyncio.sleep(chore.seconds)
