@@ -11,8 +11,9 @@ Stores
 Servers
     settings            of an application in this process: cheap passwords, no limits; ``override`` changes some
     make_server         starts applications in this process: ``await make_server(**settings)`` → its address
+    notices_alone       what they are not told of changed access they do not find by looking, either
     unhurried           these take no store for one that is away because the machine is slow; of itself in every test,
-                        of one that is marked ``hurried`` only a request as a whole may take longer
+                        but for the stores that hang in it: ``@pytest.mark.hurried("redis_url")``
     server              one such application
     processes           starts real processes: ``processes.server()``, ``processes.worker()``
 People
@@ -77,7 +78,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "hurried: a store hangs in this test: the product's own limits hold for a call")
+    config.addinivalue_line(
+        "markers", "hurried(*stores): the product's own limits hold for these, or the one in ``store``, which hang"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -146,33 +149,45 @@ def empty_database_url(make_database: Callable[[], str]) -> str:
 
 UNHURRIED_SECONDS = 20.0
 OF_A_REQUEST = "server.rest.middlewares.STORES_SECONDS"
-OF_A_CALL = (
-    "server.auth.blacklist.ANSWER_SECONDS",
-    "server.auth.sessions.SPREAD_SECONDS",
-    "server.documents.rooms.SUBSCRIBE_SECONDS",
-    "server.ops.exposition.CHECK_SECONDS",
-    "server.ops.stores.CHECK_SECONDS",
-    "server.pipelines.REDIS_SECONDS",
-    "server.postgres.CONNECT_SECONDS",
-    "server.postgres.STATEMENT_SECONDS",
-    "server.projects.cache.PATIENCE_SECONDS",
-    "server.ratelimit.LONGEST_SECONDS",
-    "server.ratelimit.SILENCE_SECONDS",
-    "server.realtime.subscriber.SUBSCRIBE_SECONDS",
-    "server.replicas.ANSWER_SECONDS",
-    "server.resources.MONGO_ANSWER_SECONDS",
-    "server.resources.REDIS_SECONDS",
-    "server.resources.START_SECONDS",
-)
+OF_A_CALL = {
+    "database_url": ("server.postgres.CONNECT_SECONDS", "server.postgres.STATEMENT_SECONDS"),
+    "replica": ("server.replicas.ANSWER_SECONDS",),
+    "mongodb_uri": ("server.resources.MONGO_ANSWER_SECONDS",),
+    "redis_url": (
+        "server.auth.blacklist.ANSWER_SECONDS",
+        "server.auth.sessions.SPREAD_SECONDS",
+        "server.documents.rooms.SUBSCRIBE_SECONDS",
+        "server.pipelines.REDIS_SECONDS",
+        "server.projects.cache.PATIENCE_SECONDS",
+        "server.ratelimit.LONGEST_SECONDS",
+        "server.ratelimit.SILENCE_SECONDS",
+        "server.realtime.subscriber.SUBSCRIBE_SECONDS",
+        "server.resources.REDIS_SECONDS",
+    ),
+}
 
 
 @pytest.fixture(autouse=True)
 def unhurried(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(OF_A_REQUEST, UNHURRIED_SECONDS)
-    if request.node.get_closest_marker("hurried") is None:
-        for name in OF_A_CALL:
+    for name in (OF_A_REQUEST, "server.resources.START_SECONDS"):
+        monkeypatch.setattr(name, UNHURRIED_SECONDS)
+    for store in OF_A_CALL.keys() - stores_that_hang(request.node):
+        for name in OF_A_CALL[store]:
             monkeypatch.setattr(name, UNHURRIED_SECONDS)
-        monkeypatch.setitem(Pipelines.ask.__kwdefaults__, "seconds", UNHURRIED_SECONDS)
+        if store == "redis_url":
+            monkeypatch.setitem(Pipelines.ask.__kwdefaults__, "seconds", UNHURRIED_SECONDS)
+
+
+def stores_that_hang(test: pytest.Function) -> set[str]:
+    mark = test.get_closest_marker("hurried")
+    if mark is None:
+        return set()
+    return set(mark.args) or {test.callspec.params["store"]}
+
+
+@pytest.fixture
+def notices_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.realtime.standing.RECHECK_SECONDS", 600.0)
 
 
 TEST_SETTINGS = {

@@ -6,6 +6,7 @@ What the server says is held against the AsyncAPI document, whatever a test is a
 import asyncio
 import itertools
 from collections import Counter, deque
+from collections.abc import Awaitable, Callable
 from functools import cache
 from typing import Any
 
@@ -55,6 +56,18 @@ class Closed(Exception):
     def __init__(self, code: int | None) -> None:
         self.code = code
         super().__init__(f"closed with {code}")
+
+
+async def until_refused(attempt: Callable[[], Awaitable[Any]], code: str) -> None:
+    """Returns when access has ended."""
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while True:
+            try:
+                await attempt()
+            except Refused as refused:
+                if refused.code != code:
+                    raise
+                return
 
 
 class Socket:

@@ -140,7 +140,7 @@ async def test_the_primary_stands_in_for_a_replica_that_is_gone_until_it_is_back
             await asyncio.sleep(0.1)
 
 
-@pytest.mark.hurried
+@pytest.mark.hurried("replica")
 @pytest.mark.parametrize("mode", [Mode.BLACK_HOLE, Mode.SLOW], ids=lambda mode: mode.name.lower())
 async def test_a_replica_that_hangs_delays_an_answer_and_loses_none(
     mode: Mode, replica: Replica, make_server: MakeServer, make_actor: MakeActor
@@ -161,7 +161,7 @@ async def test_a_replica_that_is_down_at_the_start_stops_nobody(make_server: Mak
     assert (await ada.get(f"/projects/{project}/collaborators"))["items"][0]["user"]["name"] == "Ada"
 
 
-@pytest.mark.hurried
+@pytest.mark.hurried("replica")
 async def test_a_request_that_has_no_time_left_does_not_give_the_replica_a_rest(own_stack: Stack) -> None:
     async with Network.to({"postgres": own_stack.postgres.url}) as network, AsyncExitStack() as stack:
         primary = await postgres.connect(own_stack.postgres.url)

@@ -133,7 +133,7 @@ async def test_redis_emptied_does_not_reopen_what_ended(base: str, make_actor: M
     assert await status(phone) == 401  # nor with the note that it was emptied
 
 
-@pytest.mark.hurried
+@pytest.mark.hurried("redis_url")
 async def test_a_silent_redis_delays_nobody_for_long(base: str, make_actor: MakeActor, own_stack: Stack) -> None:
     alice, phone = await alice_and_her_phone(make_actor, base)
     pid = own_stack.valkey.pid
@@ -219,7 +219,7 @@ async def test_a_note_that_a_server_took_to_its_grave_is_made_by_the_next(
             await asyncio.sleep(0.05)
 
 
-@pytest.mark.hurried
+@pytest.mark.hurried("redis_url")
 async def test_a_note_whose_maker_lost_patience_is_not_forgotten(wired: Wired) -> None:
     async with redis_client(wired.wired["redis_url"]) as redis:
         pipelines = Pipelines(redis)

@@ -48,7 +48,10 @@ def signed_brackets(key: str) -> str:
     return text + "." + part(hmac.digest(key.encode(), text.encode(), hashlib.sha256))
 
 
-NOW = datetime.now(UTC)
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
 FORGERIES: dict[str, Callable[[str, str], str]] = {
     "another key": lambda token, _: sign(claims_of(token), "another key of more than 32 bytes, it is"),
     "another key under our key's id": lambda token, key: sign(
@@ -69,9 +72,9 @@ FORGERIES: dict[str, Callable[[str, str], str]] = {
     "another session": lambda token, key: sign(claims_of(token) | {"sid": str(uuid4())}, key),
     "a session that is a number": lambda token, key: sign(claims_of(token) | {"sid": 7}, key),
     "a user that is none": lambda token, key: sign(claims_of(token) | {"sub": "' OR true --"}, key),
-    "expired": lambda token, key: sign(claims_of(token) | {"exp": NOW - timedelta(seconds=5)}, key),
+    "expired": lambda token, key: sign(claims_of(token) | {"exp": now() - timedelta(seconds=5)}, key),
     "expires in the year 300,000": lambda token, key: sign(claims_of(token) | {"exp": 10**13}, key),
-    "not yet valid": lambda token, key: sign(claims_of(token) | {"iat": NOW + timedelta(hours=1)}, key),
+    "not yet valid": lambda token, key: sign(claims_of(token) | {"iat": now() + timedelta(hours=1)}, key),
     "trailing =": lambda token, _: token + "=",
     "trailing ==": lambda token, _: token + "==",
     "another spelling": lambda token, _: same_signature(token),
@@ -113,7 +116,7 @@ async def test_no_token_lives_longer_than_the_setting_says_now(
 ) -> None:
     """Nor do the notes of ended sessions."""
     shorter = alice.at(await make_server(access_token_ttl=settings.access_token_ttl // 3))
-    issued = {"iat": int(NOW.timestamp()) - settings.access_token_ttl // 2}
+    issued = {"iat": int(now().timestamp()) - settings.access_token_ttl // 2}
     alice.access_token = shorter.access_token = sign(claims_of(alice.access_token) | issued, settings.jwt_secret)
     assert (await alice.get("/auth/profile")).status == 200
     assert (await shorter.get("/auth/profile")).status == 401

@@ -52,9 +52,9 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def running(folder: Path) -> Iterator[Dev]:
-    started = Dev(folder)
+    started = Dev(folder, shorter="server.devstack.dev.STOP_SECONDS=600")
     try:
-        started.until(READY, seconds=30)
+        started.until(READY)
         yield started
     finally:
         started.kill()
@@ -90,7 +90,7 @@ async def test_dev_tells_its_addresses_restarts_what_dies_and_leaves_nothing_beh
     assert {name for name in first if first[name] != second[name]} == {"server", "valkey-server"}
     assert read_env(running.data_dir / "stack.env") == stack
 
-    assert running.terminate(number=signal.SIGINT, seconds=40) == 0
+    assert running.terminate(number=signal.SIGINT) == 0
     assert "the data stays in" in running.output.splitlines()[-1]
     assert gone(second.values())
 
@@ -101,7 +101,7 @@ def test_a_closed_terminal_stops_it_and_a_second_signal_kills(running: Dev) -> N
     os.kill(running.pid, signal.SIGHUP)
     running.until("stopping the server")
     time.sleep(0.3)
-    assert running.terminate(number=signal.SIGINT, seconds=10) == 0
+    assert running.terminate(number=signal.SIGINT) == 0
     assert gone(children.values())
 
 

@@ -95,7 +95,8 @@ def test_killed_stores_come_back_where_they_were_with_all_they_acknowledged(own_
     ]
     for each in writers:
         each.start()
-    time.sleep(0.5)
+    while any(len(written) <= 10 for written in acknowledged.values()):
+        time.sleep(0.05)
     own_stack.kill()  # in the middle of the writing
     assert [(store.alive, store.pid, store.answers()) for store in own_stack.stores] == [(False, None, False)] * 3
     for each in writers:
@@ -105,7 +106,6 @@ def test_killed_stores_come_back_where_they_were_with_all_they_acknowledged(own_
     assert own_stack.urls == before[0]
     assert before[1].isdisjoint(store.pid for store in own_stack.stores)
     for name, written in acknowledged.items():
-        assert len(written) > 10, name
         assert set(written) - numbers_in(own_stack, name) == set(), name
 
 

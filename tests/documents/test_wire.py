@@ -41,12 +41,12 @@ def test_what_is_cut_short_is_refused(entries: list[wire.Entry], data: st.DataOb
 
 
 def test_hostile_numbers_cost_nothing() -> None:
-    started = time.perf_counter()
+    started = time.thread_time()
     for hostile in (b"\x80" * 1_000_000, b"\xff" * 1_000_000, b"\x01\xff\xff\xff\xff\x0f" * 100_000):
         for read in (wire.parse, wire.parse_awareness, wire.state_vector):
             with pytest.raises(wire.Malformed):
                 read(hostile)
-    assert time.perf_counter() - started < 2
+    assert time.thread_time() - started < 2
 
 
 def test_the_keepalive_is_an_empty_awareness() -> None:

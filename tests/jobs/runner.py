@@ -25,6 +25,7 @@ from server import loop
 from server.jobs import shims, tiers
 from server.jobs.sandbox import FilesRefusedError, Limits, Outcome, Sandbox, SandboxError
 from tests.devstack.pids import gone
+from tests.patience import PATIENCE_SECONDS, START_SECONDS
 
 ROOT = Path(__file__).parents[2]
 SECRET = "a-secret-of-the-worker"
@@ -109,7 +110,7 @@ class Runner:
             stdin=stdin,
             args=list(args),
             files=dict(files or {}),
-            limits=limits,
+            limits={"timeout_seconds": int(START_SECONDS), **limits},
         )
         return Job(self, number)
 
@@ -126,7 +127,7 @@ class Runner:
 
     def close(self) -> None:
         self._control.close()
-        self._process.wait(timeout=30)
+        self._process.wait(timeout=PATIENCE_SECONDS)
 
     def say(self, **message: Any) -> None:
         self._control.write(json.dumps(message).encode() + b"\n")
@@ -161,7 +162,7 @@ def processes_with(word: str) -> list[int]:
     return found
 
 
-def leaves_no_process(word: str, *, seconds: float = 2) -> bool:
+def leaves_no_process(word: str, *, seconds: float = PATIENCE_SECONDS) -> bool:
     """The dead are collected by others, who may be slow at it."""
     return gone(processes_with(word), seconds=seconds) and not processes_with(word)
 

@@ -54,7 +54,7 @@ async def network(quiet: dict[str, str]) -> AsyncIterator[Network]:
         yield between
 
 
-@pytest.mark.parametrize(("timeout", "fails", "code"), [(0.3, False, "timeout"), (20, True, "error")])
+@pytest.mark.parametrize(("timeout", "fails", "code"), [(5, False, "timeout"), (600, True, "error")])
 async def test_the_last_words_of_an_attempt_that_fails_are_kept(
     make_bench: MakeBench, timeout: float, fails: bool, code: str
 ) -> None:
@@ -64,7 +64,7 @@ async def test_the_last_words_of_an_attempt_that_fails_are_kept(
         attempt.output.add("stdout", 0, "last\n")
         if fails:
             raise RuntimeError
-        await asyncio.sleep(10)
+        await asyncio.sleep(600)
         return {}
 
     bench = await make_bench(run, timeout=timeout)
@@ -78,7 +78,7 @@ async def test_the_last_words_of_a_cancelled_job_are_kept_and_waited_for(make_be
     async def run(attempt: Attempt, _: Any) -> dict[str, Any]:
         attempt.output.add("stdout", 0, "ready\n")
         try:
-            await asyncio.sleep(10)
+            await asyncio.sleep(600)
         finally:
             attempt.output.add("stdout", 0, "last\n")
         return {}
@@ -140,8 +140,8 @@ async def test_an_attempt_that_is_being_claimed_when_the_worker_stops_is_waited_
     job = await ask_for(bench)
     await network.stores["mongodb_uri"].turn(Mode.SLOW)
     claiming = asyncio.ensure_future(lifecycle.attempt(bench, job=job["_id"], claim=1))
-    await asyncio.sleep(0.1)
-    assert not await bench.leases.until_none(seconds=0.1)
+    while await bench.leases.until_none(seconds=0):
+        await asyncio.sleep(0)
     bench.leases.stop_all()
     await claiming
     assert await bench.leases.until_none(seconds=0)
@@ -247,12 +247,12 @@ async def test_an_attempt_outlives_a_mongodb_that_was_away_for_longer_than_its_l
 
     await until(has_lapsed)  # it could be taken
     await mongo.turn(Mode.PASS)
-    ends = time.monotonic() + 4
-    while time.monotonic() < ends:
-        with suppress(PyMongoError):
-            await recovery.take_back_lost(other)
-        await asyncio.sleep(0.02)
-    assert other.leases.can_judge()
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while not other.leases.can_judge():
+            with suppress(PyMongoError):
+                await recovery.take_back_lost(other)
+            await asyncio.sleep(0.02)
+    await recovery.take_back_lost(other)
     go.set()
     await running
     done = await read(other, job)

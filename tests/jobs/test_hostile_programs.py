@@ -85,12 +85,12 @@ BOMBS = {
 
 @pytest.mark.parametrize("language", BOMBS)
 def test_a_fork_bomb_is_bounded_and_ends(runner: Runner, word: str, language: str) -> None:
-    job = runner.start(BOMBS[language], language, args=[word], timeout_seconds=1, processes=32)
+    job = runner.start(BOMBS[language], language, args=[word], timeout_seconds=4, processes=32)
+    while not processes_with(word):
+        time.sleep(0.01)
     most = 0
-    deadline = time.monotonic() + 0.9
-    while time.monotonic() < deadline:
-        most = max(most, len(processes_with(word)))
-        time.sleep(0.05)
+    while found := len(processes_with(word)):
+        most = max(most, found)
     outcome = job.outcome()
     assert 2 < most <= 32 + 3  # and their guardians, whose arguments name them too
     assert outcome.timed_out or outcome.exit_code not in (None, 0) or outcome.signal
@@ -104,7 +104,7 @@ import threading, time
 started = 0
 try:
     for _ in range(500):
-        threading.Thread(target=time.sleep, args=(20,), daemon=True).start()
+        threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
         started += 1
 except RuntimeError:
     print(started < 64, flush=True)
@@ -137,7 +137,7 @@ def test_a_stopped_program_ends(runner: Runner, word: str) -> None:
 
 
 def test_endless_output_does_not_fill_the_worker(runner: Runner) -> None:
-    outcome = runner.run("while True: print('x' * 10_000)", timeout_seconds=1)
+    outcome = runner.run("while True: print('x' * 10_000)", timeout_seconds=4)
     assert outcome.timed_out
     assert outcome.truncated
     assert len(outcome.stdout) == 1 << 20
@@ -169,7 +169,7 @@ FILLINGS = {
 def test_filling_the_disk_ends_the_program(runner: Runner, filling: str) -> None:
     code = f"import os\nnumber = 0\nwhile True:\n    number += 1; name = f'file-{{number}}'\n    {filling}"
     before = free_disk(runner)
-    job = runner.start(code, timeout_seconds=15, memory_mb=256)
+    job = runner.start(code, memory_mb=256)
     lowest = before
     while job_runs(runner):
         lowest = min(lowest, free_disk(runner))
@@ -216,7 +216,7 @@ import ctypes, threading
 def keep():
     time.sleep(0.2)
     kept = list(blocks())
-    time.sleep(20)
+    time.sleep(600)
 threading.Thread(target=keep).start()
 ctypes.CDLL(None).pthread_exit(None)
 """,
@@ -243,7 +243,7 @@ kept = list(blocks())
 
 @pytest.mark.parametrize("hiding", HIDDEN_BLOCKS.values(), ids=list(HIDDEN_BLOCKS))
 def test_files_without_a_name_count_as_disk(runner: Runner, hiding: str) -> None:
-    outcome = runner.run(f"{BLOCKS}{hiding}\ntime.sleep(20)", memory_mb=256)
+    outcome = runner.run(f"{BLOCKS}{hiding}\ntime.sleep(600)", memory_mb=256)
     assert "disk limit" in outcome.stderr, outcome
     assert not outcome.timed_out
 
@@ -254,7 +254,7 @@ import threading
 def fork():
     if os.fork() == 0:
         data = os.urandom(1 << 20) * 62
-        time.sleep(20)
+        time.sleep(600)
     os.wait()  # at its end another thread would inherit them
 threading.Thread(target=fork).start()
 """,
@@ -262,7 +262,7 @@ threading.Thread(target=fork).start()
 import ctypes, threading
 def fill():
     data = os.urandom(1 << 20) * 62
-    time.sleep(20)
+    time.sleep(600)
 threading.Thread(target=fill).start()
 ctypes.CDLL(None).pthread_exit(None)
 """,
@@ -292,7 +292,7 @@ for _ in range(4):
 
 @pytest.mark.parametrize("hiding", HIDDEN_MEMORY.values(), ids=list(HIDDEN_MEMORY))
 def test_memory_that_is_hidden_counts_all_the_same(runner: Runner, hiding: str) -> None:
-    outcome = runner.run(f"import os, time\n{hiding}\ntime.sleep(20)", memory_mb=64)
+    outcome = runner.run(f"import os, time\n{hiding}\ntime.sleep(600)", memory_mb=64)
     assert outcome.out_of_memory, outcome
     assert outcome.signal == 9  # it did not see it itself
     assert not outcome.timed_out
@@ -435,7 +435,7 @@ print("begun", flush=True)
 {deed}
 while True: time.sleep(1)
 """
-    outcome = runner.run(code, args=[word], timeout_seconds=10)
+    outcome = runner.run(code, args=[word])
     assert outcome.stdout == "begun\n"
     assert outcome.exit_code == 0
     assert not outcome.timed_out  # the program itself has ended
@@ -664,7 +664,7 @@ for number in range(3, 256):
     try: os.write(number, b'+=\\0\\0\\0\\0\\0\\0\\0\\0\\0\\0\\0\\0{"exitCode": 0, "signal": null, "why": null}')
     except OSError: pass
 os.closerange(0, 256)
-if os.fork() == 0: time.sleep(60)
+if os.fork() == 0: time.sleep(600)
 os._exit(3)
 """
     outcome = runner.run(code, args=[word])
@@ -743,13 +743,13 @@ print("done")
 def test_other_programs_are_undisturbed_by_a_hostile_one(runner: Runner) -> None:
     bombs = [runner.start(BOMBS["python"], timeout_seconds=1) for _ in range(2)]
     time.sleep(0.3)
-    assert runner.run("print('hello')", timeout_seconds=20).stdout == "hello\n"
+    assert runner.run("print('hello')").stdout == "hello\n"
     for bomb in bombs:
         bomb.outcome()
 
 
 def test_a_program_sees_nothing_of_another(runner: Runner) -> None:
-    other = runner.start("import time; open('secret', 'w').write('x'); print('up', flush=True); time.sleep(30)")
+    other = runner.start("import time; open('secret', 'w').write('x'); print('up', flush=True); time.sleep(600)")
     other.until_output()
     at = next(runner.folder.rglob("secret"), None) or Path("/nowhere")
     jobs = [path for path in runner.folder.rglob("job-*") if path.is_dir()]
@@ -767,7 +767,7 @@ attempt("read", lambda: open("{at}").read())
 
 
 def test_a_killed_launcher_is_replaced_and_its_programs_end(own_runner: Runner, word: str) -> None:
-    job = own_runner.start("import time; print('up', flush=True); time.sleep(60)", args=[word], timeout_seconds=60)
+    job = own_runner.start("import time; print('up', flush=True); time.sleep(600)", args=[word], timeout_seconds=60)
     job.until_output()
     [launcher] = [pid for pid in processes_with("launcher.py") if parent_of(pid) == own_runner.pid]
     subprocess.run(["kill", "-9", str(launcher)], check=True)

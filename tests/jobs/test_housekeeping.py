@@ -94,7 +94,7 @@ async def test_of_many_attempts_files_only_that_of_the_completed_one_stays(store
 async def test_a_step_of_the_housekeeping_that_comes_to_no_end_holds_up_none_of_the_others(
     stores: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recovery, "STEP_SECONDS", 0.5)
+    monkeypatch.setattr(recovery, "STEP_SECONDS", 4.0)
     mongo = stores.mongo
     month = await job_of(mongo, age=timedelta(days=31))
     await mongo["artifacts.files"].rename("artifacts.other")

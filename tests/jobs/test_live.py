@@ -21,7 +21,7 @@ async def heard_until(socket: Socket, job: str, status: str) -> tuple[list[str],
     statuses: list[str] = []
     text = ""
     while not statuses or statuses[-1] != status:
-        frame = await socket.next(seconds=20)
+        frame = await socket.next()
         if frame["event"] == "job:output":
             data = frame["data"]
             assert (data["jobId"], data["offset"], data["stream"]) == (job, len(text), "stdout")

@@ -4,7 +4,6 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,15 @@ from tests.actors import Actor
 from tests.conftest import TEST_SETTINGS, environment
 from tests.devstack.pids import children_of, gone
 from tests.jobs.asking import SLEEPS, ask, program
+from tests.patience import PATIENCE_SECONDS
 from tests.processes import Processes
 
 FINAL = {"completed", "failed", "cancelled"}
-BACK = timedelta(seconds=30)
 SHORT_LEASE = "server.jobs.store.LEASE = server.jobs.store.timedelta(seconds=5)"
-PATIENCE_SECONDS = 60  # twice what is promised: this machine may be busy
+LOST_SECONDS = 60  # for a lease to run out, and the job to run again
 
 
-async def until_status(who: Actor, job: str, *statuses: str, seconds: float = PATIENCE_SECONDS) -> dict[str, Any]:
+async def until_status(who: Actor, job: str, *statuses: str, seconds: float = LOST_SECONDS) -> dict[str, Any]:
     async with asyncio.timeout(seconds):
         while (read := await who.get(f"/jobs/{job}"))["status"] not in statuses:
             await asyncio.sleep(0.1)
@@ -41,14 +40,12 @@ async def test_a_killed_workers_job_is_run_by_another_and_the_lost_attempt_does_
     job = (await ask(ada, program(SLEEPS.format(seconds=2))))["id"]
     await until_status(ada, job, "processing")
     left = list(children_of(first.pid).values())
-    killed = datetime.now(UTC)
     first.kill()
     assert gone(left, seconds=PATIENCE_SECONDS)  # not even the program outlives it
     second = processes.worker(**where).ready()
     done = await until_status(ada, job, *FINAL)
     assert (done["status"], done["attempts"], done["result"]["stdout"]) == ("completed", 1, "done\n")
     assert [each["error"] and each["error"]["code"] for each in done["history"]] == ["worker_lost", None]
-    assert datetime.fromisoformat(done["startedAt"]) - killed < BACK
     assert second.terminate() == 0
 
 

@@ -9,8 +9,6 @@ from tests.faults import Mode, Network
 from tests.jobs.asking import program
 from tests.ops.conftest import World
 
-pytestmark = pytest.mark.hurried
-
 AT_ONCE = 4
 AWAY = (Mode.STOPPED, Mode.BLACK_HOLE, Mode.RESET)
 POSTGRES, REDIS, MONGO = "database_url", "redis_url", "mongodb_uri"
@@ -52,6 +50,7 @@ async def all_asked(world: World) -> list[tuple[str, Answer]]:
 
 
 @pytest.mark.parametrize("mode", AWAY, ids=lambda mode: mode.name.lower())
+@pytest.mark.hurried
 @pytest.mark.parametrize("store", [POSTGRES, REDIS, MONGO])
 async def test_every_answer_comes_in_time_and_names_what_is_away(
     store: str, mode: Mode, network: Network, world: World
@@ -80,6 +79,7 @@ FREE_OF = {
 }
 
 
+@pytest.mark.hurried
 @pytest.mark.parametrize("store", [POSTGRES, REDIS, MONGO])
 async def test_every_answer_comes_in_time_where_a_store_is_slow(store: str, network: Network, world: World) -> None:
     await network.stores[store].turn(Mode.SLOW)
@@ -88,6 +88,7 @@ async def test_every_answer_comes_in_time_where_a_store_is_slow(store: str, netw
 
 
 @pytest.mark.parametrize("mode", [*AWAY, Mode.SLOW], ids=lambda mode: mode.name.lower())
+@pytest.mark.hurried
 @pytest.mark.parametrize("store", [POSTGRES, REDIS, MONGO])
 async def test_nobody_is_let_in_by_a_failure(store: str, mode: Mode, network: Network, world: World) -> None:
     ended = world.alice.at(world.alice.base)

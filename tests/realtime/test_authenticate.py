@@ -155,18 +155,18 @@ async def test_a_minute_before_it_expires_one_is_warned(make_server: MakeServer,
     alice = await make_actor("Alice", await make_server(access_token_ttl=62))
     socket = await alice.connect()
     await socket.refute_push(seconds=0.5)
-    await socket.assert_push("token:expiring", seconds=4, tokenExpiresAt=socket.welcome["tokenExpiresAt"])
+    await socket.assert_push("token:expiring", tokenExpiresAt=socket.welcome["tokenExpiresAt"])
 
 
 async def test_a_token_is_renewed_on_a_live_connection(make_server: MakeServer, make_actor: MakeActor) -> None:
-    alice = await make_actor("Alice", await make_server(access_token_ttl=3))
+    alice = await make_actor("Alice", await make_server(access_token_ttl=8))
     socket = await alice.connect()
     await socket.assert_push("token:expiring", tokenExpiresAt=socket.welcome["tokenExpiresAt"])
     refreshed = await alice.post("/auth/refresh", {"refreshToken": alice.refresh_token})
     ack = await socket.push("authenticate", token=refreshed["accessToken"])
     assert ack["tokenExpiresAt"] >= socket.welcome["tokenExpiresAt"]
     await socket.assert_push("token:expiring", tokenExpiresAt=ack["tokenExpiresAt"])
-    assert await socket.closed(seconds=8) == 4401
+    assert await socket.closed() == 4401
 
 
 async def test_another_users_token_does_not_change_who_one_is(alice: Actor, bob: Actor) -> None:
@@ -179,7 +179,7 @@ async def test_another_users_token_does_not_change_who_one_is(alice: Actor, bob:
 
 
 async def test_a_silent_peer_is_given_up(alice: Actor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.realtime.hub.HEARTBEAT_SECONDS", 0.6)
+    monkeypatch.setattr("server.realtime.hub.HEARTBEAT_SECONDS", 2.0)
     lively = await alice.connect()
     answering = asyncio.create_task(lively.raw.receive())  # pings are answered while one listens
     async with opened(alice, headers=alice.headers, autoping=False) as silent:

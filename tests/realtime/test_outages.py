@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 from uuid import UUID
@@ -60,7 +59,7 @@ async def apart(server: str, far: str, make_actor: MakeActor) -> Three:
 
 
 async def resynced(socket: Socket) -> dict[str, Any]:
-    while (frame := await socket.next(seconds=8))["event"] != "workspace:resync":
+    while (frame := await socket.next())["event"] != "workspace:resync":
         pass
     return frame["data"]
 
@@ -121,19 +120,16 @@ async def test_sockets_outlive_a_redis_that_is_silent(apart: Three, redis: Proxy
     workspace = await alice.make_workspace(project)
     hers, his = await alice.connect(workspace), await bob.connect(workspace)
     await redis.turn(Mode.BLACK_HOLE)
-    began = time.monotonic()
     for event, data in (("file:change", {"change": 1}), ("join:workspace", {"since": his.joined["lastEventId"]})):
         with pytest.raises(Refused, match="unavailable"):
             await his.push(event, workspaceId=workspace, **data)
-    assert time.monotonic() - began < 4
     assert (await his.push("ping")).keys() == {"serverTime"}
     late = await bob.connect()  # welcomed without Redis
     await redis.turn(Mode.PASS)
-    began = time.monotonic()
-    while not late.joined:
-        with contextlib.suppress(Refused):
-            late.joined = await late.push("join:workspace", workspaceId=workspace)
-        assert time.monotonic() - began < 5, "events flow again within 5 s"
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while not late.joined:
+            with contextlib.suppress(Refused):
+                late.joined = await late.push("join:workspace", workspaceId=workspace)
     await hers.push("file:change", workspaceId=workspace, change="again")
     await late.assert_push("FILE_CHANGE", change="again")
 
@@ -214,10 +210,9 @@ async def test_who_was_taken_for_dead_is_here_again_though_somebody_joined(apart
     await direct.aclose()
     assert await online(alice, workspace) in ({}, {"Bob": 1}), "removed, unless its renewal came first"
     await bob.connect(workspace)
-    deadline = time.monotonic() + 3
-    while await online(alice, workspace) != {"Bob": 2}:
-        assert time.monotonic() < deadline, await online(alice, workspace)
-        await asyncio.sleep(0.05)
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while await online(alice, workspace) != {"Bob": 2}:
+            await asyncio.sleep(0.05)
 
 
 async def test_who_leaves_while_presence_is_restored_is_no_ghost(
@@ -241,10 +236,9 @@ async def test_who_leaves_while_presence_is_restored_is_no_ghost(
     await redis.turn(Mode.STOPPED)
     await redis.turn(Mode.PASS)
     await resynced(staying)
-    deadline = time.monotonic() + 3
-    while await online(alice, workspace) != {"Bob": 1}:
-        assert time.monotonic() < deadline, await online(alice, workspace)
-        await asyncio.sleep(0.05)
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while await online(alice, workspace) != {"Bob": 1}:
+            await asyncio.sleep(0.05)
 
 
 # Subscriptions
@@ -264,10 +258,9 @@ async def test_nothing_is_subscribed_to_for_those_who_are_gone(alice: Actor, bob
         here[0].cut()
         for socket in here[1:]:
             await socket.close()
-    deadline = time.monotonic() + 3
-    while await subscribers() != [0, 0, 0]:
-        assert time.monotonic() < deadline, await subscribers()
-        await asyncio.sleep(0.05)
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while await subscribers() != [0, 0, 0]:
+            await asyncio.sleep(0.05)
     await direct.aclose()
 
 
@@ -298,10 +291,9 @@ async def test_a_redis_that_never_says_hello_is_given_up(monkeypatch: pytest.Mon
     port = mute.sockets[0].getsockname()[1]
     redis = blocking_redis_client(f"redis://127.0.0.1:{port}/0")
     listening = asyncio.create_task(Subscriber(redis, channel="c", control=Deaf(), vouch=vouch).listen())
-    deadline = time.monotonic() + 5
-    while attempts < 3:
-        assert time.monotonic() < deadline, attempts
-        await asyncio.sleep(0.02)
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while attempts < 3:
+            await asyncio.sleep(0.02)
     listening.cancel()
     await asyncio.gather(listening, return_exceptions=True)
     await redis.aclose()

@@ -5,7 +5,6 @@ import contextlib
 import random
 import shutil
 import signal
-import time
 
 import aiohttp
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from server.devstack.stack import Stack
 from server.realtime.history import position
 from tests.conftest import TEST_SETTINGS, MakeActor
+from tests.patience import PATIENCE_SECONDS
 from tests.processes import Processes
 from tests.realtime.clients import Member, Writer, assert_ordered_and_once
 from tests.sockets import Socket
@@ -115,7 +115,6 @@ async def test_a_stopping_server_says_goodbye(processes: Processes, make_actor: 
     alice = await make_actor("Alice", server.base)
     sockets = [await alice.connect() for _ in range(3)]
     stranger = Socket(await alice.http.ws_connect(f"{server.base}/ws"))  # has not said who it is
-    began = time.monotonic()
     server._process.send_signal(signal.SIGTERM)
     assert await stranger.closed() == 1012
     for socket in sockets:
@@ -126,7 +125,6 @@ async def test_a_stopping_server_says_goodbye(processes: Processes, make_actor: 
     assert (refused.status, refused.code) == (503, "unavailable")
     assert [await socket.closed() for socket in sockets] == [1012] * 3
     assert await asyncio.to_thread(server.wait) == 0
-    assert time.monotonic() - began < 8
 
 
 async def test_a_token_that_is_offered_badly_is_not_in_the_log(processes: Processes, make_actor: MakeActor) -> None:
@@ -170,11 +168,10 @@ async def test_valkey_restarted_under_load_loses_nothing_acknowledged(
         own_stack.valkey.kill()
         await asyncio.sleep(1)
         await asyncio.to_thread(own_stack.valkey.start)
-        back = time.monotonic()
         before = len(here.events)
-        while len(here.events) <= before + 5 or len(there.events) <= before + 5:
-            await asyncio.sleep(0.01)
-            assert time.monotonic() - back < 5, "events flow again within 5 s"
+        async with asyncio.timeout(PATIENCE_SECONDS):  # events flow again
+            while len(here.events) <= before + 5 or len(there.events) <= before + 5:
+                await asyncio.sleep(0.01)
         await asyncio.sleep(0.5)
         stop.set()
         await writing
@@ -203,7 +200,7 @@ async def test_a_valkey_that_lost_everything_is_announced_as_a_gap(
     shutil.rmtree(own_stack.valkey._data)
     await asyncio.to_thread(own_stack.valkey.start)
     for socket in (hers, his):
-        while (frame := await socket.next(seconds=10))["event"] != "workspace:resync":
+        while (frame := await socket.next())["event"] != "workspace:resync":
             pass
         assert frame["data"]["gap"] is True
     await asyncio.sleep(0.5)
@@ -227,7 +224,7 @@ async def test_a_revocation_while_redis_is_away_counts_before_anything_is_delive
     own_stack.valkey.kill()
     assert (await alice.delete(f"/projects/{project}/collaborators/{member}")).status == 204
     await asyncio.to_thread(own_stack.valkey.start)
-    await his.assert_push("ACCESS_REVOKED", seconds=10, workspaceId=workspace)
+    await his.assert_push("ACCESS_REVOKED", workspaceId=workspace)
     hers = await alice.connect(workspace)
     await hers.push("file:change", workspaceId=workspace, change="secret")
     await his.refute_push(seconds=1)

