@@ -38,6 +38,7 @@ from server.settings import Settings
 from tests.actors import PASSWORD, Actor, Answer
 from tests.conftest import MakeServer
 from tests.faults import Mode, Network
+from tests.patience import PATIENCE_SECONDS
 from tests.processes import Processes
 from tests.test_ratelimit import from_address, shown
 
