@@ -39,7 +39,7 @@ CODES = {
     "precondition_required": (428, "`If-Match` is required"),
     "rate_limited": (429, "too many requests; see `Retry-After`"),
     "internal": (500, "our fault"),
-    "unavailable": (503, "a store is down, or did not answer in time; see `Retry-After`"),
+    "unavailable": (503, "a store is down or slow, or writes collided; see `Retry-After`"),
     "sandbox_unavailable": (503, "no worker has a sandbox"),
     "malformed": (None, "socket: the frame is not a JSON object with an event"),
     "unknown_event": (None, "socket: no such event"),
@@ -133,12 +133,22 @@ class RateLimited(ServiceError):
 
 
 class Unavailable(ServiceError):
-    """A store is down, or cannot be asked in time; always with ``retry_after``."""
+    """A store is down, did not answer in time, or could not settle writes at once; always with ``retry_after``."""
 
     status, default_code, title = 503, "unavailable", "Service Unavailable"
 
     def __init__(self, detail: str | None = None, *, code: str | None = None, retry_after: int = 2) -> None:
         super().__init__(detail, code=code, retry_after=retry_after)
+
+
+def store_down(store: str) -> Unavailable:
+    """No connection to the store: it refuses, hangs up or cannot be found."""
+    return Unavailable(f"{store} is unavailable")
+
+
+def store_slow(store: str) -> Unavailable:
+    """A call to the store reached its timeout. The store may work, and take longer than a request may wait."""
+    return Unavailable(f"{store} did not answer in time")
 
 
 KINDS: tuple[type[ServiceError], ...] = (ServiceError, *ServiceError.__subclasses__())

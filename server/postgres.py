@@ -1,4 +1,33 @@
-"""PostgreSQL: one pool, JSON codecs, and a deadline on every statement."""
+"""PostgreSQL: one pool, JSON codecs, and a deadline on every statement.
+
+Lock order
+    Statements and transactions that lock several rows lock them in this order, so that none waits for another that
+    waits for it:
+
+    1. users, by id: which projects a user is in cannot change meanwhile
+    2. projects, by id
+    3. members, then invitations, then workspaces
+    4. documents, by id; then their updates, snapshots and versions
+    5. activity
+
+    and, apart from these, users before sessions, by id, before refresh tokens.
+
+    Cascades run downwards, and an insert locks its parents (foreign keys), so a statement that changes rows of a
+    project locks the project itself first: in its first CTE, which the others read from. ``FOR NO KEY UPDATE`` if it
+    changes what the project shows, because a trigger then raises the project's revision: a weaker lock would have to
+    be raised, and two that raise theirs while a deletion waits for both wait for each other. Else ``FOR KEY SHARE``,
+    which many hold at once and a deletion waits for.
+
+    A new workspace is nobody else's to lock: there the trigger takes the lock, as late as it can. A commit of live
+    edits changes documents only, so it begins with these. Housekeeping takes what is free (``SKIP LOCKED``).
+
+    tests/field/test_deadlocks.py holds every statement and every endpoint to this.
+
+Collisions
+    What still collides (a deadlock, a serialization failure) is rolled back by PostgreSQL and runs once more here.
+    PostgreSQL notices a deadlock after its ``deadlock_timeout``, 1 s by default; a request may wait 1.6 s for its
+    stores, so there is time for one more attempt, and none for a third.
+"""
 
 import asyncio
 import functools
@@ -8,11 +37,14 @@ from typing import Any, Protocol, TypeVar
 
 import asyncpg
 import orjson
+import structlog
 
 from server import json
 from server.budget import within
-from server.errors import NotFound, Unavailable
+from server.errors import NotFound, Unavailable, store_down, store_slow
 from server.together import Send, Together
+
+log = structlog.get_logger()
 
 POOL_SIZE = 20
 LANES = 6  # of the pool, for single statements; the rest is for transactions, and for what is asked together
@@ -70,23 +102,24 @@ class Database:
         ``LATERAL (... LIMIT 1)``: for a join PostgreSQL would read a small table whole, and keep to that plan while
         the table grows, until it is analysed. It is for reads that every request makes.
         """
-        with unavailable():
+        with translate_errors():
             return await self._finder.ask((query, key), seconds=within(STATEMENT_SECONDS))
 
-    @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[Executor]:
-        """Several statements or none, within the time of one: then the connection is torn down, which ends them."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + within(STATEMENT_SECONDS)
-        with unavailable():
-            connection: Any = await self.pool.acquire(timeout=deadline - loop.time())
-            timer = loop.call_at(deadline, connection.terminate)
-            try:
-                async with connection.transaction():
-                    yield connection
-            finally:
-                timer.cancel()
-                self._give_back(connection)
+    async def transact(self, work: Callable[[Executor], Awaitable[T]]) -> T:
+        """Return what ``work`` returns, run in one transaction: all of its statements take effect, or none.
+
+        It has the time of one statement. If it collides with other writes it runs once more from its beginning, so
+        it has no effects but those on the database.
+
+        Raises:
+            Unavailable: PostgreSQL is down or slow, or it collided twice.
+        """
+
+        async def attempt() -> T:
+            async with self._transaction() as transaction:
+                return await work(transaction)
+
+        return await _retried(attempt)
 
     async def ping(self) -> None:
         await self.fetchval("SELECT 1")
@@ -105,9 +138,29 @@ class Database:
             self.pool.terminate()
 
     async def _run(self, statement: Callable[[Any], Awaitable[T]]) -> T:
-        with unavailable():
+        async def attempt() -> T:
             answer: T = await self._runner.ask(statement, seconds=within(STATEMENT_SECONDS))
             return answer
+
+        return await _retried(attempt)
+
+    @asynccontextmanager
+    async def _transaction(self) -> AsyncIterator[Executor]:
+        """At its deadline the connection is terminated, which ends the transaction."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + within(STATEMENT_SECONDS)
+        connection: Any = await self.pool.acquire(timeout=deadline - loop.time())
+        timer = loop.call_at(deadline, connection.terminate)
+        try:
+            async with connection.transaction():
+                yield connection
+        except _LOST as error:
+            if loop.time() >= deadline:
+                raise TimeoutError("No answer in time") from error
+            raise
+        finally:
+            timer.cancel()
+            self._give_back(connection)
 
     @asynccontextmanager
     async def _connected(self, send: Callable[[Any, list[Q]], Awaitable[list[A]]]) -> AsyncIterator[Send[Q, A]]:
@@ -153,20 +206,40 @@ async def _find(connection: Any, searches: list[Search]) -> list[asyncpg.Record 
     return found
 
 
-class unavailable:  # noqa: N801 - reads as a statement: with unavailable():
-    """Turns what asyncpg raises when the server is away into our 503.
+async def _retried(attempt: Callable[[], Awaitable[T]]) -> T:
+    """Return what ``attempt`` returns, made again if it collided with other writes, once."""
+    with translate_errors():
+        try:
+            return await attempt()
+        except _COLLIDED as error:
+            log.warning("concurrent writes collided", error=type(error).__name__)
+        return await attempt()
 
-    And, when what a new row belongs to has been deleted since it was looked up, into our 404.
+
+class translate_errors:  # noqa: N801 - reads as a statement: with translate_errors():
+    """Turn what asyncpg raises into our 503, which says whether PostgreSQL is down, is slow or gave up.
+
+    And, if what a new row belongs to has been deleted since it was looked up, into our 404.
     """
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, _AWAY) or _is_closed_transport(error):
-            raise Unavailable("PostgreSQL is unavailable") from error
-        if isinstance(error, asyncpg.ForeignKeyViolationError):
-            raise NotFound("It is gone") from error
+        if error is not None and (answer := _answer(error)) is not None:
+            raise answer from error
+
+
+def _answer(error: BaseException) -> Unavailable | NotFound | None:
+    if isinstance(error, _SLOW):
+        return store_slow("PostgreSQL")
+    if isinstance(error, _DOWN) or _is_closed_transport(error):
+        return store_down("PostgreSQL")
+    if isinstance(error, _COLLIDED):
+        return Unavailable("Concurrent writes collided; try again")
+    if isinstance(error, asyncpg.ForeignKeyViolationError):
+        return NotFound("It is gone")
+    return None
 
 
 def _is_closed_transport(error: BaseException | None) -> bool:
@@ -174,20 +247,22 @@ def _is_closed_transport(error: BaseException | None) -> bool:
     return isinstance(error, RuntimeError) and "closed" in str(error)
 
 
-_AWAY = (
-    OSError,
-    TimeoutError,
+_LOST = (
     asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # the connection broke in the middle of a statement
+)
+_SLOW = (TimeoutError, asyncpg.QueryCanceledError, asyncpg.LockNotAvailableError)
+_DOWN = (
+    *_LOST,
+    OSError,
     asyncpg.CannotConnectNowError,
     asyncpg.AdminShutdownError,
     asyncpg.CrashShutdownError,
     asyncpg.InsufficientResourcesError,  # of connections, memory or disk
-    asyncpg.QueryCanceledError,
-    asyncpg.DeadlockDetectedError,  # one of the two is to come back
     asyncpg.ReadOnlySQLTransactionError,
-    asyncpg.InterfaceError,
-    asyncpg.InternalClientError,  # the connection broke in the middle of a statement
 )
+_COLLIDED = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
 
 
 async def connect(url: str, *, size: int = POOL_SIZE, least: int = 1) -> Database:

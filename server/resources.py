@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import asyncpg
 import pymongo
 from motor.motor_asyncio import AsyncIOMotorClient
-from pymongo.errors import PyMongoError
+from pymongo.errors import PyMongoError, ServerSelectionTimeoutError
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.client import Pipeline
 from redis.asyncio.retry import Retry
@@ -23,7 +23,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from server import postgres, replicas
 from server.budget import within
-from server.errors import Unavailable
+from server.errors import store_down, store_slow
 from server.pipelines import REDIS_SECONDS, Pipelines
 from server.replicas import Replicas
 from server.settings import Settings, StartError
@@ -171,18 +171,18 @@ def _close_mongo(client: Any) -> None:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Turns what the clients of Redis and MongoDB raise when these are away into our 503, in time."""
+    """Turns what the clients of Redis and MongoDB raise when these are away or slow into our 503, in time."""
     try:
         with pymongo.timeout(within(MONGO_ANSWER_SECONDS)):
             yield
     except RedisError as error:
-        raise Unavailable("Redis is unavailable") from error
+        raise (store_slow if isinstance(error, RedisTimeoutError) else store_down)("Redis") from error
     except PyMongoError as error:
-        raise Unavailable("MongoDB is unavailable") from error
+        raise (store_slow if _timed_out(error) else store_down)("MongoDB") from error
 
 
 @asynccontextmanager
-async def answered() -> AsyncIterator[None]:
+async def answered(mongo: Any) -> AsyncIterator[None]:
     """As ``reported``, for what asks MongoDB alone: in time also where a crowd asks while it is away. Each of motor's
     few threads waits for it then, and whoever got none would wait for the second round."""
     try:
@@ -190,7 +190,21 @@ async def answered() -> AsyncIterator[None]:
             async with asyncio.timeout(within(MONGO_ANSWER_SECONDS)):
                 yield
     except TimeoutError as error:
-        raise Unavailable("MongoDB is unavailable") from error
+        raise (store_down if _is_down(mongo) else store_slow)("MongoDB") from error
+
+
+def _is_down(mongo: Any) -> bool:
+    """Whether connections to MongoDB fail: the client keeps looking for a server until the timeout either way."""
+    topology = mongo.client.topology_description
+    errors = [server.error for server in topology.server_descriptions().values()]
+    return not topology.has_known_servers and any(error is not None and not _timed_out(error) for error in errors)
+
+
+def _timed_out(error: Exception) -> bool:
+    """Whether the server was slow. The search for a server ends at its timeout also if connections are refused."""
+    if isinstance(error, ServerSelectionTimeoutError):
+        return "timed out" in str(error)
+    return bool(getattr(error, "timeout", False))
 
 
 async def _started(name: str, url: str, opening: Awaitable[Any]) -> Any:

@@ -46,8 +46,7 @@ async def test_statements_that_hang_leave_room_for_transactions_and_are_over_in_
     monkeypatch.setattr(postgres, "STATEMENT_SECONDS", 0.5)
     hanging = [asyncio.ensure_future(db.execute("SELECT pg_sleep(600)")) for _ in range(LANES)]
     await asyncio.sleep(0.1)
-    async with db.transaction() as transaction:
-        assert await transaction.fetchval("SELECT 1") == 1
+    assert await db.transact(lambda transaction: transaction.fetchval("SELECT 1")) == 1
     async with asyncio.timeout(PATIENCE_SECONDS):
         outcomes = await asyncio.gather(*hanging, return_exceptions=True)
     assert all(isinstance(each, Unavailable) for each in outcomes)

@@ -36,7 +36,8 @@ async def create(
         Conflict: ``email_taken``.
         NotFound, Gone, Forbidden: the invitation is unknown, has expired, or was sent to another address.
     """
-    async with db.transaction() as transaction:
+
+    async def register(transaction: Executor) -> tuple[Record, Pair]:
         key = addresses.key(email)
         user = await store.create_user(transaction, email=email, email_key=key, name=name, password_hash=password_hash)
         if user is None:
@@ -45,7 +46,9 @@ async def create(
             await accept(transaction, user["id"], invitation_token)
         pair = await sessions.start(transaction, issuer, user=user["id"], password_hash=password_hash, device=device)
         assert pair is not None
-    return user, pair
+        return user, pair
+
+    return await db.transact(register)
 
 
 async def change_password(db: Database, issuer: Issuer, *, user: User, old_hash: str, new_hash: str) -> None:
@@ -54,11 +57,13 @@ async def change_password(db: Database, issuer: Issuer, *, user: User, old_hash:
     Raises:
         Unauthenticated: ``invalid_credentials``: the password was changed since ``old_hash`` was read.
     """
-    async with db.transaction() as transaction:
+
+    async def change(transaction: Executor) -> list[UUID]:
         if not await store.change_password(transaction, user=user.id, old_hash=old_hash, new_hash=new_hash):
             raise wrong_password()
-        ended = await store.end_sessions(transaction, user=user.id, keep=user.session)
-    await sessions.spread(issuer, sessions=ended)
+        return await store.end_sessions(transaction, user=user.id, keep=user.session)
+
+    await sessions.spread(issuer, sessions=await db.transact(change))
 
 
 async def delete(db: Database, issuer: Issuer, *, user: User, password_hash: str, revisions: list[int] | None) -> None:
@@ -68,7 +73,8 @@ async def delete(db: Database, issuer: Issuer, *, user: User, password_hash: str
         Conflict: the user owns projects with other members.
         PreconditionFailed, Unauthenticated: it is of another revision; gone, or its password is another by now.
     """
-    async with db.transaction() as transaction:
+
+    async def remove(transaction: Executor) -> list[UUID]:
         if not await store.lock_user(transaction, user=user.id, password_hash=password_hash, revisions=revisions):
             raise wrong_password() if revisions is None else changed()
         await store.lock_projects(transaction, user=user.id)
@@ -79,7 +85,9 @@ async def delete(db: Database, issuer: Issuer, *, user: User, password_hash: str
         await store.delete_projects(transaction, projects=[project["id"] for project in owned])
         ended = await store.end_sessions(transaction, user=user.id, keep=None)
         await store.delete_user(transaction, user=user.id)
-    await sessions.spread(issuer, sessions=ended)
+        return ended
+
+    await sessions.spread(issuer, sessions=await db.transact(remove))
 
 
 def wrong_password() -> Unauthenticated:

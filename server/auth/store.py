@@ -149,7 +149,17 @@ async def owned_projects(db: Executor, *, user: UUID) -> list[Record]:
 
 
 async def delete_projects(db: Executor, *, projects: list[UUID]) -> None:
-    await db.execute("DELETE FROM projects WHERE id = ANY ($1::uuid[])", projects)
+    """Delete projects that are locked; the documents of all of them are locked first, in the order of their ids."""
+    await db.execute(
+        """
+        WITH locked AS MATERIALIZED (
+            SELECT d.id FROM documents d JOIN workspaces w ON w.id = d.workspace_id
+            WHERE w.project_id = ANY ($1::uuid[]) ORDER BY d.id FOR UPDATE OF d
+        )
+        DELETE FROM projects WHERE id = ANY ($1) AND (SELECT count(*) FROM locked) >= 0
+        """,
+        projects,
+    )
 
 
 async def delete_user(db: Executor, *, user: UUID) -> None:
@@ -179,8 +189,10 @@ async def start_session(
             SELECT id FROM users WHERE id = $1 AND password_hash = $7 FOR NO KEY UPDATE
         ), ended AS (
             UPDATE sessions SET ended_at = now() WHERE id IN (
-                SELECT s.id FROM sessions s JOIN holder ON holder.id = s.user_id WHERE s.ended_at IS NULL
-                ORDER BY s.last_used_at DESC OFFSET $6 - 1
+                SELECT id FROM sessions WHERE id IN (
+                    SELECT s.id FROM sessions s JOIN holder ON holder.id = s.user_id WHERE s.ended_at IS NULL
+                    ORDER BY s.last_used_at DESC OFFSET $6 - 1
+                ) ORDER BY id FOR NO KEY UPDATE
             ) RETURNING id
         ), started AS (
             INSERT INTO sessions (user_id, user_agent, ip, expires_at) SELECT id, $3, $4, $5 FROM holder RETURNING id
@@ -243,10 +255,12 @@ async def rotate(
     """
     return await db.fetchrow(
         """
-        WITH spent AS (
+        WITH session AS MATERIALIZED (
+            SELECT * FROM sessions WHERE id = (SELECT session_id FROM refresh_tokens WHERE hash = $1) FOR NO KEY UPDATE
+        ), spent AS (
             UPDATE refresh_tokens t
             SET spent_at = COALESCE(t.spent_at, now()), salt = COALESCE(t.salt, $3), key_id = COALESCE(t.key_id, $4)
-            FROM sessions s
+            FROM session s
             WHERE t.hash = $1 AND t.expires_at > now()
               AND s.id = t.session_id AND s.ended_at IS NULL AND s.expires_at > now()
               AND (t.spent_at IS NULL
@@ -384,8 +398,10 @@ async def end_sessions(db: Executor, *, user: UUID, keep: UUID | None) -> list[U
     """End every living session of the user but ``keep``; their ids."""
     rows = await db.fetch(
         """
-        UPDATE sessions SET ended_at = now()
-        WHERE user_id = $1 AND ended_at IS NULL AND ($2::uuid IS NULL OR id <> $2) RETURNING id
+        UPDATE sessions SET ended_at = now() WHERE id IN (
+            SELECT id FROM sessions WHERE user_id = $1 AND ended_at IS NULL AND ($2::uuid IS NULL OR id <> $2)
+            ORDER BY id FOR NO KEY UPDATE
+        ) RETURNING id
         """,
         user,
         keep,
@@ -427,6 +443,7 @@ async def forget_old_sessions(db: Executor, *, keep_days: int) -> int:
         """
         WITH old AS (
             SELECT id FROM sessions WHERE expires_at < now() - make_interval(days => $1) ORDER BY expires_at LIMIT 100
+            FOR UPDATE SKIP LOCKED
         ), tokens AS (
             DELETE FROM refresh_tokens WHERE hash IN (
                 SELECT hash FROM refresh_tokens WHERE session_id IN (SELECT id FROM old) LIMIT 1000

@@ -27,13 +27,18 @@ async def compact(db: Database, workshop: Workshop, log: Log, *, grace_seconds: 
     state, texts = await workshop.do(updates.compact, log.state, tail, named)
     for version, text in texts.items():
         await store.keep_text(db, document=log.document, version=version, text=text.replace(wire.NUL, INSTEAD))
-    async with db.transaction() as transaction:
+
+    async def keep(transaction: Executor) -> bool:
         # From here on, until the commit, nothing gets a name.
         if not await store.lock_document(transaction, document=log.document, kept_version=log.kept_version):
             return False
         if await _unkept(transaction, log):
             return False
         await store.keep_snapshot(transaction, document=log.document, version=log.version, state=state)
+        return True
+
+    if not await db.transact(keep):
+        return False
     await store.shorten_log(db, document=log.document, version=log.version, grace_seconds=grace_seconds)
     return True
 

@@ -60,6 +60,7 @@ async def create_document(request: web.Request) -> web.Response:
     path, content = request[BODY]["path"], request[BODY]["content"]
     made = await store.create_document(
         _db(request),
+        project=request[ACCESS].project,
         workspace=UUID(request.match_info["workspaceId"]),
         actor=request[USER].id,
         path=path,
@@ -68,6 +69,8 @@ async def create_document(request: web.Request) -> web.Response:
         update=updates.first(content),
     )
     if made is None:
+        raise NotFound("The workspace is gone")
+    if made["id"] is None:
         raise _path_taken()
     await _report(request, "DOCUMENT_CREATED", made, name=made["actor_name"])
     tag = etag(made["revision"], request[ACCESS].role.name)
@@ -94,6 +97,7 @@ async def rename_document(request: web.Request) -> web.Response:
     try:
         made = await store.rename_document(
             _db(request),
+            project=request[ACCESS].project,
             document=_id(request),
             actor=request[USER].id,
             path=path,
@@ -114,7 +118,9 @@ async def rename_document(request: web.Request) -> web.Response:
 async def delete_document(request: web.Request) -> web.Response:
     revisions = expected_revisions(request, request[ACCESS].role.name)
     actor = request[USER].id
-    gone = await store.delete_document(_db(request), document=_id(request), actor=actor, revisions=revisions)
+    gone = await store.delete_document(
+        _db(request), project=request[ACCESS].project, document=_id(request), actor=actor, revisions=revisions
+    )
     if gone is None:
         raise lost(revisions)
     await _report(request, "DOCUMENT_DELETED", gone, name=gone["actor_name"])

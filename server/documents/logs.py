@@ -11,7 +11,7 @@ from server.documents import store, updates, wire
 from server.documents.commits import PAUSE_SECONDS
 from server.documents.live import MOST_STATE_BYTES
 from server.documents.workshop import Failed, Workshop
-from server.errors import Forbidden, NotFound, TooLarge, Unavailable
+from server.errors import Forbidden, NotFound, TooLarge, Unavailable, store_slow
 from server.postgres import Executor
 
 PAGE_UPDATES = 2000  # of a log, read at once
@@ -161,7 +161,7 @@ async def rewrite(
         with uncounted():
             update = await _edit_to(text, log, workshop)
         if within(WRITE_SECONDS) < WRITE_SECONDS:  # it could be written, and nobody would know
-            raise Unavailable("PostgreSQL answers too slowly")
+            raise store_slow("PostgreSQL")
         # What others have just edited is not in this text; where they never rest, it is merged with theirs.
         merges = versions is None and attempt == WRITE_AGAIN - 1
         row = await store.append_named(

@@ -13,28 +13,35 @@ from server.postgres import Executor
 
 
 async def create_document(
-    db: Executor, *, workspace: UUID, actor: UUID, path: str, mime_type: str, size: int, update: bytes
+    db: Executor, *, project: UUID, workspace: UUID, actor: UUID, path: str, mime_type: str, size: int, update: bytes
 ) -> Record | None:
-    """The new document; None where the path is taken. ``actor_name`` is who made it."""
+    """Return the new document, with ``actor_name``; ``id`` is None if the path is taken.
+
+    None if the workspace is deleted.
+    """
     return await db.fetchrow(
         """
-        WITH made AS (
+        WITH project AS MATERIALIZED (
+            SELECT id FROM projects WHERE id = $1 FOR KEY SHARE
+        ), workspace AS MATERIALIZED (
+            SELECT w.id FROM project JOIN workspaces w ON w.project_id = project.id WHERE w.id = $2 FOR KEY SHARE OF w
+        ), made AS (
             INSERT INTO documents (workspace_id, path, mime_type, size, updated_by)
-            SELECT id, $3, $4, $5, $2 FROM workspaces WHERE id = $1
+            SELECT id, $4, $5, $6, $3 FROM workspace
             ON CONFLICT (workspace_id, path) DO NOTHING RETURNING *
         ), logged AS (
             INSERT INTO document_updates (document_id, version, author_id, at, data)
-            SELECT id, version, $2, created_at, $6 FROM made
+            SELECT id, version, $3, created_at, $7 FROM made
         ), named AS (
             INSERT INTO document_versions (document_id, version, cause, created_at, author_id, size)
-            SELECT id, version, 'created', created_at, $2, size FROM made
+            SELECT id, version, 'created', created_at, $3, size FROM made
         ), noted AS (
             INSERT INTO activity (project_id, actor_id, action, subject)
-            SELECT w.project_id, $2, 'document.created', jsonb_build_object('documentId', made.id, 'path', path)
-            FROM made JOIN workspaces w ON w.id = made.workspace_id
+            SELECT $1, $3, 'document.created', jsonb_build_object('documentId', made.id, 'path', path) FROM made
         )
-        SELECT made.*, (SELECT name FROM users WHERE id = $2) AS actor_name FROM made
+        SELECT made.*, (SELECT name FROM users WHERE id = $3) AS actor_name FROM workspace LEFT JOIN made ON true
         """,
+        project,
         workspace,
         actor,
         path,
@@ -62,25 +69,34 @@ async def list_documents(db: Executor, *, workspace: UUID, limit: int, after: st
 
 
 async def rename_document(
-    db: Executor, *, document: UUID, actor: UUID, path: str, mime_type: str, revisions: list[int] | None
+    db: Executor, *, project: UUID, document: UUID, actor: UUID, path: str, mime_type: str, revisions: list[int] | None
 ) -> Record | None:
     """The renamed document; None where it is gone or its revision is none of these.
+
+    Renames within a workspace run one after the other: two that swap paths would each wait for the other's.
 
     Raises:
         asyncpg.UniqueViolationError: the path is taken.
     """
     return await db.fetchrow(
         """
-        WITH changed AS (
-            UPDATE documents SET path = $3, mime_type = $4, revision = revision + 1
-            WHERE id = $1 AND ($5::bigint[] IS NULL OR revision = ANY ($5)) RETURNING *
+        WITH project AS MATERIALIZED (
+            SELECT id FROM projects WHERE id = $1 FOR KEY SHARE
+        ), workspace AS MATERIALIZED (
+            SELECT w.id FROM project JOIN workspaces w ON w.project_id = project.id
+            WHERE w.id = (SELECT workspace_id FROM documents WHERE id = $2) FOR NO KEY UPDATE OF w
+        ), changed AS (
+            UPDATE documents d SET path = $4, mime_type = $5, revision = revision + 1
+            FROM workspace
+            WHERE d.id = $2 AND d.workspace_id = workspace.id AND ($6::bigint[] IS NULL OR revision = ANY ($6))
+            RETURNING d.*
         ), noted AS (
             INSERT INTO activity (project_id, actor_id, action, subject)
-            SELECT w.project_id, $2, 'document.renamed', jsonb_build_object('documentId', changed.id, 'path', path)
-            FROM changed JOIN workspaces w ON w.id = changed.workspace_id
+            SELECT $1, $3, 'document.renamed', jsonb_build_object('documentId', id, 'path', path) FROM changed
         )
-        SELECT changed.*, (SELECT name FROM users WHERE id = $2) AS actor_name FROM changed
+        SELECT changed.*, (SELECT name FROM users WHERE id = $3) AS actor_name FROM changed
         """,
+        project,
         document,
         actor,
         path,
@@ -89,19 +105,24 @@ async def rename_document(
     )
 
 
-async def delete_document(db: Executor, *, document: UUID, actor: UUID, revisions: list[int] | None) -> Record | None:
+async def delete_document(
+    db: Executor, *, project: UUID, document: UUID, actor: UUID, revisions: list[int] | None
+) -> Record | None:
     """What was deleted; None where it is gone or its revision is none of these."""
     return await db.fetchrow(
         """
-        WITH gone AS (
-            DELETE FROM documents WHERE id = $1 AND ($3::bigint[] IS NULL OR revision = ANY ($3)) RETURNING *
+        WITH project AS MATERIALIZED (
+            SELECT id FROM projects WHERE id = $1 FOR KEY SHARE
+        ), gone AS (
+            DELETE FROM documents d USING project
+            WHERE d.id = $2 AND ($4::bigint[] IS NULL OR revision = ANY ($4)) RETURNING d.*
         ), noted AS (
             INSERT INTO activity (project_id, actor_id, action, subject)
-            SELECT w.project_id, $2, 'document.deleted', jsonb_build_object('documentId', gone.id, 'path', path)
-            FROM gone JOIN workspaces w ON w.id = gone.workspace_id
+            SELECT $1, $3, 'document.deleted', jsonb_build_object('documentId', id, 'path', path) FROM gone
         )
-        SELECT gone.*, (SELECT name FROM users WHERE id = $2) AS actor_name FROM gone
+        SELECT gone.*, (SELECT name FROM users WHERE id = $3) AS actor_name FROM gone
         """,
+        project,
         document,
         actor,
         revisions,
@@ -371,8 +392,11 @@ async def shorten_log(db: Executor, *, document: UUID, version: int, grace_secon
     """Delete what a snapshot holds; the newest stays for those that catch up."""
     await db.execute(
         """
-        DELETE FROM document_updates
-        WHERE document_id = $1 AND version <= $2 AND at < now() - make_interval(secs => $3)
+        WITH document AS MATERIALIZED (
+            SELECT id FROM documents WHERE id = $1 FOR KEY SHARE
+        )
+        DELETE FROM document_updates u USING document
+        WHERE u.document_id = document.id AND version <= $2 AND at < now() - make_interval(secs => $3)
         """,
         document,
         version,

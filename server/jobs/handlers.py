@@ -45,7 +45,7 @@ _IN_PAYLOAD = Requirement(Role.COLLABORATOR, named("documentId", "workspaceId", 
 async def create_job(request: web.Request) -> web.Response:
     body, mongo = request[BODY], request.app[RESOURCES].mongo
     key, body_hash = _idempotency_key(request, body), store.hash_of(body)
-    async with answered():
+    async with answered(request.app[RESOURCES].mongo):
         # Before all else: who repeats is not refused for what has changed since.
         earlier = await store.under_key(mongo, user=request[USER].id, key=key, body_hash=body_hash)
     job, duplicate = (earlier, True) if earlier else await _create(request, body, key, body_hash)
@@ -63,7 +63,7 @@ async def _create(request: web.Request, body: dict[str, Any], key: str | None, b
     if language := JOB_TYPES[body["type"]].needs(body["payload"]):
         await request.app[ROSTER].demand(language)
     name = await _name(request) if workspace else ""
-    async with answered():
+    async with answered(request.app[RESOURCES].mongo):
         return await store.create(
             request.app[RESOURCES].mongo,
             user=request[USER].id,
@@ -96,7 +96,7 @@ async def _admit(request: web.Request, job: Job) -> None:
 async def list_jobs(request: web.Request) -> web.Response:
     query = request[QUERY]
     project: UUID | None = query["project_id"]
-    async with answered():
+    async with answered(request.app[RESOURCES].mongo):
         jobs, more = await store.list_jobs(
             request.app[RESOURCES].mongo,
             user=None if project else request[USER].id,
@@ -114,7 +114,7 @@ async def list_jobs(request: web.Request) -> web.Response:
 @docs(tags=["jobs"], summary="Your jobs by status, and what everybody's queues hold")
 @response_schema(schemas.Stats, 200)
 async def read_stats(request: web.Request) -> web.Response:
-    async with answered():
+    async with answered(request.app[RESOURCES].mongo):
         mine, everybody = await store.count(request.app[RESOURCES].mongo, user=request[USER].id, now=store.moment())
     with reported():
         workers = await request.app[ROSTER].workers()
@@ -139,7 +139,7 @@ async def read_logs(request: web.Request) -> web.Response:
     job = await _visible(request)
     query = request[QUERY]
     after = query["after"] if query["cursor"] is None else query["cursor"]
-    async with answered():
+    async with answered(request.app[RESOURCES].mongo):
         items, end = await output.read(request.app[RESOURCES].mongo, job=job["_id"], after=after, limit=query["limit"])
     # The job was read before its output: one that had ended then has no more than this.
     complete = store.has_settled(job, now=store.moment()) and len(items) < query["limit"]
@@ -197,7 +197,7 @@ async def read_artifact(request: web.Request) -> web.StreamResponse:
     if made is None or made["name"] != name:
         raise NotFound("No such artifact")
     mongo = request.app[RESOURCES].mongo
-    async with answered():
+    async with answered(request.app[RESOURCES].mongo):
         file = await artifacts.find(mongo, job=job, name=name)
     if file is None or made["expiresAt"] <= store.moment():
         raise Gone("The artifact has expired")
@@ -244,7 +244,7 @@ def _file_headers(file: Any, tag: str) -> dict[str, str]:
 async def _visible(request: web.Request, *, role: Role = Role.VIEWER) -> Job:
     """The job of the path, for its owner and the members of its project who have the role."""
     id = fields.parse_id(request.match_info["jobId"])
-    async with answered():
+    async with answered(request.app[RESOURCES].mongo):
         job = await store.read(request.app[RESOURCES].mongo, job=str(id)) if id else None
     if job is None:
         raise NotFound("No such job")

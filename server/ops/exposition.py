@@ -103,7 +103,7 @@ async def _jobs(mongo: Any) -> list[Metric]:
     number, oldest = (GaugeMetricFamily(name, help, labels=JOB_LABELS) for name, help in OF_JOBS.items())
     try:
         with budget(CHECK_SECONDS):
-            async with answered():
+            async with answered(mongo):
                 groups = await store.unfinished(mongo, now=store.moment())
     except Unavailable as error:
         log.warning("jobs not counted", error=error.detail)

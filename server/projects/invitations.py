@@ -26,6 +26,7 @@ async def invite(db: Executor, *, project: UUID, actor: UUID, email: str, role: 
 
     Raises:
         ValidationFailed: no account can be made with that address.
+        NotFound: the project is deleted.
     """
     try:
         email = addresses.parse(email)
@@ -42,6 +43,8 @@ async def invite(db: Executor, *, project: UUID, actor: UUID, email: str, role: 
         token_hash=token_hash(token),
         expires_at=now + LIFETIME,
     )
+    if invited is None:
+        raise NotFound("The project is gone")
     return {**invited, "token": token}
 
 

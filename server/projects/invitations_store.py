@@ -19,13 +19,18 @@ async def invite(
     role: str,
     token_hash: bytes,
     expires_at: datetime,
-) -> Record:
-    """The pending invitation of that address: new, or renewed with a new token."""
-    row = await db.fetchrow(
+) -> Record | None:
+    """Return the pending invitation of that address: new, or renewed with a new token.
+
+    None if the project is deleted.
+    """
+    return await db.fetchrow(
         """
-        WITH invited AS (
+        WITH project AS MATERIALIZED (
+            SELECT id FROM projects WHERE id = $1 FOR KEY SHARE
+        ), invited AS (
             INSERT INTO invitations (project_id, email, email_key, role, token_hash, invited_by, expires_at)
-            VALUES ($1, $3, $7, $4, $5, $2, $6)
+            SELECT id, $3, $7, $4, $5, $2, $6 FROM project
             ON CONFLICT (project_id, lower(email)) DO UPDATE
                 SET role = EXCLUDED.role, token_hash = EXCLUDED.token_hash, invited_by = EXCLUDED.invited_by,
                     created_at = now(), expires_at = EXCLUDED.expires_at
@@ -45,8 +50,6 @@ async def invite(
         expires_at,
         email_key,
     )
-    assert row is not None
-    return row
 
 
 async def list_invitations(
@@ -75,8 +78,11 @@ async def withdraw_invitation(db: Executor, *, project: UUID, actor: UUID, invit
     return bool(
         await db.fetchval(
             """
-            WITH gone AS (
-                DELETE FROM invitations WHERE project_id = $1 AND id = $3 RETURNING email
+            WITH project AS MATERIALIZED (
+                SELECT id FROM projects WHERE id = $1 FOR KEY SHARE
+            ), gone AS (
+                DELETE FROM invitations i USING project
+                WHERE i.project_id = project.id AND i.id = $3 RETURNING email
             ), noted AS (
                 INSERT INTO activity (project_id, actor_id, action, subject)
                 SELECT $1, $2, 'invitation.withdrawn', jsonb_build_object('email', email) FROM gone
@@ -94,11 +100,16 @@ async def accept_invitation(db: Executor, *, user: UUID, token_hash: bytes) -> R
     """``project_id`` and ``role`` where the invitation is alive and addressed to the user; it is used up."""
     return await db.fetchrow(
         """
-        WITH used AS (
-            DELETE FROM invitations
-            WHERE token_hash = $2 AND expires_at > now()
-              AND email_key = (SELECT email_key FROM users WHERE id = $1)
-            RETURNING project_id, role
+        WITH joiner AS MATERIALIZED (
+            SELECT email_key FROM users WHERE id = $1 FOR SHARE
+        ), project AS MATERIALIZED (
+            SELECT p.id FROM joiner, invitations i JOIN projects p ON p.id = i.project_id
+            WHERE i.token_hash = $2 FOR NO KEY UPDATE OF p
+        ), used AS (
+            DELETE FROM invitations i USING joiner, project
+            WHERE i.token_hash = $2 AND i.project_id = project.id AND i.expires_at > now()
+              AND i.email_key = joiner.email_key
+            RETURNING i.project_id, i.role
         ), joined AS (
             INSERT INTO members (project_id, user_id, role) SELECT project_id, $1, role FROM used
             ON CONFLICT (project_id, user_id) DO NOTHING
@@ -126,6 +137,7 @@ async def forget(db: Executor, *, keep_days: int, most: int) -> int:
         WITH forgotten AS (
             DELETE FROM invitations WHERE id IN (
                 SELECT id FROM invitations WHERE expires_at < now() - make_interval(days => $1) LIMIT $2
+                FOR UPDATE SKIP LOCKED
             ) RETURNING id
         )
         SELECT count(*) FROM forgotten

@@ -49,11 +49,14 @@ async def transfer(db: Database, *, project: UUID, owner: UUID, to: UUID) -> Non
     """
     if to == owner:
         raise invalid("userId", "The project is yours already.")
-    async with db.transaction() as transaction:
+
+    async def swap(transaction: Executor) -> None:
         if not await members_store.step_down(transaction, project=project, owner=owner):
             raise Forbidden("You are not the owner any more")
         if not await members_store.step_up(transaction, project=project, actor=owner, user=to):
             raise invalid("userId", "Not a member of this project.")
+
+    await db.transact(swap)
 
 
 async def _refusal(db: Executor, *, project: UUID, member: UUID) -> ServiceError:

@@ -14,11 +14,18 @@ async def user_id_by_key(db: Executor, *, email_key: str) -> UUID | None:
 
 
 async def add_member(db: Executor, *, project: UUID, actor: UUID, user: UUID, role: str) -> Record | None:
-    """The new member (a pending invitation of theirs is used up); None where they are one already."""
+    """Add a member, and use up the pending invitation of that user.
+
+    ``id`` is None if the user is a member already; None if the project or the user is deleted.
+    """
     return await db.fetchrow(
         """
-        WITH added AS (
-            INSERT INTO members (project_id, user_id, role) VALUES ($1, $3, $4)
+        WITH joiner AS MATERIALIZED (
+            SELECT id FROM users WHERE id = $3 FOR SHARE
+        ), project AS MATERIALIZED (
+            SELECT p.id FROM joiner, projects p WHERE p.id = $1 FOR NO KEY UPDATE OF p
+        ), added AS (
+            INSERT INTO members (project_id, user_id, role) SELECT id, $3, $4 FROM project
             ON CONFLICT (project_id, user_id) DO NOTHING RETURNING *
         ), used AS (
             DELETE FROM invitations i USING users u, added
@@ -28,7 +35,7 @@ async def add_member(db: Executor, *, project: UUID, actor: UUID, user: UUID, ro
             SELECT $1, $2, 'collaborator.added', jsonb_build_object('userId', user_id, 'role', role) FROM added
         )
         SELECT added.id, added.role, added.joined_at, person(u) AS "user"
-        FROM added JOIN users u ON u.id = added.user_id
+        FROM project JOIN users u ON u.id = $3 LEFT JOIN added ON true
         """,
         project,
         actor,
@@ -60,8 +67,11 @@ async def change_role(db: Executor, *, project: UUID, actor: UUID, member: UUID,
     """The member with the new role; None where there is none, or they are the owner."""
     return await db.fetchrow(
         """
-        WITH changed AS (
-            UPDATE members SET role = $4 WHERE project_id = $1 AND id = $3 AND role <> 'OWNER' RETURNING *
+        WITH project AS MATERIALIZED (
+            SELECT id FROM projects WHERE id = $1 FOR NO KEY UPDATE
+        ), changed AS (
+            UPDATE members m SET role = $4 FROM project
+            WHERE m.project_id = project.id AND m.id = $3 AND role <> 'OWNER' RETURNING m.*
         ), noted AS (
             INSERT INTO activity (project_id, actor_id, action, subject)
             SELECT $1, $2, 'collaborator.role_changed', jsonb_build_object('userId', user_id, 'role', role)
@@ -81,8 +91,11 @@ async def remove_member(db: Executor, *, project: UUID, actor: UUID, member: UUI
     """Who was removed, and the actor's name; None where there is none, or they are the owner."""
     return await db.fetchrow(
         """
-        WITH gone AS (
-            DELETE FROM members WHERE project_id = $1 AND id = $3 AND role <> 'OWNER' RETURNING user_id
+        WITH project AS MATERIALIZED (
+            SELECT id FROM projects WHERE id = $1 FOR NO KEY UPDATE
+        ), gone AS (
+            DELETE FROM members m USING project
+            WHERE m.project_id = project.id AND m.id = $3 AND role <> 'OWNER' RETURNING user_id
         ), noted AS (
             INSERT INTO activity (project_id, actor_id, action, subject)
             SELECT $1, $2, CASE WHEN user_id = $2 THEN 'collaborator.left' ELSE 'collaborator.removed' END,
@@ -101,8 +114,11 @@ async def step_down(db: Executor, *, project: UUID, owner: UUID) -> bool:
     return bool(
         await db.fetchval(
             """
-            UPDATE members SET role = 'COLLABORATOR'
-            WHERE project_id = $1 AND user_id = $2 AND role = 'OWNER' RETURNING true
+            WITH project AS MATERIALIZED (
+                SELECT id FROM projects WHERE id = $1 FOR NO KEY UPDATE
+            )
+            UPDATE members m SET role = 'COLLABORATOR' FROM project
+            WHERE m.project_id = project.id AND user_id = $2 AND role = 'OWNER' RETURNING true
             """,
             project,
             owner,

@@ -193,7 +193,7 @@ class Realtime:
         if thing not in connection.grants and len(connection.grants) >= MOST_ROOMS:
             raise Conflict("In too many workspaces and documents at once")
         await self._has_departed(workspace, connection)
-        room = self._rooms.setdefault(workspace, Room(workspace, self._restore))
+        room = self._rooms.setdefault(workspace, Room(workspace, self._restore, self.subscriber.failure))
         connection.grants.pop(thing, None)
         try:
             arrival = await room.expect(connection)
@@ -271,7 +271,7 @@ class Realtime:
         if departing is not None:
             await asyncio.wait({departing})
             if (workspace, connection.id) in self._departing:
-                raise Unavailable("Redis is unavailable")
+                raise self.subscriber.failure()
 
     async def _uncount(self, workspace: UUID, connection: str) -> None:
         try:

@@ -32,8 +32,9 @@ class Message(NamedTuple):
 class Arrival:
     """Somebody who enters: deaf until their mark, then everything is kept for them until they are in."""
 
-    def __init__(self) -> None:
+    def __init__(self, failure: Callable[[], Unavailable]) -> None:
         self.kept: list[Message] = []
+        self._failure = failure
         self._begun = False
         self._broken = False
         self._decided = asyncio.Event()
@@ -53,7 +54,7 @@ class Arrival:
     def demand_touch(self) -> None:
         """Raises Unavailable where the subscription was lost since."""
         if self._broken:
-            raise Unavailable("Redis is unavailable")
+            raise self._failure()
 
     async def history_is_complete(self) -> None:
         """Returns when the mark was heard. Nothing may be awaited between this and ``admit``.
@@ -65,7 +66,7 @@ class Arrival:
             async with asyncio.timeout(MARK_SECONDS):
                 await self._decided.wait()
         except TimeoutError:
-            self._broken = True
+            raise self._failure() from None
         self.demand_touch()
         if len(self.kept) > KEPT_MESSAGES:
             raise Unavailable("Too much is happening in this workspace")
@@ -77,8 +78,10 @@ Restore = Callable[["Room", str], Awaitable[tuple[Replay, list[Online]]]]
 class Room:
     """A ``Listener`` of its workspace's channel."""
 
-    def __init__(self, workspace: UUID, restore: Restore) -> None:
+    def __init__(self, workspace: UUID, restore: Restore, failure: Callable[[], Unavailable]) -> None:
+        """``failure`` tells what is wrong with Redis, for those who cannot enter."""
         self.workspace = workspace
+        self._failure = failure
         self.channel = room_channel(workspace)
         self.members: dict[str, Connection] = {}
         self.last = ""  # the newest durable event that the members have been sent
@@ -116,8 +119,8 @@ class Room:
             async with asyncio.timeout(MARK_SECONDS):
                 await self._whole.wait()
         except TimeoutError:
-            raise Unavailable("Redis is unavailable") from None
-        return self._arrivals.setdefault(connection.id, Arrival())
+            raise self._failure() from None
+        return self._arrivals.setdefault(connection.id, Arrival(self._failure))
 
     def admit(self, connection: Connection, *, last: str) -> None:
         """They are in, and told what happened since their mark; they know what came before it, up to ``last``."""
@@ -185,7 +188,7 @@ class Room:
                 self._whole.set()
                 return
             token = uuid4().hex
-            arrival = self._arrivals[token] = Arrival()
+            arrival = self._arrivals[token] = Arrival(self._failure)
             try:
                 replay, online = await self._catch_up(token, arrival)
                 await arrival.history_is_complete()

@@ -14,8 +14,9 @@ import structlog
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from server.errors import ServiceError, Unavailable
+from server.errors import ServiceError, Unavailable, store_down, store_slow
 
 log = structlog.get_logger()
 
@@ -49,6 +50,7 @@ class Subscriber:
     def __init__(self, redis: Redis, *, channel: str, control: Listener, vouch: Callable[[], Awaitable[None]]) -> None:
         self.serving = False
         """Whether messages flow, and what was missed of the control channel cannot matter any more."""
+        self._lost_by: Exception | None = None  # the last connection
         self._pool: Any = redis.connection_pool
         self._control = channel.encode()
         self._vouch = vouch
@@ -97,6 +99,7 @@ class Subscriber:
                 async with self._connected() as connection:
                     await self._serve(connection)
             except (RedisError, OSError, TimeoutError) as error:
+                self._lost_by = error
                 log.warning("events interrupted", error=str(error), retry_in=self._pause)
             finally:
                 self._interrupt()
@@ -170,7 +173,7 @@ class Subscriber:
             self._heard = False
             await _command(connection, "PING", b"")
             await asyncio.sleep(PING_SECONDS)
-        raise RedisConnectionError("Redis is silent")
+        raise RedisTimeoutError("Redis is silent")
 
     async def _resume(self, missed: list[tuple[bytes, Listener]]) -> None:
         slots = asyncio.Semaphore(RESUMED_AT_ONCE)
@@ -195,7 +198,12 @@ class Subscriber:
             async with asyncio.timeout(SUBSCRIBE_SECONDS):
                 await asyncio.shield(waiting)
         except TimeoutError:
-            raise Unavailable("Redis is unavailable") from None
+            raise self.failure() from None
+
+    def failure(self) -> Unavailable:
+        """Return why Redis did not do something in time: it is slow, or there is no connection to it."""
+        is_slow = self.serving or isinstance(self._lost_by, RedisTimeoutError | TimeoutError)
+        return (store_slow if is_slow else store_down)("Redis")
 
     def _confirm(self, channel: bytes) -> None:
         self._unconfirmed[channel] -= 1

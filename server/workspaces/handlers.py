@@ -116,6 +116,7 @@ async def change_workspace(request: web.Request) -> web.Response:
     revisions = expected_revisions(request, role)
     made = await store.change_workspace(
         request.app[RESOURCES].db,
+        project=request[ACCESS].project,
         workspace=_id(request),
         actor=actor,
         name=given.get("name"),
@@ -137,7 +138,11 @@ async def delete_workspace(request: web.Request) -> web.Response:
     revisions = expected_revisions(request, request[ACCESS].role.name)
     actor, workspace = request[USER].id, _id(request)
     gone = await store.delete_workspace(
-        request.app[RESOURCES].db, workspace=workspace, actor=actor, revisions=revisions
+        request.app[RESOURCES].db,
+        project=request[ACCESS].project,
+        workspace=workspace,
+        actor=actor,
+        revisions=revisions,
     )
     if gone is None:
         raise lost(revisions)

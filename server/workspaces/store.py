@@ -60,6 +60,7 @@ async def list_workspaces(
 async def change_workspace(
     db: Executor,
     *,
+    project: UUID,
     workspace: UUID,
     actor: UUID,
     name: str | None,
@@ -70,17 +71,22 @@ async def change_workspace(
     """The changed workspace, with ``actor_name``; None where it is gone or its revision is none of these."""
     return await db.fetchrow(
         """
-        WITH changed AS (
-            UPDATE workspaces SET name = COALESCE($3, name), description = COALESCE($4, description),
-                                  meta = COALESCE($5, meta), revision = revision + 1, updated_at = now()
-            WHERE id = $1 AND ($6::bigint[] IS NULL OR revision = ANY ($6)) RETURNING *
+        WITH project AS MATERIALIZED (
+            SELECT id FROM projects WHERE id = $1 FOR NO KEY UPDATE
+        ), changed AS (
+            UPDATE workspaces w SET name = COALESCE($4, name), description = COALESCE($5, description),
+                                    meta = COALESCE($6, meta), revision = revision + 1, updated_at = now()
+            FROM project
+            WHERE w.id = $2 AND w.project_id = project.id AND ($7::bigint[] IS NULL OR revision = ANY ($7))
+            RETURNING w.*
         ), noted AS (
             INSERT INTO activity (project_id, actor_id, action, subject)
-            SELECT project_id, $2, 'workspace.updated', jsonb_build_object('workspaceId', id, 'name', name)
+            SELECT project_id, $3, 'workspace.updated', jsonb_build_object('workspaceId', id, 'name', name)
             FROM changed
         )
-        SELECT changed.*, (SELECT name FROM users WHERE id = $2) AS actor_name FROM changed
+        SELECT changed.*, (SELECT name FROM users WHERE id = $3) AS actor_name FROM changed
         """,
+        project,
         workspace,
         actor,
         name,
@@ -90,19 +96,26 @@ async def change_workspace(
     )
 
 
-async def delete_workspace(db: Executor, *, workspace: UUID, actor: UUID, revisions: list[int] | None) -> Record | None:
+async def delete_workspace(
+    db: Executor, *, project: UUID, workspace: UUID, actor: UUID, revisions: list[int] | None
+) -> Record | None:
     """``actor_name``; None where it is gone already or its revision is none of these."""
     return await db.fetchrow(
         """
-        WITH gone AS (
-            DELETE FROM workspaces WHERE id = $1 AND ($3::bigint[] IS NULL OR revision = ANY ($3)) RETURNING *
+        WITH project AS MATERIALIZED (
+            SELECT id FROM projects WHERE id = $1 FOR NO KEY UPDATE
+        ), gone AS (
+            DELETE FROM workspaces w USING project
+            WHERE w.id = $2 AND w.project_id = project.id AND ($4::bigint[] IS NULL OR revision = ANY ($4))
+            RETURNING w.*
         ), noted AS (
             INSERT INTO activity (project_id, actor_id, action, subject)
-            SELECT project_id, $2, 'workspace.deleted', jsonb_build_object('workspaceId', id, 'name', name)
+            SELECT project_id, $3, 'workspace.deleted', jsonb_build_object('workspaceId', id, 'name', name)
             FROM gone
         )
-        SELECT (SELECT name FROM users WHERE id = $2) AS actor_name FROM gone
+        SELECT (SELECT name FROM users WHERE id = $3) AS actor_name FROM gone
         """,
+        project,
         workspace,
         actor,
         revisions,

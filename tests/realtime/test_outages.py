@@ -134,6 +134,25 @@ async def test_sockets_outlive_a_redis_that_is_silent(apart: Three, redis: Proxy
     await late.assert_push("FILE_CHANGE", change="again")
 
 
+@pytest.mark.parametrize(
+    ("mode", "told"),
+    [(Mode.BLACK_HOLE, "Redis did not answer in time"), (Mode.STOPPED, "Redis is unavailable")],
+    ids=["silent", "stopped"],
+)
+async def test_who_cannot_enter_is_told_whether_redis_is_slow_or_away(
+    mode: Mode, told: str, apart: Three, redis: Proxy
+) -> None:
+    """From the first moment on: while the silence is not noticed, and when the connection was given up for it."""
+    alice, bob, project = apart
+    workspace = await alice.make_workspace(project)
+    his = await bob.connect()
+    await redis.turn(mode)
+    for _ in range(3):
+        with pytest.raises(Refused) as refused:
+            await his.push("join:workspace", workspaceId=workspace)
+        assert (refused.value.code, refused.value.data["message"]) == ("unavailable", told)
+
+
 async def test_the_welcome_comes_first_whatever_is_due(
     network: Network, redis: Proxy, make_actor: MakeActor, make_server: MakeServer
 ) -> None:
