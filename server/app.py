@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Iterable
 from itertools import chain
 from typing import Any
 
-import aiohttp_cors
 import structlog
 from aiohttp import hdrs, web
 
@@ -46,7 +45,7 @@ from server.realtime.hub import REALTIME, Realtime
 from server.realtime.messages import messages as socket_messages
 from server.realtime.table import Message, MessageTable, merge
 from server.resources import Resources
-from server.rest import openapi
+from server.rest import cors, idempotency, openapi
 from server.rest.keys import LIMITER, RESOURCES, User
 from server.rest.marks import public
 from server.rest.middlewares import Admission, dress, middlewares
@@ -122,7 +121,7 @@ def create_app(settings: Settings, stores: Resources) -> web.Application:
     app.on_startup.extend((prepare_stores, start_realtime))
     app.on_shutdown.append(stop_realtime)  # before aiohttp closes the connections that are left
     app.cleanup_ctx.extend((close_hasher, keep_accounts, watch_itself))
-    allow_origins(app, settings.cors_origin)
+    cors.allow_origins(app, settings.cors_origin)
     return app
 
 
@@ -237,7 +236,8 @@ async def close_hasher(app: web.Application) -> AsyncIterator[None]:
 async def keep_accounts(app: web.Application) -> AsyncIterator[None]:
     db = app[RESOURCES].db
     forget_invitations = Chore("forget expired invitations", functools.partial(invitations.forget_expired, db))
-    task = asyncio.ensure_future(upkeep.run(db, app[auth.ISSUER], forget_invitations))
+    forget_keys = Chore("forget old idempotency keys", functools.partial(idempotency.forget_old, db))
+    task = asyncio.ensure_future(upkeep.run(db, app[auth.ISSUER], forget_invitations, forget_keys))
     yield
     task.cancel()
     await asyncio.wait({task})
@@ -254,25 +254,9 @@ async def watch_itself(app: web.Application) -> AsyncIterator[None]:
     await asyncio.wait(tasks)
 
 
-def allow_origins(app: web.Application, origins: Iterable[str]) -> None:
-    """CORS by aiohttp-cors; it does not look at WebSockets, the socket's door does."""
-    options = aiohttp_cors.ResourceOptions(allow_headers="*", allow_methods="*", expose_headers="*", max_age=3600)
-    cors = aiohttp_cors.setup(app, defaults=dict.fromkeys(origins, options))
-    for route in list(app.router.routes()):
-        if route.resource is not None and route.resource.canonical.startswith("/api/"):
-            cors.add(route)
-    if "*" not in origins:
-        app.on_response_prepare.append(vary_by_origin)
-
-
 async def insist_on_tls(_: web.Request, response: web.StreamResponse) -> None:
     """Signal: whoever has come over TLS once is to come over nothing else. Over plain HTTP no browser heeds it."""
     response.headers["Strict-Transport-Security"] = "max-age=31536000"
-
-
-async def vary_by_origin(_: web.Request, response: web.StreamResponse) -> None:
-    """Signal: aiohttp-cors answers each origin differently, and does not say so to caches."""
-    response.headers.add("Vary", "Origin")
 
 
 def run(settings: Settings, *, listener: int | None = None, ready: int | None = None) -> None:

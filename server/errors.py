@@ -25,12 +25,15 @@ CODES = {
     "email_taken": (409, "that address has an account"),
     "already_collaborator": (409, "they are in the project already"),
     "owner_immutable": (409, "the owner can be neither changed nor removed; transfer the project"),
-    "path_taken": (409, "a document with that path exists"),
+    "path_taken": (409, "the path is another document's, a folder of one, or inside of one"),
+    "idempotency_in_progress": (409, "the first request with that `Idempotency-Key` is under way"),
+    "idempotency_secret": (409, "the answer to that `Idempotency-Key` held a secret; `Location` is what was made"),
     "not_cancellable": (409, "the job has finished"),
     "not_retryable": (409, "the job has neither failed nor been cancelled"),
     "gone": (410, "it existed and has expired"),
-    "precondition_failed": (412, "`If-Match` names an older revision"),
+    "precondition_failed": (412, "`If-Match` or `If-None-Match` does not hold"),
     "too_large": (413, "the body is over the limit"),
+    "uri_too_long": (414, "the path with its query is over the limit"),
     "unsupported_media_type": (415, "the body is not of the type that the path takes"),
     "range_not_satisfiable": (416, "`Range` asks for a part that the file has not"),
     "validation_failed": (422, "well-formed, but not valid; see `details`"),
@@ -38,6 +41,7 @@ CODES = {
     "language_unavailable": (422, "no worker offers that language"),
     "precondition_required": (428, "`If-Match` is required"),
     "rate_limited": (429, "too many requests; see `Retry-After`"),
+    "header_fields_too_large": (431, "a header field, or their number, is over the limit"),
     "internal": (500, "our fault"),
     "unavailable": (503, "a store is down or slow, or writes collided; see `Retry-After`"),
     "sandbox_unavailable": (503, "no worker has a sandbox"),
@@ -112,6 +116,10 @@ class TooLarge(ServiceError):
     status, default_code, title = 413, "too_large", "Content Too Large"
 
 
+class UriTooLong(ServiceError):
+    status, default_code, title = 414, "uri_too_long", "URI Too Long"
+
+
 class UnsupportedMediaType(ServiceError):
     status, default_code, title = 415, "unsupported_media_type", "Unsupported Media Type"
 
@@ -126,6 +134,10 @@ class ValidationFailed(ServiceError):
 
 class PreconditionRequired(ServiceError):
     status, default_code, title = 428, "precondition_required", "Precondition Required"
+
+
+class HeaderFieldsTooLarge(ServiceError):
+    status, default_code, title = 431, "header_fields_too_large", "Request Header Fields Too Large"
 
 
 class RateLimited(ServiceError):

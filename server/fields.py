@@ -22,6 +22,7 @@ from server.errors import FieldError, ValidationFailed, invalid
 
 JSON_OBJECT_BYTES = 16 * 1024
 MOST_PROBLEMS = 50  # of one body; who makes more of them does not read them
+_DIGITS = re.compile(r"[0-9]{1,19}")
 # What has Unicode's Default_Ignorable_Code_Point (DerivedCoreProperties.txt) and is neither a format character nor
 # combining, and the blank Braille pattern: letters and symbols by category, and yet nothing to see.
 _BLANK = re.compile("[\u115f\u1160\u2065\u2800\u3164\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]")
@@ -126,6 +127,15 @@ class Id(fields.UUID):
         if parsed is None:
             raise self.make_error("invalid_uuid")
         return parsed
+
+
+class QueryInteger(fields.Integer):
+    """An integer that is given as text: ASCII digits and nothing else, where Python's ``int`` takes much more."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **options: Any) -> int:
+        if not _DIGITS.fullmatch(value):
+            raise self.make_error("invalid", input=value)
+        return super()._deserialize(value, attr, data, **options)
 
 
 class Time(fields.DateTime):

@@ -56,6 +56,7 @@ Q = TypeVar("Q")
 A = TypeVar("A")
 Statement = Callable[[Any], Awaitable[Any]]  # on a connection
 Search = tuple[str, tuple[Any, ...]]  # a statement and a key
+Revisions = list[asyncpg.Range]  # a set of them, as an int8multirange
 
 
 class Executor(Protocol):

@@ -13,6 +13,7 @@ from tests.patience import START_SECONDS
 ROOT = Path(__file__).parent.parent
 SHORTER = """
 import runpy, sys
+sys.path.insert(0, {root!r})  # as it is where run.py is run
 import {module}
 {change}
 sys.argv = sys.argv[1:]
@@ -33,11 +34,8 @@ class Process:
         **settings: str,
     ) -> None:
         self.log = log
-        run = (
-            ["-c", SHORTER.format(module=shorter.partition("=")[0].rpartition(".")[0], change=shorter)]
-            if shorter
-            else []
-        )
+        module = shorter.partition("=")[0].rpartition(".")[0]
+        run = ["-c", SHORTER.format(root=str(ROOT), module=module, change=shorter)] if shorter else []
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 [sys.executable, *run, str(ROOT / "run.py"), command, *arguments],

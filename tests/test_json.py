@@ -1,5 +1,6 @@
 """What JSON from outside may hold, and how little it costs to find out."""
 
+import json as standard
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
@@ -53,6 +54,49 @@ def test_what_no_store_could_keep_is_refused_with_details(text: str, message: st
     assert [each["message"] for each in refused.value.details] == [message]
 
 
+BEYOND = str(1 << 63)
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        (BEYOND, ""),
+        (f"-{(1 << 63) + 1}", ""),
+        ("9" * 19, ""),
+        ("9" * 25, ""),
+        ("-" + "9" * 400, ""),  # which is not even a double
+        (f'{{"a": {{"b": [1, {BEYOND}]}}}}', "a.b.1"),
+        (f'{{"a": "{BEYOND}", "b": {BEYOND}}}', "b"),
+        (f'{{"\\"": {{"": {BEYOND}}}}}', '"'),
+        (f'["{BEYOND}, \\"", {BEYOND}]', "1"),
+        (f'{{"a": {BEYOND}, "a": 1}}', ""),
+    ],
+)
+def test_an_integer_beyond_64_bits_is_refused_with_its_place(text: str, field: str) -> None:
+    for raw in (text, text.encode(), f" {text}\n"):
+        with pytest.raises(ValidationFailed) as refused:
+            json.loads(raw)
+        assert refused.value.details == [{"field": field, "message": f"{json.INTEGER_MESSAGE}."}]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        str((1 << 63) - 1),
+        str(-(1 << 63)),
+        "[0, -0, 10000000000000000]",
+        "0.1000000000000000055511151231257827",
+        "1234567890123456789012345.0",
+        "12345678901234567890e1",
+        "1e22",
+        f'["{BEYOND}", "\\"{BEYOND}"]',
+        f'{{"{BEYOND}": 1}}',
+    ],
+)
+def test_other_numbers_and_digits_in_text_are_kept(text: str) -> None:
+    assert json.loads(text) == standard.loads(text)
+
+
 def test_a_backslash_before_u0000_is_text() -> None:
     assert json.loads(r'"\\u0000"') == r"\u0000"
 
@@ -74,6 +118,9 @@ HOSTILE: dict[str, Callable[[], object]] = {
     "a long picture": lambda: fields.load(ProfileChange(), {"avatarUrl": "http://a." + "a-" * 500_000}),
     "a long password": lambda: fields.load(Register(), {"password": "x" * 1_000_000}),
     "brackets": lambda: json.loads(",".join(["[1]"] * 250_000).join("[]") + "x"),
+    "integers": lambda: json.loads("[" + "1," * 524_000 + f"{BEYOND}]"),
+    "lists before a long integer": lambda: json.loads("[" + "{}," * 20_000 + f"{BEYOND}]"),
+    "digits": lambda: json.loads("[" + "123456789012345678," * 55_000 + "1}"),
     "escapes": lambda: json.loads('"' + "\\\\" * 500_000 + '\\u0000"'),
 }
 

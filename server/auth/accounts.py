@@ -8,7 +8,7 @@ from asyncpg import Record
 from server.auth import addresses, sessions, store
 from server.auth.sessions import Device, Issuer, Pair
 from server.errors import Conflict, Unauthenticated
-from server.postgres import Database, Executor
+from server.postgres import Database, Executor, Revisions
 from server.rest.etags import changed
 from server.rest.keys import User
 
@@ -66,7 +66,7 @@ async def change_password(db: Database, issuer: Issuer, *, user: User, old_hash:
     await sessions.spread(issuer, sessions=await db.transact(change))
 
 
-async def delete(db: Database, issuer: Issuer, *, user: User, password_hash: str, revisions: list[int] | None) -> None:
+async def delete(db: Database, issuer: Issuer, *, user: User, password_hash: str, revisions: Revisions | None) -> None:
     """The account with its sessions, and the projects that nobody else is in.
 
     Raises:

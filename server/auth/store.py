@@ -6,7 +6,7 @@ from uuid import UUID
 
 from asyncpg import Record
 
-from server.postgres import Database, Executor
+from server.postgres import Database, Executor, Revisions
 from server.settings import Network
 
 SESSIONS_KEPT = 50  # living sessions of one user; the one unused longest gives way
@@ -69,15 +69,15 @@ async def change_user(
     name: str | None,
     avatar_url: str | None,
     set_avatar: bool,
-    revisions: list[int] | None,
+    revisions: Revisions | None,
 ) -> Record | None:
-    """The changed user; None where the revision is none of these."""
+    """The changed user; None where the revision is not in the set."""
     return await db.fetchrow(
         """
         UPDATE users SET name = COALESCE($2, name),
                          avatar_url = CASE WHEN $4::boolean THEN $3 ELSE avatar_url END,
                          revision = revision + 1, updated_at = now()
-        WHERE id = $1 AND ($5::bigint[] IS NULL OR revision = ANY ($5))
+        WHERE id = $1 AND ($5::int8multirange IS NULL OR revision <@ $5)
         RETURNING id, email, name, avatar_url, revision, created_at, updated_at
         """,
         user,
@@ -110,13 +110,13 @@ async def change_password(db: Executor, *, user: UUID, old_hash: str, new_hash: 
     )
 
 
-async def lock_user(db: Executor, *, user: UUID, password_hash: str, revisions: list[int] | None) -> bool:
-    """Whether the user is there with that password and one of these revisions; if so, until we are done."""
+async def lock_user(db: Executor, *, user: UUID, password_hash: str, revisions: Revisions | None) -> bool:
+    """Whether the user is there with that password and a revision in the set; if so, until we are done."""
     return bool(
         await db.fetchval(
             """
             SELECT true FROM users
-            WHERE id = $1 AND password_hash = $2 AND ($3::bigint[] IS NULL OR revision = ANY ($3)) FOR UPDATE
+            WHERE id = $1 AND password_hash = $2 AND ($3::int8multirange IS NULL OR revision <@ $3) FOR UPDATE
             """,
             user,
             password_hash,

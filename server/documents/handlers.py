@@ -1,10 +1,12 @@
 """Documents over REST."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from uuid import UUID
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp_apispec import docs, json_schema, querystring_schema, response_schema
 from asyncpg import Record, UniqueViolationError
 
@@ -25,9 +27,9 @@ from server.postgres import Database
 from server.projects.access import ACCESS, Role, requires
 from server.realtime.hub import REALTIME
 from server.rest import answers
-from server.rest.etags import changed, etag, expected_revisions, lost, unchanged
-from server.rest.keys import BODY, QUERY, RESOURCES, USER
-from server.rest.marks import refuses
+from server.rest.etags import Preconditions, changed, etag, expected_revisions, lost, preconditions, unchanged
+from server.rest.keys import BODY, DB, ON_COMMIT, QUERY, RESOURCES, USER
+from server.rest.marks import Idempotency, idempotent, refuses
 from server.rest.middlewares import read_body
 from server.rest.pages import PageQuery, keys_of, page, page_of
 
@@ -55,24 +57,24 @@ async def list_documents(request: web.Request) -> web.Response:
 @json_schema(schemas.NewDocument)
 @response_schema(schemas.Document, 201)
 @refuses("path_taken")
+@idempotent(Idempotency.BY_TRANSACTION)
 @requires(Role.COLLABORATOR)
 async def create_document(request: web.Request) -> web.Response:
     path, content = request[BODY]["path"], request[BODY]["content"]
-    made = await store.create_document(
-        _db(request),
-        project=request[ACCESS].project,
-        workspace=UUID(request.match_info["workspaceId"]),
-        actor=request[USER].id,
-        path=path,
-        mime_type=paths.mime_type_of(path),
-        size=len(content.encode()),
-        update=updates.first(content),
-    )
+    with _path_taken():
+        made = await store.create_document(
+            request[DB],
+            project=request[ACCESS].project,
+            workspace=UUID(request.match_info["workspaceId"]),
+            actor=request[USER].id,
+            path=path,
+            mime_type=paths.mime_type_of(path),
+            size=len(content.encode()),
+            update=updates.first(content),
+        )
     if made is None:
-        raise NotFound("The workspace is gone")
-    if made["id"] is None:
-        raise _path_taken()
-    await _report(request, "DOCUMENT_CREATED", made, name=made["actor_name"])
+        raise NotFound("No such workspace")
+    request[ON_COMMIT].append(partial(_report, request, "DOCUMENT_CREATED", made, name=made["actor_name"]))
     tag = etag(made["revision"], request[ACCESS].role.name)
     return answers.created(f"/api/v1/documents/{made['id']}", DOCUMENT.dump(made), tag=tag)
 
@@ -94,7 +96,7 @@ async def read_document(request: web.Request) -> web.Response:
 async def rename_document(request: web.Request) -> web.Response:
     role, path = request[ACCESS].role.name, request[BODY]["path"]
     revisions = expected_revisions(request, role)
-    try:
+    with _path_taken():
         made = await store.rename_document(
             _db(request),
             project=request[ACCESS].project,
@@ -104,8 +106,6 @@ async def rename_document(request: web.Request) -> web.Response:
             mime_type=paths.mime_type_of(path),
             revisions=revisions,
         )
-    except UniqueViolationError:
-        raise _path_taken() from None
     if made is None:
         raise lost(revisions)
     await _report(request, "DOCUMENT_RENAMED", made, name=made["actor_name"])
@@ -165,11 +165,11 @@ async def read_content(request: web.Request) -> web.Response:
 @refuses("precondition_required", "precondition_failed", "too_large", "unsupported_media_type", "validation_failed")
 @requires(Role.COLLABORATOR)
 async def write_content(request: web.Request) -> web.Response:
-    if not request.if_match:
+    conditions = preconditions(request)
+    if hdrs.IF_MATCH not in request.headers:
         raise PreconditionRequired('Send If-Match: the ETag of the text you have seen, or "*" to overwrite')
-    versions = expected_revisions(request)
     text = await _text(request)
-    return await _rewritten(request, text=text, cause="put", versions=versions)
+    return await _rewritten(request, text=text, cause="put", accepts=_accepts(conditions))
 
 
 @routes.get("/api/v1/documents/{documentId}/versions")
@@ -202,16 +202,29 @@ async def read_version(request: web.Request) -> web.Response:
 @docs(tags=["documents"], summary="Make the text that of an earlier version")
 @json_schema(schemas.Restoration)
 @response_schema(schemas.Document, 200)
+@refuses("precondition_failed")
 @requires(Role.COLLABORATOR)
 async def restore_version(request: web.Request) -> web.Response:
+    accepts = _accepts(preconditions(request), role=request[ACCESS].role.name)
     found = await _version(request, request[BODY]["version"], is_read=False)
-    return await _rewritten(request, text=found["content"], cause="restore", versions=None)
+    return await _rewritten(request, text=found["content"], cause="restore", accepts=accepts)
 
 
-async def _rewritten(request: web.Request, *, text: str, cause: str, versions: list[int] | None) -> web.Response:
+def _accepts(conditions: Preconditions, *, role: str | None = None) -> logs.Accepts | None:
+    """The preconditions for the tag of the text and, with a role, also for that of the document; None without any."""
+    if conditions.match is None and not conditions.none_match:
+        return None
+
+    def accepts(version: int, revision: int) -> bool:
+        return conditions.hold_for(etag(version), *(() if role is None else (etag(revision, role),)))
+
+    return accepts
+
+
+async def _rewritten(request: web.Request, *, text: str, cause: str, accepts: logs.Accepts | None) -> web.Response:
     rooms, author, document = request.app[ROOMS], request[USER].id, _id(request)
     written = await logs.rewrite(
-        _db(request), rooms.workshop, document, author=author, text=text, cause=cause, versions=versions
+        _db(request), rooms.workshop, document, author=author, text=text, cause=cause, accepts=accepts
     )
     if written is None:
         raise changed()
@@ -270,8 +283,13 @@ async def _report(request: web.Request, type: str, row: Record, *, name: str) ->
     )
 
 
-def _path_taken() -> Conflict:
-    return Conflict("A document with that path exists", code="path_taken")
+@contextmanager
+def _path_taken() -> Iterator[None]:
+    try:
+        yield
+    except UniqueViolationError:
+        taken = "The path is another document's, a folder of one, or inside of one"
+        raise Conflict(taken, code="path_taken") from None
 
 
 def _db(request: web.Request) -> Database:

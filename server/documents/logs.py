@@ -1,5 +1,6 @@
 """Documents as PostgreSQL has them: their logs, read and written without a live document."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 from uuid import UUID
@@ -21,6 +22,7 @@ COMPACT_BYTES = 2 << 20  # or with so many bytes of them
 WRITE_AGAIN = 3  # times, where others edit what is written over
 WRITE_SECONDS = 0.5  # at least, of what is left of the request's budget
 READ_AGAIN = 5  # times, where compaction takes a log away under its reader
+Accepts = Callable[[int, int], bool]  # a version and the document's revision
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Log:
     """A snapshot (None for none), and what came after it."""
 
     document: UUID
+    revision: int  # of the document, when it was read
     kept_version: int
     state: bytes | None
     tail: list[Record]
@@ -73,7 +76,7 @@ async def read_log(db: Executor, document: UUID, *, until: int | None = None) ->
             raise NotFound("No such version")
         tail = await read_tail(db, document, after=head["kept_version"], until=newest)
         if tail is not None:
-            return Log(document, head["kept_version"], head["state"], tail)
+            return Log(document, head["revision"], head["kept_version"], head["state"], tail)
     raise Unavailable("The document changes too fast")
 
 
@@ -143,11 +146,11 @@ async def rewrite(
     author: UUID,
     text: str,
     cause: str,
-    versions: list[int] | None = None,
+    accepts: Accepts | None = None,
 ) -> Rewritten | None:
     """Make the text this one, by a minimal edit whose outcome gets a name: the document, and the edit.
 
-    None where the document is at none of these versions.
+    None where ``accepts`` refuses the document as it is.
 
     Raises:
         NotFound, Forbidden, TooLarge: there is none, or the author may not edit it (any more); it would be too large.
@@ -156,14 +159,14 @@ async def rewrite(
         raise TooLarge(f"A document may have {MOST_STATE_BYTES} bytes")
     for attempt in range(WRITE_AGAIN):
         log = await read_log(db, document)
-        if versions is not None and log.version not in versions:
+        if accepts is not None and not accepts(log.version, log.revision):
             return None
         with uncounted():
             update = await _edit_to(text, log, workshop)
         if within(WRITE_SECONDS) < WRITE_SECONDS:  # it could be written, and nobody would know
             raise store_slow("PostgreSQL")
         # What others have just edited is not in this text; where they never rest, it is merged with theirs.
-        merges = versions is None and attempt == WRITE_AGAIN - 1
+        merges = accepts is None and attempt == WRITE_AGAIN - 1
         row = await store.append_named(
             db,
             document=document,
@@ -172,6 +175,7 @@ async def rewrite(
             size=len(text.encode()),
             cause=cause,
             version=None if merges else log.version,
+            revision=None if accepts is None else log.revision,
             pause_seconds=PAUSE_SECONDS,
         )
         if row is not None and row["version"] is None:

@@ -1,10 +1,11 @@
 """What documents look like from outside."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from marshmallow import ValidationError, fields, validate
 
-from server.documents.paths import problem_with
+from server.documents.paths import normalize, problem_with
 from server.fields import Id, Schema, Time
 
 
@@ -14,8 +15,15 @@ def _is_path(path: str) -> None:
         raise ValidationError(problem)
 
 
-def path(**options: Any) -> fields.String:
-    return fields.String(validate=_is_path, metadata={"example": "src/main.py"}, **options)
+class Path(fields.String):
+    """A path of a document, normalized to Unicode NFC."""
+
+    def __init__(self, **options: Any) -> None:
+        description = "relative, without . and .. as segments, backslashes and control characters; normalized to NFC"
+        super().__init__(validate=_is_path, metadata={"example": "src/main.py", "description": description}, **options)
+
+    def _deserialize(self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **options: Any) -> str:
+        return normalize(super()._deserialize(value, attr, data, **options))
 
 
 class Document(Schema):
@@ -31,12 +39,12 @@ class Document(Schema):
 
 
 class NewDocument(Schema):
-    path = path(required=True)
+    path = Path(required=True)
     content = fields.String(load_default="")
 
 
 class DocumentChange(Schema):
-    path = path(required=True)
+    path = Path(required=True)
 
 
 class Restoration(Schema):

@@ -9,26 +9,29 @@ from uuid import UUID
 
 from asyncpg import Record
 
-from server.postgres import Executor
+from server.postgres import Executor, Revisions
 
 
 async def create_document(
     db: Executor, *, project: UUID, workspace: UUID, actor: UUID, path: str, mime_type: str, size: int, update: bytes
 ) -> Record | None:
-    """Return the new document, with ``actor_name``; ``id`` is None if the path is taken.
+    """Return the new document, with ``actor_name``; None if the workspace is deleted.
 
-    None if the workspace is deleted.
+    Documents of a workspace are created one after the other: a path may be no folder of another one's.
+
+    Raises:
+        asyncpg.UniqueViolationError: the path is taken, or a folder of another document's path, or the reverse.
     """
     return await db.fetchrow(
         """
         WITH project AS MATERIALIZED (
             SELECT id FROM projects WHERE id = $1 FOR KEY SHARE
         ), workspace AS MATERIALIZED (
-            SELECT w.id FROM project JOIN workspaces w ON w.project_id = project.id WHERE w.id = $2 FOR KEY SHARE OF w
+            SELECT w.id FROM project JOIN workspaces w ON w.project_id = project.id
+            WHERE w.id = $2 FOR NO KEY UPDATE OF w
         ), made AS (
             INSERT INTO documents (workspace_id, path, mime_type, size, updated_by)
-            SELECT id, $4, $5, $6, $3 FROM workspace
-            ON CONFLICT (workspace_id, path) DO NOTHING RETURNING *
+            SELECT id, $4, $5, $6, $3 FROM workspace RETURNING *
         ), logged AS (
             INSERT INTO document_updates (document_id, version, author_id, at, data)
             SELECT id, version, $3, created_at, $7 FROM made
@@ -39,7 +42,7 @@ async def create_document(
             INSERT INTO activity (project_id, actor_id, action, subject)
             SELECT $1, $3, 'document.created', jsonb_build_object('documentId', made.id, 'path', path) FROM made
         )
-        SELECT made.*, (SELECT name FROM users WHERE id = $3) AS actor_name FROM workspace LEFT JOIN made ON true
+        SELECT made.*, (SELECT name FROM users WHERE id = $3) AS actor_name FROM made
         """,
         project,
         workspace,
@@ -68,15 +71,32 @@ async def list_documents(db: Executor, *, workspace: UUID, limit: int, after: st
     )
 
 
+async def list_files(db: Executor, *, workspace: UUID, limit: int, after: str | None) -> list[Record]:
+    """As ``list_documents``, with ``is_folder``: whether the path is a folder of another document's path."""
+    return await db.fetch(
+        """
+        SELECT d.id, d.path, d.mime_type, d.size, d.updated_at, EXISTS (
+            SELECT FROM documents i
+            WHERE i.workspace_id = d.workspace_id AND i.path > d.path || '/' AND i.path < d.path || '0'
+        ) AS is_folder
+        FROM documents d WHERE d.workspace_id = $1 AND ($3::text IS NULL OR d.path > $3)
+        ORDER BY d.path LIMIT $2 + 1
+        """,
+        workspace,
+        limit,
+        after,
+    )
+
+
 async def rename_document(
-    db: Executor, *, project: UUID, document: UUID, actor: UUID, path: str, mime_type: str, revisions: list[int] | None
+    db: Executor, *, project: UUID, document: UUID, actor: UUID, path: str, mime_type: str, revisions: Revisions | None
 ) -> Record | None:
-    """The renamed document; None where it is gone or its revision is none of these.
+    """The renamed document; None where it is gone or its revision is not in the set.
 
     Renames within a workspace run one after the other: two that swap paths would each wait for the other's.
 
     Raises:
-        asyncpg.UniqueViolationError: the path is taken.
+        asyncpg.UniqueViolationError: as ``create_document``.
     """
     return await db.fetchrow(
         """
@@ -88,7 +108,7 @@ async def rename_document(
         ), changed AS (
             UPDATE documents d SET path = $4, mime_type = $5, revision = revision + 1
             FROM workspace
-            WHERE d.id = $2 AND d.workspace_id = workspace.id AND ($6::bigint[] IS NULL OR revision = ANY ($6))
+            WHERE d.id = $2 AND d.workspace_id = workspace.id AND ($6::int8multirange IS NULL OR revision <@ $6)
             RETURNING d.*
         ), noted AS (
             INSERT INTO activity (project_id, actor_id, action, subject)
@@ -106,16 +126,16 @@ async def rename_document(
 
 
 async def delete_document(
-    db: Executor, *, project: UUID, document: UUID, actor: UUID, revisions: list[int] | None
+    db: Executor, *, project: UUID, document: UUID, actor: UUID, revisions: Revisions | None
 ) -> Record | None:
-    """What was deleted; None where it is gone or its revision is none of these."""
+    """What was deleted; None where it is gone or its revision is not in the set."""
     return await db.fetchrow(
         """
         WITH project AS MATERIALIZED (
             SELECT id FROM projects WHERE id = $1 FOR KEY SHARE
         ), gone AS (
             DELETE FROM documents d USING project
-            WHERE d.id = $2 AND ($4::bigint[] IS NULL OR revision = ANY ($4)) RETURNING d.*
+            WHERE d.id = $2 AND ($4::int8multirange IS NULL OR revision <@ $4) RETURNING d.*
         ), noted AS (
             INSERT INTO activity (project_id, actor_id, action, subject)
             SELECT $1, $3, 'document.deleted', jsonb_build_object('documentId', id, 'path', path) FROM gone
@@ -130,13 +150,14 @@ async def delete_document(
 
 
 async def read_snapshot(db: Executor, *, document: UUID) -> Record | None:
-    """Where a log begins: ``kept_version`` and ``state`` (0 and None without a snapshot), and the newest ``version``.
+    """Where a log begins: ``kept_version`` and ``state`` (0 and None without a snapshot); the newest ``version``, and
+    the document's ``revision`` with it.
 
     None where there is no such document.
     """
     return await db.fetchrow(
         """
-        SELECT d.id, d.version, d.kept_version, s.state
+        SELECT d.id, d.version, d.revision, d.kept_version, s.state
         FROM documents d LEFT JOIN document_snapshots s ON s.document_id = d.id WHERE d.id = $1
         """,
         document,
@@ -255,9 +276,10 @@ async def append_named(
     size: int,
     cause: str,
     version: int | None,
+    revision: int | None,
     pause_seconds: float,
 ) -> Record | None:
-    """Append an update whose outcome gets a name; None where the document is gone or not at this version.
+    """Append an update whose outcome gets a name; None where the document is gone or not at this version and revision.
 
     The document, with ``author_name`` and, where nobody had edited for so long, ``paused_version`` as above; its
     ``version`` is None where the author may not edit it (any more).
@@ -266,7 +288,8 @@ async def append_named(
         """
         WITH locked AS MATERIALIZED (
             SELECT id, workspace_id, version, named_version, size, updated_at, updated_by FROM documents
-            WHERE id = $1 AND ($6::bigint IS NULL OR version = $6) FOR NO KEY UPDATE
+            WHERE id = $1 AND ($6::bigint IS NULL OR version = $6) AND ($7::bigint IS NULL OR revision = $7)
+            FOR NO KEY UPDATE
         ), advanced AS (
             UPDATE documents d SET version = l.version + 1, size = $4, revision = d.revision + 1,
                 updated_at = clock_timestamp(), updated_by = $2, named_version = l.version + 1
@@ -274,7 +297,7 @@ async def append_named(
             WHERE d.id = l.id AND m.user_id = $2 AND m.role <> 'VIEWER'
             RETURNING d.*, l.updated_by AS paused_by, l.updated_at AS paused_at, l.size AS paused_size,
                 CASE WHEN l.named_version < l.version
-                    AND l.updated_at < clock_timestamp() - make_interval(secs => $7) THEN l.version
+                    AND l.updated_at < clock_timestamp() - make_interval(secs => $8) THEN l.version
                 END AS paused_version
         ), logged AS (
             INSERT INTO document_updates (document_id, version, author_id, at, data)
@@ -295,6 +318,7 @@ async def append_named(
         size,
         cause,
         version,
+        revision,
         pause_seconds,
     )
 

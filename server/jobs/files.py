@@ -1,6 +1,6 @@
 """The files of workspaces, as jobs read them: what PostgreSQL has, one at a time."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -8,8 +8,10 @@ from uuid import UUID
 
 from asyncpg import Record
 
+from server import json
 from server.documents import logs
 from server.documents import store as documents
+from server.documents.paths import problem_with
 from server.documents.workshop import Workshop
 from server.errors import NotFound, TooLarge
 from server.jobs.sandbox import MOST_FILE_BYTES, MOST_FILES
@@ -17,6 +19,27 @@ from server.postgres import Executor
 from server.workspaces import store as workspaces
 
 PAGE = 200
+MAX_NAME_BYTES = 255  # of a segment, on every usual file system
+MAX_WARNINGS = 20
+Skip = Callable[[str, str], None]  # of a path, for a reason
+
+
+class Skipped:
+    """Files that a job leaves out because of their paths: warnings in its result."""
+
+    def __init__(self) -> None:
+        self._warnings: list[str] = []
+        self._more = 0
+
+    def add(self, path: str, problem: str) -> None:
+        if len(self._warnings) < MAX_WARNINGS:
+            self._warnings.append(f"Skipped {json.dumps(path).decode()}: {problem}")
+        else:
+            self._more += 1
+
+    @property
+    def warnings(self) -> list[str]:
+        return [*self._warnings, *([f"Skipped {self._more} more files."] if self._more else [])]
 
 
 @dataclass(frozen=True)
@@ -33,13 +56,16 @@ class Files:
         self._db = db
         self._workshop = Workshop()
 
-    async def of_workspace(self, workspace: UUID) -> AsyncIterator[File]:
-        """In the order of their paths."""
+    async def of_workspace(self, workspace: UUID, skip: Skip) -> AsyncIterator[File]:
+        """Yield them in the order of their paths; those that cannot be laid out are skipped."""
         after: str | None = None
         while True:
-            rows = await documents.list_documents(self._db, workspace=workspace, limit=PAGE, after=after)
+            rows = await documents.list_files(self._db, workspace=workspace, limit=PAGE, after=after)
             for row in rows[:PAGE]:
-                yield _file(row)
+                if problem := _problem_with(row):
+                    skip(row["path"], problem)
+                else:
+                    yield _file(row)
             if len(rows) <= PAGE:
                 return
             after = rows[PAGE - 1]["path"]
@@ -67,7 +93,7 @@ class Files:
         except NotFound:
             return None
 
-    async def for_program(self, workspace: UUID) -> dict[str, bytes]:
+    async def for_program(self, workspace: UUID, skip: Skip) -> dict[str, bytes]:
         """All files of a workspace, for the sandbox.
 
         Raises:
@@ -75,7 +101,7 @@ class Files:
         """
         found: dict[str, bytes] = {}
         size = 0
-        async for file in self.of_workspace(workspace):
+        async for file in self.of_workspace(workspace, skip):
             size += file.size
             if len(found) >= MOST_FILES or size > MOST_FILE_BYTES:
                 raise TooLarge(f"A program may have {MOST_FILES} files of {MOST_FILE_BYTES} bytes in all")
@@ -92,6 +118,15 @@ async def workspace_of(db: Executor, *, document: UUID) -> UUID:
         raise NotFound("No such document")
     workspace: UUID = row["workspace_id"]
     return workspace
+
+
+def _problem_with(row: Record) -> str | None:
+    """Return why the document cannot be a file beside the others, or None."""
+    if row["is_folder"]:
+        return "It is a folder of another document's path."
+    if any(len(name.encode()) > MAX_NAME_BYTES for name in row["path"].split("/")):
+        return f"A name exceeds the maximum of {MAX_NAME_BYTES} bytes."
+    return problem_with(row["path"])
 
 
 def _file(row: Record) -> File:

@@ -24,8 +24,9 @@ from server.projects.access import ACCESS, Kind, Requirement, Role, named, requi
 from server.resources import answered, reported
 from server.rest import answers
 from server.rest.etags import unchanged
+from server.rest.idempotency import REPLAYED, idempotency_key
 from server.rest.keys import BODY, HEADERS, QUERY, RESOURCES, USER
-from server.rest.marks import refuses
+from server.rest.marks import Idempotency, idempotent, refuses
 from server.rest.pages import cursor_of, keys_of, page_of
 
 routes = web.RouteTableDef()
@@ -40,7 +41,8 @@ _IN_PAYLOAD = Requirement(Role.COLLABORATOR, named("documentId", "workspaceId", 
 @docs(tags=["jobs"], summary="Ask for a job")
 @json_schema(schemas.NewJob)
 @response_schema(schemas.JobAnswer, 201)
-@refuses("idempotency_key_reused", "language_unavailable", "sandbox_unavailable")
+@refuses("language_unavailable", "sandbox_unavailable")
+@idempotent(Idempotency.BY_ITSELF)
 @requires(Role.COLLABORATOR, of=named("workspaceId", "projectId"))
 async def create_job(request: web.Request) -> web.Response:
     body, mongo = request[BODY], request.app[RESOURCES].mongo
@@ -51,7 +53,7 @@ async def create_job(request: web.Request) -> web.Response:
     job, duplicate = (earlier, True) if earlier else await _create(request, body, key, body_hash)
     answer = {"job": store.shown(job), "duplicate": duplicate}
     if duplicate:
-        return answers.json(answer)
+        return answers.json(answer, headers={REPLAYED: "true"})
     await request.app[ANNOUNCEMENTS].moved(job)
     await _admit(request, job)
     return answers.created(f"/api/v1/jobs/{job['_id']}", answer)
@@ -89,18 +91,18 @@ async def _admit(request: web.Request, job: Job) -> None:
 
 
 @routes.get("/api/v1/jobs")
-@docs(tags=["jobs"], summary="Your jobs, or a project's, newest first")
+@docs(tags=["jobs"], summary="Your jobs, or a project's or workspace's, newest first")
 @querystring_schema(schemas.JobsQuery)
 @response_schema(page_of(schemas.Job), 200)
-@requires(Role.VIEWER, of=named("projectId"))
+@requires(Role.VIEWER, of=named("workspaceId", "projectId"))
 async def list_jobs(request: web.Request) -> web.Response:
     query = request[QUERY]
-    project: UUID | None = query["project_id"]
     async with answered(request.app[RESOURCES].mongo):
         jobs, more = await store.list_jobs(
             request.app[RESOURCES].mongo,
-            user=None if project else request[USER].id,
-            project=project,
+            user=request[USER].id,
+            project=query["project_id"],
+            workspace=query["workspace_id"],
             status=query["status"],
             type=query["type"],
             limit=query["limit"],
@@ -307,11 +309,8 @@ def _checked_payload(type: str, payload: dict[str, Any]) -> dict[str, Any]:
 
 
 def _idempotency_key(request: web.Request, body: dict[str, Any]) -> str | None:
-    header = request.headers.get("Idempotency-Key")
+    header = idempotency_key(request)
     given: str | None = body["idempotency_key"]
     if header is not None and given not in (None, header):
         raise invalid("idempotencyKey", "Differs from the Idempotency-Key header.")
-    key = given or header
-    if key is not None and not (1 <= len(key) <= 255 and key.isprintable()):
-        raise invalid("idempotencyKey", "Must have 1 to 255 printable characters.")
-    return key
+    return given or header

@@ -6,11 +6,14 @@ from typing import Any
 
 from marshmallow import fields, validate
 
-from server.fields import Id, Schema, Time
+from server.fields import Id, QueryInteger, Schema, Time
 from server.jobs.output import JOB_CHARACTERS as MOST_CHARACTERS
 from server.jobs.store import STATUSES
 from server.jobs.types import JOB_TYPES
+from server.rest.idempotency import KEY
 from server.rest.pages import LARGEST, PageQuery
+
+_RESULT = "by type; where files of a workspace were read, its `warnings` name those that were skipped for their paths"
 
 
 class Instant(fields.AwareDateTime):
@@ -29,26 +32,32 @@ class NewJob(Schema):
     priority = fields.Integer(load_default=5, strict=True, validate=validate.Range(1, 10))
     project_id = Id(load_default=None, allow_none=True)
     workspace_id = Id(load_default=None, allow_none=True)
-    run_at = Instant(load_default=None, allow_none=True, format="iso")
-    idempotency_key = fields.String(load_default=None, allow_none=True, validate=validate.Length(1, 255))
+    run_at = Instant(
+        load_default=None,
+        allow_none=True,
+        format="iso",
+        metadata={"description": "not before that time; one in the past is taken as now"},
+    )
+    idempotency_key = fields.String(load_default=None, allow_none=True, validate=validate.Regexp(KEY))
 
 
 class JobsQuery(PageQuery):
-    project_id = Id(load_default=None)
+    project_id = Id(load_default=None, metadata={"description": "all of its jobs, not only yours"})
+    workspace_id = Id(load_default=None, metadata={"description": "the same"})
     status = fields.String(load_default=None, validate=validate.OneOf(STATUSES))
     type = fields.String(load_default=None, validate=validate.OneOf(sorted(JOB_TYPES)))
 
 
 class LogsQuery(Schema):
-    after = fields.Integer(
+    after = QueryInteger(
         load_default=0,
         validate=validate.Range(0, MOST_CHARACTERS),
         metadata={"description": "a position in the output: what comes behind it"},
     )
-    cursor = fields.Integer(
+    cursor = QueryInteger(
         load_default=None, validate=validate.Range(0, MOST_CHARACTERS), metadata={"description": "the same"}
     )
-    limit = fields.Integer(load_default=LARGEST, validate=validate.Range(1, LARGEST))
+    limit = QueryInteger(load_default=LARGEST, validate=validate.Range(1, LARGEST))
 
 
 class LogItem(Schema):
@@ -97,7 +106,7 @@ class Job(Schema):
     type = fields.String(metadata={"example": "CODE_EXECUTION"})
     status = fields.String(metadata={"enum": list(STATUSES)})
     payload = fields.Dict()
-    result = fields.Dict(allow_none=True)
+    result = fields.Dict(allow_none=True, metadata={"description": _RESULT})
     error = fields.Dict(allow_none=True)
     progress = fields.Float(metadata={"description": "0–100"})
     priority = fields.Integer()

@@ -78,6 +78,11 @@ _INDEXES: list[tuple[str, list[tuple[str, int]], dict[str, Any]]] = [
         [("projectId", ASCENDING), ("createdAt", DESCENDING), ("_id", DESCENDING)],
         {"partialFilterExpression": {"projectId": {"$gt": ""}}},
     ),
+    (
+        "of_workspace",
+        [("workspaceId", ASCENDING), ("createdAt", DESCENDING), ("_id", DESCENDING)],
+        {"partialFilterExpression": {"workspaceId": {"$gt": ""}}},
+    ),
     ("due", [("status", ASCENDING), ("slot", ASCENDING), ("runAt", ASCENDING)], {}),
     ("by_lease", [("lease", ASCENDING)], {}),
     ("by_sent_at", [("sentAt", ASCENDING)], {}),
@@ -182,15 +187,20 @@ async def read(mongo: Any, *, job: str) -> Job | None:
 async def list_jobs(
     mongo: Any,
     *,
-    user: UUID | None,
+    user: UUID,
     project: UUID | None,
+    workspace: UUID | None,
     status: str | None,
     type: str | None,
     limit: int,
     after: tuple[datetime | None, str | None] = (None, None),
 ) -> tuple[list[Job], bool]:
-    """A user's or a project's jobs, newest first, and whether there are more. At least one, then as many as fit."""
-    wanted: dict[str, Any] = {"userId": str(user)} if user else {"projectId": str(project)}
+    """Return the jobs of a workspace, else of a project, else of the user, newest first, and whether there are more.
+
+    At least one, then as many as fit.
+    """
+    place = {"workspaceId": str(workspace)} if workspace else {"projectId": str(project)} if project else None
+    wanted: dict[str, Any] = place or {"userId": str(user)}
     wanted |= {key: value for key, value in (("status", status), ("type", type)) if value}
     created, id = after
     if created is not None:

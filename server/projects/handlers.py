@@ -29,8 +29,8 @@ from server.realtime.channels import Channels
 from server.realtime.hub import REALTIME
 from server.rest import answers
 from server.rest.etags import etag, expected_revisions, lost, unchanged, untagged
-from server.rest.keys import BODY, QUERY, RESOURCES, USER
-from server.rest.marks import refuses
+from server.rest.keys import BODY, DB, QUERY, RESOURCES, USER
+from server.rest.marks import Idempotency, idempotent, refuses
 from server.rest.pages import PageQuery, keys_of, page, page_of
 
 routes = web.RouteTableDef()
@@ -44,8 +44,9 @@ INVITATION, NEW_INVITATION = schemas.Invitation(), schemas.NewInvitation()
 @docs(tags=["projects"], summary="Create a project; you own it")
 @json_schema(schemas.NewProject)
 @response_schema(schemas.Project, 201)
+@idempotent(Idempotency.BY_TRANSACTION)
 async def create_project(request: web.Request) -> web.Response:
-    made = await store.create_project(request.app[RESOURCES].db, owner=request[USER].id, **request[BODY])
+    made = await store.create_project(request[DB], owner=request[USER].id, **request[BODY])
     if made is None:
         raise Unauthenticated("The account is gone")
     tag = etag(made["revision"], made["role"])
@@ -180,10 +181,11 @@ async def list_collaborators(request: web.Request) -> web.Response:
 @docs(tags=["collaborators"], summary="Add a known user at once, or invite an unknown address")
 @json_schema(schemas.NewCollaborator)
 @response_schema(schemas.CollaboratorOrInvitation, 201)
-@refuses("already_collaborator")
+@refuses("already_collaborator", "idempotency_secret")
+@idempotent(Idempotency.BY_TRANSACTION)
 @requires(Role.OWNER)
 async def add_collaborator(request: web.Request) -> web.Response:
-    db, project, actor, body = request.app[RESOURCES].db, request[ACCESS].project, request[USER].id, request[BODY]
+    db, project, actor, body = request[DB], request[ACCESS].project, request[USER].id, request[BODY]
     user = await members_store.user_id_by_key(db, email_key=addresses.key(body["email"]))
     here = f"/api/v1/projects/{project}"
     if user is None:

@@ -5,7 +5,7 @@ from uuid import UUID
 
 from asyncpg import Record
 
-from server.postgres import Executor
+from server.postgres import Executor, Revisions
 
 
 async def create_project(
@@ -122,15 +122,15 @@ async def change_project(
     name: str | None,
     description: str | None,
     settings: dict[str, Any] | None,
-    revisions: list[int] | None,
+    revisions: Revisions | None,
 ) -> Record | None:
-    """The changed project; None where it is gone or its revision is none of these."""
+    """The changed project; None where it is gone or its revision is not in the set."""
     return await db.fetchrow(
         """
         WITH changed AS (
             UPDATE projects SET name = COALESCE($3, name), description = COALESCE($4, description),
                                 settings = COALESCE($5, settings), revision = revision + 1, updated_at = now()
-            WHERE id = $1 AND ($6::bigint[] IS NULL OR revision = ANY ($6)) RETURNING *
+            WHERE id = $1 AND ($6::int8multirange IS NULL OR revision <@ $6) RETURNING *
         ), noted AS (
             INSERT INTO activity (project_id, actor_id, action, subject)
             SELECT id, $2, 'project.updated', jsonb_build_object('name', name) FROM changed
@@ -146,10 +146,10 @@ async def change_project(
     )
 
 
-async def delete_project(db: Executor, *, project: UUID, revisions: list[int] | None) -> bool:
+async def delete_project(db: Executor, *, project: UUID, revisions: Revisions | None) -> bool:
     return bool(
         await db.fetchval(
-            "DELETE FROM projects WHERE id = $1 AND ($2::bigint[] IS NULL OR revision = ANY ($2)) RETURNING true",
+            "DELETE FROM projects WHERE id = $1 AND ($2::int8multirange IS NULL OR revision <@ $2) RETURNING true",
             project,
             revisions,
         )

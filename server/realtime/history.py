@@ -25,7 +25,7 @@ KEPT_SECONDS = 24 * 3600
 REPLAY_BYTES = 1 << 20
 DELETED_KEPT_SECONDS = 60
 AT_ONCE = 64  # events in one round trip
-_ID = re.compile(r"(\d{1,16})-(\d{1,16})")
+_ID = re.compile(r"([0-9]{1,16})-([0-9]{1,16})")
 
 # Functions for the scripts of this module and of presence. Fields of an entry: {'origin', o, 'end', n, 'data', d}.
 LUA = (

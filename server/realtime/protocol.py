@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from server import json
-from server.errors import BadRequest, ServiceError
+from server.errors import BadRequest, FieldError, ServiceError
 
 SUBPROTOCOL = "collab.v1"
 LONGEST_EVENT = 64
@@ -22,10 +22,13 @@ def parse(raw: bytes | str) -> Frame:
     """A client's frame.
 
     Raises:
-        ServiceError: ``malformed``; with the frame's id where one can be read.
+        MalformedFrame: ``malformed``, or ``validation_failed`` for an integer beyond 64 bits; with the frame's id where
+            one can be read.
     """
     try:
         value = json.loads(raw)
+    except json.IntegerOutOfRangeError as error:
+        raise _beyond_64_bits(error) from None
     except ServiceError as error:
         raise malformed(error.detail) from None
     if not isinstance(value, dict):
@@ -54,6 +57,15 @@ def malformed(detail: str, *, id: str | int | float | None = None) -> MalformedF
     error = MalformedFrame(detail, code="malformed")
     error.id = id
     return error
+
+
+def _beyond_64_bits(error: json.IntegerOutOfRangeError) -> MalformedFrame:
+    details = [FieldError(field=each["field"].removeprefix("data."), message=each["message"]) for each in error.details]
+    refused = MalformedFrame(error.detail, code=error.code, details=details)
+    id = error.value.get("id") if isinstance(error.value, dict) and details[0]["field"] != "id" else None
+    if isinstance(id, str | int | float) and not isinstance(id, bool) and len(str(id)) <= LONGEST_ID:
+        refused.id = id
+    return refused
 
 
 def encode(event: str, data: Any, *, id: str | int | float | None = None) -> bytes:

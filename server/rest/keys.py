@@ -1,5 +1,6 @@
 """Typed keys of the application and of a request."""
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -7,6 +8,8 @@ from uuid import UUID
 
 from aiohttp import web
 
+from server.errors import ServiceError
+from server.postgres import Executor
 from server.ratelimit import RateLimiter
 from server.resources import Resources
 
@@ -28,10 +31,13 @@ REQUEST_ID = web.RequestKey("request_id", str)
 CLIENT = web.RequestKey("client", str)  # address, behind trusted proxies the forwarded one
 USER = web.RequestKey("user", User)
 BROKEN_OFF = web.RequestKey("broken_off", bool)  # the rest of the body is of no interest: close after the answer
-UNREADABLE = web.RequestKey("unreadable", bool)  # nothing is known but that somebody asked
+MALFORMED_REQUEST = web.RequestKey("malformed_request", ServiceError)  # nothing else is known of the request
 COUNTED = web.RequestKey("counted", bool)  # its handler took it from a budget
 BEGUN = web.RequestKey("begun", web.StreamResponse)  # its answer, once the head of it is on its way
 Values = dict[str, Any]
+Tell = Callable[[], Awaitable[None]]
 BODY: web.RequestKey[Values] = web.RequestKey("body", dict)
 QUERY: web.RequestKey[Values] = web.RequestKey("query", dict)
+DB: web.RequestKey[Executor] = web.RequestKey("db", Executor)
+ON_COMMIT: web.RequestKey[list[Tell]] = web.RequestKey("on_commit", list)  # of what was written by way of DB
 HEADERS: web.RequestKey[dict[str, str]] = web.RequestKey("headers", dict)  # to be sent with the answer, whatever it is

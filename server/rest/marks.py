@@ -1,5 +1,6 @@
 """Marks: decorators only note something on a handler; middlewares and the OpenAPI document act on it."""
 
+import enum
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -28,3 +29,29 @@ def refuses(*codes: str) -> Callable[[H], H]:
 
 def refusals_of(handler: Callable[..., Any]) -> tuple[str, ...]:
     return getattr(handler, "__refuses__", ())
+
+
+class Idempotency(enum.Enum):
+    """How a handler honours ``Idempotency-Key``."""
+
+    BY_TRANSACTION = enum.auto()  # see server/rest/idempotency.py
+    BY_ITSELF = enum.auto()
+
+
+def idempotent(how: Idempotency) -> Callable[[H], H]:
+    """Mark a handler: a request that is repeated with its key has one effect."""
+
+    def mark(handler: H) -> H:
+        handler.__idempotency__ = how  # type: ignore[attr-defined]
+        return handler
+
+    return mark
+
+
+def idempotency_of(handler: Callable[..., Any]) -> Idempotency | None:
+    return getattr(handler, "__idempotency__", None)
+
+
+def answers_json(handler: Callable[..., Any]) -> bool:
+    """Return whether aiohttp-apispec's mark says that the handler answers JSON."""
+    return "application/json" in getattr(handler, "__apispec__", {}).get("produces", ())

@@ -1,4 +1,5 @@
-"""The way of every request: trace → render errors → admit → validate → authorize what the body names → handler.
+"""The way of every request: trace → render errors → admit → validate → authorize what the body names → once for its
+idempotency key → handler.
 
 Decorators have marked the handlers; here the marks are acted on. Closed by default: without ``@public`` a
 route needs a signed-in user, and a route with an id of ours in its path needs a declared role.
@@ -25,6 +26,7 @@ from server.errors import ServiceError, Unauthenticated
 from server.ratelimit import BY_HANDLER, QuotaExceeded, RateLimiter, limit_key, limit_of
 from server.rest import quotas
 from server.rest.forwarded import ClientAddresses
+from server.rest.idempotency import idempotent
 from server.rest.keys import (
     BEGUN,
     BODY,
@@ -32,13 +34,13 @@ from server.rest.keys import (
     CLIENT,
     COUNTED,
     HEADERS,
+    MALFORMED_REQUEST,
     QUERY,
     REQUEST_ID,
-    UNREADABLE,
     USER,
     User,
 )
-from server.rest.marks import is_public
+from server.rest.marks import answers_json, is_public
 from server.settings import Network
 
 log = structlog.get_logger()
@@ -46,6 +48,8 @@ log = structlog.get_logger()
 BODY_SECONDS = 10.0
 SWITCHED = 101
 STORES_SECONDS = 1.6  # every answer within 2 s of the body
+_JSON_PREFIX = "/api/v1/"
+_NO_PARAMETERS = fields.Schema()
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _HEADERS = {
     istr(name): value
@@ -78,7 +82,7 @@ class Admission:
 
 def middlewares(admission: Admission, *, traced: bool) -> list[Middleware]:
     outermost = [trace(admission.trusted), *([in_span] if traced else [])]
-    return [*outermost, render, in_time, admit(admission), validate, authorize_named(admission)]
+    return [*outermost, render, in_time, admit(admission), validate, authorize_named(admission), idempotent]
 
 
 def trace(trusted: Sequence[Network]) -> Middleware:
@@ -120,8 +124,8 @@ async def in_span(request: web.Request, handler: Handler) -> web.StreamResponse:
 async def render(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Every refusal as a problem body (RFC 9457); what is not foreseen as a 500 that tells nothing."""
     try:
-        if UNREADABLE in request:
-            raise errors.BadRequest("This is not a request that can be read")
+        if MALFORMED_REQUEST in request:
+            raise request[MALFORMED_REQUEST]
         return await handler(request)
     except Exception as error:
         if BEGUN in request:
@@ -208,11 +212,14 @@ async def _count_unhandled(request: web.Request, handler: Handler) -> web.Stream
 @web.middleware
 async def validate(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Body and query through the schemas that the handler declares, into typed request keys."""
-    for declared in getattr(request.match_info.handler, "__schemas__", ()):
+    target = request.match_info.handler
+    for declared in getattr(target, "__schemas__", ()):
         if declared["location"] == "json":
             request[BODY] = fields.load(declared["schema"], await _json_body(request))
         elif declared["location"] == "querystring":
             request[QUERY] = _query(declared["schema"], request)
+    if request.query_string and QUERY not in request and request.path.startswith(_JSON_PREFIX) and answers_json(target):
+        _query(_NO_PARAMETERS, request)
     return await handler(request)
 
 
@@ -355,9 +362,10 @@ async def read_body(request: web.Request) -> bytes:
 
 
 def _query(schema: Any, request: web.Request) -> dict[str, Any]:
-    known = {field.data_key or name for name, field in schema.fields.items()}
-    given = {key: value for key, value in request.query.items() if key in known}
+    given = dict(request.query)
     for key, value in given.items():
+        if not key.isprintable():
+            raise errors.invalid("", "Unknown query parameter.")
         if "\0" in value:
             raise errors.invalid(key, json.NUL_MESSAGE)
         if not value.isprintable() and _has_surrogate(value):

@@ -19,7 +19,8 @@ from server.errors import CODES
 from server.fields import Schema
 from server.ratelimit import limit, limit_of
 from server.rest import examples
-from server.rest.marks import is_public, public, refusals_of
+from server.rest.idempotency import KEY, REPLAYED
+from server.rest.marks import Idempotency, answers_json, idempotency_of, is_public, public, refusals_of
 
 STATIC = Path(aiohttp_apispec.__file__).parent / "static"
 DOCUMENT = "/api-docs/swagger.json"
@@ -52,12 +53,21 @@ _HEADERS = {
     "RateLimit": {"type": "string", "description": 'what is left of it, and for how long: `"default";r=99;t=512`'},
     "Retry-After": {"type": "integer", "description": "seconds"},
     "Location": {"type": "string", "description": "the path of what was created"},
+    REPLAYED: {"type": "string", "description": "true where this is the answer to an earlier request"},
     "ETag": {"type": "string", "description": "of this revision, for `If-Match` and `If-None-Match`"},
 }
 _CONDITIONS = (
     ("304", "If-None-Match", "an `ETag`: 304 where it is current"),
     ("412", "If-Match", "an `ETag`: only that revision, else 412"),
+    ("412", "If-None-Match", "an `ETag`: not that revision, else 412; `*` always fails"),
 )
+_IDEMPOTENCY_KEY = {
+    "in": "header",
+    "name": "Idempotency-Key",
+    "type": "string",
+    "pattern": KEY.pattern,
+    "description": "any key of yours: the same request with the same key has one effect and one answer, for 24 h",
+}
 NeedsRole = Callable[[Callable[..., Any]], bool]
 
 
@@ -113,6 +123,8 @@ def _described(route: web.RouteDef, *, needs_role: NeedsRole) -> dict[str, Any] 
     for status, answer in answers.items():
         answer["headers"] = {name: _HEADERS[name] for name in _headers(route, status, answers)}
     _add_conditions(data["parameters"], answers)
+    if idempotency_of(handler):
+        data["parameters"].append(_IDEMPOTENCY_KEY)
     return data
 
 
@@ -129,6 +141,8 @@ def _headers(route: web.RouteDef, status: str, answers: dict[str, Any]) -> Itera
         yield from ("RateLimit-Policy", "RateLimit")
     if status in ("429", "503"):
         yield "Retry-After"
+    if status in ("200", "201") and idempotency_of(route.handler):
+        yield REPLAYED
     if status == "201" and _has_id(answers[status]):
         yield "Location"
     shows_entity = _is_entity(answers[status]) and (status == "201" or route.method != hdrs.METH_POST)
@@ -171,6 +185,9 @@ def _refusals(route: web.RouteDef, *, needs_role: NeedsRole) -> Iterator[tuple[s
     """What this route can refuse by status, from its marks."""
     handler: Any = route.handler
     codes = list(refusals_of(handler))
+    if how := idempotency_of(handler):
+        codes.append("idempotency_key_reused")
+        codes += ["idempotency_in_progress"] if how is Idempotency.BY_TRANSACTION else []
     if not is_public(handler):
         codes.append("unauthenticated")
     if needs_role(handler):
@@ -179,11 +196,10 @@ def _refusals(route: web.RouteDef, *, needs_role: NeedsRole) -> Iterator[tuple[s
     if route.method in (hdrs.METH_PATCH, hdrs.METH_PUT, hdrs.METH_DELETE):
         codes.append("precondition_failed")
     if "json" in locations:
-        codes += ["too_large", "unsupported_media_type", "validation_failed"]
-    elif "querystring" in locations:
-        codes.append("validation_failed")
+        codes += ["too_large", "unsupported_media_type"]
     if limit_of(handler):  # the others are for operators, and ask no store to let somebody in
         codes += ["bad_request", "rate_limited", "unavailable"]
+        codes += ["validation_failed"] if answers_json(handler) else []
     by_status: dict[int, list[str]] = {}
     for code in dict.fromkeys(codes):
         status = CODES[code][0]

@@ -3,22 +3,25 @@
 import base64
 import binascii
 import functools
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
+from uuid import UUID
 
 from marshmallow import Schema as MarshmallowSchema
 from marshmallow import fields, validate
 
 from server import json
 from server.errors import ServiceError, invalid
-from server.fields import Schema
+from server.fields import QueryInteger, Schema, parse_id
 
 DEFAULT, LARGEST = 20, 100
+_INTEGER = re.compile(r"-?[0-9]{1,19}")
 
 
 class PageQuery(Schema):
-    limit = fields.Integer(load_default=DEFAULT, validate=validate.Range(1, LARGEST))
+    limit = QueryInteger(load_default=DEFAULT, validate=validate.Range(1, LARGEST))
     cursor = fields.String(load_default=None, validate=validate.Length(max=1000))
 
 
@@ -36,7 +39,7 @@ def keys_of(cursor: str | None, *kinds: type, of: str) -> tuple[Any, ...]:
     if cursor is None:
         return (None,) * len(kinds)
     try:
-        keys = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
+        keys = json.loads(base64.b64decode(cursor + "=" * (-len(cursor) % 4), b"-_", validate=True))
         if not isinstance(keys, list) or len(keys) != 1 + len(kinds) or keys[0] != of:
             raise ValueError("not our keys")
         return tuple(_parse(kind, key) for kind, key in zip(kinds, keys[1:], strict=True))
@@ -47,12 +50,15 @@ def keys_of(cursor: str | None, *kinds: type, of: str) -> tuple[Any, ...]:
 def _parse(kind: type, key: Any) -> Any:
     if not isinstance(key, str):
         raise TypeError("cursors hold strings")
-    if kind is datetime:
-        return _moment(key)
-    value = kind(key)
-    if isinstance(value, int) and abs(value) >= 1 << 63:
-        raise OverflowError("beyond a bigint")
+    value = _PARSERS[kind](key)
+    if value is None:
+        raise ValueError("not our keys")
     return value
+
+
+def _bigint(key: str) -> int | None:
+    value = int(key) if _INTEGER.fullmatch(key) else None
+    return None if value is None or abs(value) >= 1 << 63 else value
 
 
 def _moment(key: str) -> datetime:
@@ -60,6 +66,9 @@ def _moment(key: str) -> datetime:
     if moment.tzinfo is None:
         raise ValueError("our times have a zone")
     return moment.astimezone(UTC)  # OverflowError before the first year and after the last
+
+
+_PARSERS: dict[type, Callable[[str], Any]] = {str: str, int: _bigint, UUID: parse_id, datetime: _moment}
 
 
 def page(rows: Sequence[Any], limit: int, *keys: str, of: str) -> tuple[Sequence[Any], str | None]:

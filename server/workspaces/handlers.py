@@ -18,7 +18,8 @@ from server.realtime.hub import REALTIME
 from server.resources import reported
 from server.rest import answers
 from server.rest.etags import etag, expected_revisions, lost
-from server.rest.keys import BODY, QUERY, RESOURCES, USER
+from server.rest.keys import BODY, DB, QUERY, RESOURCES, USER
+from server.rest.marks import Idempotency, idempotent
 from server.rest.pages import PageQuery, keys_of, page, page_of
 from server.workspaces import schemas, store
 
@@ -30,11 +31,12 @@ WORKSPACE, ONLINE = schemas.Workspace(), schemas.UserHere()
 @docs(tags=["workspaces"], summary="Create a workspace in a project")
 @json_schema(schemas.NewWorkspace)
 @response_schema(schemas.Workspace, 201)
+@idempotent(Idempotency.BY_TRANSACTION)
 @requires(Role.COLLABORATOR, of=named("projectId"))
 async def create_workspace(request: web.Request) -> web.Response:
     body = request[BODY]
     made = await store.create_workspace(
-        request.app[RESOURCES].db,
+        request[DB],
         project=body["project_id"],
         actor=request[USER].id,
         name=body["name"],

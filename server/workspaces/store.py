@@ -5,7 +5,7 @@ from uuid import UUID
 
 from asyncpg import Record
 
-from server.postgres import Database, Executor
+from server.postgres import Database, Executor, Revisions
 
 
 async def create_workspace(
@@ -66,9 +66,9 @@ async def change_workspace(
     name: str | None,
     description: str | None,
     meta: dict[str, Any] | None,
-    revisions: list[int] | None,
+    revisions: Revisions | None,
 ) -> Record | None:
-    """The changed workspace, with ``actor_name``; None where it is gone or its revision is none of these."""
+    """The changed workspace, with ``actor_name``; None where it is gone or its revision is not in the set."""
     return await db.fetchrow(
         """
         WITH project AS MATERIALIZED (
@@ -77,7 +77,7 @@ async def change_workspace(
             UPDATE workspaces w SET name = COALESCE($4, name), description = COALESCE($5, description),
                                     meta = COALESCE($6, meta), revision = revision + 1, updated_at = now()
             FROM project
-            WHERE w.id = $2 AND w.project_id = project.id AND ($7::bigint[] IS NULL OR revision = ANY ($7))
+            WHERE w.id = $2 AND w.project_id = project.id AND ($7::int8multirange IS NULL OR revision <@ $7)
             RETURNING w.*
         ), noted AS (
             INSERT INTO activity (project_id, actor_id, action, subject)
@@ -97,16 +97,16 @@ async def change_workspace(
 
 
 async def delete_workspace(
-    db: Executor, *, project: UUID, workspace: UUID, actor: UUID, revisions: list[int] | None
+    db: Executor, *, project: UUID, workspace: UUID, actor: UUID, revisions: Revisions | None
 ) -> Record | None:
-    """``actor_name``; None where it is gone already or its revision is none of these."""
+    """``actor_name``; None where it is gone already or its revision is not in the set."""
     return await db.fetchrow(
         """
         WITH project AS MATERIALIZED (
             SELECT id FROM projects WHERE id = $1 FOR NO KEY UPDATE
         ), gone AS (
             DELETE FROM workspaces w USING project
-            WHERE w.id = $2 AND w.project_id = project.id AND ($4::bigint[] IS NULL OR revision = ANY ($4))
+            WHERE w.id = $2 AND w.project_id = project.id AND ($4::int8multirange IS NULL OR revision <@ $4)
             RETURNING w.*
         ), noted AS (
             INSERT INTO activity (project_id, actor_id, action, subject)

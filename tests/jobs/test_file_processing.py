@@ -93,18 +93,6 @@ async def test_a_program_out_of_a_document_sees_the_files_beside_it(alice: Actor
     assert done["result"]["stdout"] == "from data noted\n"
 
 
-@pytest.mark.parametrize("files", [["a", "a/b"], ["x" * 256]], ids=["a file is a folder too", "too long a name"])
-async def test_a_workspace_that_cannot_be_laid_out_is_refused_at_once_and_told_why(
-    alice: Actor, files: list[str]
-) -> None:
-    workspace = await workspace_with(alice, dict.fromkeys(files, "x"))
-    payload = {"language": "python", "code": "1", "workspaceId": workspace}
-    job = await ask(alice, {"type": "CODE_EXECUTION", "payload": payload})
-    done = await alice.finished_job(job["id"])
-    assert (done["status"], done["attempts"], done["error"]["code"]) == ("failed", 1, "validation_failed")
-    assert files[-1][:50] in done["error"]["message"]
-
-
 async def test_what_the_payload_and_the_request_name_must_belong_together(alice: Actor) -> None:
     one, other = await alice.make_workspace(), await alice.make_workspace()
     made = await alice.post(f"/workspaces/{one}/documents", {"path": "a.py", "content": "1"})

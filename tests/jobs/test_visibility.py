@@ -31,6 +31,27 @@ async def test_a_job_in_a_project_needs_the_collaborators_role(alice: Actor, bob
         assert (await alice.post("/jobs", program() | place))["job"]["projectId"] == project
 
 
+async def test_a_viewer_neither_cancels_nor_retries_the_jobs_of_others(alice: Actor, bob: Actor, carol: Actor) -> None:
+    project = await alice.make_project(carol)
+    await alice.add(bob, project, role="VIEWER")
+    job = (await ask(alice, projectId=project, runAt="2100-01-01T00:00:00Z"))["id"]
+    refused = await bob.post(f"/jobs/{job}/cancel")
+    assert (refused.status, refused.code) == (403, "forbidden")
+    assert (await alice.get(f"/jobs/{job}"))["status"] == "pending"
+    assert (await carol.post(f"/jobs/{job}/cancel"))["status"] == "cancelled"  # a collaborator may
+    refused = await bob.post(f"/jobs/{job}/retry")
+    assert (refused.status, refused.code) == (403, "forbidden")
+    assert (await alice.get(f"/jobs/{job}"))["status"] == "cancelled"
+
+
+async def test_who_became_a_viewer_still_cancels_their_own_job(alice: Actor, bob: Actor) -> None:
+    project = await alice.make_project()
+    member = await alice.add(bob, project)
+    job = (await ask(bob, projectId=project, runAt="2100-01-01T00:00:00Z"))["id"]
+    await alice.patch(f"/projects/{project}/collaborators/{member}", {"role": "VIEWER"})
+    assert (await bob.post(f"/jobs/{job}/cancel"))["status"] == "cancelled"
+
+
 async def test_a_workspace_of_another_project_is_a_contradiction(alice: Actor) -> None:
     workspace, other = await alice.make_workspace(), await alice.make_project()
     refused = await alice.post("/jobs", program() | {"workspaceId": workspace, "projectId": other})

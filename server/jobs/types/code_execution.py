@@ -10,6 +10,7 @@ from server import metrics, tracing
 from server.errors import ValidationFailed
 from server.fields import Id, Schema, camel
 from server.jobs.attempt import Attempt
+from server.jobs.files import Skipped
 from server.jobs.sandbox import FilesRefusedError, Limits, Outcome
 from server.jobs.table import JobTable
 
@@ -45,7 +46,8 @@ async def execute(attempt: Attempt, payload: dict[str, Any]) -> dict[str, Any]:
     code, workspace = payload.get("code"), attempt.record["workspaceId"]
     if code is None:
         code = await attempt.files.text(payload["document_id"])
-    files = await attempt.files.for_program(UUID(workspace)) if workspace else {}
+    skipped = Skipped()
+    files = await attempt.files.for_program(UUID(workspace), skipped.add) if workspace else {}
     language, tier = payload["language"], attempt.sandbox.tier.name
     with tracing.span("sandbox", sandbox_tier=tier, sandbox_language=language):
         try:
@@ -61,7 +63,8 @@ async def execute(attempt: Attempt, payload: dict[str, Any]) -> dict[str, Any]:
         except FilesRefusedError as error:
             raise ValidationFailed(f"The workspace's files cannot be laid out beside the program: {error}") from error
     metrics.SANDBOX_RUNS.labels(outcome.sandbox, language, _ending(outcome)).inc()
-    return {camel(name): value for name, value in dataclasses.asdict(outcome).items()}
+    shown = {camel(name): value for name, value in dataclasses.asdict(outcome).items()}
+    return {**shown, "warnings": skipped.warnings}
 
 
 def _ending(outcome: Outcome) -> str:

@@ -1,10 +1,12 @@
 """EXPORT: the files of a project or a workspace as one artifact, in constant memory."""
 
 import asyncio
+import re
 import tarfile
 import zlib
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -12,13 +14,16 @@ from marshmallow import ValidationError, fields, validate, validates_schema
 from zipstream import ZIP_DEFLATED, ZipStream
 
 from server import json
+from server.documents.paths import normalize
 from server.fields import Id, Schema
 from server.jobs import artifacts, store
 from server.jobs.attempt import Attempt
-from server.jobs.files import File
+from server.jobs.files import File, Skip, Skipped
 from server.jobs.table import JobTable
 
 jobs = JobTable()
+FOLDER_BYTES = 200  # with an id behind it, it is a name on every usual file system
+DRIVE = re.compile("[A-Za-z]:")  # extractors that join such a path to their folder leave it
 GZIP = 31  # zlib's word for a gzip header and the largest window
 Member = tuple[str, File, bytes]
 
@@ -40,18 +45,19 @@ async def export(attempt: Attempt, payload: dict[str, Any]) -> dict[str, Any]:
     pack, content_type = PACKERS[payload["format"]]
     name, now = f"export.{payload['format']}", store.moment()
     job, mongo = attempt.record, attempt.stores.mongo
+    skipped = Skipped()
     async with artifacts.upload(mongo, job=job, name=name, content_type=content_type, now=now) as upload:
-        async for data in pack(members(attempt, payload)):
+        async for data in pack(members(attempt, payload, skipped.add)):
             await upload.write(data)
-    return {"artifact": artifacts.described(upload, job=job, name=name, now=now)}
+    return {"artifact": artifacts.described(upload, job=job, name=name, now=now), "warnings": skipped.warnings}
 
 
-async def members(attempt: Attempt, payload: dict[str, Any]) -> AsyncIterator[Member]:
+async def members(attempt: Attempt, payload: dict[str, Any], skip: Skip) -> AsyncIterator[Member]:
     """Path in the archive, file and content of every file."""
     total = done = 0
-    async for _, file in listed(attempt, payload):
+    async for _, file in listed(attempt, payload, lambda *_: None):
         total += file.size
-    async for path, file in listed(attempt, payload):
+    async for path, file in listed(attempt, payload, skip):
         content = await attempt.files.content(file)
         if content is not None:
             yield path, file, content
@@ -59,12 +65,20 @@ async def members(attempt: Attempt, payload: dict[str, Any]) -> AsyncIterator[Me
         await attempt.progress(100 * done / max(total, 1))
 
 
-async def listed(attempt: Attempt, payload: dict[str, Any]) -> AsyncIterator[tuple[str, File]]:
+async def listed(attempt: Attempt, payload: dict[str, Any], skip: Skip) -> AsyncIterator[tuple[str, File]]:
     """Path in the archive and file; in a project's, paths begin with the workspace's name."""
     taken: set[str] = set()
     async for folder, workspace in folders(attempt, payload, taken):
-        async for file in attempt.files.of_workspace(workspace):
-            yield folder + file.path, file
+        async for file in attempt.files.of_workspace(workspace, partial(skip_in, folder, skip)):
+            path = folder + file.path
+            if DRIVE.match(path):
+                skip(path, "Windows would take it for a path on a drive.")
+            else:
+                yield path, file
+
+
+def skip_in(folder: str, skip: Skip, path: str, problem: str) -> None:
+    skip(folder + path, problem)
 
 
 async def folders(attempt: Attempt, payload: dict[str, Any], taken: set[str]) -> AsyncIterator[tuple[str, UUID]]:
@@ -77,7 +91,8 @@ async def folders(attempt: Attempt, payload: dict[str, Any], taken: set[str]) ->
 
 def folder_for(name: str, id: UUID, taken: set[str]) -> str:
     """The workspace's name as a directory: none that leads elsewhere, and each its own."""
-    safe = "".join(c if c.isprintable() and c not in '/\\:*?"<>|' else "_" for c in name).strip(" .") or "workspace"
+    safe = "".join(c if c.isprintable() and c not in '/\\:*?"<>|' else "_" for c in normalize(name))
+    safe = safe.encode()[:FOLDER_BYTES].decode(errors="ignore").strip(" .") or "workspace"
     folder = safe if safe.casefold() not in taken else f"{safe} ({id})"
     taken.add(folder.casefold())
     return folder

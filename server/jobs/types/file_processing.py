@@ -10,10 +10,11 @@ from marshmallow import fields, validate
 from pygments.lexers import get_lexer_for_filename
 from pygments.util import ClassNotFound
 
+from server.documents.paths import normalize
 from server.errors import NotFound, TooLarge
 from server.fields import Id, Schema, Text
 from server.jobs.attempt import Attempt
-from server.jobs.files import File
+from server.jobs.files import File, Skipped
 from server.jobs.table import JobTable
 
 jobs = JobTable()
@@ -29,25 +30,33 @@ class FileProcessing(Schema):
 @jobs.on("FILE_PROCESSING", FileProcessing, timeout=300)
 async def process(attempt: Attempt, payload: dict[str, Any]) -> dict[str, Any]:
     """Measure and recognise the files of a workspace, or those at some paths."""
-    files = await chosen(attempt, payload)
+    skipped = Skipped()
+    files = await chosen(attempt, payload, skipped)
     found = []
     for number, file in enumerate(files):
         content = await attempt.files.content(file)
         if content is not None:
             found.append(await asyncio.to_thread(describe, file, content))
         await attempt.progress(100 * (number + 1) / len(files))
-    return {"files": found, "totals": totals(found)}
+    return {"files": found, "totals": totals(found), "warnings": skipped.warnings}
 
 
-async def chosen(attempt: Attempt, payload: dict[str, Any]) -> list[File]:
-    wanted = set(payload["paths"]) if "paths" in payload else None
-    files = []
-    async for file in attempt.files.of_workspace(payload["workspace_id"]):
+async def chosen(attempt: Attempt, payload: dict[str, Any], skipped: Skipped) -> list[File]:
+    wanted = {normalize(path) for path in payload["paths"]} if "paths" in payload else None
+    files: list[File] = []
+    left_out: set[str] = set()
+
+    def skip(path: str, problem: str) -> None:
+        if wanted is None or normalize(path) in wanted:
+            left_out.add(normalize(path))
+            skipped.add(path, problem)
+
+    async for file in attempt.files.of_workspace(payload["workspace_id"], skip):
         if wanted is None or file.path in wanted:
             files.append(file)
         if len(files) > MOST_FILES:
             raise TooLarge(f"The workspace has more than {MOST_FILES} files")
-    if missing := (wanted or set()) - {file.path for file in files}:
+    if missing := (wanted or set()) - {file.path for file in files} - left_out:
         raise NotFound(f"No such file: {min(missing)}")
     return files
 

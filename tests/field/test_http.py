@@ -1,0 +1,408 @@
+"""What users saw of HTTP: conditional requests, CORS, limits of a request's head, numbers, query parameters."""
+
+import asyncio
+import io
+import json
+
+import aiohttp
+import limits
+import pytest
+
+from server.app import swagger_document
+from server.rest.pages import cursor_of
+from tests.actors import Actor, Answer
+from tests.conftest import MakeActor, MakeServer
+from tests.documents.editors import make_document
+from tests.jobs.asking import program
+from tests.patience import PATIENCE_SECONDS
+
+LATER = "2100-01-01T00:00:00Z"
+
+
+async def tag_of(actor: Actor, path: str) -> str:
+    tag: str = (await actor.get(path)).headers["ETag"]
+    return tag
+
+
+async def put(actor: Actor, document: str, text: str, **conditions: str) -> Answer:
+    headers = {"Content-Type": "text/plain"} | {name.replace("_", "-"): value for name, value in conditions.items()}
+    return await actor.put(f"/documents/{document}/content", data=io.BytesIO(text.encode()), headers=headers)
+
+
+async def things(actor: Actor) -> dict[str, dict[str, str]]:
+    """One of each kind that has an ETag, and a change of it."""
+    workspace = await actor.make_workspace()
+    project = (await actor.get(f"/workspaces/{workspace}"))["projectId"]
+    return {
+        f"/projects/{project}": {"description": "changed"},
+        f"/workspaces/{workspace}": {"description": "changed"},
+        f"/documents/{await make_document(actor, workspace)}": {"path": "changed.py"},
+        "/auth/profile": {"name": "Changed"},
+    }
+
+
+async def test_if_none_match_was_ignored_where_something_is_changed(alice: Actor) -> None:
+    for path, change in (await things(alice)).items():
+        tag = await tag_of(alice, path)
+        for unmet in ("*", tag, f"W/{tag}", f'"other", {tag}'):
+            refused = await alice.patch(path, change, headers={"If-None-Match": unmet})
+            assert (refused.status, refused.code) == (412, "precondition_failed"), (path, unmet)
+        assert await tag_of(alice, path) == tag
+        changed = await alice.patch(path, change, headers={"If-None-Match": '"0", W/"7-owner"'})
+        assert changed.status == 200, (path, changed)
+        assert (await alice.patch(path, change, headers={"If-None-Match": tag})).status == 200  # it is an old one now
+
+
+async def test_if_none_match_was_ignored_where_something_is_deleted(alice: Actor) -> None:
+    kinds = [path for path in await things(alice) if path != "/auth/profile"]
+    for path in reversed(kinds):  # what is inside first
+        tag = await tag_of(alice, path)
+        for unmet in ("*", tag):
+            assert (await alice.delete(path, headers={"If-None-Match": unmet})).code == "precondition_failed", path
+        assert (await alice.delete(path, headers={"If-None-Match": '"0"'})).status == 204, path
+    account = {"password": alice.password}
+    refused = await alice.delete(
+        "/auth/profile", account, headers={"If-None-Match": await tag_of(alice, "/auth/profile")}
+    )
+    assert refused.code == "precondition_failed"
+    assert (await alice.delete("/auth/profile", account, headers={"If-None-Match": '"0"'})).status == 204
+
+
+async def test_if_match_is_asked_before_if_none_match_and_both_must_hold(alice: Actor) -> None:
+    path = f"/projects/{await alice.make_project()}"
+    tag = await tag_of(alice, path)
+    for match, none_match, status in ((tag, tag, 412), ('"0"', '"0"', 412), ("*", tag, 412), (tag, '"0"', 200)):
+        headers = {"If-Match": match, "If-None-Match": none_match}
+        assert (await alice.patch(path, {"name": "x"}, headers=headers)).status == status, headers
+
+
+async def test_several_lines_of_a_condition_are_one_list(alice: Actor) -> None:
+    path = f"/projects/{await alice.make_project()}"
+    tag = await tag_of(alice, path)
+    lines = [("If-Match", '"0"'), ("If-Match", tag)]
+    async with alice.http.patch(
+        f"{alice.base}/api/v1{path}", json={"name": "x"}, headers=[*alice.headers.items(), *lines]
+    ) as answer:
+        assert answer.status == 200
+
+
+async def test_a_tag_that_only_resembles_the_current_one_passed_if_match(alice: Actor) -> None:
+    path = f"/projects/{await alice.make_project()}"
+    tag = await tag_of(alice, path)
+    number, role = tag.strip('"').split("-")
+    for other in (
+        f"0{number}-{role}",
+        f"٠{number}-{role}",
+        f"{number}-OWNER",
+        f"{number}-",
+        number,
+        f"+{number}-{role}",
+    ):
+        refused = await alice.patch(path, {"name": "x"}, headers={"If-Match": f'"{other}"'})
+        assert (refused.status, refused.code) == (412, "precondition_failed"), other
+    assert (await alice.patch(path, {"name": "x"}, headers={"If-Match": tag})).status == 200
+
+
+async def test_a_weak_tag_never_passes_if_match(alice: Actor) -> None:
+    for path, change in (await things(alice)).items():
+        tag = await tag_of(alice, path)
+        for weak in (f"W/{tag}", f'W/{tag}, "0"'):
+            refused = await alice.patch(path, change, headers={"If-Match": weak})
+            assert (refused.status, refused.code) == (412, "precondition_failed"), path
+    workspace = await alice.make_workspace()
+    document = await make_document(alice, workspace, content="first")
+    content = await tag_of(alice, f"/documents/{document}/content")
+    assert (await put(alice, document, "x", If_Match=f"W/{content}")).code == "precondition_failed"
+
+
+async def test_a_restore_overwrote_what_its_if_match_did_not_name(alice: Actor) -> None:
+    document = await make_document(alice, await alice.make_workspace(), content="first")
+    seen = [await tag_of(alice, f"/documents/{document}{part}") for part in ("/content", "")]
+    assert (await put(alice, document, "second", If_Match="*")).status == 200
+
+    async def restore(**conditions: str) -> Answer:
+        headers = {name.replace("_", "-"): value for name, value in conditions.items()}
+        return await alice.post(f"/documents/{document}/restore", {"version": 1}, headers=headers)
+
+    for old in (*seen, '"0"', "garbage"):
+        refused = await restore(If_Match=old)
+        assert (refused.status, refused.code) == (412, "precondition_failed"), old
+    assert (await restore(If_None_Match="*")).code == "precondition_failed"
+    for part in ("/content", ""):  # the tag of the text, or that of the document
+        now = await tag_of(alice, f"/documents/{document}{part}")
+        assert (await restore(If_None_Match=now)).code == "precondition_failed"
+        assert (await restore(If_Match=f"W/{now}")).code == "precondition_failed"
+        assert (await restore(If_Match=now)).status == 200
+    assert (await alice.get(f"/documents/{document}/content")).body == "first"
+
+
+async def test_ten_restores_on_one_tag_have_one_winner(alice: Actor) -> None:
+    document = await make_document(alice, await alice.make_workspace(), content="first")
+    tag = await tag_of(alice, f"/documents/{document}")
+    answers = await asyncio.gather(
+        *(alice.post(f"/documents/{document}/restore", {"version": 1}, headers={"If-Match": tag}) for _ in range(10))
+    )
+    assert sorted(answer.status for answer in answers) == [200] + [412] * 9
+
+
+async def test_a_text_was_overwritten_by_a_put_that_was_to_create_it(alice: Actor) -> None:
+    document = await make_document(alice, await alice.make_workspace(), content="mine")
+    for conditions in ({"If_None_Match": "*"}, {"If_None_Match": "*", "If_Match": "*"}):
+        refused = await put(alice, document, "theirs", **conditions)
+        assert (refused.status, refused.code) == (412, "precondition_failed"), conditions
+    tag = await tag_of(alice, f"/documents/{document}/content")
+    assert (await put(alice, document, "theirs", If_Match=tag, If_None_Match=tag)).code == "precondition_failed"
+    assert (await put(alice, document, "theirs", If_None_Match='"0"')).code == "precondition_required"
+    assert (await alice.get(f"/documents/{document}/content")).body == "mine"
+    assert (await put(alice, document, "ours", If_Match=tag, If_None_Match='"0"')).status == 200
+
+
+async def test_a_collaborator_without_an_etag_was_changed_against_if_none_match(alice: Actor, bob: Actor) -> None:
+    project = await alice.make_project()
+    path = f"/projects/{project}/collaborators/{await alice.add(bob, project)}"
+    refused = await alice.patch(path, {"role": "VIEWER"}, headers={"If-None-Match": "*"})
+    assert (refused.status, refused.code) == (412, "precondition_failed")
+    assert (await alice.patch(path, {"role": "VIEWER"}, headers={"If-None-Match": '"1"'})).status == 200
+
+
+HEAD_END = b"\r\nHost: x\r\nConnection: close\r\n\r\n"
+
+
+async def answer_to(server: str, *parts: bytes) -> tuple[int, bytes]:
+    """The status and the body of the answer; every part is sent, whatever the server answers meanwhile."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(server.rpartition(":")[2]))
+    for part in parts:
+        writer.write(part)
+        await asyncio.sleep(0.01)
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    return int(head.split()[1]), body
+
+
+@pytest.mark.parametrize(
+    ("parts", "status", "code"),
+    [
+        ([b"GET /api/v1/projects?q=" + b"a" * 8200], 414, b"uri_too_long"),
+        ([b"GET /" + b"a" * 65536, *[b"a" * 65536] * 64, b" HTTP/1.1", HEAD_END], 414, b"uri_too_long"),
+        ([b"GET / HTTP/1.1\r\nCookie: " + b"a" * 8200], 431, b"header_fields_too_large"),
+        ([b"GET / HTTP/1.1\r\nCookie: ", *[b"a" * 65536] * 64, HEAD_END], 431, b"header_fields_too_large"),
+        ([b"GET / HTTP/1.1\r\n", *[b"X-Some: thing\r\n" * 64] * 64, HEAD_END], 431, b"header_fields_too_large"),
+    ],
+    ids=["a long address", "an endless address", "a long header", "an endless header", "endless headers"],
+)
+async def test_an_oversized_head_was_a_malformed_request(
+    server: str, parts: list[bytes], status: int, code: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.rest.runner.LINGER_SECONDS", PATIENCE_SECONDS)
+    got, body = await answer_to(server, *parts)
+    assert got == status
+    assert b'"code":"' + code in body
+
+
+async def test_what_fits_into_the_limits_of_a_head_is_read(server: str) -> None:
+    address = b"GET /health?" + b"a" * 8000 + b" HTTP/1.1"
+    headers = b"".join(b"\r\nX-%d: 1" % number for number in range(120))
+    cookie = b"\r\nCookie: " + b"a" * 8000
+    assert (await answer_to(server, address + headers + cookie + HEAD_END))[0] == 200
+
+
+OURS, THEIRS = "https://app.example.org", "https://evil.example.org"
+
+
+async def test_a_browser_could_not_read_why_the_api_refused(make_server: MakeServer, make_actor: MakeActor) -> None:
+    limited = await make_server(
+        cors_origin=(OURS, "https://other.example.org"), rate_limit_default=limits.parse("8/15minutes")
+    )
+    page = await make_actor("Page", limited)
+    for method, path, status in (
+        ("GET", "/nowhere", 404),
+        ("GET", "/projects/nonsense", 404),
+        ("GET", "/api/nowhere", 404),
+        ("OPTIONS", "/nowhere", 404),
+        ("PUT", "/projects", 405),
+        ("PATCH", "/projects", 405),
+        ("POST", "/projects", 422),
+        ("GET", "/projects?limit=x", 422),
+        ("GET", "/projects", 200),
+        ("GET", "/projects", 429),
+    ):
+        answer = await page.call(method, path, headers={"Origin": OURS})
+        assert answer.status == status, (method, path)
+        assert answer.headers["Access-Control-Allow-Origin"] == OURS, (method, path)
+        assert "X-Request-Id" in answer.headers["Access-Control-Expose-Headers"]
+        stranger = await page.call(method, path, headers={"Origin": THEIRS})
+        assert "Access-Control-Allow-Origin" not in stranger.headers, (method, path)
+
+
+async def test_a_browser_could_not_read_that_its_address_was_too_long(make_server: MakeServer) -> None:
+    async def headers(server: str) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(server.rpartition(":")[2]))
+        writer.write(b"GET /api/v1/projects?q=" + b"a" * 9000 + b" HTTP/1.1\r\nOrigin: " + OURS.encode() + HEAD_END)
+        head = await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+        return head
+
+    assert f"Access-Control-Allow-Origin: {OURS}".encode() in await headers(await make_server(cors_origin=(OURS,)))
+    assert b"Access-Control-Allow-Origin: *" in await headers(await make_server(cors_origin=("*",)))
+
+
+async def test_options_without_an_origin_was_forbidden(alice: Actor, http: aiohttp.ClientSession) -> None:
+    nobody = Actor(http, alice.base, "Nobody")
+    for path, methods in (
+        ("/projects", "GET, HEAD, OPTIONS, POST"),
+        ("/auth/sessions", "DELETE, GET, HEAD, OPTIONS"),
+        ("/documents/anything/content", "GET, HEAD, OPTIONS, PUT"),
+        ("/jobs/stats", "GET, HEAD, OPTIONS"),
+    ):
+        answer = await nobody.call("OPTIONS", path)
+        assert (answer.status, answer.headers["Allow"], answer.body) == (204, methods, "")
+    unknown = await nobody.call("OPTIONS", "/nowhere")
+    assert (unknown.status, unknown.code) == (404, "not_found")
+
+
+async def test_options_of_a_page_that_asks_for_no_leave_were_forbidden(make_server: MakeServer, http) -> None:
+    page = Actor(http, await make_server(cors_origin=(OURS,)), "Page")
+    answer = await page.call("OPTIONS", "/projects", headers={"Origin": OURS})
+    assert (answer.status, answer.headers["Access-Control-Allow-Origin"]) == (204, OURS)
+    assert "POST" in answer.headers["Allow"]
+
+
+NO_NUMBERS = ("1_0", "+1", " 1", "1 ", "-1", "\u0663", "1e1", "1.0", "0x1", "", "1" * 20)
+
+
+async def test_numbers_in_queries_were_read_as_python_reads_them(alice: Actor) -> None:
+    project = await alice.make_project()
+    workspace = await alice.make_workspace(project)
+    job = (await alice.post("/jobs", {**program(), "runAt": LATER}))["job"]["id"]
+    for path, name in (
+        ("/projects", "limit"),
+        (f"/projects/{project}/activity", "limit"),
+        (f"/workspaces/{workspace}/documents", "limit"),
+        (f"/workspaces/{workspace}/events", "limit"),
+        (f"/jobs/{job}/logs", "limit"),
+        (f"/jobs/{job}/logs", "after"),
+        (f"/jobs/{job}/logs", "cursor"),
+    ):
+        for text in NO_NUMBERS:
+            refused = await alice.get(path, params={name: text})
+            assert (refused.status, refused.code) == (422, "validation_failed"), (path, name, text)
+            assert refused["details"][0]["field"] == name
+        assert (await alice.get(path, params={name: "007"})).status == 200
+    for event in ("1_0-0", "\u0661-0", "+1-0", "1-0 "):
+        refused = await alice.get(f"/workspaces/{workspace}/events", params={"after": event})
+        assert (refused.status, refused["details"][0]["field"]) == (422, "after"), event
+
+
+@pytest.mark.parametrize("key", ["1_0", "+1", " 1", "\u0661", "9223372036854775808"])
+async def test_a_cursor_with_such_a_number_was_taken(alice: Actor, key: str) -> None:
+    cursor = cursor_of(key, of="activity")
+    refused = await alice.get(f"/projects/{await alice.make_project()}/activity", params={"cursor": cursor})
+    assert (refused.status, refused["details"][0]["field"]) == (422, "cursor")
+
+
+async def test_misspelt_query_parameters_were_ignored(alice: Actor) -> None:
+    workspace = await alice.make_workspace()
+    project = (await alice.get(f"/workspaces/{workspace}"))["projectId"]
+    for method, path in (
+        ("GET", "/projects?Limit=5"),
+        ("GET", "/projects?limit=5&page=2"),
+        ("GET", f"/projects/{project}?expand=members"),
+        ("GET", f"/workspaces/{workspace}/documents?sort=path"),
+        ("GET", "/auth/profile?x"),
+        ("HEAD", "/auth/profile?x"),
+        ("GET", "/jobs/stats?workspaceId=1"),
+        ("POST", "/projects?dryRun=true"),
+        ("PATCH", f"/projects/{project}?x=1"),
+        ("DELETE", f"/projects/{project}?force=1"),
+        ("GET", "/projects?%00=1"),
+        ("GET", "/projects?%ED%A0%80=1"),
+    ):
+        body = {"name": "x"} if method == "POST" else None
+        refused = await alice.call(method, path, body)
+        assert refused.status == 422, (method, path)
+        if method != "HEAD":
+            assert refused.code == "validation_failed"
+            assert len(refused["details"]) == 1
+    assert (await alice.get("/projects?limit=5&page=2"))["details"][0]["field"] == "page"
+    assert [each["id"] for each in (await alice.get("/projects"))["items"]] == [project]
+
+
+async def test_query_parameters_are_no_matter_where_no_json_is_answered(alice: Actor) -> None:
+    document = await make_document(alice, await alice.make_workspace(), content="text")
+    assert (await alice.get(f"/documents/{document}/content?download=1")).body == "text"
+    assert (await alice.get("/health?t=1")).status == 200
+    assert (await alice.call("OPTIONS", "/projects?x=1")).status == 204
+    assert (await alice.get("/nowhere?x=1")).status == 404
+
+
+async def test_jobs_of_a_workspace_could_not_be_listed(alice: Actor, bob: Actor, carol: Actor) -> None:
+    project = await alice.make_project(bob)
+    here, there = await alice.make_workspace(project), await alice.make_workspace(project)
+    place = {"workspaceId": here, "runAt": LATER}
+    made = [(await who.post("/jobs", {**program(), **place}))["job"]["id"] for who in (alice, bob, alice)]
+    other = (await alice.post("/jobs", {**program(), "workspaceId": there, "runAt": LATER}))["job"]["id"]
+    await alice.post("/jobs", {**program(), "runAt": LATER})
+
+    async def listed(query: str) -> list[str]:
+        return [job["id"] for job in (await bob.get(f"/jobs?{query}"))["items"]]
+
+    assert await listed(f"workspaceId={here}") == made[::-1]
+    assert await listed(f"workspaceId={here}&projectId={project}&limit=2") == made[:0:-1]
+    assert await listed(f"workspaceId={there}") == [other]
+    assert await listed(f"projectId={project}") == [other, *made[::-1]]
+    assert (await carol.get(f"/jobs?workspaceId={here}")).code == "not_found"
+    contradiction = await alice.get(f"/jobs?workspaceId={here}&projectId={await alice.make_project()}")
+    assert (contradiction.status, contradiction.code) == (422, "validation_failed")
+    assert (await alice.get("/jobs?workspaceId=nonsense")).status == 422
+
+
+async def test_a_job_that_was_to_run_in_the_past_runs_at_once_and_the_document_says_so(alice: Actor) -> None:
+    shown = swagger_document()["definitions"]["NewJob"]["properties"]["runAt"]
+    assert "in the past" in shown["description"]
+    before = (await alice.get("/jobs/stats"))["queue"]
+    made = await alice.post("/jobs", {**program(), "runAt": "2001-01-01T00:00:00Z"})
+    assert (made.status, made["job"]["runAt"]) == (201, "2001-01-01T00:00:00.000Z")
+    after = (await alice.get("/jobs/stats"))["queue"]
+    assert (after["queued"], after["scheduled"]) == (before["queued"] + 1, before["scheduled"])
+
+
+BEYOND = 9223372036854775808  # 2**63
+
+
+async def test_large_integers_became_other_numbers(alice: Actor, bob: Actor) -> None:
+    workspace = await alice.make_workspace(None, bob)
+    project = (await alice.get(f"/workspaces/{workspace}"))["projectId"]
+    analysis = {"type": "DATA_ANALYSIS", "payload": {"format": "csv", "content": "a", "n": BEYOND}}
+    for method, path, body, field in (
+        ("POST", "/projects", {"name": "x", "settings": {"n": BEYOND}}, "settings.n"),
+        ("PATCH", f"/projects/{project}", {"settings": {"deep": [{"n": -BEYOND - 1}]}}, "settings.deep.0.n"),
+        ("POST", "/workspaces", {"projectId": project, "name": "x", "meta": {"n": 10**30}}, "meta.n"),
+        ("PATCH", f"/workspaces/{workspace}", {"meta": {"n": 10**400}}, "meta.n"),
+        ("POST", "/jobs", analysis, "payload.n"),
+        ("POST", "/auth/logout", {"refreshToken": BEYOND}, "refreshToken"),
+    ):
+        refused = await alice.call(method, path, data=json.dumps(body), headers={"Content-Type": "application/json"})
+        assert (refused.status, refused.code) == (422, "validation_failed"), (path, refused)
+        assert refused["details"][0]["field"] == field
+        assert "64-bit" in refused["details"][0]["message"]
+    kept = {"n": [BEYOND - 1, -BEYOND, 0.1000000000000000055511151231257827, 1e22, str(BEYOND)]}
+    raw = json.dumps({"name": "x", "settings": kept})
+    made = await alice.post("/projects", data=raw, headers={"Content-Type": "application/json"})
+    assert (made.status, made["settings"]) == (201, kept)
+
+
+async def test_large_integers_in_frames_became_other_numbers(alice: Actor, bob: Actor) -> None:
+    workspace = await alice.make_workspace(None, bob)
+    hers, his = await alice.connect(workspace), await bob.connect(workspace)
+    frame = {"event": "file:change", "data": {"workspaceId": workspace, "change": {"at": BEYOND}}, "id": 1}
+    await hers.raw.send_str(json.dumps(frame))
+    await hers.assert_push("USER_JOIN")
+    refused = await hers.next()
+    assert (refused["event"], refused["id"], refused["data"]["code"]) == ("error", 1, "validation_failed")
+    assert refused["data"]["details"][0]["field"] == "change.at"
+    await hers.raw.send_str(json.dumps({"event": "ping", "id": BEYOND}))
+    refused = await hers.next()
+    assert (refused["event"], refused.get("id"), refused["data"]["code"]) == ("error", None, "validation_failed")
+    await hers.push("file:change", workspaceId=workspace, change={"at": BEYOND - 1})
+    assert (await his.assert_push("FILE_CHANGE"))["change"] == {"at": BEYOND - 1}
