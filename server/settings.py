@@ -6,6 +6,7 @@ upper case.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from datetime import timedelta
@@ -15,8 +16,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 import limits
-import marshmallow
-from environs import Env, EnvError, validate
+from environs import Env, EnvError, EnvValidationError, validate
 
 DEVELOPMENT, TEST, PRODUCTION = "development", "test", "production"
 MINIMUM_SECRET_BYTES = 32
@@ -30,6 +30,11 @@ class StartError(Exception):
 
 class SettingsError(StartError):
     """A setting is missing or bad; the text is one line that names it."""
+
+
+def invalid(name: str, why: str) -> SettingsError:
+    """Return the error for a bad value; ``why`` is a sentence that shows no secret."""
+    return SettingsError(f'Environment variable "{name}" invalid: {why}')
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,16 @@ def text(env: Env, name: str, default: Any) -> str:
     return str(env.str(name, default)).strip()
 
 
+def host(env: Env, name: str, default: Any) -> str:
+    """An address or a name to listen on. Empty would mean every address, unnoticed."""
+    if not (given := text(env, name, default)):
+        raise invalid(name, "Must be an address, such as 127.0.0.1 or ::1.")
+    return given
+
+
 def folder(env: Env, name: str, default: Any) -> Path:
     if not text(env, name, str(default)):
-        raise SettingsError(f'Environment variable "{name}" invalid: Must name a directory.')
+        raise invalid(name, "Must name a directory.")
     return Path(env.path(name, default))
 
 
@@ -77,7 +89,7 @@ def seconds(env: Env, name: str, default: Any) -> int:
     """A duration such as ``15m`` or ``7d`` (GEP-2257), in whole seconds."""
     parsed = env.timedelta(name, default)
     if parsed.total_seconds() < 1:
-        raise SettingsError(f'Environment variable "{name}" invalid: Must be at least 1s.')
+        raise invalid(name, "Must be at least 1s.")
     return int(parsed.total_seconds())
 
 
@@ -88,17 +100,25 @@ def names(env: Env, name: str, default: Any) -> tuple[str, ...]:
 def origins(env: Env, name: str, default: Any) -> tuple[str, ...]:
     """As browsers send them: ``scheme://host[:port]``, or ``*``."""
     found = names(env, name, default)
-    for each in found:
-        if each != "*" and (not urlsplit(each).netloc or each.rstrip("/") != each or urlsplit(each).path):
-            raise SettingsError(f'Environment variable "{name}" invalid: {each} is not like https://app.example.org')
+    for origin in found:
+        if origin != "*" and not _is_origin(origin):
+            raise invalid(name, f"{origin} is not like https://app.example.org")
     return found
+
+
+def _is_origin(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        return False
+    return bool(parts.netloc) and text == f"{parts.scheme}://{parts.netloc}"
 
 
 def networks(env: Env, name: str, default: Any) -> tuple[Network, ...]:
     try:
         return tuple(ip_network(part) for part in names(env, name, default))
     except ValueError as error:
-        raise SettingsError(f'Environment variable "{name}" invalid: {error}') from error
+        raise invalid(name, f"{error}.") from error
 
 
 def rate(env: Env, name: str, default: Any) -> limits.RateLimitItem | None:
@@ -107,9 +127,15 @@ def rate(env: Env, name: str, default: Any) -> limits.RateLimitItem | None:
     if written == "off":
         return None
     try:
-        return limits.parse(written)
-    except ValueError as error:
-        raise SettingsError(f'Environment variable "{name}" invalid: {error}') from error
+        [item] = limits.parse_many(written)
+    except ValueError:
+        raise invalid(name, "Must be one rate such as 10/15minutes, or off.") from None
+    if item.amount < 1 or _NO_TIME.search(written):  # that library reads 0minutes as 1minute
+        raise invalid(name, "Must allow at least 1 request in at least 1 second; off for no limit.")
+    return item
+
+
+_NO_TIME = re.compile(r"[/ ]0+\s*[a-z]", re.IGNORECASE)
 
 
 def url(*schemes: str, database: bool = False) -> Parse:
@@ -138,23 +164,32 @@ def check_url(name: str, value: str, schemes: tuple[str, ...], *, database: bool
         parts = urlsplit(value)
         if "," not in parts.netloc:  # several hosts of PostgreSQL or MongoDB: their clients know these
             parts.port  # noqa: B018 - it raises where it is none
-    except ValueError as error:
-        raise SettingsError(f'Environment variable "{name}" invalid: {error}') from None
+    except ValueError:  # its text shows part of the value, which may be part of a password
+        raise invalid(
+            name, "Must have a port up to 65535, IPv6 in brackets, and / : @ of a password as %2F %3A %40."
+        ) from None
     if parts.scheme not in schemes:
-        raise SettingsError(f'Environment variable "{name}" invalid: Must begin with {schemes[0]}://')
+        raise invalid(name, f"Must begin with {schemes[0]}://")
+    if parts.scheme in ("http", "https") and not parts.hostname:
+        raise invalid(name, "Must name a host.")
     if database and not parts.path.strip("/"):
-        raise SettingsError(f'Environment variable "{name}" invalid: Must name a database in its path.')
+        raise invalid(name, "Must name a database in its path.")
     return value
+
+
+def authority(host: str, port: int) -> str:
+    """Return ``host:port`` as a URL has it: an IPv6 address in brackets (RFC 3986)."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
 def redis_url(env: Env, name: str, default: Any) -> str:
     """REDIS_URL, else put together from REDIS_HOST, REDIS_PORT and REDIS_PASSWORD."""
-    if env.str(name, None) is not None or env.str("REDIS_HOST", None) is None:
+    if env.str(name, None) is not None or not text(env, "REDIS_HOST", ""):
         return str(url("redis", "rediss", "unix")(env, name, default))
-    host, port = env.str("REDIS_HOST"), env.int("REDIS_PORT", 6379, validate=validate.Range(1, 65535))
+    address = authority(text(env, "REDIS_HOST", ""), integer(1, 65535)(env, "REDIS_PORT", 6379))
     password = env.str("REDIS_PASSWORD", "")
     login = f":{quote(password, safe='')}@" if password else ""
-    return f"redis://{login}{host}:{port}/0"
+    return check_url("REDIS_HOST", f"redis://{login}{address}/0", ("redis",), database=False)
 
 
 POSTGRES = ("postgresql", "postgres")
@@ -169,7 +204,7 @@ class Settings:
         default=DEVELOPMENT,
         help="`development`, `test` or `production`; production refuses unsafe settings",
     )
-    host: str = setting(text, default="0.0.0.0", help="address to listen on (`127.0.0.1` in `run.py dev`)")  # noqa: S104
+    host: str = setting(host, default="0.0.0.0", help="address to listen on (`127.0.0.1` in `run.py dev`)")  # noqa: S104
     port: int = setting(integer(0, 65535), default=3000, help="port to listen on; 0 picks a free one")
     database_url: str = setting(
         url(*POSTGRES, database=True),
@@ -312,7 +347,7 @@ def load_stack() -> StackSettings:
     env = _environment()
     return StackSettings(
         data_dir=_value(_field("data_dir"), env, DEVELOPMENT),
-        host=env.str("HOST", "127.0.0.1"),
+        host=_parsed(host, env, "HOST", "127.0.0.1"),
         port=_value(_field("port"), env, DEVELOPMENT),
     )
 
@@ -352,7 +387,10 @@ def _written(each: Field[Any]) -> str:
 def _environment() -> Env:
     env = Env()
     if os.environ.get("APP_ENV", DEVELOPMENT) == DEVELOPMENT and Path(".env").is_file():
-        env.read_env(".env", recurse=False)  # seen by this reader only; the environment wins
+        try:
+            env.read_env(".env", recurse=False)  # seen by this reader only; the environment wins
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(f"The file .env cannot be read: {error}") from error
     return env
 
 
@@ -365,10 +403,20 @@ def _value(each: Field[Any], env: Env, app_env: str) -> Any:
     if isinstance(default, PerEnvironment):
         default = default.choose(app_env)
     # environs takes Ellipsis for "required".
+    return _parsed(each.metadata["parse"], env, each.name.upper(), ... if default is MISSING else default)
+
+
+def _parsed(parse: Parse, env: Env, name: str, default: Any) -> Any:
     try:
-        return each.metadata["parse"](env, each.name.upper(), ... if default is MISSING else default)
-    except (EnvError, marshmallow.ValidationError) as error:
+        os.environ.get(name, "").encode()
+        return parse(env, name, default)
+    except EnvValidationError as error:
+        variable = str(error).split('"')[1]  # REDIS_URL has parts with names of their own
+        raise invalid(variable, " ".join(error.error_messages)) from error
+    except EnvError as error:
         raise SettingsError(str(error)) from error
+    except UnicodeEncodeError:
+        raise invalid(name, "Must be UTF-8.") from None
 
 
 def _problems(settings: Settings) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -97,6 +98,14 @@ def test_a_missing_setting_is_named(name: str) -> None:
         ("TRUSTED_PROXIES", "10.0.0.0/8,proxy"),
         ("CORS_ORIGIN", "app.example.org"),
         ("CORS_ORIGIN", "https://app.example.org/"),
+        ("CORS_ORIGIN", "http://[::1"),
+        ("HOST", ""),
+        ("HOST", " "),
+        ("RATE_LIMIT_AUTH", "0/minute"),
+        ("RATE_LIMIT_AUTH", "10/0minutes"),
+        ("RATE_LIMIT_AUTH", "10/minute;100/hour"),
+        ("JWT_SECRET", "\udcff" * 32),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://"),
         ("DATA_DIR", " "),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4318"),
         ("JOB_FAULT_RATE", "1.5"),
@@ -114,6 +123,50 @@ def test_a_bad_setting_is_named_in_one_line(name: str, value: str) -> None:
     complaint = refusal(**GOOD | {name: value})
     assert f'"{name}"' in complaint
     assert "\n" not in complaint
+
+
+WRONG = (
+    "",
+    " ",
+    "x",
+    "-1",
+    "1.5",
+    "9" * 30,
+    "nan",
+    "1,2",
+    "a b",
+    "http://",
+    "http://[::1",
+    "x://user:hun/ter2@db:1/app",
+    "\udcff",
+)
+
+
+NOT_SECRET = ("CORS_ORIGIN", "TRUSTED_PROXIES")  # whose values are shown
+
+
+@pytest.mark.parametrize("name", [*(name for name, _, _ in settings.table()), "REDIS_HOST", "REDIS_PORT"])
+def test_whatever_is_wrong_is_told_in_a_sentence_and_not_in_python(name: str) -> None:
+    told = [str(error) for value in WRONG if (error := complaint_of(name, value)) is not None]
+    for line in told:
+        assert re.fullmatch(r'Environment variable "[A-Z_]+" (not set|invalid: [^\n]+)', line)
+        assert not re.search(r"[\[{(]['\"]|None|Error|Traceback", line)
+        assert "hun" not in line or name in NOT_SECRET
+
+
+def complaint_of(name: str, value: str) -> SettingsError | None:
+    os.environ.clear()
+    parts = {"REDIS_HOST": "redis"} if name == "REDIS_PORT" else {}
+    try:
+        load(**{key: kept for key, kept in GOOD.items() if key != "REDIS_URL" or not parts} | parts | {name: value})
+    except SettingsError as error:
+        return error
+    return None
+
+
+def test_a_dotenv_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes(b"PORT=\xff")
+    assert refusal(**GOOD).startswith("The file .env cannot be read: ")
 
 
 @pytest.mark.parametrize(
@@ -175,6 +228,12 @@ def test_redis_may_be_given_in_parts() -> None:
     assert loaded.redis_url == "redis://:p%40ss%2Fword@cache:7000/0"
 
 
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_redis_may_have_an_ipv6_address(host: str) -> None:
+    parts = {name: value for name, value in GOOD.items() if name != "REDIS_URL"}
+    assert load(**parts, REDIS_HOST=host).redis_url == "redis://[::1]:6379/0"
+
+
 def test_the_redis_url_wins_over_its_parts() -> None:
     assert load(**GOOD, REDIS_HOST="cache").redis_url == GOOD["REDIS_URL"]
 
@@ -212,9 +271,10 @@ def test_dev_needs_no_store_and_listens_on_this_machine_only() -> None:
     assert settings.load_stack() == settings.StackSettings(data_dir=Path(".data"), host="127.0.0.1", port=3000)
 
 
-def test_dev_refuses_a_bad_port() -> None:
-    os.environ["PORT"] = "high"
-    with pytest.raises(SettingsError, match='"PORT"'):
+@pytest.mark.parametrize(("name", "value"), [("PORT", "high"), ("HOST", "")])
+def test_dev_refuses_a_bad_address(name: str, value: str) -> None:
+    os.environ[name] = value
+    with pytest.raises(SettingsError, match=f'"{name}"'):
         settings.load_stack()
 
 
