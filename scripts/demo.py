@@ -276,10 +276,10 @@ async def until_ready(address: Callable[[], str | None], lives: Callable[[], boo
 def address_of(wanted: StackSettings) -> str | None:
     """Where the stack of this data directory serves, or last served, from its stack.env."""
     try:
-        port = int(read_env(wanted.data_dir / "stack.env")["PORT"])
+        served = read_env(wanted.data_dir / "stack.env")
+        return base_url(dataclasses.replace(wanted, host=served["HOST"], port=int(served["PORT"])))
     except (OSError, KeyError, ValueError):
         return None
-    return base_url(dataclasses.replace(wanted, port=port))
 
 
 async def main() -> None:

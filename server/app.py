@@ -50,7 +50,7 @@ from server.rest.keys import LIMITER, RESOURCES, User
 from server.rest.marks import public
 from server.rest.middlewares import Admission, dress, middlewares
 from server.rest.runner import Runner
-from server.settings import Settings, SettingsError
+from server.settings import Settings, SettingsError, authority
 from server.signals import stop_signal, tell_ready
 from server.workspaces import handlers as workspaces
 from server.workspaces.messages import messages as workspace_messages
@@ -308,9 +308,9 @@ async def listen(runner: web.AppRunner, settings: Settings, listener: int | None
     except OSError as error:
         # Of a taken port asyncio's own text is long; of an unknown name the number is none of the system's.
         why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
-        raise SettingsError(f"Cannot listen on {settings.host}:{settings.port}: {why}") from error
+        raise SettingsError(f"Cannot listen on {authority(settings.host, settings.port)}: {why}") from error
     host, port = runner.addresses[0][:2]
-    log.info("server ready", address=f"http://{host}:{port}")
+    log.info("server ready", address=f"http://{authority(host, port)}")
     return site
 
 

@@ -18,7 +18,7 @@ import structlog
 
 from server import tally
 from server.child import Child, StackError
-from server.settings import SettingsError, child_environment
+from server.settings import SettingsError, authority, child_environment
 from server.signals import reload_signal, stop_signal
 
 log = structlog.get_logger()
@@ -222,7 +222,7 @@ def listeners(address: tuple[str, int] | None, number: int) -> Iterator[Sequence
             for each in made:
                 each.listen(BACKLOG)
         except OSError as error:
-            raise SettingsError(f"Cannot listen on {address[0]}:{address[1]}: {error.strerror}") from error
+            raise SettingsError(f"Cannot listen on {authority(*address)}: {error.strerror}") from error
         yield made
 
 

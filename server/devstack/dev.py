@@ -18,13 +18,14 @@ from server import settings
 from server.child import Child, StackError, spawn
 from server.devstack.stack import Stack, check_address, free_port
 from server.devstack.stores import Store
-from server.settings import StackSettings
+from server.settings import StackSettings, authority
 from server.signals import stop_signal
 
 READY_SECONDS = 30.0
 WATCH_SECONDS = 0.5
 STOP_SECONDS = 30.0  # more than a worker's grace and a server's drain
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
+MAX_PORT = 65535
 LONG_LIFE = 60.0  # what lived this long has earned a quick restart
 ROOT = Path(__file__).parent.parent.parent
 RUN = ROOT / "run.py"
@@ -205,6 +206,7 @@ async def keep_alive(watched: Sequence[Watched], stop: asyncio.Event) -> None:
 
 def summary(wanted: StackSettings, stack: Stack, env_file: Path) -> str:
     base = base_url(wanted)
+    beside = wanted.port + 1 if wanted.port < MAX_PORT else wanted.port - 1
     rows = {
         "API": f"{base}/api/v1",
         "Swagger": f"{base}/api-docs",
@@ -213,7 +215,7 @@ def summary(wanted: StackSettings, stack: Stack, env_file: Path) -> str:
         "Redis": f"{stack.valkey.url} ({stack.valkey.name})",
         "MongoDB": f"{stack.mongo.url} ({stack.mongo.name})",
         "stack.env": f"{env_file}: a second server or worker joins with",
-        "": f"set -a; . {shlex.quote(str(env_file))}; PORT={wanted.port + 1} {sys.executable} {RUN} server",
+        "": f"set -a; . {shlex.quote(str(env_file))}; PORT={beside} {shlex.join([sys.executable, str(RUN)])} server",
     }
     lines = [f"  {name:<11} {value}" for name, value in rows.items()]
     return "\n".join(
@@ -233,8 +235,8 @@ def base_url(wanted: StackSettings) -> str:
         address = ipaddress.ip_address(host)
         if address.is_unspecified:
             address = ipaddress.ip_address("127.0.0.1" if address.version == 4 else "::1")
-        host = f"[{address}]" if address.version == 6 else str(address)
-    return f"http://{host}:{wanted.port}"
+        host = str(address)
+    return f"http://{authority(host, wanted.port)}"
 
 
 def say(text: str) -> None:

@@ -15,6 +15,7 @@ from server.devstack.mongo import Mongo
 from server.devstack.postgres import Postgres
 from server.devstack.stores import HOST, Place, Say, Store
 from server.devstack.valkey import Valkey
+from server.settings import authority
 
 FOLDER_MODE, PRIVATE_MODE, SECRET_MODE = 0o711, 0o700, 0o600
 STORES = ("postgres", "valkey", "mongo")
@@ -193,7 +194,7 @@ def check_address(host: str, port: int) -> None:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise StackError(f"Port {port} on {host} is taken; set PORT to another") from error
-        raise StackError(f"Cannot listen on {host}:{port}: {error.strerror}") from error
+        raise StackError(f"Cannot listen on {authority(host, port)}: {error.strerror}") from error
 
 
 def is_free(host: str, port: int) -> bool:
