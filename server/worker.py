@@ -187,6 +187,15 @@ class UpkeepWorker(Worker[Any]):
             timers=TIMERS,
         )
 
+    async def stop(self) -> None:
+        """End the ticks that run, which the next ones repeat, and the timers, which sleep between two turns.
+
+        SAQ would wait for neither, and warn that they have not finished.
+        """
+        self.event.set()
+        await loop.end(self.tasks, seconds=HAND_BACK_SECONDS)
+        await super().stop()
+
     async def reconcile(self, _: Any) -> None:
         await recovery.reconcile(self._bench)
 
