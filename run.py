@@ -1,7 +1,17 @@
 #!/usr/bin/env python3
 """The one entry point: ``python run.py server | worker | dev | migrate | openapi | asyncapi``."""
 
-from server.cli import main
+import sys
+
+try:
+    from server.cli import main
+except ModuleNotFoundError as error:
+    if error.name is None or error.name.partition(".")[0] == "server":
+        raise
+    sys.exit(
+        f"error: {sys.executable} lacks the package {error.name}. "
+        "Run scripts/dev once: it makes .venv. Then run .venv/bin/python run.py"
+    )
 
 if __name__ == "__main__":
     main()
