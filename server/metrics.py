@@ -40,3 +40,11 @@ SANDBOX_LANGUAGES = Gauge(
     "sandbox_languages", "Languages that every worker can run", ["tier"], multiprocess_mode="livemin"
 )
 LOOP_LAG = Histogram("event_loop_lag_seconds", "How late a sleeping task is woken", buckets=LAGS)
+
+# A rate misses the first event of a series that was not there before: these are, from 0.
+FROM_ZERO = (
+    FRAMES_DROPPED.labels("ephemeral"),
+    *map(DOCUMENT_UPDATES.labels, ("committed", "refused")),
+    *map(REPLICA_READS.labels, ("replica", "primary")),
+    *(PROJECT_CACHE.labels(cache, outcome) for cache in ("process", "redis") for outcome in ("hit", "miss")),
+)

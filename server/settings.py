@@ -288,7 +288,9 @@ class Settings:
     drain_seconds: int = setting(integer(0, 3600), default=10, help="time that a stopping server gives its sockets")
     ops_username: str = setting(text, default="", help="Basic credentials for `/metrics` and `/ops/queues`")
     ops_password: str = setting(text, default="", help="the same; unset, both answer 404 in production", secret=True)
-    metrics_port: int = setting(integer(0, 65535), default=0, help="port of a worker's own `/metrics`; 0 for none")
+    metrics_port: int = setting(
+        integer(0, 65535), default=0, help="port of a worker's own `/health` and `/metrics`; 0 for none"
+    )
     otel_exporter_otlp_endpoint: str = setting(
         optional(url("http", "https")),
         default="",

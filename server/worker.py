@@ -25,7 +25,7 @@ from server.jobs.queue import InOrder, UpkeepLane
 from server.jobs.sandbox import Sandbox
 from server.jobs.types import JOB_TYPES
 from server.jobs.workers import Report
-from server.ops import exposition, watch
+from server.ops import watch, worker_endpoint
 from server.realtime.channels import Channels
 from server.realtime.history import History
 from server.resources import Resources
@@ -57,7 +57,7 @@ async def work(
     async with (
         tracing.exported(settings, "worker"),
         resources.connect(settings) as stores,
-        exposition.served(settings, stores),
+        worker_endpoint.served(settings, stores),
     ):
         await collections.prepare(stores.mongo)
         bench = make_bench(settings, stores, await Sandbox.detect())

@@ -228,22 +228,34 @@ async def count(mongo: Any, *, user: UUID, now: datetime) -> tuple[dict[str, int
     return mine, {"queued": queued, "active": active, "scheduled": scheduled}
 
 
+SCHEDULED, LIMITED = "scheduled", "limited"
+UNFINISHED_STATES = (PENDING, LIMITED, SCHEDULED, PROCESSING)
+
+
 @dataclass(frozen=True)
 class Unfinished:
+    """Jobs of one type in one state.
+
+    ``pending``: due, and a worker may take it; ``limited``: due, while its user has as many attempts queued or
+    running as one user may have; ``scheduled``: not due yet; ``processing``.
+    """
+
     type: str
-    state: str  # pending or processing; scheduled: pending, and not due yet
+    state: str
     number: int
     oldest_seconds: float
 
 
 async def unfinished(mongo: Any, *, now: datetime) -> list[Unfinished]:
-    """All users' jobs that are not finished, and since when the oldest of each kind has been due."""
-    waits = {"$and": [{"$eq": ["$status", PENDING]}, {"$gt": ["$runAt", now]}]}
+    """Return all users' jobs that are not finished, and since when the oldest of each kind has been due."""
+    waits = {"$cond": [{"$eq": [{"$ifNull": ["$slot", None]}, None]}, LIMITED, PENDING]}
+    pending = {"$cond": [{"$gt": ["$runAt", now]}, SCHEDULED, waits]}
+    state = {"$cond": [{"$eq": ["$status", PENDING]}, pending, PROCESSING]}
     grouped = [
         {"$match": {"status": {"$in": [PENDING, PROCESSING]}}},
         {
             "$group": {
-                "_id": {"type": "$type", "state": {"$cond": [waits, "scheduled", "$status"]}},
+                "_id": {"type": "$type", "state": state},
                 "number": {"$sum": 1},
                 "oldest": {"$min": {"$ifNull": ["$runAt", "$createdAt"]}},
             }

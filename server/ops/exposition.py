@@ -2,9 +2,8 @@
 
 import asyncio
 import contextlib
-import os
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterable, Sequence
+from itertools import product
 from typing import Any
 
 import prometheus_client
@@ -19,16 +18,16 @@ from server import tally
 from server.budget import budget
 from server.errors import Unavailable
 from server.jobs import store
+from server.jobs.types import JOB_TYPES
 from server.ops import operators
 from server.ops.stores import CHECK_SECONDS
 from server.resources import Resources, answered
-from server.settings import Settings, SettingsError
 
 log = structlog.get_logger()
 
 OF_JOBS = {
-    "jobs_unfinished": "Jobs that wait or run",
-    "jobs_oldest_seconds": "How long the oldest has been due",
+    "jobs_unfinished": "Jobs of the whole installation that wait or run: every process tells the same, take the max",
+    "jobs_oldest_seconds": "How long the oldest of them has been due: take the max",
 }
 JOB_LABELS = ("type", "state")
 
@@ -43,39 +42,6 @@ async def answer(request: web.Request, stores: Resources) -> web.Response:
         body=await asyncio.to_thread(_generated, await _jobs(stores.mongo)),
         headers={"Content-Type": prometheus_client.CONTENT_TYPE_LATEST},
     )
-
-
-@asynccontextmanager
-async def served(settings: Settings, stores: Resources) -> AsyncIterator[None]:
-    """A worker's own ``/metrics`` at METRICS_PORT. Of several workers any may answer: they share the port.
-
-    Raises:
-        SettingsError: somebody else has that port.
-    """
-    if not settings.metrics_port or operators.are_shut_out(settings):
-        yield
-        return
-
-    async def metrics(request: web.Request) -> web.Response:
-        return await answer(request, stores)
-
-    app = web.Application()
-    app.router.add_get("/metrics", metrics)
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    try:
-        await _listen(runner, settings)
-        yield
-    finally:
-        await runner.cleanup()
-
-
-async def _listen(runner: web.AppRunner, settings: Settings) -> None:
-    try:
-        await web.TCPSite(runner, settings.host, settings.metrics_port, reuse_port=True).start()
-    except OSError as error:
-        why = os.strerror(error.errno or 0)
-        raise SettingsError(f"Cannot listen on METRICS_PORT={settings.metrics_port}: {why}") from error
 
 
 class Together(CollectorRegistry):
@@ -99,7 +65,7 @@ def _generated(more: Sequence[Metric]) -> bytes:
 
 
 async def _jobs(mongo: Any) -> list[Metric]:
-    """Without MongoDB these are absent, not zero."""
+    """Ask for the installation's jobs by type and state: 0 where there are none, and absent while MongoDB is away."""
     number, oldest = (GaugeMetricFamily(name, help, labels=JOB_LABELS) for name, help in OF_JOBS.items())
     try:
         with budget(CHECK_SECONDS):
@@ -108,8 +74,9 @@ async def _jobs(mongo: Any) -> list[Metric]:
     except Unavailable as error:
         log.warning("jobs not counted", error=error.detail)
         return []
-    for each in groups:
-        labels = [each.type, each.state]
-        number.add_metric(labels, each.number)
-        oldest.add_metric(labels, each.oldest_seconds)
+    found = {(group.type, group.state): group for group in groups}
+    for labels in dict.fromkeys((*product(JOB_TYPES, store.UNFINISHED_STATES), *found)):
+        group = found.get(labels)
+        number.add_metric(labels, group.number if group else 0)
+        oldest.add_metric(labels, group.oldest_seconds if group else 0)
     return [number, oldest]

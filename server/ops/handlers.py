@@ -1,7 +1,6 @@
 """Health, readiness and metrics."""
 
 import asyncio
-import time
 from typing import Any
 
 from aiohttp import web
@@ -12,6 +11,7 @@ from server import __version__
 from server.errors import NotFound
 from server.jobs.handlers import ROSTER
 from server.ops import exposition, operators, stores
+from server.ops.health import alive
 from server.ratelimit import limit
 from server.rest import answers
 from server.rest.keys import RESOURCES
@@ -49,8 +49,7 @@ _ANSWERS = {
 @public
 async def health(request: web.Request) -> web.Response:
     """The process lives."""
-    uptime = round(time.monotonic() - request.app[STARTED], 3)
-    return answers.json({"status": "ok", "uptime": uptime, "version": __version__})
+    return answers.json(alive(since=request.app[STARTED]))
 
 
 @routes.get("/health/ready")

@@ -12,8 +12,8 @@ import yaml
 
 from server.cli import main
 from server.ending import server_seconds, worker_seconds
-from server.ops import exposition
 from server.settings import Settings
+from tests.observability.test_observability import rules
 
 FOLDER = Path(__file__).parents[2] / "scripts" / "deploy" / "kubernetes"
 VERSIONS = ("1.31", "1.37")
@@ -123,22 +123,36 @@ def test_prometheus_finds_the_workers_and_may_ask_them() -> None:
     [port] = [each["value"] for each in container["env"] if each["name"] == "METRICS_PORT"]
     assert template["metadata"]["annotations"]["prometheus.io/port"] == port
     assert [each["containerPort"] for each in container["ports"]] == [int(port)]
+    assert template["spec"]["containers"][0]["livenessProbe"]["httpGet"]["port"] == container["ports"][0]["name"]
     [ingress] = find("NetworkPolicy", "worker")["spec"]["ingress"]
     assert [each["port"] for each in ingress["ports"]] == [int(port)]
     assert {"OPS_USERNAME", "OPS_PASSWORD"} <= variables("secrets.env.example").keys()
 
 
-def test_the_autoscaler_asks_for_a_metric_that_is_told() -> None:
+def test_the_autoscaler_reads_one_series_that_is_recorded() -> None:
     metrics = find("HorizontalPodAutoscaler", "worker")["spec"]["metrics"]
-    [external] = [each["external"]["metric"] for each in metrics if each["type"] == "External"]
-    assert external["name"] in exposition.OF_JOBS
-    assert external["selector"]["matchLabels"].keys() <= set(exposition.JOB_LABELS)
+    [external] = [each["external"] for each in metrics if each["type"] == "External"]
+    [recorded] = [rule for rule in rules("record") if rule["record"] == external["metric"]["name"]]
+    assert re.match(r"sum ?\(|max ?\(", recorded["expr"]), "by no label"
+    # Kubernetes divides it by the number of pods that it wants: less than a worker runs at once, or one is enough.
+    assert external["target"]["type"] == "AverageValue"
+    assert 1 < int(external["target"]["averageValue"]) <= default_of("worker_concurrency")
 
 
-def test_probes_ask_paths_that_exist() -> None:
-    probes = find("Deployment", "server")["spec"]["template"]["spec"]["containers"][0]
-    assert probes["livenessProbe"]["httpGet"]["path"] == "/health"
-    assert probes["readinessProbe"]["httpGet"]["path"] == "/health/ready"
+def default_of(setting: str) -> Any:
+    [field] = [each for each in dataclasses.fields(Settings) if each.name == setting]
+    return field.metadata["default"]
+
+
+@pytest.mark.parametrize("name", ["server", "worker"])
+def test_probes_ask_the_process_at_paths_that_exist(name: str) -> None:
+    [container] = find("Deployment", name)["spec"]["template"]["spec"]["containers"]
+    probes = {kind: probe for kind, probe in container.items() if kind.endswith("Probe")}
+    assert {"livenessProbe", "startupProbe"} <= set(probes)
+    assert {probe["httpGet"]["port"] for probe in probes.values()} == {port["name"] for port in container["ports"]}
+    paths = {kind: probe["httpGet"]["path"] for kind, probe in probes.items()}
+    assert paths.pop("readinessProbe", "/health/ready") == "/health/ready"
+    assert set(paths.values()) == {"/health"}
 
 
 @pytest.mark.parametrize("name", ["server", "worker"])

@@ -12,11 +12,16 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+import yaml
 
 from server.devstack import dev
 from server.devstack.stack import Stack
+from server.jobs.types import JOB_TYPES
 from server.settings import StackSettings
-from tests.conftest import environment
+from tests.conftest import MakeActor, MakeServer, environment
+from tests.jobs.asking import ask, program
+from tests.observability.test_observability import rules
+from tests.ops.test_metrics import scrape
 from tests.processes import ROOT, Process, Processes
 
 
@@ -124,3 +129,94 @@ def test_a_port_that_is_taken_on_ipv6_is_named_with_brackets(processes: Processe
         port = taken.getsockname()[1]
         line = one_line(processes.server(*arguments, HOST="::1", PORT=str(port)))
     assert line == f"error: Cannot listen on [::1]:{port}: Address already in use"
+
+
+# Metrics ----------------------------------------------------------------------------------------------------------
+
+
+async def test_an_empty_queue_is_0_and_not_absent(
+    http: aiohttp.ClientSession, make_server: MakeServer, quiet: dict[str, str]
+) -> None:
+    samples = await scrape(http, await make_server(**quiet))
+    for name in ("jobs_unfinished", "jobs_oldest_seconds"):
+        told = {series: value for series, value in samples.items() if series.startswith(name + "{")}
+        assert len(told) == len(JOB_TYPES) * 4
+        assert set(told.values()) == {0}
+
+
+async def test_the_autoscaler_sees_3_jobs_as_3_however_many_processes_tell_of_them(
+    http: aiohttp.ClientSession, make_server: MakeServer, make_actor: MakeActor, quiet: dict[str, str]
+) -> None:
+    """Five more wait for those of the same user, and no further worker would start them."""
+    bases = [await make_server(**quiet, jobs_per_user=3) for _ in range(3)]
+    ada = await make_actor("Ada", bases[0])
+    for _ in range(8):
+        await ask(ada, program("print(1)"))
+    told = [sample for base in bases for sample in (await scrape(http, base)).items()]
+    assert autoscaled(told) == 3
+    limited = [value for series, value in told if series == 'jobs_unfinished{state="limited",type="CODE_EXECUTION"}']
+    assert limited == [5, 5, 5]
+
+
+def autoscaled(told: list[tuple[str, float]]) -> float:
+    """Evaluate the recorded rule, as Prometheus does, on the samples of all processes."""
+    [expression] = [rule["expr"] for rule in rules("record") if rule["record"] == "jobs_for_workers"]
+    asked = re.fullmatch(r'sum\(max by \((.*)\) \((\w+)\{job="[\w-]+", state=~"(.*)"\}\)\)', expression)
+    assert asked
+    greatest: dict[tuple[str, ...], float] = {}
+    for series, value in told:
+        labels = dict(re.findall(r'(\w+)="([^"]*)"', series))
+        if series.startswith(asked[2] + "{") and re.fullmatch(asked[3], labels["state"]):
+            group = tuple(labels[name] for name in asked[1].split(", "))
+            greatest[group] = max(value, greatest.get(group, value))
+    return sum(greatest.values())
+
+
+async def test_a_counter_is_there_before_the_first_event(http: aiohttp.ClientSession, processes: Processes) -> None:
+    samples = await scrape(http, processes.server().base)
+    for series in (
+        'websocket_frames_dropped_total{delivery="ephemeral"}',
+        'document_updates_total{outcome="refused"}',
+        'postgres_replica_reads_total{store="primary"}',
+        'project_cache_total{cache="redis",outcome="miss"}',
+    ):
+        assert samples[series] == 0
+
+
+# Probes -----------------------------------------------------------------------------------------------------------
+
+
+def probe_of_the_worker(port: int) -> list[str]:
+    """The command of docker-compose.yml, with this Python and that port."""
+    check = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["worker"]["healthcheck"]["test"]
+    assert check[:2] == ["CMD", "python"]
+    return [sys.executable, *(word.replace(":9464/", f":{port}/") for word in check[2:])]
+
+
+def exit_code(command: list[str]) -> int:
+    return subprocess.run(command, stderr=subprocess.DEVNULL).returncode
+
+
+async def test_a_worker_whose_redis_has_another_port_is_alive_and_one_that_hangs_is_not(
+    processes: Processes, quiet: dict[str, str], http: aiohttp.ClientSession, unused_tcp_port: int
+) -> None:
+    assert ":6379" not in quiet["redis_url"]
+    probe = probe_of_the_worker(unused_tcp_port)
+    assert exit_code(probe) == 1
+    worker = processes.worker(METRICS_PORT=str(unused_tcp_port), **environment(quiet)).ready()
+    assert await asyncio.to_thread(exit_code, probe) == 0
+    async with http.get(f"http://127.0.0.1:{unused_tcp_port}/health") as answer:
+        assert (await answer.json())["status"] == "ok"
+    worker.freeze()
+    assert await asyncio.to_thread(exit_code, probe) == 1
+    worker.thaw()
+
+
+async def test_a_worker_is_asked_whether_it_lives_also_where_metrics_are_for_nobody(
+    processes: Processes, quiet: dict[str, str], http: aiohttp.ClientSession, unused_tcp_port: int
+) -> None:
+    production = {"APP_ENV": "production", "BCRYPT_ROUNDS": "10", "METRICS_PORT": str(unused_tcp_port)}
+    processes.worker(**production, **environment(quiet)).ready()
+    for path, status in (("/health", 200), ("/metrics", 404)):
+        async with http.get(f"http://127.0.0.1:{unused_tcp_port}{path}") as answer:
+            assert answer.status == status

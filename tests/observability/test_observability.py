@@ -35,8 +35,10 @@ def dashboard() -> dict[str, Any]:
     return json.loads((FOLDER / "dashboard.json").read_text())
 
 
-def rules() -> list[dict[str, Any]]:
-    return [rule for group in yaml.safe_load((FOLDER / "alerts.yaml").read_text())["groups"] for rule in group["rules"]]
+def rules(kind: str = "alert") -> list[dict[str, Any]]:
+    """The rules that alert, or those that ``record``."""
+    groups = yaml.safe_load((FOLDER / "alerts.yaml").read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"] if kind in rule]
 
 
 def questions() -> list[Any]:
@@ -45,7 +47,8 @@ def questions() -> list[Any]:
         for panel in dashboard()["panels"]
         for target in panel.get("targets", [])
     ]
-    return shown + [pytest.param(rule["expr"], id=rule["alert"]) for rule in rules()]
+    ruled = [pytest.param(rule["expr"], id=rule[kind]) for kind in ("alert", "record") for rule in rules(kind)]
+    return shown + ruled
 
 
 @pytest.mark.parametrize("expression", questions())
@@ -70,6 +73,13 @@ def test_brackets_close(expression: str) -> None:
         elif character in ")]}":
             assert open_ones.pop() == character
     assert not open_ones
+
+
+@pytest.mark.parametrize("expression", questions())
+def test_what_every_process_tells_of_the_installation_is_never_added_up(expression: str) -> None:
+    for name in exposition.OF_JOBS:
+        asked = re.findall(rf"\b{name}\b", expression)
+        assert len(re.findall(rf"\bmax(?: by \([^)]*\))?\s*\({name}\b", expression)) == len(asked)
 
 
 def test_a_metric_that_does_not_exist_would_be_noticed() -> None:
