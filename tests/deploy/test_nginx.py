@@ -27,7 +27,8 @@ from tests.patience import PATIENCE_SECONDS, START_SECONDS
 from tests.processes import ROOT
 
 PROGRAM = shutil.which("nginx", path=os.environ["PATH"] + ":/usr/sbin")
-pytestmark = pytest.mark.skipif(PROGRAM is None, reason="nginx is missing: apt-get install nginx-light")
+needs_nginx = pytest.mark.skipif(PROGRAM is None, reason="nginx is missing: apt-get install nginx-light")
+pytestmark = needs_nginx
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Nginx = Callable[..., Awaitable[str]]

@@ -1,6 +1,7 @@
 """What operators and newcomers met: messages, probes, metrics, the dashboard, the first start."""
 
 import asyncio
+import json
 import os
 import re
 import shutil
@@ -9,20 +10,24 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
 import yaml
 
 from server.devstack import dev
-from server.devstack.stack import Stack
+from server.devstack.stack import Stack, free_port
 from server.jobs.types import JOB_TYPES
 from server.settings import StackSettings
 from tests.conftest import MakeActor, MakeServer, environment
+from tests.deploy.test_nginx import Nginx, needs_nginx, nginx
 from tests.jobs.asking import ask, program
 from tests.observability.test_observability import rules
 from tests.ops.test_metrics import scrape
 from tests.processes import ROOT, Process, Processes
+
+__all__ = ["nginx"]  # a fixture
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -220,3 +225,40 @@ async def test_a_worker_is_asked_whether_it_lives_also_where_metrics_are_for_nob
     for path, status in (("/health", 200), ("/metrics", 404)):
         async with http.get(f"http://127.0.0.1:{unused_tcp_port}{path}") as answer:
             assert answer.status == status
+
+
+# nginx ------------------------------------------------------------------------------------------------------------
+
+
+@needs_nginx
+@pytest.mark.parametrize(
+    ("target", "path", "status"),
+    [
+        ("/api/v1/projects/5f2b?cursor=hidden", "/api/v1/projects/5f2b", 503),
+        ("/ws?ticket=hidden", "/ws", 503),
+        ("/a%20b/..%2Fc?x=hidden", "/a%20b/..%2Fc", 503),
+        ("/.problem?x=hidden", "/.problem", 404),
+        ("/" + 9000 * "x" + "?x=hidden", "", 400),
+    ],
+    ids=["path", "socket", "encoded", "its own", "too long"],
+)
+async def test_the_log_of_nginx_names_the_path_that_was_asked_for_without_its_query(
+    nginx: Nginx, target: str, path: str, status: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    where = urlsplit(await nginx(free_port(), free_port()))
+    reader, writer = await asyncio.open_connection(where.hostname, where.port)
+    writer.write(f"GET {target} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode())
+    assert (await reader.read()).startswith(f"HTTP/1.1 {status} ".encode())
+    writer.close()
+    log = (await shown(tmp_path / "log", r".*\n")).string
+    [line] = map(json.loads, log.splitlines())
+    assert (line["path"], line["status"]) == (path, status)
+    assert "hidden" not in log + "".join(capfd.readouterr())
+
+
+async def shown(file: Path, pattern: str) -> re.Match[str]:
+    """Return the first match in a file that a process writes."""
+    async with asyncio.timeout(20):
+        while not (file.exists() and (found := re.search(pattern, file.read_text()))):
+            await asyncio.sleep(0.02)
+    return found
