@@ -64,6 +64,7 @@ class Sandbox:
     _launcher: Launcher
     _cgroup: Path | None = None
     _languages: Mapping[str, Language] = field(default_factory=dict)
+    _problem: str = ""  # of the last self-test that failed
     _starting: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
@@ -75,15 +76,17 @@ class Sandbox:
         """The best tier whose self-test holds, with the languages that run in it; a sandbox without languages
         where none does. To be closed."""
         launcher = await Launcher.start()
+        problems: dict[str, str] = {}
         for tier in tiers.ours() if candidates is None else candidates:
-            cgroup = cgroups.delegated() if tier.cgroup else None
-            if tier.cgroup and cgroup is None:
-                continue
-            sandbox = cls(tier, launcher, cgroup)
-            if await sandbox._learn("python"):
+            sandbox = cls(tier, launcher)
+            problem = await sandbox._prepare()
+            if problem is None:
+                _log_choice(tier, problems)
                 for name in ("javascript", "bash"):
                     await sandbox._learn(name)
                 return sandbox
+            problems[tier.name] = problem
+        log.warning("no sandbox: programs are not run", problems=problems)
         return cls(NO_TIER, launcher)
 
     async def close(self) -> None:
@@ -125,6 +128,16 @@ class Sandbox:
         program = Program(self._languages[language], code, stdin, args, files or {}, limits)
         return await self._run(program, on_output)
 
+    async def _prepare(self) -> str | None:
+        """Return why the tier cannot be used here; None where it can, for Python at least."""
+        if lack := tiers.missing(self.tier):
+            return lack
+        if self.tier.cgroup:
+            self._cgroup = cgroups.delegated()
+            if self._cgroup is None:
+                return "no control group is delegated to the worker (cgroup v2): Delegate=yes in its systemd unit"
+        return None if await self._learn("python") else f"its self-test fails: {self._problem}"
+
     async def _learn(self, name: str) -> bool:
         """Whether it speaks that language, by the first of its interpreters that works. Python comes first: it is
         around the others."""
@@ -138,11 +151,15 @@ class Sandbox:
         """Whether a program runs in it and, for Python, finds every door shut. A loaded machine may kill or starve
         one that would: what holds once, holds."""
         for _ in range(SELF_TEST_ATTEMPTS):
-            if await self._is_confined(language):
+            problem = await self._problem_of(language)
+            if problem is None:
                 return True
+            self._problem = problem
+            log.debug("sandbox self-test", tier=self.tier.name, language=language.name, problem=problem)
         return False
 
-    async def _is_confined(self, language: Language) -> bool:
+    async def _problem_of(self, language: Language) -> str | None:
+        """Return what a self-test finds open or broken; None where it holds."""
         secret, written = self._launcher.directory / "secret", self._launcher.directory / "written"
         secret.write_text("secret")
         args = (str(os.getpid()), str(secret), str(written))
@@ -152,20 +169,11 @@ class Sandbox:
         try:
             outcome = await self._run(program, lambda *_: None)
         except SandboxError as error:
-            log.info("sandbox self-test", tier=self.tier.name, language=language.name, problem=str(error))
-            return False
-        held = outcome.stdout.strip() == "confined" and not written.exists()
-        if not held:
-            problem = (outcome.stdout + outcome.stderr)[-200:] or f"signal {outcome.signal}"
-            log.info(
-                "sandbox self-test",
-                tier=self.tier.name,
-                language=language.name,
-                problem=problem,
-                timed_out=outcome.timed_out,
-                out_of_memory=outcome.out_of_memory,
-            )
-        return held
+            return str(error)
+        if outcome.stdout.strip() == "confined" and not written.exists():
+            return None
+        limit = "timed out" if outcome.timed_out else "out of memory" if outcome.out_of_memory else ""
+        return limit or " ".join((outcome.stdout + outcome.stderr).split())[-200:] or f"signal {outcome.signal}"
 
     async def _run(self, program: Program, on_output: OnOutput) -> Outcome:
         for _ in range(LAUNCHES):
@@ -213,6 +221,13 @@ class Sandbox:
         python = self._languages.get("python", program.language)
         config = tiers.config(root, program, self.tier, uid=uid, python=python, cgroup=self._cgroup)
         (root / "config.json").write_text(json.dumps(config))
+
+
+def _log_choice(tier: Tier, problems: Mapping[str, str]) -> None:
+    """Log once which tier was chosen, and what the better ones lack: the nearest first, and each reason once."""
+    nearest = {problem: name for name, problem in problems.items()}
+    better = "; ".join(f"{name}: {problem}" for problem, name in reversed(nearest.items()))
+    log.info("sandbox chosen", tier=tier.name, better=better or None)
 
 
 async def _in_thread(work: Callable[..., object], *arguments: object) -> None:

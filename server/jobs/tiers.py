@@ -47,6 +47,13 @@ def ours() -> tuple[Tier, ...]:
     return tuple(tier for tier in TIERS if user in tier.users)
 
 
+def missing(tier: Tier) -> str | None:
+    """Return the package that the machine lacks for a tier, and how to get it; None where it lacks none."""
+    if tier.bubblewrap and not Path(BWRAP_PROGRAM).exists():
+        return "bubblewrap is not installed: apt-get install bubblewrap"
+    return None
+
+
 def config(
     root: Path, program: Program, tier: Tier, *, uid: int | None, python: Language, cgroup: Path | None
 ) -> dict[str, Any]:

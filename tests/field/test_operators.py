@@ -40,6 +40,22 @@ async def test_ctrl_c_on_an_idle_worker_warns_of_nothing(
     assert [line for line in worker.output.splitlines() if '"level":"info"' not in line] == []
 
 
+# The sandbox ------------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_without_bubblewrap_says_in_one_line_what_it_took_and_how_to_get_better(
+    processes: Processes, quiet: dict[str, str]
+) -> None:
+    absent = 'server.jobs.tiers.BWRAP_PROGRAM="/nowhere/bwrap"'
+    worker = processes.worker(**environment(quiet), shorter=absent).ready()
+    assert "FileNotFoundError" not in worker.output
+    [line] = [line for line in worker.output.splitlines() if "sandbox" in line and "worker ready" not in line]
+    told = json.loads(line)
+    assert (told["level"], told["event"]) == ("info", "sandbox chosen")
+    assert told["tier"].startswith("landlock")
+    assert told["better"] == "bwrap: bubblewrap is not installed: apt-get install bubblewrap"
+
+
 # Settings ---------------------------------------------------------------------------------------------------------
 
 
