@@ -39,13 +39,51 @@ find_python() {
     fail "no Python 3.11, 3.12 or 3.13 found; install one of them, or uv (https://docs.astral.sh/uv)"
 }
 
-# quietly WHAT COMMAND...: one line; the command's own words only when it fails.
+# quietly WHAT COMMAND...: one line, signs of life while it lasts, and the end of its output only when it fails.
 quietly() {
     say "$1"
     shift
-    if output=$("$@" 2>&1); then return 0; fi
-    printf '%s\n' "$output" >&2
-    return 1
+    output=$VENV.log
+    : >"$output"
+    failed=
+    show_progress "$output" 9<&- &
+    showing=$!
+    # Makes up for --quiet, so that there are steps to be shown.
+    PIP_VERBOSE=1 "$@" >"$output" 2>&1 || failed=yes
+    kill "$showing" 2>/dev/null || :
+    wait "$showing" 2>/dev/null || :
+    if [ -t 2 ]; then printf '\r\033[K' >&2; fi
+    if [ -n "$failed" ]; then
+        tail -n 40 "$output" >&2
+        say "all of it is in $output"
+        return 1
+    fi
+    rm -f "$output"
+}
+
+# show_progress OUTPUT: how long a command has run, and at which step its output says that it is. On a terminal one
+# line that changes every second, else a line every PROGRESS_SECONDS. Ends with the script, too.
+show_progress() {
+    seconds=0
+    while sleep 1 >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do
+        seconds=$((seconds + 1))
+        if [ -t 2 ]; then
+            printf '\r\033[K%.79s' "${0##*/}: $seconds s $(current_step "$1")" >&2
+        elif [ $((seconds % ${PROGRESS_SECONDS:-10})) -eq 0 ]; then
+            say "$seconds s $(current_step "$1")"
+        fi
+    done
+}
+
+# current_step OUTPUT: the last step that pip has told, such as "downloading duckdb-2.0.1 (20.1 MB)".
+current_step() {
+    sed -n \
+        -e 's/^ *Collecting \([A-Za-z0-9._-]*\).*/looking for \1/p' \
+        -e 's/^ *Downloading \(.*\/\)\{0,1\}\([^-/ ]*-[^- ]*\)[^ ]*/downloading \2/p' \
+        -e 's/^ *Processing \(.*\/\)\{0,1\}\([^-/ ]*-[^- ]*\).*/reading \2/p' \
+        -e 's/^ *Building wheel for \([^ ]*\).*/building \1/p' \
+        -e 's/^ *Installing collected packages.*/installing the packages/p' \
+        "$1" | tail -n 1
 }
 
 have_uv() { command -v uv >/dev/null 2>&1; }

@@ -1,15 +1,23 @@
 """scripts/dev, scripts/test and what they share, on a machine whose Python only notes what it is asked."""
 
+import contextlib
+import os
+import pty
+import re
 import shutil
+import signal
 import subprocess
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.patience import PATIENCE_SECONDS
 from tests.processes import ROOT
 
-TOOLS = ("sh", "cat", "cksum", "cp", "date", "dirname", "flock", "mkdir", "mv", "rm", "sed")
+TOOLS = ("sh", "cat", "cksum", "cp", "date", "dirname", "flock", "mkdir", "mv", "rm", "sed", "sleep", "tail")
 PYTHON = """#!/bin/sh
 # Of the many questions that a Python is asked, those about itself are not noted.
 case "$1 $2" in
@@ -21,6 +29,10 @@ case "$1 $2" in
     cp "$0" "$folder/bin/python" ;;
 esac
 echo "$*" >>"$NOTES"
+if [ -n "${PIP_WAITS_FOR:-}" ] && [ "$2 $3" = "pip install" ]; then
+    echo "Collecting duckdb>=2.0 (from collaborative-workspace-backend)"
+    while [ ! -e "$PIP_WAITS_FOR" ]; do sleep 0.05; done
+fi
 exit ${PIP_FAILS:-0}
 """
 
@@ -39,6 +51,22 @@ class Machine:
             capture_output=True,
             text=True,
         )
+
+    @contextlib.contextmanager
+    def installing(self, **streams: int) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+        """scripts/dev while pip takes its time: it ends when the file is there."""
+        release = self.root / "release"
+        environment = {"PATH": str(self.root / "bin"), "NOTES": str(self.notes), "PIP_WAITS_FOR": str(release)}
+        with subprocess.Popen(
+            [str(self.root / "scripts/dev")],
+            env={**environment, "PROGRESS_SECONDS": "1"},
+            start_new_session=True,
+            **streams,
+        ) as running:
+            try:
+                yield running, release
+            finally:
+                release.touch()
 
     @property
     def notes(self) -> Path:
@@ -161,3 +189,49 @@ def test_help_is_the_comment_at_the_head(script: str, machine: Machine) -> None:
     assert told.returncode == 0
     assert told.stdout.startswith(f"Usage: scripts/{script}")
     assert not machine.asked()
+
+
+def read_until(pattern: bytes, descriptor: int) -> bytes:
+    """Return what a process writes, up to a match."""
+    read = b""
+    while not re.search(pattern, read):
+        more = os.read(descriptor, 4096)
+        assert more, read
+        read += more
+    return read
+
+
+def test_a_long_installation_shows_where_it_is(machine: Machine) -> None:
+    with machine.installing(stderr=subprocess.PIPE) as (running, release):
+        assert running.stderr
+        read_until(rb"\ndev: 2 s looking for duckdb\n", running.stderr.fileno())
+        release.touch()
+        assert running.wait(timeout=PATIENCE_SECONDS) == 0
+        rest = running.stderr.read()
+    assert re.fullmatch(rb"(dev: \d+ s looking for duckdb\n)*", rest)
+
+
+def test_on_a_terminal_the_progress_is_one_line_that_goes_away(machine: Machine) -> None:
+    ours, theirs = pty.openpty()
+    with machine.installing(stderr=theirs) as (running, release):
+        shown = read_until(rb"dev: 2 s looking for duckdb", ours)
+        release.touch()
+        shown += read_until(rb"\r\x1b\[K$", ours)
+        assert running.wait(timeout=PATIENCE_SECONDS) == 0
+    os.close(theirs)
+    os.close(ours)
+    assert b"\r\x1b[Kdev: 1 s looking for duckdb\r\x1b[Kdev: 2 s" in shown
+
+
+def test_ctrl_c_ends_an_installation_and_what_shows_it(machine: Machine) -> None:
+    with machine.installing(stderr=subprocess.PIPE) as (running, _):
+        assert running.stderr
+        read_until(rb"looking for duckdb\n", running.stderr.fileno())
+        os.killpg(running.pid, signal.SIGINT)
+        assert running.wait(timeout=PATIENCE_SECONDS) != 0
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        with contextlib.suppress(ProcessLookupError):
+            while time.monotonic() < deadline:
+                os.killpg(running.pid, 0)
+                time.sleep(0.05)
+            pytest.fail("something goes on")
