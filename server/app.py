@@ -111,12 +111,12 @@ def create_app(settings: Settings, stores: Resources) -> web.Application:
     app.router.add_get("/ws", limit(None)(public(websocket)))
     app.router.add_get("/yjs/{documentId}", limit(None)(public(yjs)))
     if not operators.are_shut_out(settings):
-        lanes = app[jobs.DISPATCHER].lanes.values()
+        lanes = app[jobs.DISPATCHER].lanes
         app.add_subapp(dashboard.PREFIX, dashboard.make(lanes, operators.demand(settings)))
     openapi.add_swagger(app, swagger_document())
     described = asyncapi_document()
     openapi.add_page(app, asyncapi.DOCUMENT, json.dumps(described))
-    openapi.add_page(app, asyncapi.PAGE, asyncapi.page(described), policy=asyncapi.PAGE_POLICY)
+    openapi.add_page(app, asyncapi.PAGE, asyncapi.page(described).encode(), policy=asyncapi.PAGE_POLICY)
     access.assemble(app.router.routes(), but=OWN_DOORS)
     app.on_startup.extend((prepare_stores, start_realtime))
     app.on_shutdown.append(stop_realtime)  # before aiohttp closes the connections that are left

@@ -1,77 +1,141 @@
-"""SAQ's dashboard for operators: what waits in Redis, and who works on it. To look at, not to touch: the records
-decide, and a message that is retried or aborted here would change nothing."""
+"""SAQ's dashboard for operators: the messages that wait in Redis, and the workers that take them.
 
-from collections.abc import Iterable, Sequence
+It only shows. The records in MongoDB decide about jobs: a message that is retried or aborted behind their back would
+run an attempt that its record does not know, or strand one. So SAQ's buttons are taken out of its page, and the
+requests that they sent are refused.
+"""
+
+import gzip
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
-from saq.queue import Queue
-from saq.queue.redis import RedisQueue
-from saq.web import aiohttp as saq
 from saq.web.common import STATIC_PATH, render
 
+from server.errors import MethodNotAllowed, NotFound
+from server.jobs.queue import Lane
 from server.ratelimit import limit
+from server.resources import reported
+from server.rest import answers, assets
+from server.rest.assets import Asset
 from server.rest.marks import public
 
 PREFIX = "/ops/queues"
-_ASSETS = {"app.js": "text/javascript", "snabbdom.js": "text/javascript", "pico.min.css": "text/css"}
+READ_ONLY = "This page only shows. To cancel or retry a job: POST /api/v1/jobs/{id}/cancel or /retry"
+SCRIPT_CHANGES = (
+    ('h("grid", buttons)', f'h("p", "{READ_ONLY}")'),
+    ('href: "/queues/" + job.queue', 'href: root_path + "/queues/" + job.queue'),
+)
+"""What stands in SAQ's script, and what it is to be. A test notices when a new SAQ has it no longer."""
+_TITLE = "<title>SAQ</title>"
+_HEAD = """<title>Queues</title>
+        <link rel="icon" href="data:,">
+        <style>@media (max-width: 1200px) { main table { display: block; overflow-x: auto } }</style>"""
 _PAGE_POLICY = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; "
     "script-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
 }
+_KINDS = {"app.js": "text/javascript", "snabbdom.js": "text/javascript", "pico.min.css": "text/css"}
 
 
-def make(queues: Iterable[RedisQueue], middlewares: Sequence[Middleware]) -> web.Application:
-    """To be mounted at PREFIX; the middlewares decide who may see it."""
+def make(lanes: Mapping[str, Lane], middlewares: Sequence[Middleware]) -> web.Application:
+    """Return the application to mount at PREFIX, for the lanes of these classes.
+
+    The middlewares decide who may see it.
+    """
     app = web.Application(middlewares=middlewares)
-    known: dict[str, Queue] = {each.name: each for each in queues}
-    app[saq.QUEUES_KEY] = known
-    # By default aiohttp takes no braces in a name, and those of our queues have some.
-    for path, handler in (
-        ("", _page),
-        ("/", _page),
-        ("/queues/{queue:[^/]+}", _page),
-        ("/queues/{queue:[^/]+}/jobs/{job:[^/]+}", _page),
-        ("/static/{name}", _asset),
-        ("/api/queues", _queues),
-        ("/api/queues/{queue:[^/]+}", _queues),
-        ("/api/queues/{queue:[^/]+}/jobs/{job:[^/]+}", _message),
-    ):
-        app.router.add_get(path, limit(None)(public(handler)))
+    files = {
+        # For operators only: no shared cache may keep it.
+        name: Asset(lambda name=name: file(name), kind, cache=f"private, {assets.IMMUTABLE}")  # type: ignore[misc]
+        for name, kind in _KINDS.items()
+    }
+    page = Asset(lambda: _page(files), "text/html", cache="private, no-cache", headers=_PAGE_POLICY)
+    api = Api(lanes)
+    app.router.add_get("", _add_slash)
+    for path in ("/", "/queues/{queue}", "/queues/{queue}/jobs/{job}"):
+        app.router.add_get(path, page.answer)
+    for name, asset in files.items():
+        app.router.add_get(f"/static/{name}", asset.answer)
+    app.router.add_get("/api/queues", api.list_queues)
+    app.router.add_get("/api/queues/{queue}", api.read_queue)
+    app.router.add_get("/api/queues/{queue}/jobs/{job}", api.read_message)
+    app.router.add_post("/api/queues/{queue}/jobs/{job}/{change}", _refuse)
     return app
 
 
-async def _page(_: web.Request) -> web.Response:
-    return web.Response(text=render(root_path=PREFIX), content_type="text/html", headers=_PAGE_POLICY)
-
-
-async def _asset(request: web.Request) -> web.StreamResponse:
-    name = request.match_info["name"]
-    if name not in _ASSETS:
-        raise web.HTTPNotFound
+def file(name: str) -> bytes:
+    """Return a file of SAQ's page, which may be packed, with our changes."""
     path = STATIC_PATH / name
-    if path.exists():
-        return web.FileResponse(path)
-    packed = path.with_name(f"{name}.gz").read_bytes()  # a few kilobytes
-    return web.Response(body=packed, content_type=_ASSETS[name], headers={"Content-Encoding": "gzip"})
+    content = path.read_bytes() if path.exists() else gzip.decompress(path.with_name(f"{name}.gz").read_bytes())
+    for old, new in SCRIPT_CHANGES if name == "app.js" else ():
+        content = content.replace(old.encode(), new.encode())
+    return content
 
 
-async def _queues(request: web.Request) -> web.StreamResponse:
-    _known(request)
-    return await saq.queues_(request)
+def _page(files: Mapping[str, Asset]) -> bytes:
+    page: str = render(root_path=PREFIX).replace(_TITLE, _HEAD)
+    for name, asset in files.items():
+        page = page.replace(f"/static/{name}", f"/static/{name}?v={asset.tag}")
+    return page.encode()
 
 
-async def _message(request: web.Request) -> web.StreamResponse:
-    queue: Any = _known(request)
-    if await queue.job(request.match_info["job"]) is None:
-        raise web.HTTPNotFound
-    return await saq.jobs(request)
+@limit(None)
+@public
+async def _add_slash(_: web.Request) -> web.StreamResponse:
+    """The page's script finds itself at the address with the slash only."""
+    raise web.HTTPFound(f"{PREFIX}/")
 
 
-def _known(request: web.Request) -> RedisQueue | None:
-    name = request.match_info.get("queue")
-    queues: Any = request.app[saq.QUEUES_KEY]
-    if name is not None and name not in queues:
-        raise web.HTTPNotFound
-    return queues[name] if name else None
+@limit(None)
+@public
+async def _refuse(_: web.Request) -> web.StreamResponse:
+    raise MethodNotAllowed(READ_ONLY)
+
+
+@dataclass(frozen=True)
+class Api:
+    """What the page asks for, in the names of the classes: the hash tags that Redis needs tell an operator nothing."""
+
+    lanes: Mapping[str, Lane]
+
+    @limit(None)
+    @public
+    async def list_queues(self, _: web.Request) -> web.Response:
+        with reported():
+            return answers.json({"queues": [_shown(name, await lane.info()) for name, lane in self.lanes.items()]})
+
+    @limit(None)
+    @public
+    async def read_queue(self, request: web.Request) -> web.Response:
+        name, lane = self._named(request)
+        with reported():
+            return answers.json({"queue": _shown(name, await lane.info(jobs=True))})
+
+    @limit(None)
+    @public
+    async def read_message(self, request: web.Request) -> web.Response:
+        name, lane = self._named(request)
+        with reported():
+            message: Any = await lane.job(f"{lane.name}:{request.match_info['job']}")
+        if message is None:
+            raise NotFound("The attempt has ended, and its message is gone: see GET /api/v1/jobs/{id}")
+        return answers.json({"job": _shown_message(name, message.to_dict())})
+
+    def _named(self, request: web.Request) -> tuple[str, Lane]:
+        name = request.match_info["queue"]
+        if name not in self.lanes:
+            raise NotFound(f"The queues are {', '.join(self.lanes)}")
+        return name, self.lanes[name]
+
+
+def _shown(name: str, info: Any) -> dict[str, Any]:
+    return {**info, "name": name, "jobs": [_shown_message(name, message) for message in info["jobs"]]}
+
+
+def _shown_message(name: str, message: Mapping[str, Any]) -> dict[str, Any]:
+    """As SAQ's page wants it: ``key`` without the queue's name (``<job id>:<claim>``), and ``kwargs`` as text."""
+    arguments = message.get("kwargs") or {}
+    told = ", ".join(f"{key}: {value}" for key, value in arguments.items() if value is not None)
+    return {**message, "queue": name, "key": message["key"].partition(":")[2], "kwargs": told}

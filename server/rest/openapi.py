@@ -5,7 +5,7 @@ is derived, never written twice. aiohttp-apispec consumes its decorators' data, 
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from marshmallow import fields
 from server import __version__, errors, json
 from server.errors import CODES
 from server.fields import Schema
-from server.ratelimit import limit, limit_of
-from server.rest import examples
+from server.ratelimit import limit_of
+from server.rest import assets, examples
+from server.rest.assets import Asset
 from server.rest.idempotency import KEY, REPLAYED
-from server.rest.marks import Idempotency, answers_json, idempotency_of, is_public, public, refusals_of
+from server.rest.marks import Idempotency, answers_json, idempotency_of, is_public, refusals_of
 
 STATIC = Path(aiohttp_apispec.__file__).parent / "static"
 DOCUMENT = "/api-docs/swagger.json"
@@ -211,61 +212,38 @@ def _refusals(route: web.RouteDef, *, needs_role: NeedsRole) -> Iterator[tuple[s
 
 def add_swagger(app: web.Application, swagger: dict[str, Any]) -> None:
     """Serve the document and the page that shows it."""
-    raw = json.dumps(swagger)
-
-    @limit(None)
-    @public
-    async def serve_document(_: web.Request) -> web.Response:
-        return web.Response(body=raw, content_type="application/json", headers=_OPEN)
-
-    @limit(None)
-    @public
-    async def serve_page(_: web.Request) -> web.Response:
-        return web.Response(text=_page(), content_type="text/html", headers=_OPEN | _PAGE_POLICY)
-
-    app.router.add_get(DOCUMENT, serve_document)
-    app.router.add_get("/api-docs", serve_page)
-    app.router.add_get("/api-docs/", serve_page)
-    for name in _ASSETS:
-        app.router.add_get(f"/api-docs/static/{name}", _asset(STATIC / name))
+    add_page(app, DOCUMENT, json.dumps(swagger))
+    files = {name: Asset.of_file(STATIC / name, cache=f"public, {assets.IMMUTABLE}") for name in _ASSETS}
+    for name, asset in files.items():
+        app.router.add_get(f"{_STATIC_PATH}/{name}", asset.answer)
+    page = Asset(lambda: _page(files), "text/html", cache=assets.MINUTE, headers=_PAGE_POLICY)
+    app.router.add_get("/api-docs", page.answer)
+    app.router.add_get("/api-docs/", page.answer)
 
 
-def add_page(app: web.Application, path: str, body: str | bytes, *, policy: str | None = None) -> None:
+def add_page(app: web.Application, path: str, body: bytes, *, policy: str | None = None) -> None:
     """Serve a document (JSON) or, with the content security policy that it needs, a page (HTML)."""
     kind = "application/json" if policy is None else "text/html"
-    headers = _OPEN | ({} if policy is None else {"Content-Security-Policy": policy})
-
-    @limit(None)
-    @public
-    async def serve(_: web.Request) -> web.Response:
-        return web.Response(body=body, content_type=kind, charset="utf-8", headers=headers)
-
-    app.router.add_get(path, serve)
+    headers = {} if policy is None else {"Content-Security-Policy": policy}
+    app.router.add_get(path, Asset(lambda: body, kind, cache=assets.MINUTE, headers=headers).answer)
 
 
-def _asset(path: Path) -> Callable[[web.Request], Any]:
-    @limit(None)
-    @public
-    async def serve(_: web.Request) -> web.FileResponse:
-        return web.FileResponse(path, headers={"Cache-Control": "public, max-age=31536000, immutable"})
-
-    return serve
-
-
-def _page() -> str:
+def _page(files: Mapping[str, Asset]) -> bytes:
     """aiohttp-apispec's page, whose requests get the word Bearer where one pasted the bare token."""
     page = (STATIC / "index.html").read_text()
     for old, new in (
         ("{{ path }}", DOCUMENT),
-        ("{{ static }}", "/api-docs/static"),
         ("<title>Swagger UI</title>", "<title>Collaborative Workspace Backend: API</title>"),
         ("dom_id: '#swagger-ui',", "dom_id: '#swagger-ui',\n" + _BEARER),
+        # By its version, since browsers keep for ever what is immutable.
+        *((f"{{{{ static }}}}/{name}", f"{_STATIC_PATH}/{name}?v={asset.tag}") for name, asset in files.items()),
     ):
         assert old in page, old  # aiohttp-apispec is pinned; a new page must be looked at
         page = page.replace(old, new)
-    return page
+    return page.encode()
 
 
+_STATIC_PATH = "/api-docs/static"
 _ASSETS = (
     "favicon-16x16.png",
     "favicon-32x32.png",
@@ -273,7 +251,6 @@ _ASSETS = (
     "swagger-ui-bundle.js",
     "swagger-ui-standalone-preset.js",
 )
-_OPEN = {"Cache-Control": "public, max-age=60"}
 _PAGE_POLICY = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; "
     "script-src 'self' 'unsafe-inline'; frame-ancestors 'none'"

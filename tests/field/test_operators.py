@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -18,6 +19,7 @@ import yaml
 
 from server.devstack import dev
 from server.devstack.stack import Stack, free_port
+from server.jobs import dashboard
 from server.jobs.types import JOB_TYPES
 from server.settings import StackSettings
 from tests.conftest import MakeActor, MakeServer, environment
@@ -25,9 +27,11 @@ from tests.deploy.test_nginx import Nginx, needs_nginx, nginx
 from tests.jobs.asking import ask, program
 from tests.observability.test_observability import rules
 from tests.ops.test_metrics import scrape
+from tests.patience import PATIENCE_SECONDS
 from tests.processes import ROOT, Process, Processes
+from tests.rest.test_try_it_out import Browser, browser
 
-__all__ = ["nginx"]  # a fixture
+__all__ = ["browser", "nginx"]  # fixtures
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -274,7 +278,48 @@ async def test_the_log_of_nginx_names_the_path_that_was_asked_for_without_its_qu
 
 async def shown(file: Path, pattern: str) -> re.Match[str]:
     """Return the first match in a file that a process writes."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not (file.exists() and (found := re.search(pattern, file.read_text()))):
             await asyncio.sleep(0.02)
     return found
+
+
+# The dashboard ----------------------------------------------------------------------------------------------------
+
+
+def look_at_the_queues(browser: Browser, base: str, job: str) -> None:
+    for _ in range(2):  # the second time the browser has it
+        browser.open(f"{base}/ops/queues")
+        browser.until("main h1", "Queues")
+        browser.until("tbody tr td:first-child", "high", "normal", "low")
+    browser.click("tbody tr:nth-child(2) a")
+    browser.until("main hgroup > *", "Queue", "normal")
+    assert browser.address == f"{base}/ops/queues/queues/normal"
+    browser.click("[href*='/jobs/'] td")
+    browser.until("main hgroup > *", "Job", f"{job}:1")
+    browser.until("hgroup + p", dashboard.READ_ONLY)
+    assert browser.count("[role=button]") == 0
+    browser.click("td a")
+    browser.until("main hgroup > *", "Queue", "normal")
+    assert browser.complaints() == []
+
+
+def look_at_them_on_a_phone(browser: Browser, base: str, job: str) -> None:
+    browser.resize(390, 844)
+    for path in ("/", "/queues/normal", f"/queues/normal/jobs/{job}:1"):
+        browser.open(f"{base}/ops/queues{path}")
+        browser.find("main table")
+        assert browser.width_of_page() == 390
+
+
+@pytest.mark.parametrize("look", [look_at_the_queues, look_at_them_on_a_phone])
+async def test_the_dashboard_can_be_read_and_has_no_buttons_that_do_nothing(
+    look: Callable[[Browser, str, str], None],
+    browser: Browser,
+    make_server: MakeServer,
+    make_actor: MakeActor,
+    quiet: dict[str, str],
+) -> None:
+    base = await make_server(**quiet)
+    job = (await ask(await make_actor("Ada", base)))["id"]
+    await asyncio.to_thread(look, browser, base, job)

@@ -5,7 +5,9 @@ import re
 import aiohttp
 import pytest
 
-from tests.conftest import MakeActor, MakeServer
+from server.devstack.stack import Stack
+from server.jobs import dashboard
+from tests.conftest import MakeActor, MakeServer, addresses_of
 from tests.jobs.asking import ask
 
 CREDENTIALS = {"ops_username": "operator", "ops_password": "a secret of theirs"}
@@ -23,10 +25,10 @@ async def test_an_operator_sees_what_waits(
 ) -> None:
     base = await make_server(**quiet, **CREDENTIALS)
     job = (await ask(await make_actor("Ada", base)))["id"]
-    for path in ("", "/", "/queues/%7Bjobs.normal%7D"):
+    for path in ("", "/", "/queues/normal"):
         async with http.get(f"{base}/ops/queues{path}", headers=OPERATOR) as page:
             assert (page.status, page.content_type) == (200, "text/html")
-            assets = re.findall(r'(?:src|href)="([^"]+)"', await page.text())
+            assets = re.findall(r'(?:src|href)="(/[^"]+)"', await page.text())
     assert len(assets) == 3
     for asset in assets:
         async with http.get(base + asset, headers=OPERATOR) as answer:
@@ -34,10 +36,12 @@ async def test_an_operator_sees_what_waits(
             assert await answer.text()
     async with http.get(f"{base}/ops/queues/api/queues", headers=OPERATOR) as answer:
         queued = {each["name"]: each["queued"] for each in (await answer.json())["queues"]}
-    assert queued == {"{jobs.high}": 0, "{jobs.normal}": 1, "{jobs.low}": 0}
-    async with http.get(f"{base}/ops/queues/api/queues/%7Bjobs.normal%7D", headers=OPERATOR) as answer:
+    assert queued == {"high": 0, "normal": 1, "low": 0}
+    async with http.get(f"{base}/ops/queues/api/queues/normal", headers=OPERATOR) as answer:
         [message] = (await answer.json())["queue"]["jobs"]
-    assert job in message["key"]
+    assert (message["key"], message["queue"]) == (f"{job}:1", "normal")
+    async with http.get(f"{base}/ops/queues/api/queues/normal/jobs/{message['key']}", headers=OPERATOR) as answer:
+        assert (await answer.json())["job"] == message
 
 
 @pytest.mark.parametrize(
@@ -65,9 +69,27 @@ async def test_in_production_it_is_not_there_until_operators_have_a_password(
 
 async def test_nothing_can_be_changed_there(http: aiohttp.ClientSession, make_server: MakeServer) -> None:
     base = await make_server(**CREDENTIALS)
-    path = "/ops/queues/api/queues/%7Bjobs.normal%7D/jobs/any/abort"
-    async with http.post(base + path, headers=OPERATOR) as refused:
-        assert refused.status in (404, 405)
-    for unknown in ("/api/queues/none", "/api/queues/%7Bjobs.low%7D/jobs/none", "/static/none.js"):
+    for change in ("abort", "retry"):
+        async with http.post(f"{base}/ops/queues/api/queues/normal/jobs/any/{change}", headers=OPERATOR) as refused:
+            assert refused.status == 405
+            assert "POST /api/v1/jobs/{id}/cancel" in (await refused.json())["detail"]
+    for unknown in ("/api/queues/none", "/api/queues/low/jobs/none", "/static/none.js"):
         async with http.get(f"{base}/ops/queues{unknown}", headers=OPERATOR) as answer:
             assert answer.status == 404
+
+
+@pytest.mark.parametrize(("old", "new"), dashboard.SCRIPT_CHANGES)
+def test_saqs_page_still_has_what_we_change_in_it(old: str, new: str) -> None:
+    shown = dashboard.file("app.js").decode()
+    assert new in shown
+    assert old not in shown.replace(new, "")
+
+
+async def test_without_redis_it_is_a_503_and_no_fault_of_ours(
+    http: aiohttp.ClientSession, make_server: MakeServer, own_stack: Stack
+) -> None:
+    base = await make_server(**addresses_of(own_stack))
+    own_stack.valkey.kill()
+    for path in ("", "/normal", "/normal/jobs/any"):
+        async with http.get(f"{base}/ops/queues/api/queues{path}") as answer:
+            assert (answer.status, (await answer.json())["code"]) == (503, "unavailable")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support import expected_conditions
@@ -31,6 +32,32 @@ class Browser:
 
     def type(self, where: str, text: str) -> None:
         self.find(where).send_keys(text)
+
+    def resize(self, width: int, height: int) -> None:
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self._driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+    def width_of_page(self) -> int:
+        return int(self._driver.execute_script("return document.documentElement.scrollWidth"))
+
+    def until(self, where: str, *texts: str) -> None:
+        """Wait until these texts, and no others, stand there."""
+        wait = WebDriverWait(self._driver, PATIENCE_SECONDS, ignored_exceptions=[StaleElementReferenceException])
+        wait.until(lambda _: self._texts(where) == list(texts), f"{texts} in {where}")
+
+    def _texts(self, where: str) -> list[str]:
+        return [found.text for found in self._driver.find_elements(By.CSS_SELECTOR, where)]
+
+    def count(self, where: str) -> int:
+        return len(self._driver.find_elements(By.CSS_SELECTOR, where))
+
+    @property
+    def address(self) -> str:
+        return str(self._driver.current_url)
+
+    def complaints(self) -> list[str]:
+        """What stands in the console."""
+        return [entry["message"] for entry in self._driver.get_log("browser")]
 
     def find(self, where: str) -> WebElement:
         return self._wait.until(expected_conditions.visibility_of_element_located((By.CSS_SELECTOR, where)))

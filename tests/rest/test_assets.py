@@ -1,0 +1,103 @@
+"""Scripts, styles, pages and documents: compressed, kept by browsers, and never out of date."""
+
+import gzip
+import re
+from collections.abc import AsyncIterator
+
+import aiohttp
+import pytest
+
+from server.rest.assets import accepts_gzip
+
+PAGES = ("/api-docs", "/api-docs/realtime", "/ops/queues/")
+DOCUMENTS = ("/api-docs/swagger.json", "/api-docs/asyncapi.json")
+
+
+@pytest.fixture
+async def raw() -> AsyncIterator[aiohttp.ClientSession]:
+    """A client that shows bodies as they were sent."""
+    async with aiohttp.ClientSession(auto_decompress=False) as session:
+        yield session
+
+
+async def parts_of(http: aiohttp.ClientSession, base: str, page: str) -> list[str]:
+    async with http.get(base + page) as answer:
+        return re.findall(r'(?:src|href)="(/[^"]+/static/[^"]+)"', await answer.text())
+
+
+async def everything(http: aiohttp.ClientSession, base: str) -> list[str]:
+    parts = [part for page in PAGES for part in await parts_of(http, base, page)]
+    return [*PAGES, *DOCUMENTS, *parts]
+
+
+async def test_what_is_text_comes_compressed_to_clients_that_take_it_and_only_to_them(
+    http: aiohttp.ClientSession, raw: aiohttp.ClientSession, server: str
+) -> None:
+    small = "/ops/queues/"
+    paths = [path for path in await everything(http, server) if ".png" not in path and path != small]
+    assert len(paths) >= 10
+    for path in paths:
+        async with raw.get(server + path, headers={"Accept-Encoding": "gzip, br"}) as answer:
+            packed, zipped = await answer.read(), answer.headers
+        async with raw.get(server + path, headers={"Accept-Encoding": "identity"}) as answer:
+            body, plain = await answer.read(), answer.headers
+        assert zipped.get("Content-Encoding") == "gzip", path
+        assert "Content-Encoding" not in plain
+        assert gzip.decompress(packed) == body
+        assert len(packed) < 0.6 * len(body)
+        for headers in (zipped, plain):
+            assert "Accept-Encoding" in headers["Vary"]
+            assert int(headers["Content-Length"]) == len(packed if headers is zipped else body)
+        assert zipped["ETag"] != plain["ETag"]
+        assert zipped["Content-Type"] == plain["Content-Type"]
+        assert "charset=utf-8" in plain["Content-Type"]
+
+
+@pytest.mark.parametrize("path", ["/api-docs/static/favicon-32x32.png", "/ops/queues/"])
+async def test_pictures_and_small_pages_are_not_compressed(raw: aiohttp.ClientSession, server: str, path: str) -> None:
+    async with raw.get(server + path, headers={"Accept-Encoding": "gzip"}) as answer:
+        assert answer.status == 200
+        assert "Content-Encoding" not in answer.headers
+
+
+async def test_what_has_not_changed_is_answered_304_with_the_policy_that_the_page_needs(
+    http: aiohttp.ClientSession, server: str
+) -> None:
+    for path in await everything(http, server):
+        async with http.get(server + path) as first:
+            expected = {name: first.headers.get(name) for name in ("ETag", "Cache-Control", "Content-Security-Policy")}
+        async with http.get(server + path, headers={"If-None-Match": str(expected["ETag"])}) as again:
+            assert (again.status, await again.read()) == (304, b"")
+            assert {name: again.headers.get(name) for name in expected} == expected
+
+
+async def test_scripts_and_styles_are_immutable_at_an_address_that_changes_with_them(
+    http: aiohttp.ClientSession, server: str
+) -> None:
+    for page, cache in (("/api-docs", "public"), ("/ops/queues/", "private")):
+        parts = await parts_of(http, server, page)
+        assert len(parts) >= 3
+        for part in parts:
+            async with http.get(server + part) as answer:
+                assert answer.headers["Cache-Control"] == f"{cache}, max-age=31536000, immutable"
+                assert part.partition("?v=")[2] in answer.headers["ETag"]
+
+
+@pytest.mark.parametrize(
+    ("header", "accepted"),
+    [
+        ("gzip, deflate, br", True),
+        ("GZIP;q=0.1", True),
+        ("*", True),
+        ("br;q=1, *;q=0.5", True),
+        ("", False),
+        ("identity", False),
+        ("gzip;q=0", False),
+        ("gzip;q=0.0, *", False),
+        ("*;q=0", False),
+        ("gzip;q=nonsense", False),
+        ("xgzip", False),
+    ],
+)
+def test_accept_encoding_is_read_as_the_rfc_has_it(header: str, accepted: bool) -> None:
+    assert accepts_gzip(header) is accepted
