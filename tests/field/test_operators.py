@@ -258,7 +258,7 @@ async def test_a_worker_is_asked_whether_it_lives_also_where_metrics_are_for_nob
         ("/ws?ticket=hidden", "/ws", 503),
         ("/a%20b/..%2Fc?x=hidden", "/a%20b/..%2Fc", 503),
         ("/.problem?x=hidden", "/.problem", 404),
-        ("/" + 9000 * "x" + "?x=hidden", "", 400),
+        ("/" + 9000 * "x" + "?x=hidden", "", 414),
     ],
     ids=["path", "socket", "encoded", "its own", "too long"],
 )
