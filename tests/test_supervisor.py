@@ -115,20 +115,20 @@ async def test_clients_that_keep_their_connections_do_not_notice_a_rolling_resta
 
 
 async def test_a_successor_that_dies_while_its_predecessor_drains_is_replaced(processes: Processes) -> None:
-    server = await started(processes, number=1)
-    host, _, port = server.base.removeprefix("http://").partition(":")
-    with waiting_in(host, int(port), connections=1) as [idle]:  # for which the predecessor lingers
-        idle.sendall(b"GET /health HTTP/1.1\r\nHost: ada\r\n\r\n")
-        assert idle.recv(12) == b"HTTP/1.1 200"
-        [old] = members(server)
-        os.kill(server.pid, signal.SIGHUP)
-        await counting(server, 2)
+    server = await started(processes, number=1, DRAIN_SECONDS="60")
+    [old] = members(server)
+    os.kill(server.pid, signal.SIGHUP)
+    await counting(server, 2)
+    os.kill(old, signal.SIGSTOP)  # it takes its time
+    try:
         await replaced(server, 1)
         [new] = [each for each in members(server) if each != old]
         os.kill(new, signal.SIGKILL)
         await replaced(server, 2)
         assert old in members(server)
         assert len(members(server)) == 2
+    finally:
+        os.kill(old, signal.SIGCONT)
 
 
 async def replaced(server: Server, times: int) -> None:
