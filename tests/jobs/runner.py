@@ -25,7 +25,7 @@ from server import loop
 from server.jobs import shims, tiers
 from server.jobs.sandbox import FilesRefusedError, Limits, Outcome, Sandbox, SandboxError
 from tests.devstack.pids import gone
-from tests.patience import PATIENCE_SECONDS, START_SECONDS
+from tests.patience import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parents[2]
 SECRET = "a-secret-of-the-worker"
@@ -110,7 +110,7 @@ class Runner:
             stdin=stdin,
             args=list(args),
             files=dict(files or {}),
-            limits={"timeout_seconds": int(START_SECONDS), **limits},
+            limits={"timeout_seconds": 60, **limits},
         )
         return Job(self, number)
 
