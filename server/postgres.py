@@ -4,13 +4,13 @@ Lock order
     Statements and transactions that lock several rows lock them in this order, so that none waits for another that
     waits for it:
 
-    1. users, by id: which projects a user is in cannot change meanwhile
+    1. users: the projects of a user cannot change meanwhile
     2. projects, by id
-    3. members, then invitations, then workspaces
-    4. documents, by id; then their updates, snapshots and versions
-    5. activity
+    3. members, invitations, workspaces: several of them only under a project's NO KEY UPDATE, which one holds alone
+    4. documents, by id
+    5. updates, snapshots and versions of documents; activity
 
-    and, apart from these, users before sessions, by id, before refresh tokens.
+    and, apart from these: users, then sessions by id, then refresh tokens.
 
     Cascades run downwards, and an insert locks its parents (foreign keys), so a statement that changes rows of a
     project locks the project itself first: in its first CTE, which the others read from. ``FOR NO KEY UPDATE`` if it

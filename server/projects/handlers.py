@@ -194,7 +194,7 @@ async def add_collaborator(request: web.Request) -> web.Response:
         return answers.secret(answers.created(f"{here}/invitations/{invited['id']}", shown))
     added = await members_store.add_member(db, project=project, actor=actor, user=user, role=body["role"])
     if added is None:
-        raise NotFound("The project or the user is gone")
+        raise NotFound("No such project or user")
     if added["id"] is None:
         raise Conflict("They are a collaborator already", code="already_collaborator")
     return answers.created(f"{here}/collaborators/{added['id']}", {"collaborator": COLLABORATOR.dump(added)})

@@ -44,7 +44,7 @@ async def invite(db: Executor, *, project: UUID, actor: UUID, email: str, role: 
         expires_at=now + LIFETIME,
     )
     if invited is None:
-        raise NotFound("The project is gone")
+        raise NotFound("No such project")
     return {**invited, "token": token}
 
 

@@ -76,7 +76,7 @@ async def test_no_two_writes_at_once_end_as_an_outage(moves: tuple[Move, ...], w
     with capture_logs() as logged:
         await asyncio.gather(*map(race, pairs))
     assert not failures
-    assert not [entry for entry in logged if entry["event"] == "concurrent writes collided"], "unseen, and slow"
+    assert not [entry for entry in logged if entry["event"] == "concurrent writes collided"], "hidden by the retry"
 
 
 # The lock order
@@ -101,7 +101,7 @@ DOCUMENTS = "SELECT FROM documents WHERE id = ANY ($1)"
 
 
 class Held:
-    """A row that somebody has locked, and what others lock while they wait for it."""
+    """A row that another session has locked, and what others lock while they wait for it."""
 
     def __init__(self, holder: asyncpg.Connection, watcher: asyncpg.Connection) -> None:
         self.holder, self._watcher = holder, watcher
@@ -220,7 +220,7 @@ async def test_a_log_is_shortened_after_its_document_is_locked(worlds: Worlds, h
     await shortening
 
 
-async def test_housekeeping_takes_what_is_free(
+async def test_housekeeping_skips_locked_rows(
     worlds: Worlds, hold: Hold, pool: Database, db: asyncpg.Connection
 ) -> None:
     world = await worlds.make()
@@ -245,7 +245,7 @@ FIRST = re.compile(
 )
 SHOWN = {"members", "workspaces"}  # their triggers change the project
 EXPLAINED = {
-    "create_workspace": "its rows are nobody else's yet; a trigger locks the project before the foreign key does",
+    "create_workspace": "its rows are new; a trigger locks the project before the foreign key does",
     "step_up": "in the transaction of step_down, which has locked the project",
     "forget": "skips what is locked",
     "append": "documents only, in the order of their ids",
@@ -294,7 +294,7 @@ def test_the_check_sees_a_statement_that_locks_something_else_first() -> None:
         assert lock_of(query, WRITE.findall(query)) is None
 
 
-# What collides all the same
+# Collisions that remain
 
 
 @pytest.fixture
@@ -312,7 +312,7 @@ async def alert(make_database: Callable[[], str]) -> str:
 
 @dataclass
 class Rival:
-    """Somebody who locks rows in an order of their own; in a deadlock it is the server that has to give way."""
+    """A session that locks rows in an order of its own; of a deadlock the server is the victim."""
 
     connection: asyncpg.Connection
     world: World
@@ -342,7 +342,7 @@ class Rival:
     ],
     ids=["a_statement", "a_transaction"],
 )
-async def test_a_deadlock_that_others_cause_is_not_seen(
+async def test_a_deadlock_with_another_session_is_retried_inside(
     move: Move,
     first: str,
     then: str,
@@ -358,11 +358,11 @@ async def test_a_deadlock_that_others_cause_is_not_seen(
             await rival.connection.execute(first, rival.world.project)
             writing = asyncio.ensure_future(move(rival.world))
             await Held(rival.connection, rival.connection).waited_for(writing)
-            await rival.connection.execute(then, rival.world.project)  # returns: the server has given way
+            await rival.connection.execute(then, rival.world.project)  # returns: the server was rolled back
         assert (await writing).status == 200
 
 
-async def test_what_collides_twice_is_told_as_what_it_is(pool: Database) -> None:
+async def test_a_second_collision_is_reported_as_one(pool: Database) -> None:
     for error in ("serialization_failure", "deadlock_detected"):
         with pytest.raises(Unavailable) as raised:
             await pool.execute(f"DO $$ BEGIN RAISE {error}; END $$")
@@ -388,11 +388,11 @@ async def test_a_transaction_that_collides_runs_again_from_its_beginning_once(po
     assert (raised.value.detail, attempts) == (COLLIDED, 2)
 
 
-# A store that is slow
+# A slow store
 
 
 @pytest.mark.hurried("database_url")
-async def test_a_write_that_waits_too_long_is_not_told_that_postgresql_is_down(worlds: Worlds, hold: Hold) -> None:
+async def test_a_slow_write_is_not_reported_as_an_outage(worlds: Worlds, hold: Hold) -> None:
     """A statement, and a transaction."""
     world = await worlds.make()
     async with hold("projects", world.project):
@@ -402,7 +402,7 @@ async def test_a_write_that_waits_too_long_is_not_told_that_postgresql_is_down(w
         assert int(answer.headers["Retry-After"]) > 0
 
 
-async def test_whatever_ends_a_statement_for_its_slowness_is_told_as_that(pool: Database) -> None:
+async def test_every_timeout_of_a_statement_is_reported_as_slowness(pool: Database) -> None:
     for error in ("query_canceled", "lock_not_available"):
         with pytest.raises(Unavailable) as raised:
             await pool.execute(f"DO $$ BEGIN RAISE {error}; END $$")

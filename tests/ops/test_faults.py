@@ -15,8 +15,8 @@ POSTGRES, REDIS, MONGO = "database_url", "redis_url", "mongodb_uri"
 NAMES = {POSTGRES: "PostgreSQL", REDIS: "Redis", MONGO: "MongoDB"}
 
 
-def told_of(store: str, mode: Mode) -> str:
-    """What is said of a store that behaves like this: it is called unavailable where it takes no connections only."""
+def detail_of(store: str, mode: Mode) -> str:
+    """Return the detail of a 503 because of a store that behaves like this."""
     failure = "is unavailable" if mode in (Mode.STOPPED, Mode.RESET) else "did not answer in time"
     return f"{NAMES[store]} {failure}"
 
@@ -66,7 +66,7 @@ async def test_every_answer_comes_in_time_and_names_what_is_away(
     for path, answer in await all_asked(world):
         assert answer.status < 500 or answer.status == 503, (path, answer)
         if answer.status == 503:
-            assert answer["detail"] == told_of(store, mode), (path, answer)
+            assert answer["detail"] == detail_of(store, mode), (path, answer)
             assert int(answer.headers["Retry-After"]) > 0
             told.append(path)
     assert set(told) >= NEEDED[store]
@@ -90,7 +90,7 @@ FREE_OF = {
 async def test_every_answer_comes_in_time_where_a_store_is_slow(store: str, network: Network, world: World) -> None:
     await network.stores[store].turn(Mode.SLOW)
     for path, answer in await all_asked(world):
-        assert answer.status < 500 or answer["detail"] == told_of(store, Mode.SLOW), (path, answer)
+        assert answer.status < 500 or answer["detail"] == detail_of(store, Mode.SLOW), (path, answer)
 
 
 @pytest.mark.parametrize("mode", [*AWAY, Mode.SLOW], ids=lambda mode: mode.name.lower())

@@ -18,7 +18,7 @@ from tests.conftest import MakeActor
 from tests.documents.editors import make_document
 from tests.faults import Mode, Network
 from tests.ops.conftest import World
-from tests.ops.test_faults import MONGO, NAMES, POSTGRES, REDIS, calls, told_of
+from tests.ops.test_faults import MONGO, NAMES, POSTGRES, REDIS, calls, detail_of
 from tests.patience import PATIENCE_SECONDS
 from tests.realtime.clients import Member
 
@@ -119,7 +119,7 @@ async def test_all_are_answered_in_time_and_served_again_as_soon_as_the_store_is
             assert answer.status == 503
             assert answer["stores"][NAMES[store].lower()]["status"] == "down"
         elif answer.status == 503 and answer.body:
-            assert answer["detail"] == told_of(store, mode), (path, answer)
+            assert answer["detail"] == detail_of(store, mode), (path, answer)
     assert {answer.status for path, answer in answers if path in ("/metrics", "/health")} == {200}
 
     before = network.stores[store].connections
@@ -140,7 +140,7 @@ async def test_all_are_answered_in_time_and_served_again_as_soon_as_the_store_is
 async def test_a_crowd_is_answered_in_time(store: str, mode: Mode, network: Network, world: World) -> None:
     await network.stores[store].turn(mode)
     answers = await asked(world, world.alice, [("GET", f"/jobs/{world.job}", None)] * CROWD)
-    assert {(answer.status, answer["detail"]) for _, answer in answers} == {(503, told_of(store, mode))}
+    assert {(answer.status, answer["detail"]) for _, answer in answers} == {(503, detail_of(store, mode))}
 
 
 @pytest.mark.parametrize("mode", [Mode.STOPPED, Mode.BLACK_HOLE], ids=lambda mode: mode.name.lower())

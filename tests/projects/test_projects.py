@@ -206,6 +206,7 @@ async def test_what_races_with_the_deletion_of_its_project_is_told_that_it_is_go
     alice: Actor, bob: Actor, database_url: str
 ) -> None:
     project = await alice.make_project()
+    workspace = await alice.make_workspace(project)
     db = await asyncpg.connect(database_url)
     try:
         async with db.transaction():
@@ -214,6 +215,7 @@ async def test_what_races_with_the_deletion_of_its_project_is_told_that_it_is_go
                 asyncio.ensure_future(alice.post(path, body))
                 for path, body in (
                     ("/workspaces", {"projectId": project, "name": "Numbers"}),
+                    (f"/workspaces/{workspace}/documents", {"path": "main.py"}),
                     (f"/projects/{project}/collaborators", {"email": bob.email}),
                     (f"/projects/{project}/collaborators", {"email": f"new-{bob.email}"}),
                 )

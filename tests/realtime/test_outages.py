@@ -139,10 +139,10 @@ async def test_sockets_outlive_a_redis_that_is_silent(apart: Three, redis: Proxy
     [(Mode.BLACK_HOLE, "Redis did not answer in time"), (Mode.STOPPED, "Redis is unavailable")],
     ids=["silent", "stopped"],
 )
-async def test_who_cannot_enter_is_told_whether_redis_is_slow_or_away(
+async def test_a_refused_join_says_whether_redis_is_slow_or_down(
     mode: Mode, told: str, apart: Three, redis: Proxy
 ) -> None:
-    """From the first moment on: while the silence is not noticed, and when the connection was given up for it."""
+    """From the first moment on: before the silence is noticed, and after the connection is closed because of it."""
     alice, bob, project = apart
     workspace = await alice.make_workspace(project)
     his = await bob.connect()
