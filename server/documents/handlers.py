@@ -1,6 +1,6 @@
 """Documents over REST."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -169,7 +169,9 @@ async def write_content(request: web.Request) -> web.Response:
     if hdrs.IF_MATCH not in request.headers:
         raise PreconditionRequired('Send If-Match: the ETag of the text you have seen, or "*" to overwrite')
     text = await _text(request)
-    return await _rewritten(request, text=text, cause="put", accepts=_accepts(conditions))
+    return await _rewritten(
+        request, text=text, cause="put", accepts=_accepts(conditions, lambda version, _: [etag(version)])
+    )
 
 
 @routes.get("/api/v1/documents/{documentId}/versions")
@@ -195,7 +197,9 @@ async def read_version(request: web.Request) -> web.Response:
     if not given.isdecimal() or not given.isascii() or len(given) > 15:
         raise NotFound("No such version")
     found = await _version(request, int(given), is_read=True)
-    return answers.tagged(request, VERSION_WITH_CONTENT.dump(found), tag=etag(found["version"]))
+    # All that ever changes of it is that its author deletes their account.
+    tag = etag(found["version"], "" if found["created_by"] else "anonymous")
+    return answers.tagged(request, VERSION_WITH_CONTENT.dump(found), tag=tag)
 
 
 @routes.post("/api/v1/documents/{documentId}/restore")
@@ -205,20 +209,18 @@ async def read_version(request: web.Request) -> web.Response:
 @refuses("precondition_failed")
 @requires(Role.COLLABORATOR)
 async def restore_version(request: web.Request) -> web.Response:
-    accepts = _accepts(preconditions(request), role=request[ACCESS].role.name)
+    role = request[ACCESS].role.name
+    # The tag of the text, which it replaces, or that of the document, which it answers.
+    accepts = _accepts(preconditions(request), lambda version, revision: [etag(version), etag(revision, role)])
     found = await _version(request, request[BODY]["version"], is_read=False)
     return await _rewritten(request, text=found["content"], cause="restore", accepts=accepts)
 
 
-def _accepts(conditions: Preconditions, *, role: str | None = None) -> logs.Accepts | None:
-    """The preconditions for the tag of the text and, with a role, also for that of the document; None without any."""
+def _accepts(conditions: Preconditions, tags: Callable[[int, int], list[str]]) -> logs.Accepts | None:
+    """The preconditions, for a version and a revision that have these tags; None without any."""
     if conditions.match is None and not conditions.none_match:
         return None
-
-    def accepts(version: int, revision: int) -> bool:
-        return conditions.hold_for(etag(version), *(() if role is None else (etag(revision, role),)))
-
-    return accepts
+    return lambda version, revision: conditions.hold_for(*tags(version, revision))
 
 
 async def _rewritten(request: web.Request, *, text: str, cause: str, accepts: logs.Accepts | None) -> web.Response:

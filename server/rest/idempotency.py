@@ -16,7 +16,7 @@ from aiohttp.typedefs import Handler
 
 from server import json, postgres
 from server.budget import within
-from server.errors import Conflict, ValidationFailed, invalid
+from server.errors import Conflict, ValidationFailed, invalid, store_slow
 from server.postgres import Executor
 from server.rest import idempotency_store as store
 from server.rest.keys import BODY, DB, HEADERS, ON_COMMIT, RESOURCES, USER
@@ -62,8 +62,11 @@ async def _once(request: web.Request, handler: Handler, key: str) -> web.StreamR
     route, user, body_hash = _route(request), request[USER].id, _body_hash(request)
 
     async def answer_once(transaction: Executor) -> web.StreamResponse:
+        seconds = within(postgres.STATEMENT_SECONDS) - ANSWER_SECONDS
+        if seconds <= 0:
+            raise store_slow("PostgreSQL")
         try:
-            async with asyncio.timeout(within(postgres.STATEMENT_SECONDS) - ANSWER_SECONDS):
+            async with asyncio.timeout(seconds):
                 claimed = await store.claim(transaction, user=user, route=route, key=key, body_hash=body_hash)
         except TimeoutError:
             raise _in_progress() from None

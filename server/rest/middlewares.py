@@ -362,7 +362,7 @@ async def read_body(request: web.Request) -> bytes:
 
 
 def _query(schema: Any, request: web.Request) -> dict[str, Any]:
-    given = dict(request.query)
+    given = dict(request.query.items())  # of several the last
     for key, value in given.items():
         if not key.isprintable():
             raise errors.invalid("", "Unknown query parameter.")

@@ -265,4 +265,6 @@ _DESCRIPTION = """The server behind collaborative coding platforms.
 
 Sign in with **POST /api/v1/auth/login**, press *Authorize* and paste the `accessToken`.
 Errors are problem details (RFC 9457); their `code` is stable. Lists are `{items, nextCursor}`.
+Unknown fields and query parameters are refused, and integers beyond 64 bits. A POST that creates honours
+`Idempotency-Key`; PATCH, PUT, DELETE and restore honour `If-Match` and `If-None-Match`.
 Live collaboration runs over WebSockets at `/ws`."""

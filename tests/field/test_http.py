@@ -145,6 +145,17 @@ async def test_ten_restores_on_one_tag_have_one_winner(alice: Actor) -> None:
     assert sorted(answer.status for answer in answers) == [200] + [412] * 9
 
 
+async def test_a_version_changes_its_tag_when_its_author_is_gone(alice: Actor, bob: Actor) -> None:
+    document = await make_document(alice, await alice.make_workspace(None, bob), content="first")
+    assert (await put(bob, document, "second", If_Match="*")).status == 200
+    path = f"/documents/{document}/versions/2"
+    seen = await alice.get(path)
+    assert seen["createdBy"] == bob.id
+    assert (await bob.delete("/auth/profile", {"password": bob.password})).status == 204
+    now = await alice.get(path, headers={"If-None-Match": seen.headers["ETag"]})
+    assert (now.status, now["createdBy"]) == (200, None)
+
+
 async def test_a_text_was_overwritten_by_a_put_that_was_to_create_it(alice: Actor) -> None:
     document = await make_document(alice, await alice.make_workspace(), content="mine")
     for conditions in ({"If_None_Match": "*"}, {"If_None_Match": "*", "If_Match": "*"}):
@@ -326,6 +337,7 @@ async def test_misspelt_query_parameters_were_ignored(alice: Actor) -> None:
             assert len(refused["details"]) == 1
     assert (await alice.get("/projects?limit=5&page=2"))["details"][0]["field"] == "page"
     assert [each["id"] for each in (await alice.get("/projects"))["items"]] == [project]
+    assert (await alice.get("/projects?limit=x&limit=5")).status == 200  # the last one counts
 
 
 async def test_query_parameters_are_no_matter_where_no_json_is_answered(alice: Actor) -> None:

@@ -281,11 +281,9 @@ MOMENTS = {
 
 @pytest.mark.parametrize("moment", MOMENTS)
 async def test_a_server_that_is_killed_leaves_one_effect_and_its_answer(
-    processes: Processes, http: aiohttp.ClientSession, moment: str
+    processes: Processes, alice: Actor, bob: Actor, moment: str
 ) -> None:
-    dying, living = processes.server(shorter=MOMENTS[moment]), processes.server()
-    alice = await Actor(http, living.base, "Alice").register()
-    place = await place_for("project", alice, alice)
+    dying, place = processes.server(shorter=MOMENTS[moment]), await place_for("project", alice, bob)
     with pytest.raises(aiohttp.ClientError):
         await place.post(alice.at(dying.base))
     dying.wait()
