@@ -1,3 +1,7 @@
+# syntax=docker/dockerfile:1
+# The line above fetches the newest Dockerfile syntax: any Docker with BuildKit (the default since 23) can build this.
+# An engine before 25 runs the image too; it ignores --start-interval of the health check.
+#
 # One image for every command of run.py: docker run IMAGE server | worker | migrate | …
 FROM python:3.11-slim-bookworm AS builder
 WORKDIR /build

@@ -1,5 +1,6 @@
-"""Tells parts of MONGODB_URI: ``database``, its name; ``server``, the same address without it, so that another
-database's archive can go there; ``collections``, how many there are already (with PyMongo, which the service brings).
+"""Tells parts of MONGODB_URI: ``uri``, all of it; ``database``, its name; ``server``, the address without the name, so
+that another database's archive can go there; ``collections``, how many there are already (with PyMongo, which the
+service brings).
 """
 
 import os
@@ -28,5 +29,5 @@ def collections(uri: str) -> int:
 
 
 if __name__ == "__main__":
-    ask = {"database": database, "server": server, "collections": collections}[sys.argv[1]]
+    ask = {"uri": str, "database": database, "server": server, "collections": collections}[sys.argv[1]]
     print(ask(os.environ["MONGODB_URI"]))

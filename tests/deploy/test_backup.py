@@ -1,10 +1,13 @@
 """Backup and restore, with the scripts that operators run and PostgreSQL's own tools."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psycopg
 import pymongo
@@ -112,7 +115,7 @@ STUB = """#!/bin/sh
 # In place of MongoDB's tool: says what it was told, without the address among its arguments.
 for word; do case $word in
   --config=*) cat "${word#--config=}" >>"$TOLD" ;;
-  --archive=*) [ "${0##*/}" = mongodump ] && echo archive >"${word#--archive=}"; echo "$word" >>"$TOLD" ;;
+  --archive) if [ "${0##*/}" = mongodump ]; then echo archive; else cat >>"$TOLD"; fi ;;
   *) echo "$word" >>"$TOLD" ;;
 esac; done
 """
@@ -181,3 +184,90 @@ def test_without_mongodump_it_says_so_before_it_begins(database_url: str, tools:
     assert failed.returncode == 1
     assert "mongodump is missing" in failed.stderr
     assert not (tmp_path / "saved").exists()
+
+
+DOCKER = """#!/bin/sh
+# In place of docker compose: runs here what it is to run in a container, with what the container has.
+echo "$*" >>"$TOLD"
+[ "$1" = compose ] || exit 1
+[ -f "${COMPOSE_FILE:-docker-compose.yml}" ] || exit 1
+case "$2 $3 $4" in
+"exec -T postgres" | "exec -T mongo" | "exec -T valkey") shift 4; exec env MONGODB_URI= DATABASE_URL= "$@" ;;
+"run --rm --no-deps")
+    [ "$5 $6 $7 $8" = "-T --entrypoint python migrate" ] || exit 1
+    shift 8
+    MONGODB_URI=$IN_MIGRATE exec "$PYTHON" "$@" ;;
+"up --detach "*) exit 0 ;;
+esac
+exit 1
+"""
+
+
+def commands_of(page: str, *, with_compose: bool) -> list[str]:
+    """The shell commands that the page shows, block by block."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "scripts/deploy" / page).read_text(), re.DOTALL)
+    return [block for block in blocks if ("compose" in block) == with_compose]
+
+
+def test_the_commands_for_compose_save_and_bring_back_what_its_stores_hold(
+    stack: Stack, make_database: Callable[[], str], tools: str, told: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "docker").write_text(DOCKER)
+    (tmp_path / "valkey-cli").write_text(STUB)
+    for name in ("docker", "valkey-cli"):
+        (tmp_path / name).chmod(0o755)
+    checkout, saved = tmp_path / "an operator's checkout", tmp_path / "backups"
+    saved.mkdir()
+    shutil.copytree(ROOT / "scripts/deploy", checkout / "scripts/deploy")
+    shutil.copy(ROOT / "docker-compose.yml", checkout)
+    living, fresh = make_database(), make_database()
+    migrations.apply(living)
+    with psycopg.connect(living) as connection:
+        connection.execute(
+            "INSERT INTO users (email, email_key, name, password_hash) VALUES ('a@b', 'a@b', 'Ada', 'x')"
+        )
+
+    def follow(commands: str, url: str, mongo: str) -> subprocess.CompletedProcess[str]:
+        parts = urlsplit(url)
+        container = {"POSTGRES_USER": parts.username, "POSTGRES_PASSWORD": parts.password, "PASSWORD": "secret"}
+        container |= {"PGHOST": parts.hostname, "PGPORT": str(parts.port), "POSTGRES_DB": parts.path[1:]}
+        machine = {"PATH": f"{tmp_path}:{tools}", "TOLD": str(told), "PYTHON": sys.executable, "IN_MIGRATE": mongo}
+        commands = commands.replace("/backups", str(saved)).replace("$(date +%F)", "2026-11-24")
+        return subprocess.run(
+            ["bash", "-eu", "-c", commands], cwd=checkout, env=container | machine, capture_output=True, text=True
+        )
+
+    backing_up, restoring = commands_of("backup.md", with_compose=True)
+    made = follow(backing_up, living, stack.mongo.url)
+    assert made.returncode == 0, made.stderr
+    assert {path.name for path in (saved / "2026-11-24").iterdir()} == {
+        "MANIFEST",
+        "mongo.archive",
+        "mongo.database",
+        "postgres.dump",
+    }
+    back = follow(restoring, fresh, stack.mongo.url.replace("/workspace?", "/elsewhere?"))
+    assert back.returncode == 0, back.stderr
+    assert contents(fresh) == contents(living)
+    lines = told.read_text().splitlines()
+    assert {"archive", "--nsTo=elsewhere.*", "FLUSHALL"} <= set(lines)
+    assert lines[-1] == "compose up --detach"
+    asked = [line for line in lines if line.startswith("compose ")]
+    assert urlsplit(living).password not in "".join(asked)
+    assert "mongodb://" not in "".join(asked)
+
+    again = follow(restoring, fresh, stack.mongo.url)
+    assert "restore into an empty one" in again.stderr
+
+
+def test_without_docker_the_option_says_so(tools: str, tmp_path: Path) -> None:
+    bare = tmp_path / "bin"
+    bare.mkdir()
+    for tool in ("bash", "dirname"):
+        found = shutil.which(tool)
+        assert found
+        (bare / tool).symlink_to(found)
+    command = [str(ROOT / "scripts/deploy/backup"), "--compose", str(tmp_path / "saved")]
+    failed = subprocess.run(["bash", *command], env={"PATH": str(bare)}, capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert failed.stderr == "backup: docker is missing: install Docker\n"

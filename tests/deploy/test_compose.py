@@ -26,7 +26,8 @@ TEXT = (ROOT / "docker-compose.yml").read_text()
 FILE: dict[str, Any] = yaml.safe_load(TEXT)
 SERVICES: dict[str, dict[str, Any]] = FILE["services"]
 SCHEMA = json.loads((Path(__file__).parent / "compose-spec.json").read_text())
-OURS = {name: service for name, service in SERVICES.items() if "build" in service}
+IMAGE = "collaborative-workspace-backend"
+OURS = {name: service for name, service in SERVICES.items() if service["image"] == IMAGE}
 SERVERS = {name for name, service in OURS.items() if service["command"] == ["server"]}
 ONE_SHOT = {name for name, service in SERVICES.items() if service["restart"] == "no"}
 LASTING = set(SERVICES) - ONE_SHOT
@@ -68,6 +69,14 @@ def test_it_fits_the_compose_specification() -> None:
 def test_nothing_but_known_forms_is_interpolated() -> None:
     values = re.sub(r"^\s*#.*|\$\$", "", TEXT, flags=re.MULTILINE)
     assert re.findall(r"\$(?!\{\w+:-[^}]*\}).{,20}", values) == []
+
+
+def test_our_image_is_built_once_before_any_of_its_containers_starts_and_is_never_pulled() -> None:
+    builders = {name for name, service in SERVICES.items() if "build" in service}
+    assert builders == {"migrate"}
+    for name, service in OURS.items():
+        assert service["pull_policy"] == "never"
+        assert name in builders or builders <= set(service["depends_on"])
 
 
 @pytest.mark.parametrize(

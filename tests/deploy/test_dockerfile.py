@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.conftest import TEST_SETTINGS
-from tests.processes import ROOT
+from tests.processes import ROOT, Processes
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,12 @@ def is_ignored(path: str) -> bool:
         if any(fnmatch(each, one) for each in above for one in patterns):
             ignored = not line.startswith("!")
     return ignored
+
+
+def test_an_older_engine_fetches_the_syntax_that_it_does_not_know() -> None:
+    """A parser directive counts in the first line only. HEALTHCHECK --start-interval came with Docker 25."""
+    assert (ROOT / "Dockerfile").read_text().splitlines()[0] == "# syntax=docker/dockerfile:1"
+    assert "--start-interval" in only("HEALTHCHECK").rest
 
 
 @pytest.mark.parametrize("source", COPIED)
@@ -142,6 +149,20 @@ def health_check(port: int) -> int:
 
 async def test_a_server_that_answers_is_healthy(server: str) -> None:
     assert await asyncio.to_thread(health_check, urlsplit(server).port) == 0
+
+
+def localhost_is_ipv6() -> bool:
+    try:
+        socket.create_server(("localhost", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not localhost_is_ipv6(), reason="here localhost is no IPv6 address; in a container of Docker it is")
+async def test_a_server_that_answers_on_ipv6_only_is_healthy(processes: Processes) -> None:
+    server = processes.server(HOST="::1")
+    assert await asyncio.to_thread(health_check, urlsplit(server.base).port) == 0
 
 
 def test_a_server_that_does_not_is_not(unused_tcp_port: int) -> None:
