@@ -35,10 +35,10 @@ ENV APP_ENV=production \
     PYTHONUNBUFFERED=1
 USER 10001:10001
 EXPOSE 3000
-# For the server, at whichever loopback address it listens (HOST=0.0.0.0, or ::). A worker is asked otherwise
-# (docker-compose.yml).
+# For the server, where it listens: Linux takes 0.0.0.0 and :: for its own loopback addresses. A worker is asked
+# otherwise (docker-compose.yml).
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --start-interval=1s --retries=3 \
-    CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen(f\"http://localhost:{os.environ.get('PORT') or 3000}/health\", timeout=2)"]
+    CMD ["python", "-c", "import os, urllib.request; h = os.environ.get('HOST') or '0.0.0.0'; p = os.environ.get('PORT') or 3000; urllib.request.urlopen(f'http://[{h}]:{p}/health' if ':' in h else f'http://{h}:{p}/health', timeout=2)"]
 # Exec form: SIGTERM reaches Python itself, which drains.
 ENTRYPOINT ["python", "run.py"]
 CMD ["server"]

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.conftest import TEST_SETTINGS
+from tests.ipv6 import needs_ipv6
 from tests.processes import ROOT, Processes
 
 
@@ -139,11 +139,11 @@ def test_the_copied_files_are_enough_to_migrate_and_describe(tmp_path: Path, emp
     assert "/api/v1/projects" in run("run.py", "openapi")
 
 
-def health_check(port: int) -> int:
+def health_check(port: int, **settings: str) -> int:
     """The exit code of the image's own check where a server should listen on that port."""
     command = json.loads(only("HEALTHCHECK").rest.partition("CMD")[2])
     assert command[0] == "python"
-    environment = {**os.environ, "PORT": str(port)}
+    environment = {**os.environ, "PORT": str(port), **settings}
     return subprocess.run([sys.executable, *command[1:]], env=environment, stderr=subprocess.DEVNULL).returncode
 
 
@@ -151,18 +151,11 @@ async def test_a_server_that_answers_is_healthy(server: str) -> None:
     assert await asyncio.to_thread(health_check, urlsplit(server).port) == 0
 
 
-def localhost_is_ipv6() -> bool:
-    try:
-        socket.create_server(("localhost", 0), family=socket.AF_INET6).close()
-    except OSError:
-        return False
-    return True
-
-
-@pytest.mark.skipif(not localhost_is_ipv6(), reason="here localhost is no IPv6 address; in a container of Docker it is")
-async def test_a_server_that_answers_on_ipv6_only_is_healthy(processes: Processes) -> None:
-    server = processes.server(HOST="::1")
-    assert await asyncio.to_thread(health_check, urlsplit(server.base).port) == 0
+@needs_ipv6
+@pytest.mark.parametrize("host", ["::", "::1"])
+async def test_a_server_that_answers_on_ipv6_only_is_healthy(processes: Processes, host: str) -> None:
+    server = processes.server(HOST=host)
+    assert await asyncio.to_thread(health_check, urlsplit(server.base).port, HOST=host) == 0
 
 
 def test_a_server_that_does_not_is_not(unused_tcp_port: int) -> None:

@@ -24,6 +24,7 @@ from server.jobs.types import JOB_TYPES
 from server.settings import StackSettings
 from tests.conftest import MakeActor, MakeServer, environment
 from tests.deploy.test_nginx import Nginx, needs_nginx, nginx
+from tests.ipv6 import needs_ipv6
 from tests.jobs.asking import ask, program
 from tests.observability.test_observability import rules
 from tests.ops.test_metrics import scrape
@@ -124,17 +125,6 @@ def test_the_printed_join_command_works_in_a_folder_with_a_space(
 
 
 # IPv6 -------------------------------------------------------------------------------------------------------------
-
-
-def has_ipv6() -> bool:
-    try:
-        with socket.create_server(("::1", 0), family=socket.AF_INET6):
-            return True
-    except OSError:
-        return False
-
-
-needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
 
 
 @needs_ipv6
