@@ -35,14 +35,15 @@ from tests.rest.test_try_it_out import Browser, browser
 __all__ = ["browser", "nginx"]  # fixtures
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_ctrl_c_on_an_idle_worker_warns_of_nothing(
-    processes: Processes, quiet: dict[str, str], number: signal.Signals
+@pytest.mark.parametrize("arguments", [("worker",), ("server",), ("worker", "--processes", "2")], ids=" ".join)
+async def test_ctrl_c_on_an_idle_process_warns_of_nothing(
+    processes: Processes, quiet: dict[str, str], arguments: tuple[str, ...]
 ) -> None:
-    worker = processes.worker(**environment(quiet)).ready()
-    await asyncio.sleep(1.2)  # its timers have had a turn, and sleep
-    assert await asyncio.to_thread(worker.terminate, number=number) == 0
-    assert [line for line in worker.output.splitlines() if '"level":"info"' not in line] == []
+    process = processes.command(*arguments, **environment(quiet))
+    process.until(f"{arguments[0]} ready")
+    await asyncio.sleep(1.2)  # the timers of a worker have had a turn, and sleep
+    assert await asyncio.to_thread(process.terminate, number=signal.SIGINT) == 0
+    assert [line for line in process.output.splitlines() if '"level":"info"' not in line] == []
 
 
 # The sandbox ------------------------------------------------------------------------------------------------------

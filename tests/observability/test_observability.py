@@ -104,7 +104,9 @@ def test_panels_have_a_place_and_an_id_of_their_own() -> None:
         for y in range(place["y"], place["y"] + place["h"])
     ]
     assert len(set(cells)) == len(cells)
-    assert all(panel.get("description") for panel in panels if panel["type"] != "row")
+    described = [panel["description"] for panel in panels if panel["type"] != "row"]
+    assert all(described)
+    assert len(set(described)) == len(described), "of its own, not another's"
 
 
 @pytest.mark.parametrize("rule", rules(), ids=lambda rule: rule["alert"])
