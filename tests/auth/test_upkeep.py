@@ -42,7 +42,7 @@ async def test_a_chore_that_is_put_off_again_and_again_is_logged_once() -> None:
 
     with capture_logs() as logs:
         task = asyncio.ensure_future(keep_doing(Chore("a test", chore, seconds=0.001)))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await done.wait()
         task.cancel()
         await asyncio.wait({task})

@@ -96,6 +96,7 @@ async def test_the_last_words_of_a_cancelled_job_are_kept_and_waited_for(make_be
     assert store.has_settled(cancelled, now=store.moment() + timedelta(seconds=4))
 
 
+@pytest.mark.hurried("mongodb_uri")
 async def test_progress_that_cannot_be_written_does_no_harm(make_bench: MakeBench, network: Network) -> None:
     mongo = network.stores["mongodb_uri"]
 
@@ -219,6 +220,7 @@ def test_after_a_break_mongodb_must_answer_for_a_while_before_leases_are_judged(
     assert answers.are_steady(126)
 
 
+@pytest.mark.hurried("mongodb_uri")
 async def test_an_attempt_outlives_a_mongodb_that_was_away_for_longer_than_its_lease(
     make_bench: MakeBench, network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,6 +280,7 @@ async def test_a_lost_workers_attempt_is_taken_back(make_bench: MakeBench) -> No
     assert (await read(bench, job))["status"] == "pending"
 
 
+@pytest.mark.hurried("mongodb_uri")
 async def test_what_is_written_is_answered_and_told_also_when_mongodb_fails_right_after(
     settings: Settings, quiet: dict[str, str], network: Network, http: aiohttp.ClientSession
 ) -> None:

@@ -37,7 +37,7 @@ async def test_a_killed_workers_job_is_run_by_another_and_the_lost_attempt_does_
     where = environment(quiet)
     server, first = processes.server(**where), processes.worker(**where).ready()
     ada = await Actor(http, server.base, "Ada").register()
-    job = (await ask(ada, program(SLEEPS.format(seconds=2))))["id"]
+    job = (await ask(ada, program(SLEEPS.format(seconds=5))))["id"]
     await until_status(ada, job, "processing")
     left = list(children_of(first.pid).values())
     first.kill()
@@ -55,7 +55,7 @@ async def test_a_stopped_worker_that_comes_back_cannot_write_over_its_successor(
     where = environment(quiet)
     server, first = processes.server(**where), processes.worker(**where, shorter=SHORT_LEASE).ready()
     ada = await Actor(http, server.base, "Ada").register()
-    job = (await ask(ada, program("import os, time\ntime.sleep(2)\nprint(os.urandom(8).hex())")))["id"]
+    job = (await ask(ada, program("import os, time\ntime.sleep(5)\nprint(os.urandom(8).hex())")))["id"]
     await until_status(ada, job, "processing")
     first.freeze()
     processes.worker(**where, shorter=SHORT_LEASE).ready()
