@@ -275,6 +275,17 @@ async def shown(file: Path, pattern: str) -> re.Match[str]:
     return found
 
 
+@needs_nginx
+async def test_a_page_of_another_origin_can_read_that_no_server_is_there(
+    nginx: Nginx, http: aiohttp.ClientSession
+) -> None:
+    base = await nginx(free_port(), free_port())
+    async with http.get(f"{base}/api/v1/projects", headers={"Origin": "https://app.example.org"}) as answer:
+        assert (answer.status, (await answer.json())["code"]) == (503, "unavailable")
+        assert answer.headers["Access-Control-Allow-Origin"] == "*"
+        assert "Retry-After" in answer.headers["Access-Control-Expose-Headers"]
+
+
 # The dashboard ----------------------------------------------------------------------------------------------------
 
 
