@@ -19,9 +19,9 @@ def test_a_module_that_is_mutated_and_its_tests_are_there(target: dict[str, Any]
         assert f"def {function}(" in source
 
 
-@pytest.mark.parametrize("survivor", PLAN.get("survivor", ()), ids=lambda survivor: survivor["change"])
-def test_a_survivor_is_a_line_that_is_there_and_has_a_reason(survivor: dict[str, Any]) -> None:
-    lines = [line.strip() for line in (ROOT / survivor["module"]).read_text().splitlines()]
-    for line in survivor["change"].strip().splitlines():
-        assert not line.startswith("- ") or line[2:].strip() in lines
-    assert survivor["reason"].strip()
+def test_a_survivor_is_a_line_that_is_there_and_has_a_reason() -> None:
+    for survivor in PLAN.get("survivor", ()):
+        lines = [line.strip() for line in (ROOT / survivor["module"]).read_text().splitlines()]
+        for line in survivor["change"].strip().splitlines():
+            assert not line.startswith("- ") or line[2:].strip() in lines, survivor["change"]
+        assert survivor["reason"].strip(), survivor["change"]
