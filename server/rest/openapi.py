@@ -100,6 +100,9 @@ def document(routes: Iterable[web.AbstractRouteDef], *, needs_role: NeedsRole) -
     for operation in (it for methods in made["paths"].values() for it in methods.values()):
         for parameter in operation["parameters"]:
             _without_null(parameter)
+    for definition in made["definitions"].values():
+        for field in definition.get("properties", {}).values():
+            _without_null_default(field)
     examples.fill(made)
     return made
 
@@ -167,10 +170,15 @@ def _add_conditions(parameters: list[dict[str, Any]], answers: dict[str, Any]) -
 def _without_null(parameter: dict[str, Any]) -> None:
     """What is left out is null inside; nobody can send it."""
     parameter.pop("x-nullable", None)
-    if parameter.get("default", "") is None:
-        del parameter["default"]
+    _without_null_default(parameter)
     if None in parameter.get("enum", ()):
         parameter["enum"] = [value for value in parameter["enum"] if value is not None]
+
+
+def _without_null_default(described: dict[str, Any]) -> None:
+    """Clients that are generated in Go and Java would send the word null."""
+    if described.get("default", "") is None:
+        del described["default"]
 
 
 def _refusal(status: int, codes: list[str]) -> dict[str, Any]:

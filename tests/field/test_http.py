@@ -418,3 +418,9 @@ async def test_large_integers_in_frames_became_other_numbers(alice: Actor, bob: 
     assert (refused["event"], refused.get("id"), refused["data"]["code"]) == ("error", None, "validation_failed")
     await hers.push("file:change", workspaceId=workspace, change={"at": BEYOND - 1})
     assert (await his.assert_push("FILE_CHANGE"))["change"] == {"at": BEYOND - 1}
+
+
+def test_generated_clients_sent_the_word_null_as_a_key() -> None:
+    for name, definition in swagger_document()["definitions"].items():
+        for field, described in definition["properties"].items():
+            assert described.get("default", "") is not None, (name, field)
