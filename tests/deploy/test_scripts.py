@@ -61,6 +61,8 @@ class Machine:
             [str(self.root / "scripts/dev")],
             env={**environment, "PROGRESS_SECONDS": "1"},
             start_new_session=True,
+            # A shell starts what it runs in the background with SIGINT ignored, and so would we.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             **streams,
         ) as running:
             try:

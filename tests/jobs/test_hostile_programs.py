@@ -409,7 +409,10 @@ def test_a_program_cannot_reach_the_terminal_the_pipe_or_the_log_of_its_worker(
 def particular_files_of(pid: int) -> set[str]:
     """Device and inode of what a process has open: of files, terminals, pipes and sockets, which are not shared by
     chance as an event counter's inode is, or the null device."""
-    found = [path.stat() for path in Path(f"/proc/{pid}/fd").iterdir()]
+    found = []
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed since the directory was listed
+            found.append(path.stat())
     null = Path(os.devnull).stat().st_rdev
     return {f"{each.st_dev}:{each.st_ino}" for each in found if stat.S_IFMT(each.st_mode) and each.st_rdev != null}
 
