@@ -38,9 +38,7 @@ def section(text: str, heading: str) -> str:
     level, title = heading.split(" ", 1)
     lines = _FENCED.sub(lambda block: block[0].replace("#", "\0"), text).splitlines()
     start = lines.index(f"{level} {title}") + 1
-    ends = (
-        index for index, line in enumerate(lines) if index >= start and re.match(rf"#{{1,{len(level)}}} ", line)
-    )
+    ends = (index for index, line in enumerate(lines) if index >= start and re.match(rf"#{{1,{len(level)}}} ", line))
     return "\n".join(lines[start : next(ends, len(lines))]).replace("\0", "#")
 
 

@@ -1,6 +1,6 @@
 """The documentation says what the code does: its tables, its examples, its map, its commands, its links.
 
-``.venv/bin/python -m tests.test_docs`` writes the tables of docs/reference.md anew from the code.
+``.venv/bin/python -m tests.test_docs`` generates the tables of docs/reference.md from the code.
 """
 
 import json
@@ -190,6 +190,12 @@ def test_every_relative_link_leads_somewhere(page: str) -> None:
         if not target.exists() or (anchor and anchor not in anchors(target.read_text())):
             broken.append(link)
     assert broken == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_json_example_is_json(page: str) -> None:
+    for block in blocks(read(page), "json"):
+        json.loads(block)
 
 
 def test_the_readme_is_short() -> None:
