@@ -1,8 +1,8 @@
 """Settings: read from the environment and validated once, then frozen.
 
 The only module that reads the environment. Every field knows its help text and its default, so that the
-README's table, ``.env.example`` and the code can be compared by a test. The variable is the field's name in
-upper case.
+table in docs/reference.md, ``.env.example`` and the code can be compared by a test. The variable is the field's
+name in upper case.
 """
 
 import os
@@ -365,7 +365,7 @@ def metrics_folder() -> str | None:
 
 
 def table() -> Iterator[tuple[str, str, str]]:
-    """Variable, default as one writes it, and help: the README's table and ``.env.example``."""
+    """Variable, default as one writes it, and help: the table in docs/reference.md and ``.env.example``."""
     for each in fields(Settings):
         yield each.name.upper(), _written(each), each.metadata["help"]
 

@@ -1,4 +1,4 @@
-"""Rotating the secrets as scripts/deploy/rotate-secrets.md says, on servers that are really restarted."""
+"""Rotating the secrets as docs/operations/rotate-secrets.md says, on servers that are really restarted."""
 
 import secrets
 

@@ -11,6 +11,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from server import metrics
 from server.ops import exposition
+from tests.markdown import anchors
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "scripts" / "observability"
@@ -113,10 +114,4 @@ def test_panels_have_a_place_and_an_id_of_their_own() -> None:
 def test_each_alert_says_how_urgent_it_is_and_where_it_is_explained(rule: dict[str, Any]) -> None:
     assert rule["labels"]["severity"] in ("page", "ticket")
     path, _, heading = rule["annotations"]["runbook"].partition("#")
-    text = (ROOT / path).read_text()
-    headings = {
-        re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
-        for line in text.splitlines()
-        if line.startswith("#")
-    }
-    assert not heading or heading in headings
+    assert not heading or heading in anchors((ROOT / path).read_text())
