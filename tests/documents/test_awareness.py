@@ -81,7 +81,7 @@ def test_no_more_people_than_clients_can_bear() -> None:
     awareness = Awareness()
     for client in range(MOST_CLIENTS):
         awareness.say(f"{client}", ALICE, [Entry(client, 1, "{}")], now=NOW)
-    with pytest.raises(Malformed, match="Too many people"):
+    with pytest.raises(Malformed, match="maximum of 1000 awareness states"):
         awareness.say("late", BOB, [Entry(MOST_CLIENTS, 1, "{}")], now=NOW)
     assert not awareness.hear(Entry(MOST_CLIENTS, 1, "{}"), owner="elsewhere", user=BOB, now=NOW)
     assert awareness.say("0", ALICE, [Entry(0, 2, '{"still":1}')], now=NOW)
