@@ -14,7 +14,7 @@ messages = MessageTable()
 
 
 class Authenticate(Schema):
-    token = fields.String(required=True, metadata={"description": "an access token of the same user"})
+    token = fields.String(required=True, metadata={"description": "an access token"})
 
 
 class Authenticated(Schema):

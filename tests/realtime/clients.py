@@ -1,4 +1,4 @@
-"""Clients as the contract means them: they remember the last event, and come back with it."""
+"""Clients that follow the contract: they remember the last event id and rejoin with it after a disconnect."""
 
 import asyncio
 import random
@@ -17,14 +17,14 @@ PAUSE_SECONDS = 0.05
 
 
 class Member:
-    """Somebody in a workspace who comes back, to any of these addresses, whenever they were cut off."""
+    """A member of a workspace that reconnects, to any of these servers, after each disconnect."""
 
     def __init__(self, actor: Actor, workspace: str, bases: Sequence[str]) -> None:
         self.actor, self.workspace, self.bases = actor, workspace, bases
-        self.events: list[dict[str, Any]] = []  # durable ones, in the order in which they came
+        self.events: list[dict[str, Any]] = []  # durable events, in the order of arrival
         self.since: str | None = None
         self._heard: set[str] = set()
-        self.notices: set[str] = set()  # the names of all frames that came by themselves
+        self.notices: set[str] = set()  # the events of all frames that the server pushed
         self.gaps = 0
         self.returns = -1
         self.socket: Socket | None = None
@@ -105,7 +105,7 @@ class Member:
 
 
 class Writer:
-    """Somebody who changes a file over and over, each time until it is acknowledged."""
+    """A writer that reconnects, and retries each change of a file until it is acknowledged."""
 
     def __init__(self, actor: Actor, workspace: str, bases: Sequence[str]) -> None:
         self.actor, self.workspace, self.bases = actor, workspace, bases
@@ -123,7 +123,7 @@ class Writer:
             await self._socket.close()
 
     async def write_one(self, change: Any) -> None:
-        """May be written twice where the ack was lost: then ``change`` is in the history twice."""
+        """Retry one change until its ack; if an ack is lost, ``change`` is in the history twice."""
         while True:
             try:
                 if self._socket is None:
