@@ -325,7 +325,7 @@ class Realtime:
                 await self.subscriber.resume(room.channel, room)
 
     async def _watch(self) -> None:
-        """Send heartbeats, and close silent sockets and those with an expired token."""
+        """Send heartbeats, warn of expiring tokens, and close silent sockets and those with an expired token."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(WATCH_SECONDS)

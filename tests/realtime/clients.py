@@ -23,7 +23,7 @@ class Member:
         self.actor, self.workspace, self.bases = actor, workspace, bases
         self.events: list[dict[str, Any]] = []  # durable events, in the order of arrival
         self.since: str | None = None
-        self._heard: set[str] = set()
+        self._changes_received: set[str] = set()
         self.notices: set[str] = set()  # the events of all frames that the server pushed
         self.gaps = 0
         self.returns = -1
@@ -32,7 +32,7 @@ class Member:
         self.here = asyncio.Event()
 
     async def __aenter__(self) -> "Member":
-        self._task = asyncio.create_task(self._live())
+        self._task = asyncio.create_task(self._run())
         await self.here.wait()
         return self
 
@@ -57,17 +57,17 @@ class Member:
 
     async def has_heard(self, change: Any, *, seconds: float = PATIENCE_SECONDS) -> None:
         async with asyncio.timeout(seconds):
-            while repr(change) not in self._heard:
+            while repr(change) not in self._changes_received:
                 await asyncio.sleep(0.01)
 
-    async def _live(self) -> None:
+    async def _run(self) -> None:
         while True:
             try:
-                await self._enter()
+                await self._join()
                 while True:
                     frame = await self._connected().next(seconds=60)
                     self.notices.add(frame["event"])
-                    self._hear(frame["data"])
+                    self._record(frame["data"])
             except AWAY:
                 self.here.clear()
                 if self.socket is not None:
@@ -78,29 +78,29 @@ class Member:
         assert self.socket is not None
         return self.socket
 
-    async def _enter(self) -> None:
+    async def _join(self) -> None:
         self.socket = await self.actor.at(random.choice(self.bases)).connect()
         while True:
             try:
                 joined = await self.socket.push("join:workspace", workspaceId=self.workspace, since=self.since)
-            except Refused as refused:
-                if refused.code != "unavailable":
+            except Refused as error:
+                if error.code != "unavailable":
                     raise
                 await asyncio.sleep(PAUSE_SECONDS)
                 continue
             self.gaps += joined["gap"]
             for event in joined["events"]:
-                self._hear(event)
+                self._record(event)
             if not joined["more"]:
                 break
         self.since = self.since or joined["lastEventId"]
         self.returns += 1
         self.here.set()
 
-    def _hear(self, event: dict[str, Any]) -> None:
+    def _record(self, event: dict[str, Any]) -> None:
         if "eventId" in event:
             self.events.append(event)
-            self._heard.add(repr(event.get("change")))
+            self._changes_received.add(repr(event.get("change")))
             self.since = event["eventId"]
 
 
@@ -129,8 +129,8 @@ class Writer:
                 if self._socket is None:
                     self._socket = await self.actor.at(random.choice(self.bases)).connect(self.workspace)
                 ack = await self._socket.push("file:change", workspaceId=self.workspace, change=change)
-            except Refused as refused:
-                if refused.code != "unavailable":
+            except Refused as error:
+                if error.code != "unavailable":
                     raise
             except AWAY:
                 if self._socket is not None:

@@ -34,12 +34,12 @@ async def network(stack: Stack) -> AsyncIterator[Network]:
 
 @pytest.fixture
 async def redis(network: Network) -> Proxy:
-    """The proxy between the server ``far`` and its Redis."""
+    """The proxy between the server ``proxied_server`` and its Redis."""
     return network.stores["redis_url"]
 
 
 @pytest.fixture
-async def far(network: Network, make_server: MakeServer, monkeypatch: pytest.MonkeyPatch) -> str:
+async def proxied_server(network: Network, make_server: MakeServer, monkeypatch: pytest.MonkeyPatch) -> str:
     """A server whose Redis may fail, with short timeouts so that it detects the failure soon."""
     monkeypatch.setattr("server.realtime.hub.RENEW_SECONDS", 0.3)
     monkeypatch.setattr("server.realtime.room.MARK_SECONDS", 0.5)
@@ -48,13 +48,13 @@ async def far(network: Network, make_server: MakeServer, monkeypatch: pytest.Mon
     return await make_server(**network.urls)
 
 
-Three = tuple[Actor, Actor, str]
+Scenario = tuple[Actor, Actor, str]
 
 
 @pytest.fixture
-async def apart(server: str, far: str, make_actor: MakeActor) -> Three:
+async def scenario(server: str, proxied_server: str, make_actor: MakeActor) -> Scenario:
     """Alice, Bob on the server that may lose Redis, and a project of both."""
-    alice, bob = await make_actor("Alice", server), await make_actor("Bob", far)
+    alice, bob = await make_actor("Alice", server), await make_actor("Bob", proxied_server)
     return alice, bob, await alice.make_project(bob)
 
 
@@ -64,8 +64,8 @@ async def resynced(socket: Socket) -> dict[str, Any]:
     return frame["data"]
 
 
-async def test_member_whose_rejoin_failed_is_out_of_the_room(apart: Three, redis: Proxy) -> None:
-    alice, bob, project = apart
+async def test_member_whose_rejoin_failed_is_out_of_the_room(scenario: Scenario, redis: Proxy) -> None:
+    alice, bob, project = scenario
     workspace = await alice.make_workspace(project)
     his, other = await bob.connect(workspace), await bob.connect(workspace)
     since = his.joined["lastEventId"]
@@ -86,8 +86,10 @@ async def test_member_whose_rejoin_failed_is_out_of_the_room(apart: Three, redis
     assert await online(alice, workspace) == {"Alice": 1}
 
 
-async def test_no_event_is_delivered_before_access_is_rechecked(apart: Three, redis: Proxy, database_url: str) -> None:
-    alice, bob, project = apart
+async def test_no_event_is_delivered_before_access_is_rechecked(
+    scenario: Scenario, redis: Proxy, database_url: str
+) -> None:
+    alice, bob, project = scenario
     workspace = await alice.make_workspace(project)
     hers, his = await alice.connect(workspace), await bob.connect(workspace)
     path = await collaborator(alice, bob, project)
@@ -115,8 +117,8 @@ async def test_access_read_before_a_reconnect_is_rechecked_after_it() -> None:
     assert monitor.notices != epoch
 
 
-async def test_sockets_survive_a_silent_redis(apart: Three, redis: Proxy) -> None:
-    alice, bob, project = apart
+async def test_sockets_survive_a_silent_redis(scenario: Scenario, redis: Proxy) -> None:
+    alice, bob, project = scenario
     workspace = await alice.make_workspace(project)
     hers, his = await alice.connect(workspace), await bob.connect(workspace)
     await redis.turn(Mode.BLACK_HOLE)
@@ -140,10 +142,10 @@ async def test_sockets_survive_a_silent_redis(apart: Three, redis: Proxy) -> Non
     ids=["silent", "stopped"],
 )
 async def test_rejected_join_says_whether_redis_is_slow_or_down(
-    mode: Mode, message: str, apart: Three, redis: Proxy
+    mode: Mode, message: str, scenario: Scenario, redis: Proxy
 ) -> None:
     """The message is right from the start: before the silence is detected, and after the connection is closed."""
-    alice, bob, project = apart
+    alice, bob, project = scenario
     workspace = await alice.make_workspace(project)
     his = await bob.connect()
     await redis.turn(mode)
@@ -166,9 +168,9 @@ async def test_welcome_comes_before_any_other_push(
 
 
 async def test_room_that_cannot_resync_does_not_interrupt_other_rooms(
-    apart: Three, redis: Proxy, monkeypatch: pytest.MonkeyPatch
+    scenario: Scenario, redis: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alice, bob, project = apart
+    alice, bob, project = scenario
     bad, good = [await alice.make_workspace(project) for _ in range(2)]
     restore = Realtime._restore
 
@@ -189,10 +191,10 @@ async def test_room_that_cannot_resync_does_not_interrupt_other_rooms(
 
 
 async def test_room_is_resynced_once_by_subscriber_or_lease_renewal(
-    apart: Three, redis: Proxy, monkeypatch: pytest.MonkeyPatch
+    scenario: Scenario, redis: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both the subscriber and the renewal of leases start a resync: the second while the first one waits."""
-    alice, bob, project = apart
+    alice, bob, project = scenario
     workspace = await alice.make_workspace(project)
     his = await bob.connect(workspace)
     wait_confirmed, renewed = Subscriber._confirmation, asyncio.Event()
@@ -218,9 +220,11 @@ async def test_room_is_resynced_once_by_subscriber_or_lease_renewal(
 # Presence
 
 
-async def test_presence_returns_after_an_expired_lease_although_a_connection_joined(apart: Three, stack: Stack) -> None:
+async def test_presence_returns_after_an_expired_lease_although_a_connection_joined(
+    scenario: Scenario, stack: Stack
+) -> None:
     """The lease expires as if the process had been stopped for longer than the lease."""
-    alice, bob, project = apart
+    alice, bob, project = scenario
     workspace = await alice.make_workspace(project)
     await bob.connect(workspace)
     direct = redis_client(stack.valkey.url)
@@ -235,9 +239,9 @@ async def test_presence_returns_after_an_expired_lease_although_a_connection_joi
 
 
 async def test_user_who_leaves_during_a_restore_leaves_no_stale_presence(
-    apart: Three, redis: Proxy, monkeypatch: pytest.MonkeyPatch
+    scenario: Scenario, redis: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alice, bob, project = apart
+    alice, bob, project = scenario
     workspace = await alice.make_workspace(project)
     restore, left = Presence.restore, False
 
