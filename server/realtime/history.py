@@ -147,8 +147,8 @@ class History:
 
     async def read(self, workspace: UUID, *, after: str | None, most: int) -> Replay:
         """Return up to ``limit`` events (and 1 MiB), oldest first, after an event or from the beginning."""
-        last, found = await self._read(keys=keys(workspace), args=[after or "", most, REPLAY_BYTES])
-        return replay(last, found)
+        last, raw_replay = await self._read(keys=keys(workspace), args=[after or "", most, REPLAY_BYTES])
+        return replay(last, raw_replay)
 
     async def _flush(self) -> None:
         """Append batches until none is pending; callers of ``append`` wait for it, and ``close`` does at the end."""
@@ -209,8 +209,9 @@ def keys(workspace: UUID) -> list[str]:
     return [stream, f"{stream}:bytes"]
 
 
-def replay(last: bytes, found: Any) -> Replay:
-    gap, more, entries = found
+def replay(last: bytes, raw_replay: Any) -> Replay:
+    """Parse the id of the last event and the result {gap, more, entries} of the Lua function ``read_after``."""
+    gap, more, entries = raw_replay
     return Replay(
         last=last.decode(),
         entries=[Entry(id.decode(), origin.decode(), with_id(id, data)) for id, origin, data in entries],

@@ -289,10 +289,10 @@ class Realtime:
         else:
             self._departing.pop((workspace, connection), None)
 
-    async def _restore(self, room: Room, mark: str) -> tuple[Replay, list[Online]]:
+    async def _restore(self, room: Room, marker: str) -> tuple[Replay, list[Online]]:
         members = room.people()
         try:
-            return await self.presence.restore(room.workspace, members, since=room.last or None, mark=mark)
+            return await self.presence.restore(room.workspace, members, since=room.last or None, mark=marker)
         finally:
             # The leave of a connection that left meanwhile may have run before the restore registered it again.
             before = {member.connection for member in members}

@@ -166,12 +166,12 @@ class Presence:
         The connection is not registered if the replay has ``more``. If the lease had expired, none of the process's
         other connections is registered any more.
         """
-        mark = message(b"", origin=member.connection, kind=MARK)
-        arguments: Arguments = [*self._common(workspace), since or "", ALL, REPLAY_BYTES, mark]
+        marker = message(b"", origin=member.connection, kind=MARK)
+        arguments: Arguments = [*self._common(workspace), since or "", ALL, REPLAY_BYTES, marker]
         arguments += [f"{self._process}:{member.connection}", str(member.user), json.dumps(member.name)]
         arguments.append(_join_message(workspace, member, kind=MARK))
-        last, found, online, held = await self._join(keys=_keys(workspace), args=arguments)
-        return history.replay(last, found), _online(online), bool(held)
+        last, raw_replay, online, held = await self._join(keys=_keys(workspace), args=arguments)
+        return history.replay(last, raw_replay), _online(online), bool(held)
 
     async def leave(self, workspace: UUID, *, connection: str) -> None:
         """Unregister a connection, and publish the leave event if it was the user's last."""
@@ -197,8 +197,8 @@ class Presence:
         for member in members:
             arguments += [member.connection, str(member.user), json.dumps(member.name)]
             arguments.append(_join_message(workspace, member))
-        last, found, online = await self._restore(keys=_keys(workspace), args=arguments)
-        return history.replay(last, found), _online(online)
+        last, raw_replay, online = await self._restore(keys=_keys(workspace), args=arguments)
+        return history.replay(last, raw_replay), _online(online)
 
     async def online(self, workspace: UUID) -> list[Online]:
         return _online(await self._list(keys=_keys(workspace), args=self._common(workspace)))
@@ -220,8 +220,9 @@ def _keys(workspace: UUID) -> list[str]:
     ]
 
 
-def _online(answer: Any) -> list[Online]:
-    counts, names = ({pairs[i]: pairs[i + 1] for i in range(0, len(pairs), 2)} for pairs in answer)
+def _online(reply: Any) -> list[Online]:
+    """Parse the result {counts, names} of the Lua function ``online``; both are flat lists of pairs."""
+    counts, names = ({pairs[i]: pairs[i + 1] for i in range(0, len(pairs), 2)} for pairs in reply)
     return [
         Online(user_id=UUID(user.decode()), user_name=json.loads(names[user]), connections=int(count))
         for user, count in sorted(counts.items())
