@@ -48,7 +48,7 @@ class Awareness:
             return None
         check_state(own.state)
         if own.client not in self._clients and len(self._clients) >= MOST_CLIENTS:
-            raise Malformed("Too many people in one document")
+            raise Malformed(f"Document exceeds the maximum of {MOST_CLIENTS} awareness states")
         return self._put(Presence(self._stamped(own, now), owner, user, now))
 
     def hear(self, entry: Entry, *, owner: str, user: UUID, now: float) -> bool:
@@ -118,10 +118,10 @@ class Awareness:
 def check_state(state: str) -> None:
     """Raises Malformed for what would make clients fail that read it."""
     if len(state.encode()) > MOST_SAID_BYTES:
-        raise Malformed(f"An awareness state may have {MOST_SAID_BYTES} bytes")
+        raise Malformed(f"Awareness state exceeds the maximum size of {MOST_SAID_BYTES >> 10} KiB")
     try:
         value = json.loads(state)
     except ServiceError:
-        raise Malformed("An awareness state must be JSON") from None
+        raise Malformed("Awareness state must be JSON") from None
     if value is not None and not isinstance(value, dict):
-        raise Malformed("An awareness state must be an object, or null")
+        raise Malformed("Awareness state must be a JSON object or null")

@@ -65,7 +65,7 @@ class Commits:
     def demand_room_for(self, update: bytes) -> None:
         """Raises Unavailable where too much waits for PostgreSQL already."""
         if self._bytes + len(update) > MOST_WAITING_BYTES:
-            raise Unavailable("Too much waits to be stored")
+            raise Unavailable(f"Updates that wait for PostgreSQL exceed the maximum of {MOST_WAITING_BYTES >> 20} MiB")
 
     def put(self, edit: Edit) -> None:
         self._bytes += len(edit.update)

@@ -40,7 +40,7 @@ DOCUMENT, VERSION, VERSION_WITH_CONTENT = schemas.Document(), schemas.Version(),
 
 
 @routes.get("/api/v1/workspaces/{workspaceId}/documents")
-@docs(tags=["documents"], summary="The documents of a workspace, by path")
+@docs(tags=["documents"], summary="List the documents of a workspace, by path")
 @querystring_schema(PageQuery)
 @response_schema(page_of(schemas.Document), 200)
 @requires(Role.VIEWER)
@@ -73,14 +73,14 @@ async def create_document(request: web.Request) -> web.Response:
             update=updates.first(content),
         )
     if made is None:
-        raise NotFound("No such workspace")
+        raise NotFound("Workspace not found")
     request[ON_COMMIT].append(partial(_report, request, "DOCUMENT_CREATED", made, name=made["actor_name"]))
     tag = etag(made["revision"], request[ACCESS].role.name)
     return answers.created(f"/api/v1/documents/{made['id']}", DOCUMENT.dump(made), tag=tag)
 
 
 @routes.get("/api/v1/documents/{documentId}")
-@docs(tags=["documents"], summary="One document, without its text")
+@docs(tags=["documents"], summary="Read a document, without its text")
 @response_schema(schemas.Document, 200)
 @requires(Role.VIEWER)
 async def read_document(request: web.Request) -> web.Response:
@@ -132,9 +132,12 @@ async def delete_document(request: web.Request) -> web.Response:
 @routes.get("/api/v1/documents/{documentId}/content")
 @docs(
     tags=["documents"],
-    summary="The text itself; its ETag is the version",
+    summary="Read the text; its ETag is the version",
     produces=["text/plain"],
-    responses={200: {"description": "the text"}, 304: {"description": "`If-None-Match` names its `ETag`"}},
+    responses={
+        200: {"description": "the text"},
+        304: {"description": "not modified: `If-None-Match` names its `ETag`"},
+    },
 )
 @requires(Role.VIEWER)
 async def read_content(request: web.Request) -> web.Response:
@@ -154,11 +157,11 @@ async def read_content(request: web.Request) -> web.Response:
 @routes.put("/api/v1/documents/{documentId}/content")
 @docs(
     tags=["documents"],
-    summary="Make the text this one; whoever edits it sees the change as an edit",
+    summary="Replace the text; open editors receive the change as an edit",
     consumes=["text/plain"],
     parameters=[
         {"in": "body", "name": "content", "required": True, "schema": {"type": "string"}},
-        {"in": "header", "name": "If-Match", "required": True, "type": "string", "description": "* overwrites"},
+        {"in": "header", "name": "If-Match", "required": True, "type": "string", "description": "ETag, * to overwrite"},
     ],
 )
 @response_schema(schemas.Document, 200)
@@ -167,7 +170,7 @@ async def read_content(request: web.Request) -> web.Response:
 async def write_content(request: web.Request) -> web.Response:
     conditions = preconditions(request)
     if hdrs.IF_MATCH not in request.headers:
-        raise PreconditionRequired('Send If-Match: the ETag of the text you have seen, or "*" to overwrite')
+        raise PreconditionRequired('If-Match is required: the ETag of the text that you read, or "*" to overwrite')
     text = await _text(request)
     return await _rewritten(
         request, text=text, cause="put", accepts=_accepts(conditions, lambda version, _: [etag(version)])
@@ -175,7 +178,7 @@ async def write_content(request: web.Request) -> web.Response:
 
 
 @routes.get("/api/v1/documents/{documentId}/versions")
-@docs(tags=["documents"], summary="What can be restored, newest first")
+@docs(tags=["documents"], summary="List the versions that can be restored, newest first")
 @querystring_schema(PageQuery)
 @response_schema(page_of(schemas.Version), 200)
 @requires(Role.VIEWER)
@@ -189,13 +192,13 @@ async def list_versions(request: web.Request) -> web.Response:
 
 
 @routes.get("/api/v1/documents/{documentId}/versions/{version}")
-@docs(tags=["documents"], summary="A version and its text")
+@docs(tags=["documents"], summary="Read a version and its text")
 @response_schema(schemas.VersionWithContent, 200)
 @requires(Role.VIEWER)
 async def read_version(request: web.Request) -> web.Response:
     given = request.match_info["version"]
     if not given.isdecimal() or not given.isascii() or len(given) > 15:
-        raise NotFound("No such version")
+        raise NotFound("Version not found")
     found = await _version(request, int(given), is_read=True)
     # All that ever changes of it is that its author deletes their account.
     tag = etag(found["version"], "" if found["created_by"] else "anonymous")
@@ -203,7 +206,7 @@ async def read_version(request: web.Request) -> web.Response:
 
 
 @routes.post("/api/v1/documents/{documentId}/restore")
-@docs(tags=["documents"], summary="Make the text that of an earlier version")
+@docs(tags=["documents"], summary="Restore the text of an earlier version")
 @json_schema(schemas.Restoration)
 @response_schema(schemas.Document, 200)
 @refuses("precondition_failed")
@@ -255,12 +258,12 @@ async def _version(request: web.Request, version: int, *, is_read: bool) -> dict
 
 async def _text(request: web.Request) -> str:
     if (request.charset or "utf-8").lower() not in ("utf-8", "utf8"):
-        raise UnsupportedMediaType("The text must be UTF-8")
+        raise UnsupportedMediaType("Text must be UTF-8")
     raw = await read_body(request.clone(client_max_size=CONTENT_BYTES))
     try:
         text = raw.decode()
     except UnicodeDecodeError:
-        raise ValidationFailed("The text is not UTF-8") from None
+        raise ValidationFailed("Text is not valid UTF-8") from None
     if "\0" in text:
         raise ValidationFailed(NUL_MESSAGE)
     return text
@@ -269,7 +272,7 @@ async def _text(request: web.Request) -> str:
 async def _found(request: web.Request) -> Record:
     row = await store.read_document(_db(request), document=_id(request))
     if row is None:
-        raise NotFound("No such document")
+        raise NotFound("Document not found")
     return row
 
 
@@ -290,7 +293,7 @@ def _path_taken() -> Iterator[None]:
     try:
         yield
     except UniqueViolationError:
-        taken = "The path is another document's, a folder of one, or inside of one"
+        taken = "Path is already a document, a folder of documents, or inside of a document"
         raise Conflict(taken, code="path_taken") from None
 
 

@@ -33,7 +33,7 @@ def guarded() -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        raise ValidationFailed("The update is malformed, or does not fit the document") from error
+        raise ValidationFailed("Update is malformed or does not fit the document") from error
 
 
 def well_formed(update: bytes) -> bytes:
@@ -51,7 +51,7 @@ def demand_vector(vector: bytes | None) -> None:
     try:
         wire.state_vector(vector or NO_STATE)
     except wire.Malformed as error:
-        raise ValidationFailed(f"The state vector is malformed: {error}") from None
+        raise ValidationFailed(f"State vector is malformed: {error}") from None
 
 
 class Live:
@@ -123,14 +123,14 @@ class Live:
     def demand_room_for(self, update: bytes) -> None:
         """Raises TooLarge where the document would become too large."""
         if self._aside and len(self._aside) + len(update) > MOST_ASIDE_BYTES:
-            raise TooLarge("Too many updates came before what they build on")
+            raise TooLarge(f"Updates without their predecessors exceed the maximum of {MOST_ASIDE_BYTES >> 20} MiB")
         if self._bytes + len(update) <= MOST_STATE_BYTES or wire.adds_nothing(update):
             return  # what is full can be made smaller
         if not self._measured or self._since_measured >= MEASURED_AGAIN_BYTES:
             self._bytes = len(self.update())
             self._measured, self._since_measured = True, 0
         if self._bytes + len(update) > MOST_STATE_BYTES:
-            raise TooLarge(f"A document may have {MOST_STATE_BYTES} bytes with its history of edits")
+            raise TooLarge(f"Document with its edit history exceeds the maximum size of {MOST_STATE_BYTES >> 20} MiB")
 
     def apply(self, update: bytes) -> bool:
         """Take a well-formed update; whether it brings anything new.

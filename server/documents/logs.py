@@ -70,14 +70,14 @@ async def read_log(db: Executor, document: UUID, *, until: int | None = None) ->
     for _ in range(READ_AGAIN):
         head = await store.read_snapshot(db, document=document)
         if head is None:
-            raise NotFound("No such document")
+            raise NotFound("Document not found")
         newest = head["version"] if until is None else until
         if head["kept_version"] > newest:
-            raise NotFound("No such version")
+            raise NotFound("Version not found")
         tail = await read_tail(db, document, after=head["kept_version"], until=newest)
         if tail is not None:
             return Log(document, head["revision"], head["kept_version"], head["state"], tail)
-    raise Unavailable("The document changes too fast")
+    raise Unavailable("Document changes too fast")
 
 
 async def read_tail(db: Executor, document: UUID, *, after: int, until: int) -> list[Record] | None:
@@ -119,7 +119,7 @@ async def read_version(db: Executor, *, document: UUID, version: int) -> tuple[R
     """
     found = await store.read_version(db, document=document, version=version)
     if found is None:
-        raise NotFound("No such version")
+        raise NotFound("Version not found")
     if found["content"] is not None:
         return found, None
     try:
@@ -156,7 +156,7 @@ async def rewrite(
         NotFound, Forbidden, TooLarge: there is none, or the author may not edit it (any more); it would be too large.
     """
     if len(text.encode()) > MOST_STATE_BYTES:
-        raise TooLarge(f"A document may have {MOST_STATE_BYTES} bytes")
+        raise TooLarge(f"Document exceeds the maximum size of {MOST_STATE_BYTES >> 20} MiB")
     for attempt in range(WRITE_AGAIN):
         log = await read_log(db, document)
         if accepts is not None and not accepts(log.version, log.revision):
@@ -179,10 +179,10 @@ async def rewrite(
             pause_seconds=PAUSE_SECONDS,
         )
         if row is not None and row["version"] is None:
-            raise Forbidden("You may not edit this document any more")
+            raise Forbidden("You can no longer edit this document")
         if row is not None:
             return Rewritten(row, update, log.is_long)
-    raise Unavailable("The document changes too fast")
+    raise Unavailable("Document changes too fast")
 
 
 async def _edit_to(text: str, log: Log, workshop: Workshop) -> bytes:
@@ -196,5 +196,5 @@ async def _edit_to(text: str, log: Log, workshop: Workshop) -> bytes:
     if update != wire.NOTHING and len(state) + len(update) > MOST_STATE_BYTES:
         state = await workshop.do(updates.settle, [state, update])
         if len(state) > MOST_STATE_BYTES:
-            raise TooLarge(f"A document may have {MOST_STATE_BYTES} bytes with its history of edits")
+            raise TooLarge(f"Document with its edit history exceeds the maximum size of {MOST_STATE_BYTES >> 20} MiB")
     return update

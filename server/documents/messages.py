@@ -38,14 +38,17 @@ class Base64(fields.String):
 class OpenDocument(Schema):
     document_id = Id(required=True)
     state_vector = Base64(
-        load_default=None, allow_none=True, metadata={"description": "what you have, as Yjs encodes it"}
+        load_default=None, allow_none=True, metadata={"description": "Base64: the client's Yjs state vector"}
     )
 
 
 class OpenedDocument(Schema):
     document_id = Id(required=True)
-    update = fields.String(required=True, metadata={"description": "Base64: what you lack"})
-    state_vector = fields.String(required=True, metadata={"description": "Base64: send what this lacks"})
+    update = fields.String(required=True, metadata={"description": "Base64: the Yjs update that the client is missing"})
+    state_vector = fields.String(
+        required=True,
+        metadata={"description": "Base64: the server's Yjs state vector; send the updates that it is missing"},
+    )
     version = fields.Integer(required=True)
 
 
@@ -84,7 +87,7 @@ class JsonEditor:
         self._held.append(update)
         self._held_bytes += len(update.data)
         if self._held_bytes > MOST_HELD_BYTES:
-            self._connection.close(1013, "too slow")
+            self._connection.close(1013, "client reads too slowly")
 
     def see(self, sight: Sight) -> None:
         if self._held is None:
@@ -108,18 +111,18 @@ class JsonEditor:
 @messages.on("document:open", OpenDocument, ack=OpenedDocument)
 @requires(Role.VIEWER, of=named("documentId"))
 async def open_document(socket: Connection, data: dict[str, Any]) -> dict[str, Any]:
-    """Open a document: get what you lack of it, and hear every edit from now on."""
+    """Open a document: get the missing updates, and receive every edit from now on."""
     document, rooms = data["document_id"], _rooms(socket)
     thing = Thing("document", document)
     if thing not in socket.grants and len(socket.grants) >= MOST_ROOMS:
-        raise Conflict("In too many workspaces and documents at once")
+        raise Conflict(f"Connection exceeds the maximum of {MOST_ROOMS} joined workspaces and open documents")
     demand_vector(data["state_vector"])  # before another opening of the same is given up
     editor = JsonEditor(socket, document)
     try:
         await rooms.enter(document, editor)
         update, vector, version = await rooms.difference(document, data["state_vector"])
         if socket.close_code is not None:
-            raise Unavailable("The connection is closing")
+            raise Unavailable("Connection is closing")
     except BaseException:
         socket.grants.pop(thing, None)
         rooms.leave(document, socket.id)
@@ -153,13 +156,13 @@ async def update_document(socket: Connection, data: dict[str, Any]) -> dict[str,
 @messages.on("document:awareness", ShowAwareness)
 @requires(Role.VIEWER, of=named("documentId"))
 async def show_awareness(socket: Connection, data: dict[str, Any]) -> None:
-    """Show the others where you are; ephemeral."""
+    """Broadcast an awareness state to the other editors; ephemeral."""
     _demand_open(socket, data["document_id"])
     try:
         entries = wire.parse_awareness(data["state"])
         _rooms(socket).say(data["document_id"], socket.id, socket.user.id, entries)
     except wire.Malformed as error:
-        raise ValidationFailed(f"The awareness state is malformed: {error}") from None
+        raise ValidationFailed(f"Awareness state is malformed: {error}") from None
 
 
 @messages.on("document:close", CloseDocument)
@@ -174,7 +177,7 @@ async def close_document(socket: Connection, data: dict[str, Any]) -> None:
 
 def _demand_open(socket: Connection, document: UUID) -> None:
     if Thing("document", document) not in socket.grants or _rooms(socket).listener(document, socket.id) is None:
-        raise ServiceError("Open the document first", code="not_open")
+        raise ServiceError("Document is not open on this connection", code="not_open")
 
 
 def _rooms(socket: Connection) -> Rooms:

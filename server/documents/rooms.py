@@ -336,7 +336,7 @@ class Rooms:
             async with asyncio.timeout(READY_SECONDS):
                 await room.usable.wait()
         except TimeoutError:
-            raise Unavailable("The document cannot be read now") from None
+            raise Unavailable("Document cannot be loaded now") from None
         if room.failure is not None:
             raise room.failure
 
@@ -349,7 +349,7 @@ class Rooms:
             await self._read(room)
             self._later(room, "query", b"")
         except (ServiceError, asyncpg.PostgresError) as error:
-            room.failure = error if isinstance(error, ServiceError) else Unavailable("The document cannot be read now")
+            room.failure = error if isinstance(error, ServiceError) else Unavailable("Document cannot be loaded now")
             self._drop(room)
             room.usable.set()
         finally:
@@ -478,8 +478,8 @@ class Rooms:
     def _settle(self, edit: Edit, row: Record) -> Update | None:
         """An edit's outcome, for who waits for it and for who has it open here; the update, where it is in the log."""
         if row["version"] is None:
-            gone = NotFound("The document was deleted")
-            self._refuse(edit, Forbidden("You may not edit this document any more") if row["exists"] else gone)
+            gone = NotFound("Document was deleted")
+            self._refuse(edit, Forbidden("You can no longer edit this document") if row["exists"] else gone)
             return None
         room, update = edit.room, Update(edit.room.id, row["version"], edit.author, edit.update)
         room.in_flight -= 1
@@ -550,7 +550,7 @@ class Rooms:
         try:
             head = await store.read_heads(self._db, documents=[room.id])
             if not head:
-                self._lose(room, NotFound("The document was deleted"))
+                self._lose(room, NotFound("Document was deleted"))
                 return
             tail = await read_tail(self._db, room.id, after=room.version, until=head[0]["version"])
             if tail is None:

@@ -19,7 +19,7 @@ class Path(fields.String):
     """A path of a document, normalized to Unicode NFC."""
 
     def __init__(self, **options: Any) -> None:
-        description = "relative, without . and .. as segments, backslashes and control characters; normalized to NFC"
+        description = "relative; no . or .. segments, backslashes or control characters; normalized to Unicode NFC"
         super().__init__(validate=_is_path, metadata={"example": "src/main.py", "description": description}, **options)
 
     def _deserialize(self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **options: Any) -> str:
@@ -31,7 +31,7 @@ class Document(Schema):
     workspace_id = Id()
     path = fields.String()
     mime_type = fields.String()
-    size = fields.Integer(metadata={"description": "of the text, in bytes"})
+    size = fields.Integer(metadata={"description": "size of the text in bytes"})
     version = fields.Integer(metadata={"description": "grows with every edit"})
     created_at = Time()
     updated_at = Time()

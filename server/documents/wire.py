@@ -70,15 +70,15 @@ class Reader:
             self._at += 1
             value |= (byte & 0x7F) << shift
             if value > LARGEST_NUMBER:
-                raise Malformed("A number is too large")
+                raise Malformed("Number exceeds 53 bits")
             if byte < 0x80:
                 return value
             shift += 7
-        raise Malformed("It ends within a number, or that is too long")
+        raise Malformed(f"Number is truncated or longer than {LONGEST_NUMBER} bytes")
 
     def take(self, size: int) -> bytes:
         if size > self.rest:
-            raise Malformed("It ends within its content")
+            raise Malformed("Content is truncated")
         self._at += size
         return self._data[self._at - size : self._at]
 
@@ -89,11 +89,11 @@ class Reader:
         try:
             return self.bytes().decode()
         except UnicodeDecodeError:
-            raise Malformed("Text is not UTF-8") from None
+            raise Malformed("Text is not valid UTF-8") from None
 
     def end(self) -> None:
         if self.rest:
-            raise Malformed("Something follows its end")
+            raise Malformed("Unexpected data after the end")
 
 
 def number(value: int) -> bytes:
@@ -120,7 +120,7 @@ def parse(message: bytes) -> Message:
     if kind == SYNC:
         step = reader.number()
         if step not in (STEP_1, STEP_2, UPDATE):
-            raise Malformed("No such step of the sync protocol")
+            raise Malformed("Unknown step of the sync protocol")
         sync = Sync(step, reader.bytes())
         reader.end()
         return sync
@@ -132,14 +132,14 @@ def parse(message: bytes) -> Message:
         return QueryAwareness()
     if kind == AUTH:
         return None
-    raise Malformed("No such message")
+    raise Malformed("Unknown message type")
 
 
 def parse_awareness(content: bytes) -> list[Entry]:
     reader = Reader(content)
     count = reader.number()
     if count > MOST_ENTRIES:
-        raise Malformed("Too many awareness states")
+        raise Malformed(f"Message exceeds the maximum of {MOST_ENTRIES} awareness states")
     entries = [Entry(reader.number(), reader.number(), reader.text()) for _ in range(count)]
     reader.end()
     return entries
@@ -169,7 +169,7 @@ def state_vector(encoded: bytes) -> dict[int, int]:
     """Client → how many of its elements are there."""
     found = _numbers(encoded)
     if not found or len(found) != 1 + 2 * found[0]:
-        raise Malformed("It has not as many numbers as it says")
+        raise Malformed("Count does not match the numbers that follow")
     return dict(zip(found[1::2], found[2::2], strict=True))
 
 
@@ -182,12 +182,12 @@ def _numbers(encoded: bytes) -> list[int]:
         if byte > 0x7F and shift < 7 * (LONGEST_NUMBER - 1):
             shift += 7
         elif byte > 0x7F or value > LARGEST_NUMBER:
-            raise Malformed("A number is too large")
+            raise Malformed("Number exceeds 53 bits")
         else:
             found.append(value)
             value = shift = 0
     if shift:
-        raise Malformed("It ends within a number")
+        raise Malformed("Number is truncated")
     return found
 
 
@@ -203,7 +203,7 @@ def deletions(update: bytes) -> Iterator[Range]:
     """What is deleted by an update (in Yjs's first format) that adds nothing."""
     reader = Reader(update)
     if reader.number() != 0:
-        raise Malformed("It adds something")
+        raise Malformed("Update does not only delete")
     yield from _deletions(reader)
 
 
@@ -285,5 +285,5 @@ def adds_nothing(update: bytes) -> bool:
 def _count(reader: Reader) -> int:
     count = reader.number()
     if count > reader.rest:  # each takes a byte at least
-        raise Malformed("It ends too early")
+        raise Malformed("Content is truncated")
     return count

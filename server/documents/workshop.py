@@ -68,7 +68,7 @@ class Workshop:
         try:
             made: T = await self._apart(work, *arguments)
         except TimeoutError:
-            raise TooLarge("The document is too large for this") from None
+            raise TooLarge("Document is too large for this operation") from None
         except Failed as failure:
             log.warning("work on a document failed", work=work.__name__, status=failure.status)
             raise
@@ -115,12 +115,12 @@ class Workshop:
         try:
             return await self._apart(updates.taste, state, update)
         except TimeoutError:
-            raise Unavailable("The update took too long to look at") from None
+            raise Unavailable("Validation of the update timed out") from None
         except Failed as failure:
             if failure.status == REFUSED or -failure.status in CRASHES:
-                raise ValidationFailed("The update is malformed, or does not fit the document") from None
+                raise ValidationFailed("Update is malformed or does not fit the document") from None
             log.warning("an update could not be looked at", status=failure.status)
-            raise Unavailable("The update cannot be looked at now") from None
+            raise Unavailable("Update cannot be validated now") from None
 
     def close(self) -> None:
         for benches in (self._others, *self._benches.values()):
@@ -176,7 +176,7 @@ class _Bench:
             except OSError as error:
                 self.close()
                 log.warning("no process to work in", error=str(error))
-                raise Unavailable("The document cannot be worked on now") from None
+                raise Unavailable("Document cannot be processed now") from None
 
     async def do(self, request: bytes) -> tuple[int, bytes]:
         """
@@ -190,7 +190,7 @@ class _Bench:
             status, length = HEADER.unpack(await self._receive(HEADER.size))
             return status, await self._receive(length)
         except OSError:
-            raise Unavailable("The document cannot be worked on now") from None
+            raise Unavailable("Document cannot be processed now") from None
 
     async def _receive(self, size: int) -> bytes:
         loop, received = asyncio.get_running_loop(), bytearray()

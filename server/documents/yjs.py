@@ -34,7 +34,7 @@ IN_FLIGHT_EDITS = 64  # of one socket; then it is read no further
 IN_FLIGHT_BYTES = 1 << 20  # beside one edit
 CLOSE_SECONDS = 2.0
 SLOW_DOWN_SECONDS = 0.02
-PERMISSION_DENIED = wire.refusal("You may read this document, not edit it")
+PERMISSION_DENIED = wire.refusal("Your role can read this document, but not edit it")
 _GONE = {WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR}
 # 4400 to 4499 end this client for good, all others let it come back.
 _CLOSE_CODES: dict[type[ServiceError], int] = {
@@ -92,17 +92,17 @@ async def _admitted(request: web.Request, realtime: Realtime) -> _Visitor:
     """
     identified = await identify(request, realtime.doorman)
     if identified is None:
-        raise Unauthenticated('Sign in: protocols: ["collab.v1", "bearer." + accessToken]')
+        raise Unauthenticated('Authentication required: protocols: ["collab.v1", "bearer." + accessToken]')
     user, name = identified
     document = parse_id(request.match_info["documentId"])
     if document is None:
-        raise NotFound("No such document")
+        raise NotFound("Document not found")
     try:
         access = await check(realtime.db, user=user.id, kind=Kind.DOCUMENT, id=document, role=Role.VIEWER)
     except NotFound:
         if await store.read_document(realtime.db, document=document) is None:
             raise
-        raise Forbidden("You have no access to this document") from None
+        raise Forbidden("No access to this document") from None
     return _Visitor(user, name, document, access)
 
 
@@ -138,14 +138,14 @@ class YjsEditor(Connection):
         self.write(sight.yjs_frame, Delivery.NEWEST, sight.entry.client)
 
     def restart(self) -> None:
-        self.close(1013, "synchronize again")
+        self.close(1013, "resynchronize")
 
     def lost(self) -> None:
-        self.close(4404, "the document was deleted")
+        self.close(4404, "document was deleted")
 
     def lose(self, _: Thing, why: Revocation) -> None:
         deleted = why.reason == "deleted"
-        self.close(4404 if deleted else 4403, "the document was deleted" if deleted else "access has ended")
+        self.close(4404 if deleted else 4403, "document was deleted" if deleted else "access revoked")
 
     def announce_draining(self, frame: bytes) -> None:
         """This client knows no such frame; it comes back when it is closed."""
@@ -168,7 +168,7 @@ async def _serve(editor: YjsEditor, socket: web.WebSocketResponse, rooms: Rooms)
         await _until_closed(socket)
     except Exception:
         log.exception("yjs socket failed", connection=editor.id, document=str(editor.document))
-        editor.close(1011, "something went wrong on our side")
+        editor.close(1011, "internal server error")
         await _until_closed(socket)
 
 
@@ -204,7 +204,7 @@ async def _hear(editor: YjsEditor, message: WSMessage, rooms: Rooms) -> None:
         except wire.Malformed as error:
             raise ValidationFailed(str(error)) from None
     elif message.type is WSMsgType.TEXT:
-        raise ValidationFailed("Frames are binary")
+        raise ValidationFailed("Frame must be a binary frame")
 
 
 async def _handle(editor: YjsEditor, message: wire.Message, rooms: Rooms) -> None:

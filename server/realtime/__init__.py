@@ -1,6 +1,7 @@
-"""What every socket shares: frames, rooms, presence, and the way of an event from one process to all.
+"""WebSocket transport: frames, rooms, presence, and the fan-out of events over Redis pub/sub.
 
-Passes through: ``endpoint`` reads frames and dispatches them through a table; ``channels`` tells others,
-and ``presence`` who comes and goes; ``hub`` delivers what Redis brings. Knows no feature: ``app.py`` hands in the
-tables, and who authenticates and authorizes.
+Every frame passes through: ``endpoint`` reads it and dispatches it through a message table; ``channels`` publishes
+events and ``presence`` joins and leaves; ``hub`` delivers what Redis sends to the sockets of this process. The
+package never imports a feature: ``app.py`` passes in the message tables and the functions that authenticate and
+authorize.
 """

@@ -1,6 +1,6 @@
-"""The AsyncAPI 3 document of the socket, from the tables of messages and events; and a page to read it.
+"""AsyncAPI 3 document of the socket, built from the tables of messages and events, and its HTML page.
 
-Nothing is described twice: shapes come from the schemas that check what clients send.
+Nothing is described twice: shapes come from the schemas that validate what clients send.
 """
 
 import html
@@ -18,25 +18,25 @@ from server.realtime.table import Message
 DOCUMENT = "/api-docs/asyncapi.json"
 PAGE = "/api-docs/realtime"
 CLOSE_CODES = {
-    1009: "a frame was too big",
-    1011: "something went wrong on our side; come back",
-    1012: "the server restarts; come back",
-    1013: "overloaded, or you read too slowly",
-    4400: "protocol error: over the limit, or malformed, for too long",
+    1009: "frame exceeds the maximum size",
+    1011: "internal server error; reconnect",
+    1012: "the server restarts; reconnect",
+    1013: "the server is overloaded, or the client reads too slowly; reconnect",
+    4400: "protocol error: too many frames, or too many malformed frames",
     4401: "unauthenticated, or the token has expired",
-    4403: "the origin or the access was refused",
-    4408: "no authentication in time, or no sign of life",
+    4403: "origin not allowed, or access denied",
+    4408: "authentication or heartbeat timed out",
 }
 RoleOf = Callable[[Message], str | None]
 Json = dict[str, Any]
-_ID = {"type": ["string", "number"], "description": "yours; the answer bears it"}
+_ID = {"type": ["string", "number"], "description": "chosen by the client; the reply repeats it"}
 
 
 def document(messages: Mapping[str, Message], *, role_of: RoleOf) -> Json:
-    """The document; ``role_of`` a message is the least role that it needs, None where it needs none."""
-    said = {_name(each.event): _said(each, role_of(each)) for each in messages.values()}
-    acks = {f"{_name(each.event)}.ack": _ack(each) for each in messages.values()}
-    pushed = {pushed_name(each): _pushed(each) for each in PUSHES}
+    """Return the document; ``role_of`` returns the minimum role of a message, or None if it needs no role."""
+    client_messages = {_name(message.event): _said(message, role_of(message)) for message in messages.values()}
+    acks = {f"{_name(message.event)}.ack": _ack(message) for message in messages.values()}
+    pushes = {pushed_name(push): _pushed(push) for push in PUSHES}
     return {
         "asyncapi": "3.0.0",
         "info": {"title": "Collaborative Workspace Backend: realtime", "version": __version__, "description": _ABOUT},
@@ -44,21 +44,21 @@ def document(messages: Mapping[str, Message], *, role_of: RoleOf) -> Json:
         "channels": {
             "socket": {
                 "address": "/ws",
-                "messages": {name: _ref("components/messages", name) for name in (*said, *acks, *pushed)},
+                "messages": {name: _ref("components/messages", name) for name in (*client_messages, *acks, *pushes)},
                 "bindings": {"ws": {"method": "GET", "query": _QUERY}},
             }
         },
         "operations": {
-            **{_name(each.event): _operation(each) for each in messages.values()},
+            **{_name(message.event): _operation(message) for message in messages.values()},
             "push": {
                 "action": "send",
                 "channel": _ref("channels", "socket"),
-                "summary": "What the server says of itself",
-                "messages": [_ref("channels/socket/messages", name) for name in pushed],
+                "summary": "Receive the frames that the server sends unasked",
+                "messages": [_ref("channels/socket/messages", name) for name in pushes],
             },
         },
         "components": {
-            "messages": said | acks | pushed,
+            "messages": client_messages | acks | pushes,
             "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}},
         },
     }
@@ -84,13 +84,13 @@ def _operation(message: Message) -> Json:
 
 def _said(message: Message, role: str | None) -> Json:
     frame = _frame(message.event, _json_schema(message.schema), id=True, required=("event",))
-    about: Json = {"name": message.event, "title": message.event, "summary": message.summary, "payload": frame}
-    return about | ({"x-least-role": role} if role else {})
+    entry: Json = {"name": message.event, "title": message.event, "summary": message.summary, "payload": frame}
+    return entry | ({"x-least-role": role} if role else {})
 
 
 def _ack(message: Message) -> Json:
     frame = _frame("ack", _json_schema(message.ack), id=True, required=("event", "data", "id"))
-    return {"name": "ack", "title": f"ack of {message.event}", "summary": "It has been done", "payload": frame}
+    return {"name": "ack", "title": f"ack of {message.event}", "summary": "The message succeeded", "payload": frame}
 
 
 def _pushed(push: Push) -> Json:
@@ -109,13 +109,13 @@ def _frame(event: str, data: Json, *, id: bool, required: tuple[str, ...]) -> Js
 def _json_schema(schema: Schema) -> Json:
     spec = APISpec("", "", "3.1.0")
     converter: Any = OpenAPIConverter("3.1.0", schema_name_resolver=lambda _: None, spec=spec)
-    made: Json = converter.schema2jsonschema(schema)
-    made["additionalProperties"] = False
-    return made
+    json_schema: Json = converter.schema2jsonschema(schema)
+    json_schema["additionalProperties"] = False
+    return json_schema
 
 
 def pushed_name(push: Push) -> str:
-    """Some of what the server says is called as what a client says."""
+    """Return the component name of a push; ``.push`` keeps it apart from a client's message of the same event."""
     return push.type or f"{_name(push.event)}.push"
 
 
@@ -123,35 +123,39 @@ def _name(event: str) -> str:
     return event.replace(":", ".")
 
 
-def _ref(where: str, name: str) -> Json:
-    return {"$ref": f"#/{where}/{name}"}
+def _ref(section: str, name: str) -> Json:
+    return {"$ref": f"#/{section}/{name}"}
 
 
-_QUERY = {"type": "object", "properties": {"ticket": {"type": "string", "description": "of POST /auth/ws-ticket"}}}
+_QUERY = {
+    "type": "object",
+    "properties": {"ticket": {"type": "string", "description": "issued by POST /auth/ws-ticket"}},
+}
 _ABOUT = """One WebSocket for live collaboration, JSON text frames `{event, data, id?}`.
 
-The access token comes in the `Authorization: Bearer` header, in `Sec-WebSocket-Protocol: collab.v1, bearer.<token>`,
-as a ticket of `POST /api/v1/auth/ws-ticket`, or in a first frame `authenticate` within 10 s. A frame with an `id`
-is answered by exactly one `ack` or `error` with that `id`. After a reconnect, join with `since`, the last `eventId`
-you have, and you get what you missed. Events of a workspace come in one order to all its members."""
+Send the access token in the `Authorization: Bearer` header, in `Sec-WebSocket-Protocol: collab.v1, bearer.<token>`,
+as a ticket of `POST /api/v1/auth/ws-ticket`, or in a first frame `authenticate` within 10 s. The server replies to a
+frame with an `id` by exactly one `ack` or `error` with that `id`. After a reconnect, join with `since`, the last
+`eventId` that you received, to get the events that you missed. All members of a workspace receive its events in the
+same order."""
 
 
 def page(asyncapi: Json) -> str:
-    """The document for people: one page without scripts, that needs nothing from elsewhere."""
+    """Render the document as one HTML page, without scripts or resources of other hosts."""
     messages = asyncapi["components"]["messages"]
-    operations = {name: each for name, each in asyncapi["operations"].items() if each["action"] == "receive"}
-    pushed = [_last(each["$ref"]) for each in asyncapi["operations"]["push"]["messages"]]
-    said = "".join(_article(name, messages[name], messages[f"{name}.ack"]) for name in operations)
-    heard = "".join(_article(name, messages[name]) for name in pushed)
-    codes = "".join(f"<tr><td>{code}</td><td>{html.escape(why)}</td></tr>" for code, why in CLOSE_CODES.items())
+    operations = [name for name, operation in asyncapi["operations"].items() if operation["action"] == "receive"]
+    pushes = [_last(reference["$ref"]) for reference in asyncapi["operations"]["push"]["messages"]]
+    client_articles = "".join(_article(name, messages[name], messages[f"{name}.ack"]) for name in operations)
+    push_articles = "".join(_article(name, messages[name]) for name in pushes)
+    codes = "".join(f"<tr><td>{code}</td><td>{html.escape(reason)}</td></tr>" for code, reason in CLOSE_CODES.items())
     about = "".join(f"<p>{_prose(part)}</p>" for part in asyncapi["info"]["description"].split("\n\n"))
-    links = _links("You say", operations, messages) + _links("You hear", pushed, messages)
+    links = _links("Client messages", operations, messages) + _links("Server messages", pushes, messages)
     return _PAGE.format(
         title=html.escape(asyncapi["info"]["title"]),
         about=about,
         links=links,
-        said=said,
-        heard=heard,
+        client_articles=client_articles,
+        push_articles=push_articles,
         codes=codes,
         document=DOCUMENT,
     )
@@ -166,8 +170,8 @@ def _links(title: str, names: Iterable[str], messages: Json) -> str:
 
 def _article(name: str, message: Json, ack: Json | None = None) -> str:
     title, role = html.escape(message["title"]), message.get("x-least-role")
-    needs = f' <small class="role">{html.escape(role.lower())}</small>' if role else ""
-    parts = [f'<article id="{html.escape(name)}"><h3><code>{title}</code>{needs}</h3>']
+    badge = f' <small class="role">{html.escape(role.lower())}</small>' if role else ""
+    parts = [f'<article id="{html.escape(name)}"><h3><code>{title}</code>{badge}</h3>']
     parts.append(f"<p>{_prose(message['summary'])}</p>{_fields(message)}")
     if ack is not None:
         parts.append(f"<h4>ack</h4>{_fields(ack)}")
@@ -202,9 +206,9 @@ def _kind(shape: Json) -> str:
 
 
 def _prose(text: str) -> str:
-    """Escaped, with what stands in backticks as code."""
+    """Escape the text for HTML, with text in backticks as code."""
     parts = html.escape(text).split("`")
-    return "".join(f"<code>{part}</code>" if odd % 2 else part for odd, part in enumerate(parts))
+    return "".join(f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(parts))
 
 
 def _last(reference: str) -> str:
@@ -237,8 +241,8 @@ small {{ opacity: .7; }} .role {{ border: 1px solid var(--line); border-radius: 
 <nav><strong>/ws</strong>{links}<h2>More</h2><ul><li><a href="#close-codes">Close codes</a></li>
 <li><a href="{document}">AsyncAPI document</a></li><li><a href="/api-docs">REST</a></li></ul></nav>
 <main><h1>{title}</h1>{about}
-<h2>You say</h2>{said}
-<h2>You hear</h2>{heard}
+<h2>Client messages</h2>{client_articles}
+<h2>Server messages</h2>{push_articles}
 <h2 id="close-codes">Close codes</h2><table><tbody>{codes}</tbody></table>
 </main></body></html>
 """

@@ -1,13 +1,13 @@
-"""What this process tells all processes, through Redis pub/sub.
+"""Publishing from this process to all processes, over Redis pub/sub.
 
-A message is ``origin \\n kind \\n payload``. ``origin`` is the connection that caused it, which does not hear its
-own echo. ``kind`` is the id of a durable event, one of the marks below, or empty for what is neither.
+A message is ``origin \\n kind \\n payload``. ``origin`` is the connection that caused it; that connection does not
+receive its own echo. ``kind`` is the id of a durable event, one of the constants below, or empty for all others.
 
-Everything others must hear goes through here (but who comes and goes, see ``presence``): ``announce`` (durable, in
-order) and ``publish`` with its siblings where the caller's own answer depends on it; ``report``, ``tell_user``,
-``revoke_sessions``, ``access_changed`` and ``gone`` after a change that is committed elsewhere: these never raise.
-While Redis is away they only log, and every process finds lost access by itself within RECHECK_SECONDS of
-``standing``.
+All fan-out between processes passes through here, except joins and leaves (see ``presence``). ``announce`` (durable,
+in order) and ``publish`` with its siblings raise, because the caller's own reply depends on them.
+``announce_committed``, ``push_to_user``, ``revoke_sessions``, ``access_changed`` and ``deleted`` follow a change that
+is already committed and never raise: during a Redis outage they only log, and every process finds lost access by
+itself within ``RECHECK_INTERVAL_SECONDS`` of ``access_monitor``.
 """
 
 from collections.abc import Iterable, Sequence
@@ -27,9 +27,9 @@ from server.realtime.protocol import encode
 log = structlog.get_logger()
 
 CONTROL = "realtime:control"
-MARK = "+"  # not for members: the place in a channel's order at which somebody entered
-NEWEST = "~"  # only the newest of its origin matters: an older one that still waits is replaced
-DROPPABLE = "?"  # may be dropped when a client is slow
+MARK = "+"  # not for members: marks the position in a channel's order at which a connection joined
+NEWEST = "~"  # coalesced: only the newest of its origin matters, so it replaces an older one in the outbox
+DROPPABLE = "?"  # may be dropped under backpressure
 AT_ONCE = 100
 
 
@@ -50,7 +50,7 @@ def message(payload: bytes, *, origin: str = "", kind: str = "") -> bytes:
 
 
 def event_body(type: str, *, workspace: UUID | None, user: UUID | None, name: str, **more: Any) -> bytes:
-    """The JSON object of an event, but for its id. What a client sent stands behind our own fields."""
+    """Return the JSON object of an event without its id; fields of ``more`` never override the server's fields."""
     body = {
         **more,
         "type": type,
@@ -67,7 +67,7 @@ def event_frame(body: bytes) -> bytes:
 
 
 class Channels:
-    """Needs no sockets: the worker process has one too."""
+    """Publisher of events and notices; needs no sockets, because the worker process has one too."""
 
     def __init__(self, redis: Redis, history: History) -> None:
         self.history = history
@@ -76,20 +76,22 @@ class Channels:
     async def announce(
         self, type: str, *, workspace: UUID, user: UUID, name: str, origin: str = "", **more: Any
     ) -> str:
-        """Tell everybody in the workspace, for good: the event's id, once it is in the history.
+        """Append a durable event to the workspace's history, broadcast it, and return its id.
 
         Raises:
-            RedisError: Redis is away, and it is not known whether the event is in the history.
+            RedisError: Redis is unavailable; the event may or may not be in the history.
         """
         body = event_body(type, workspace=workspace, user=user, name=name, **more)
         return await self.history.append(workspace, channel=room_channel(workspace), origin=origin, body=body)
 
     async def report(self, type: str, *, workspaces: Sequence[UUID], user: UUID, name: str, **more: Any) -> None:
-        """Announce what is committed elsewhere (a change made over REST) in each of these workspaces.
+        """Announce a change that is already committed (made over REST) in each of these workspaces.
 
-        ``user`` and ``name`` are who did it; ``more`` are further fields of the event, in camelCase.
+        ``user`` and ``name`` are the author of the change; ``more`` are further fields of the event, in camelCase.
         """
-        bodies = [(each, event_body(type, workspace=each, user=user, name=name, **more)) for each in workspaces]
+        bodies = [
+            (workspace, event_body(type, workspace=workspace, user=user, name=name, **more)) for workspace in workspaces
+        ]
         try:
             for start in range(0, len(bodies), AT_ONCE):
                 await self.history.append_all(bodies[start : start + AT_ONCE], channel=room_channel)
@@ -97,67 +99,67 @@ class Channels:
             log.warning("event not announced", type=type, error=str(error))
 
     async def publish(self, channel: str, payload: bytes, *, origin: str = "", kind: str = "") -> None:
-        """Tell the listeners of any channel, see ``Subscriber.subscribe``.
+        """Publish one message to the subscribers of any channel, see ``Subscriber.subscribe``.
 
         Raises:
-            RedisError: Redis is away.
+            RedisError: Redis is unavailable.
         """
         await self._redis.publish(channel, message(payload, origin=origin, kind=kind))
 
     async def publish_all(self, messages: Sequence[tuple[str, str, bytes]], *, origin: str) -> None:
-        """Many at once: channel, kind and payload of each.
+        """Publish many messages of one origin in one round trip: channel, kind and payload of each.
 
         Raises:
-            RedisError: Redis is away.
+            RedisError: Redis is unavailable.
         """
         await self.pass_on((channel, message(payload, origin=origin, kind=kind)) for channel, kind, payload in messages)
 
     async def pass_on(self, messages: Iterable[tuple[str, bytes]]) -> None:
-        """Many at once, of different origins: channel and ``message`` of each.
+        """Publish many messages of different origins in one round trip: channel and ``encode_message`` of each.
 
         Raises:
-            RedisError: Redis is away.
+            RedisError: Redis is unavailable.
         """
         async with self._redis.pipeline(transaction=False) as pipeline:
-            for channel, made in messages:
-                pipeline.publish(channel, made)
+            for channel, encoded in messages:
+                pipeline.publish(channel, encoded)
             await pipeline.execute()
 
     async def tell_user(self, user: UUID, event: str, data: Any, *, droppable: bool = False) -> None:
-        """Push a frame to all connections of a user, on whichever process: live only, nothing is kept.
+        """Push a frame to all connections of a user, on every process; live only, nothing is stored.
 
-        ``droppable`` for what a slow client need not hear, such as ``job:output``.
+        ``droppable`` frames, such as ``job:output``, may be dropped when a client is slow.
         """
         kind = DROPPABLE if droppable else ""
         await self._attempt(user_channel(user), encode(event, data), kind=kind)
 
     async def revoke_sessions(self, sessions: Iterable[UUID]) -> None:
-        """These sessions have ended (logout, revocation, password change, deletion): their sockets close with 4401.
+        """Close the sockets of ended sessions (logout, revocation, password change, deletion) with 4401.
 
-        To be called after their rows say so; every process acts within a second.
+        Call this after the rows are committed; every process acts within a second.
         """
-        if ended := list(sessions):
-            await self._control({"sessions": ended})
+        if session_ids := list(sessions):
+            await self._control({"sessions": session_ids})
 
     async def access_changed(self, *, project: UUID, users: Sequence[UUID], why: Revocation | None = None) -> None:
-        """These users' roles in a project have changed, or ended: every process asks PostgreSQL anew for them.
+        """Make every process recheck these users' access to a project in PostgreSQL: their roles changed or ended.
 
-        Those who are no members any more leave its rooms and documents and hear ACCESS_REVOKED, and ``why``. To be
-        called after the commit, before all that may fail. (Tell the rooms of ROLE_CHANGED by ``report``.)
+        Users who are no longer members leave its rooms and documents and receive ACCESS_REVOKED with ``revocation``.
+        Call this after the commit, before any step that may fail. (Use ``announce_committed`` for ROLE_CHANGED.)
         """
         await self._control({"project": project, "users": list(users)} | (why._asdict() if why else {}))
 
     async def gone(self, kind: str, ids: Sequence[UUID], *, actor: UUID, name: str) -> None:
-        """Workspaces (``kind`` "workspace") or documents ("document") are deleted: whoever is in them leaves.
+        """Remove all connections from deleted workspaces (``kind`` "workspace") or documents ("document").
 
-        To be called after the commit, and after the rooms were told of WORKSPACE_DELETED or DOCUMENT_DELETED.
+        Call this after the commit, and after WORKSPACE_DELETED or DOCUMENT_DELETED is announced.
         """
         if not ids:
             return
         if kind == "workspace":
             await self._let_history_go(ids)
-        why = Revocation("deleted", actor, name)
-        await self._control({"kind": kind, "ids": list(ids)} | why._asdict())
+        revocation = Revocation("deleted", actor, name)
+        await self._control({"kind": kind, "ids": list(ids)} | revocation._asdict())
 
     async def _let_history_go(self, workspaces: Sequence[UUID]) -> None:
         try:

@@ -1,4 +1,4 @@
-"""One socket of the JSON door: who it is, where it is, and how frames get out to it."""
+"""One socket of the JSON transport: its user, its grants, and the sending of frames under backpressure."""
 
 import asyncio
 from collections.abc import Callable, Hashable
@@ -17,14 +17,17 @@ from server.realtime.throttle import Throttle
 if TYPE_CHECKING:
     from server.realtime.hub import Realtime
 
-DIRECT_BYTES = 64 << 10  # a transport with less than this to send is written to at once
-CLOSE_SECONDS = 2.0  # for a peer to take what waits for it, and again to answer the close frame
+DIRECT_BYTES = 64 << 10  # write directly to a transport whose buffer holds less than this
+CLOSE_SECONDS = 2.0  # for the peer to read the outbox, and again to reply to the close frame
 OVERLOADED, GONE = 1013, 1006
 
 
 class Connection:
-    """Frames are written straight to the transport while the peer keeps up; when it does not, they wait in
-    the outbox, which one task empties and then ends. At the outbox's bound the connection ends."""
+    """An authenticated socket, with an outbox for backpressure.
+
+    Frames go directly to the transport while the peer keeps up. Otherwise they wait in the outbox; one task drains it
+    and then ends. A full outbox closes the connection.
+    """
 
     __slots__ = (
         "__weakref__",
@@ -59,11 +62,11 @@ class Connection:
         self.name = name
         self.grants: dict[Thing, Any] = {}
         self.access: Any = None  # projects.access.Access, for the message that is being handled
-        self.notices = realtime.standing.notices  # as they were when that access was asked for
+        self.notices = realtime.standing.notices  # at the time when ``access`` was read
         self.close_code: int | None = None
         self.busy = False  # a message is being handled
         self.heard_at = self.pinged_at = now
-        self.warned = False  # that the token expires
+        self.warned = False  # whether ``token:expiring`` was sent for the current token
         self.throttle = Throttle(rate=settings.ws_frames_per_second, burst=settings.ws_burst, now=now)
         self._request = request
         self._transport = request.transport
@@ -75,7 +78,7 @@ class Connection:
 
     @property
     def waiting(self) -> tuple[int, int]:
-        """Frames and bytes in the outbox."""
+        """Return the number of frames and of bytes in the outbox."""
         return (len(self._outbox), self._outbox.bytes) if self._outbox else (0, 0)
 
     def is_in(self, workspace: UUID) -> bool:
@@ -86,9 +89,9 @@ class Connection:
         self.write(websocket_frame(payload), delivery, key)
 
     def write(self, frame: bytes, delivery: Delivery = Delivery.DURABLE, key: Hashable = None) -> None:
-        """Send a prebuilt frame; ``key`` names what a newer one of ``Delivery.NEWEST`` replaces."""
+        """Send a prebuilt frame; one of ``Delivery.COALESCED`` replaces a pending one with the same ``key``."""
         if self.close_code is not None or self._transport.is_closing():
-            return  # uvloop raises over a transport that is gone before its reader has noticed
+            return  # uvloop raises when the transport has closed before its reader noticed
         self.realtime.frames_sent += 1
         if self._writer is None and self._transport.get_write_buffer_size() < DIRECT_BYTES:
             self._transport.write(frame)
@@ -96,20 +99,20 @@ class Connection:
             self._wait_in_line(frame, delivery, key)
 
     def after_answer(self, do: Callable[[], None]) -> None:
-        """Once the message that is being handled has been answered, and before anything else is sent."""
+        """Call back after the reply to the message that is being handled, before any other frame is sent."""
         self._afterwards.append(do)
 
     def answered(self) -> None:
-        """The message has been answered, or will not be."""
+        """Run the ``after_reply`` callbacks: the reply has been sent, or there is none."""
         self.busy = False
-        afterwards, self._afterwards = self._afterwards, []
-        for do in afterwards:
-            do()
+        callbacks, self._afterwards = self._afterwards, []
+        for callback in callbacks:
+            callback()
         if self._retire is not None:
             self.close(*self._retire)
 
     def close(self, code: int, reason: str = "") -> None:
-        """Leave every room at once and end: soon, and aborted when the peer does not read."""
+        """Leave every room now and start the close handshake; abort the transport if the peer does not read."""
         if self.close_code is None:
             self.close_code = code
             metrics.SOCKETS_CLOSED.labels(str(code)).inc()
@@ -119,35 +122,36 @@ class Connection:
             self.realtime.own(self._end(code, reason))
 
     def retire(self, code: int, reason: str = "") -> None:
-        """End when the message that is being handled has been answered."""
+        """Close after the reply to the message that is being handled; now if there is none."""
         if self.busy:
             self._retire = (code, reason)
         else:
             self.close(code, reason)
 
-    def lose(self, thing: Thing, why: Revocation) -> None:
-        if thing not in self.grants:
+    def lose(self, resource: Thing, why: Revocation) -> None:
+        """Revoke the access to a resource: leave it and send ACCESS_REVOKED."""
+        if resource not in self.grants:
             return
-        del self.grants[thing]
-        self.realtime.evict(self, thing)
-        workspace = thing.id if thing.kind == "workspace" else None
-        more = {"reason": why.reason} | ({} if workspace else {"documentId": str(thing.id)})
+        del self.grants[resource]
+        self.realtime.evict(self, resource)
+        workspace = resource.id if resource.kind == "workspace" else None
+        more = {"reason": why.reason} | ({} if workspace else {"documentId": str(resource.id)})
         self.send(event_frame(event_body("ACCESS_REVOKED", workspace=workspace, user=why.actor, name=why.name, **more)))
 
     def announce_draining(self, frame: bytes) -> None:
         self.write(frame)
 
     def closed_by_peer(self, code: int | None) -> None:
-        """The peer has closed, or is gone (None)."""
+        """Reply to the peer's close frame; ``code`` is None if the connection was lost without one."""
         if self._outbox is not None:
             self._outbox.clear()
         if code is not None and self.close_code is None and not self._transport.is_closing():
             self._transport.write(close_frame(close_reply(code)))
-            self._transport.close()  # once all has been taken, which may be never
+            self._transport.close()  # only after the peer has read everything, which it may never do
             asyncio.get_running_loop().call_later(CLOSE_SECONDS, self._transport.abort)
 
     def ended(self) -> None:
-        """Nothing will be read from the peer any more."""
+        """Unregister the connection: nothing more will be read from the peer."""
         self._gone.set()
         if self.close_code is None:
             self.close_code = GONE
@@ -159,7 +163,7 @@ class Connection:
             settings = self.realtime.settings
             self._outbox = Outbox(most_frames=settings.ws_outbox_frames, most_bytes=settings.ws_outbox_bytes)
         if not self._outbox.put(frame, delivery, key):
-            self.close(OVERLOADED, "too slow")
+            self.close(OVERLOADED, "client reads too slowly")
             return
         if self._outbox.dropped:
             metrics.FRAMES_DROPPED.labels("ephemeral").inc(self._outbox.dropped)
@@ -169,7 +173,7 @@ class Connection:
     async def _empty_outbox(self, outbox: Outbox) -> None:
         try:
             while outbox:
-                await self._request.writer.drain()  # waits while the peer does not read
+                await self._request.writer.drain()  # backpressure: waits while the peer does not read
                 self._transport.writelines(outbox.take(DIRECT_BYTES))
         except ConnectionError:
             outbox.clear()

@@ -1,4 +1,4 @@
-"""Cursors: of each sender the newest, at most CURSORS_PER_SECOND; what a cursor was in between reaches nobody."""
+"""Broadcast of cursors: the newest of each sender, at most ``MAX_CURSOR_UPDATES_PER_SECOND``, none in between."""
 
 import asyncio
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ AT_ONCE = 500
 
 
 class Cursors:
-    """One beat for all cursors of the process, and one round trip a beat."""
+    """A broadcaster with one interval for all cursors of the process, and one round trip per batch."""
 
     def __init__(self, channels: Channels) -> None:
         self._channels = channels
@@ -29,11 +29,11 @@ class Cursors:
         self._moved.set()
 
     def forget(self, workspace: UUID, connection: str) -> None:
-        """They left: their cursor must not come after that, see ``settled``."""
+        """Drop the cursor of a connection that left; it must not follow the leave event, see ``wait_published``."""
         self._newest.pop((workspace, connection), None)
 
     async def settled(self) -> None:
-        """Returns when no cursor that was forgotten is under way any more."""
+        """Wait until no removed cursor is still being published."""
         async with self._publishing:
             return
 
@@ -41,14 +41,14 @@ class Cursors:
         while True:
             await self._moved.wait()
             self._moved.clear()
-            moved = [*self._newest]
-            for start in range(0, len(moved), AT_ONCE):
+            updated = [*self._newest]
+            for start in range(0, len(updated), AT_ONCE):
                 async with self._publishing:
-                    await self._publish(moved[start : start + AT_ONCE])
+                    await self._publish(updated[start : start + AT_ONCE])
             await asyncio.sleep(1 / CURSORS_PER_SECOND)
 
-    async def _publish(self, moved: Iterable[tuple[UUID, str]]) -> None:
-        cursors = [(place, frame) for place in moved if (frame := self._newest.pop(place, None)) is not None]
+    async def _publish(self, updated: Iterable[tuple[UUID, str]]) -> None:
+        cursors = [(key, frame) for key in updated if (frame := self._newest.pop(key, None)) is not None]
         try:
             await self._channels.pass_on(
                 (room_channel(workspace), message(frame, origin=connection, kind=NEWEST))

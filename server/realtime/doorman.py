@@ -1,4 +1,7 @@
-"""Who decides about a socket: ``app.py`` hands in what ``auth`` and ``projects`` know, the door knows no feature."""
+"""Authentication and authorization of sockets.
+
+``app.py`` passes in functions of ``auth`` and ``projects``, because this package imports no feature.
+"""
 
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
@@ -11,19 +14,19 @@ if TYPE_CHECKING:
     from server.realtime.connection import Connection
 
 Identified = tuple[Any, str]
-"""rest.keys.User and the user's name."""
+"""A ``rest.keys.User`` and the user's name."""
 Authorize = Callable[["Connection", Message, dict[str, Any]], Coroutine[Any, Any, None]]
 
 
 @dataclass(frozen=True)
 class Doorman:
     bearer: Callable[[str | None], str | None]
-    """The token of an Authorization header, None where there is no such header. Raises Unauthenticated."""
+    """Return the token of an Authorization header, or None without one. Raises Unauthenticated."""
     by_token: Callable[[str], Awaitable[Identified]]
-    """Who signed in with this access token. Raises Unauthenticated, Unavailable."""
+    """Return the user of an access token. Raises Unauthenticated, Unavailable."""
     by_ticket: Callable[[str], Awaitable[Identified]]
-    """The same for a ticket, which is used up."""
+    """Return the user of a ticket and use the ticket up. Raises Unauthenticated, Unavailable."""
     authorize: Authorize
-    """Sets ``connection.access``. Raises ServiceError where the message may not be handled."""
+    """Set ``connection.access``. Raises ServiceError if the message may not be handled."""
     recheck: Recheck
-    """Which of these still live and have access."""
+    """Return the sessions that are still active and the accesses that still hold."""

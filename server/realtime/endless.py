@@ -1,4 +1,4 @@
-"""Tasks that run as long as the process: everybody depends on them, and nobody stands behind them."""
+"""Background tasks of the process: all sockets depend on them, and no caller sees their failures."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -11,10 +11,10 @@ RESTART_SECONDS = 0.5
 
 
 async def keep_running(endless: Callable[[], Awaitable[None]]) -> None:
-    """What was not foreseen ends one round, never the task."""
+    """Run the task and restart it after each end; an unexpected error is logged and ends one run only."""
     while True:
         try:
             await endless()
-        except Exception:  # a door of its own
+        except Exception:  # a transport of its own: no caller handles the error
             log.exception("an endless task failed", task=endless.__qualname__)
         await asyncio.sleep(RESTART_SECONDS)

@@ -1,4 +1,4 @@
-"""GET /ws: authenticate, read frames, answer each that has an id with exactly one ack or error."""
+"""GET /ws: authenticate, read frames, and reply to each frame with an id by exactly one ack or error."""
 
 import asyncio
 from typing import Any
@@ -19,10 +19,10 @@ from server.realtime.protocol import SUBPROTOCOL, Frame, MalformedFrame
 log = structlog.get_logger()
 
 FIRST_FRAME_SECONDS = 10.0
-FRAMES_AT_ONCE = 16  # of one client, then others have their turn
-MOST_PINGS = 16  # before the first frame; more, and who sends them is turned away
-MOST_UNREAD = 256  # frames of one who is turned away, until theirs that closes
-REFUSAL_PAUSE_SECONDS = 0.01  # after a refused frame: who floods is read more slowly
+FRAMES_AT_ONCE = 16  # of one client before the others get their turn
+MOST_PINGS = 16  # before the first frame; a client that sends this many is rejected
+MOST_UNREAD = 256  # frames of a rejected client to discard until its close frame
+REFUSAL_PAUSE_SECONDS = 0.01  # after a rejected frame: backpressure on a client that floods
 CLOSE_SECONDS = 2.0
 BEARER_PROTOCOL = "bearer."
 _AUTHENTICATE = messages.Authenticate()
@@ -47,38 +47,38 @@ async def websocket(request: web.Request) -> web.StreamResponse:
         greeting = None
         if identified is None:
             identified, greeting = await _first_frame(socket, realtime)
-            notices = realtime.standing.notices - 1  # the frame came at some time since: looked up once more
+            notices = realtime.standing.notices - 1  # stale: the frame came at an unknown time since, so recheck
         await _serve(request, socket, identified, greeting, notices=notices)
-    except _TurnedAway as away:
-        await _turn_away(request, socket, away)
-    except Exception:  # rendered by the other door, it would be HTTP among the frames
+    except _TurnedAway as rejected:
+        await _turn_away(request, socket, rejected)
+    except Exception:  # else the REST transport would write an HTTP response between the frames
         log.exception("socket failed")
-        await _turn_away(request, socket, _TurnedAway(1011, "something went wrong on our side"))
+        await _turn_away(request, socket, _TurnedAway(1011, "internal server error"))
     return socket
 
 
 def refuse_strangers(request: web.Request, realtime: Realtime) -> None:
-    """What every socket door asks before it opens.
+    """Check the Origin header before the upgrade, on every socket endpoint.
 
     Raises:
-        Unavailable: the process is about to stop.
-        Forbidden: a page of a foreign origin asks.
+        Unavailable: the process drains for a graceful shutdown.
+        Forbidden: the page's origin is not allowed.
     """
     if realtime.draining:
-        raise Unavailable("This server is restarting")
+        raise Unavailable("Server is restarting")
     origin = request.headers.get(hdrs.ORIGIN)
     allowed = realtime.settings.cors_origin
     if origin is None or "*" in allowed or origin in allowed:
         return
     if urlsplit(origin).netloc.lower() != request.host.lower():
-        raise Forbidden("Pages of this origin may not connect")
+        raise Forbidden("Origin not allowed")
 
 
 async def identify(request: web.Request, doorman: Doorman) -> Identified | None:
-    """Who the handshake says it is; None where the first frame will.
+    """Return the user of the upgrade request's token or ticket; None if the first frame has to authenticate.
 
     Raises:
-        Unauthenticated: it says so badly.
+        Unauthenticated: the token or the ticket is not valid, or is sent in the wrong place.
     """
     if token := doorman.bearer(request.headers.get(hdrs.AUTHORIZATION)):
         return await doorman.by_token(token)
@@ -87,21 +87,25 @@ async def identify(request: web.Request, doorman: Doorman) -> Identified | None:
     if (ticket := request.query.get("ticket")) is not None:
         return await doorman.by_ticket(ticket)
     if request.query.keys() & {"token", "access_token", "accessToken"}:
-        raise Unauthenticated("Never a token in the address: it ends in logs. See POST /api/v1/auth/ws-ticket")
+        # URLs end up in logs.
+        raise Unauthenticated("Access tokens are not allowed in the URL; use a ticket of POST /api/v1/auth/ws-ticket")
     return None
 
 
 def _subprotocol_token(request: web.Request) -> str | None:
-    """The token in ``Sec-WebSocket-Protocol: collab.v1, bearer.<token>``.
+    """Return the token in ``Sec-WebSocket-Protocol: collab.v1, bearer.<token>``, or None.
 
     Raises:
-        Unauthenticated: it stands there alone; a server may only select what is no secret.
+        Unauthenticated: ``collab.v1`` is missing; the server must select a subprotocol, which must not be a secret.
     """
-    offered = [each.strip() for each in ",".join(request.headers.getall(hdrs.SEC_WEBSOCKET_PROTOCOL, ())).split(",")]
-    tokens = (each.removeprefix(BEARER_PROTOCOL) for each in offered if each.startswith(BEARER_PROTOCOL))
+    header = ",".join(request.headers.getall(hdrs.SEC_WEBSOCKET_PROTOCOL, ()))
+    offered = [subprotocol.strip() for subprotocol in header.split(",")]
+    tokens = (
+        subprotocol.removeprefix(BEARER_PROTOCOL) for subprotocol in offered if subprotocol.startswith(BEARER_PROTOCOL)
+    )
     token = next(tokens, None)
     if token is not None and SUBPROTOCOL not in offered:
-        raise Unauthenticated(f"Offer the subprotocol {SUBPROTOCOL} beside the token")
+        raise Unauthenticated(f"Subprotocol {SUBPROTOCOL} must be offered together with the token")
     return token
 
 
@@ -111,10 +115,10 @@ class _TurnedAway(Exception):
 
 
 async def _first_frame(socket: web.WebSocketResponse, realtime: Realtime) -> tuple[Identified, Frame]:
-    """Who the first frame says it is, and that frame.
+    """Return the user whom the first frame authenticates, and that frame.
 
     Raises:
-        _TurnedAway: it does not, or not in time.
+        _Rejected: the frame does not authenticate, or did not come in time.
     """
     message = await _first_message(socket, realtime)
     if message.type in _GONE:
@@ -124,7 +128,7 @@ async def _first_frame(socket: web.WebSocketResponse, realtime: Realtime) -> tup
         frame = _parse(message)
         id = frame.id
         if frame.event != "authenticate":
-            raise Unauthenticated("The first frame must be: authenticate")
+            raise Unauthenticated("First frame must be an authenticate event")
         data = fields.load(_AUTHENTICATE, frame.data)
         return await realtime.doorman.by_token(data["token"]), frame
     except ServiceError as error:
@@ -134,10 +138,10 @@ async def _first_frame(socket: web.WebSocketResponse, realtime: Realtime) -> tup
 
 
 async def _first_message(socket: web.WebSocketResponse, realtime: Realtime) -> WSMessage:
-    patience = asyncio.timeout(0 if realtime.draining else FIRST_FRAME_SECONDS)
-    realtime.strangers.add(patience)
+    timeout = asyncio.timeout(0 if realtime.draining else FIRST_FRAME_SECONDS)
+    realtime.strangers.add(timeout)
     try:
-        async with patience:
+        async with timeout:
             for _ in range(MOST_PINGS):
                 message = await socket.receive()
                 if message.type not in _HEARTBEATS:
@@ -145,18 +149,18 @@ async def _first_message(socket: web.WebSocketResponse, realtime: Realtime) -> W
     except TimeoutError:
         if realtime.draining:
             raise _TurnedAway(*RESTARTING) from None
-        raise _TurnedAway(4408, "no authentication in time") from None
+        raise _TurnedAway(4408, "authentication timed out") from None
     finally:
-        realtime.strangers.discard(patience)
-    raise _TurnedAway(4400, "authenticate first")
+        realtime.strangers.discard(timeout)
+    raise _TurnedAway(4400, "too many pings before authentication")
 
 
-async def _turn_away(request: web.Request, socket: web.WebSocketResponse, away: _TurnedAway) -> None:
+async def _turn_away(request: web.Request, socket: web.WebSocketResponse, rejected: _TurnedAway) -> None:
     transport = request.transport
     if transport is None or transport.is_closing():
         return
-    metrics.SOCKETS_CLOSED.labels(str(away.code)).inc()
-    transport.write(away.frame + protocol.close_frame(away.code, away.reason))
+    metrics.SOCKETS_CLOSED.labels(str(rejected.code)).inc()
+    transport.write(rejected.frame + protocol.close_frame(rejected.code, rejected.reason))
     try:
         async with asyncio.timeout(CLOSE_SECONDS):
             await _until_closed(socket)
@@ -220,32 +224,32 @@ async def _read(connection: Connection, socket: web.WebSocketResponse) -> None:
         if turn % FRAMES_AT_ONCE == 0:
             await asyncio.sleep(0)
         if connection.close_code is not None:
-            continue  # what comes between our close frame and theirs
+            continue  # discard frames between the server's close frame and the client's
         connection.heard_at = now = loop.time()
         metrics.FRAMES_IN.inc()
-        admitted = connection.throttle.admit(now)
+        allowed = connection.throttle.admit(now)
         if message.type is WSMsgType.PING:
-            if admitted:
+            if allowed:
                 connection.write(protocol.pong_frame(message.data), Delivery.DROPPABLE)
         elif message.type is not WSMsgType.PONG:
-            await _answer(connection, message, admitted=admitted)
+            await _answer(connection, message, allowed=allowed)
         if connection.throttle.exhausted(now):
-            connection.close(4400, "over the limit, or malformed, for too long")
-        elif not admitted:
+            connection.close(4400, "too many frames, or too many malformed frames")
+        elif not allowed:
             await asyncio.sleep(REFUSAL_PAUSE_SECONDS)
 
 
-async def _answer(connection: Connection, message: WSMessage, *, admitted: bool) -> None:
+async def _answer(connection: Connection, message: WSMessage, *, allowed: bool) -> None:
     connection.busy = True
     id = None
     try:
         frame = _parse(message)
         id = frame.id
-        if not admitted:
+        if not allowed:
             raise RateLimited("Too many frames", retry_after=1)
-        answer = await _handle(connection, frame)
+        data = await _handle(connection, frame)
         if id is not None:
-            connection.send(protocol.ack(id, answer or {}))
+            connection.send(protocol.ack(id, data or {}))
     except MalformedFrame as error:
         connection.throttle.note_malformed(connection.heard_at)
         connection.send(protocol.refusal(error, id=error.id))
@@ -253,21 +257,21 @@ async def _answer(connection: Connection, message: WSMessage, *, admitted: bool)
         connection.send(protocol.refusal(error, id=id))
     except Exception:
         log.exception("message failed", connection=connection.id)
-        connection.send(protocol.refusal(ServiceError("Something went wrong on our side"), id=id))
+        connection.send(protocol.refusal(ServiceError("Internal server error"), id=id))
     finally:
         connection.answered()
 
 
 def _parse(message: WSMessage) -> Frame:
     if message.type is not WSMsgType.TEXT:
-        raise protocol.malformed("Frames are text")
+        raise protocol.malformed("Frame must be a text frame")
     return protocol.parse(message.data)
 
 
 async def _handle(connection: Connection, frame: Frame) -> dict[str, Any] | None:
     message = connection.realtime.messages.get(frame.event)
     if message is None:
-        raise ServiceError(f"No such event: {frame.event}", code="unknown_event")
+        raise ServiceError(f"Unknown event: {frame.event}", code="unknown_event")
     data = fields.load(message.schema, frame.data)
     connection.notices = connection.realtime.standing.notices
     await connection.realtime.doorman.authorize(connection, message, data)

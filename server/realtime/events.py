@@ -1,7 +1,7 @@
-"""What the server says of itself: every frame but ``ack``, with the shape of its data.
+"""The frames that the server sends unasked: every frame except ``ack``, with the schema of its data.
 
-For the AsyncAPI document, and for whoever reads the events over REST. What is sent is built where it happens;
-a test holds real frames against these shapes.
+The AsyncAPI document and the history of events over REST use these schemas. The code that sends a frame builds it
+without them; a test validates real frames against them.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ Shape = Mapping[str, fields.Field[Any]]
 
 @dataclass(frozen=True)
 class Push:
-    """A frame of the server; ``type`` tells collaboration events apart."""
+    """A frame of the server; ``type`` distinguishes collaboration events."""
 
     event: str
     schema: AnySchema
@@ -38,17 +38,17 @@ class UserHere(Schema):
 
 
 class CollaborationEvent(Schema):
-    """An event of a workspace; ``type`` says which further fields there are."""
+    """An event of a workspace; ``type`` determines the further fields."""
 
     type = fields.String(required=True, metadata={"example": "WORKSPACE_UPDATED"})
     workspace_id = Id(required=True)
-    user_id = Id(required=True, allow_none=True, metadata={"description": "who did it; null where it is not known"})
+    user_id = Id(required=True, allow_none=True, metadata={"description": "the user who caused it; null if unknown"})
     user_name = fields.String(required=True)
     timestamp = Time(required=True)
 
 
 class AnyEvent(CollaborationEvent):
-    """Of whatever type, with the fields that its type has."""
+    """An event of any type, with the further fields of its type."""
 
     class Meta(Schema.Meta):
         unknown = INCLUDE
@@ -67,15 +67,15 @@ def push(event: str, summary: str, **shape: fields.Field[Any]) -> Push:
 
 
 def collaboration(type: str, summary: str, *, durable: bool, **shape: fields.Field[Any]) -> Push:
-    made: dict[str, Any] = {"type": fields.Constant(type, required=True), **shape}
+    attributes: dict[str, Any] = {"type": fields.Constant(type, required=True), **shape}
     if durable:
-        made["event_id"] = event_id()
-    return Push("collaboration:event", _derived(type, made), summary, type)
+        attributes["event_id"] = event_id()
+    return Push("collaboration:event", _derived(type, attributes), summary, type)
 
 
-def _derived(name: str, shape: dict[str, Any]) -> AnySchema:
-    made: type[Schema] = type(name, (CollaborationEvent,), shape)
-    return made()
+def _derived(name: str, attributes: dict[str, Any]) -> AnySchema:
+    schema: type[Schema] = type(name, (CollaborationEvent,), attributes)
+    return schema()
 
 
 def _users() -> fields.Field[Any]:
@@ -91,13 +91,13 @@ def _document() -> dict[str, fields.Field[Any]]:
 
 
 def _anything() -> fields.Field[Any]:
-    return fields.Raw(allow_none=True, metadata={"description": "as the sender sent it"})
+    return fields.Raw(allow_none=True, metadata={"description": "exactly as the sender sent it"})
 
 
 PUSHES: tuple[Push, ...] = (
     push(
         "welcome",
-        "The first frame: who you are here, and what the server expects of you",
+        "The first frame of the server: the user of the connection, the heartbeat and the limits",
         connection_id=fields.String(required=True),
         user_id=Id(required=True),
         user_name=fields.String(required=True),
@@ -106,10 +106,10 @@ PUSHES: tuple[Push, ...] = (
         token_expires_at=Time(required=True),
     ),
     collaboration("USER_JOIN", "A user's first connection has joined", durable=False),
-    collaboration("USER_LEAVE", "A user's last connection has gone", durable=False),
+    collaboration("USER_LEAVE", "A user's last connection has left", durable=False),
     collaboration(
         "FILE_CHANGE",
-        "A collaborator says what they changed",
+        "A collaborator reports a change",
         durable=True,
         file_id=fields.String(allow_none=True),
         path=fields.String(allow_none=True),
@@ -117,7 +117,7 @@ PUSHES: tuple[Push, ...] = (
     ),
     collaboration(
         "CURSOR_UPDATE",
-        "Where a member is now; ephemeral, at most 30/s of each sender",
+        "The current cursor of a member; ephemeral, at most 30 per second of each sender",
         durable=False,
         file_id=fields.String(allow_none=True),
         position=_anything(),
@@ -127,22 +127,22 @@ PUSHES: tuple[Push, ...] = (
     collaboration("DOCUMENT_RENAMED", "A document has another path", durable=True, **_document()),
     collaboration("DOCUMENT_DELETED", "A document was deleted", durable=True, **_document()),
     collaboration("WORKSPACE_UPDATED", "The workspace was changed", durable=True),
-    collaboration("WORKSPACE_DELETED", "The workspace was deleted; all leave it", durable=True),
+    collaboration("WORKSPACE_DELETED", "The workspace was deleted; all members leave it", durable=True),
     collaboration("PROJECT_UPDATED", "The project was changed", durable=True, project_id=Id(required=True)),
     collaboration(
         "ROLE_CHANGED",
         "A member has another role in the project",
         durable=True,
         project_id=Id(required=True),
-        subject_id=Id(required=True, metadata={"description": "whose role"}),
+        subject_id=Id(required=True, metadata={"description": "the user whose role changed"}),
         role=fields.String(required=True, validate=validate.OneOf(["OWNER", "COLLABORATOR", "VIEWER"])),
     ),
     collaboration(
         "ACCESS_REVOKED",
-        "You are out of this workspace, or of this open document; only those affected hear it, and stay connected",
+        "The user lost access to this workspace or open document; sent to affected connections, which stay open",
         durable=False,
         workspace_id=Id(required=True, allow_none=True),
-        document_id=Id(metadata={"description": "the document, where it is one"}),
+        document_id=Id(metadata={"description": "the document, if access to a document ended"}),
         reason=fields.String(required=True, validate=validate.OneOf(["removed", "left", "deleted"])),
     ),
     collaboration(
@@ -155,11 +155,11 @@ PUSHES: tuple[Push, ...] = (
     ),
     push(
         "workspace:resync",
-        "The server lost and regained touch with this workspace; what was missed has just been sent",
+        "The server resubscribed to this workspace after an outage; it has just sent the missed events",
         workspace_id=Id(required=True),
         users=_users(),
         last_event_id=event_id(),
-        gap=fields.Boolean(required=True, metadata={"description": "not all of it: reload over REST"}),
+        gap=fields.Boolean(required=True, metadata={"description": "true if some events are lost: reload over REST"}),
     ),
     push(
         "document:update",
@@ -176,10 +176,10 @@ PUSHES: tuple[Push, ...] = (
         state=fields.String(required=True, metadata={"description": "base64"}),
         user_id=Id(required=True),
     ),
-    push("job:updated", "A job of yours has changed", job=fields.Dict(required=True)),
+    push("job:updated", "A job of the user has changed", job=fields.Dict(required=True)),
     push(
         "job:output",
-        "A job of yours has written something; live only",
+        "A job of the user has written output; live only",
         job_id=fields.String(required=True),
         stream=fields.String(required=True, validate=validate.OneOf(["stdout", "stderr"])),
         offset=fields.Integer(required=True),
@@ -188,12 +188,12 @@ PUSHES: tuple[Push, ...] = (
     push("token:expiring", "Send `authenticate` with a new token soon", token_expires_at=Time(required=True)),
     push(
         "server:draining",
-        "The server is about to stop: reconnect after this time",
+        "The server shuts down gracefully: reconnect after this time",
         reconnect_after_ms=fields.Integer(required=True),
     ),
     push(
         "error",
-        "A frame of yours was refused; with its `id`, where it had one",
+        "The server rejected a frame; carries the `id` of that frame if it had one",
         code=fields.String(required=True, validate=validate.OneOf(sorted(CODES))),
         message=fields.String(required=True),
         details=fields.List(fields.Dict()),

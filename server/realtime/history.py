@@ -1,8 +1,8 @@
-"""The durable events of a workspace: a Redis stream, whose ids are the event ids.
+"""The durable events of a workspace: a Redis stream whose ids are the event ids.
 
-One script appends and publishes, so that the order of the stream is the order in which everybody hears. An
-entry is {origin, end, data}: ``data`` the event's JSON but for its opening brace and id, ``end`` the number of
-bytes appended up to and with it, by which the stream knows how much it holds.
+One script appends and publishes, so that all members receive events in the order of the stream. A stream entry is
+{origin, end, data}: ``data`` is the event's JSON without its opening brace and id; ``end`` is the number of bytes
+appended up to and including it, from which the script computes the size of the stream.
 """
 
 import asyncio
@@ -24,14 +24,14 @@ log = structlog.get_logger()
 KEPT_SECONDS = 24 * 3600
 REPLAY_BYTES = 1 << 20
 DELETED_KEPT_SECONDS = 60
-AT_ONCE = 64  # events in one round trip
+AT_ONCE = 64  # events per batch, which is one round trip
 _ID = re.compile(r"([0-9]{1,16})-([0-9]{1,16})")
 
 # Functions for the scripts of this module and of presence. Fields of an entry: {'origin', o, 'end', n, 'data', d}.
 LUA = (
     f"local KEPT = {KEPT_SECONDS}"
     + """
--- An empty stream, for everything in it is older than a day, is one that nobody could resume from.
+-- No client could resume from a stream that is empty because all its entries are older than a day: add an entry.
 local function last_id(stream)
     redis.call('XTRIM', stream, 'MINID', (tonumber(redis.call('TIME')[1]) - KEPT) * 1000)
     local last = redis.call('XREVRANGE', stream, '+', '-', 'COUNT', 1)
@@ -41,7 +41,7 @@ local function last_id(stream)
     redis.call('EXPIRE', stream, KEPT)
     return id
 end
--- Entries after since, oldest first, at most so many and so many bytes (but one): {gap, more, entries}.
+-- Return {gap, more, entries}: the entries after since, oldest first, up to most entries and bytes, at least one.
 local function read_after(stream, since, most, bytes)
     if not redis.call('XRANGE', stream, since, since)[1] then return {1, 0, {}} end
     local found, position = {}, since
@@ -81,7 +81,7 @@ return id
 """
 )
 
-# KEYS: stream, bytes. ARGV: since or nothing, most, most bytes
+# KEYS: stream, bytes. ARGV: since or empty, most, most bytes
 _READ = (
     LUA
     + """
@@ -108,7 +108,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Replay:
-    """What came after an event: ``gap`` where that one is not in the history, ``more`` where this is not all."""
+    """The events after an event: ``gap`` if that event is no longer in the history, ``more`` if there are more."""
 
     last: str
     entries: list[Entry]
@@ -126,19 +126,19 @@ class History:
         self._flushing: asyncio.Task[None] | None = None
 
     async def append(self, workspace: UUID, *, channel: str, origin: str, body: bytes) -> str:
-        """Append and publish; ``body`` is the event's JSON object. Its id, once it is in the stream.
+        """Append an event, publish it, and return its id; ``body`` is the event's JSON object.
 
-        What is appended while a round trip is under way goes together with the next.
+        Events that are appended during a round trip form the next batch.
         """
         appended: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._waiting.append(([*keys(workspace), channel, origin, body[1:], *self._limits], appended))
         if self._flushing is None or self._flushing.done():
-            # In no request's context: it sends what many have said.
+            # In an empty context, not that of a request: the batch holds events of many requests.
             self._flushing = asyncio.get_running_loop().create_task(self._flush(), context=Context())
         return (await appended).decode()
 
     async def append_all(self, bodies: Sequence[tuple[UUID, bytes]], *, channel: Callable[[UUID], str]) -> None:
-        """The same for one event each in several workspaces, in one round trip."""
+        """Append and publish one event in each of several workspaces, in one round trip."""
         async with self._redis.pipeline(transaction=False) as pipeline:
             for workspace, body in bodies:
                 arguments: list[str | bytes | int] = [channel(workspace), "", body[1:], *self._limits]
@@ -146,54 +146,57 @@ class History:
             await pipeline.execute()
 
     async def read(self, workspace: UUID, *, after: str | None, most: int) -> Replay:
-        """At most so many events (and 1 MiB), oldest first, after that one or from the beginning."""
-        last, found = await self._read(keys=keys(workspace), args=[after or "", most, REPLAY_BYTES])
-        return replay(last, found)
+        """Return up to ``limit`` events (and 1 MiB), oldest first, after an event or from the beginning."""
+        last, raw_replay = await self._read(keys=keys(workspace), args=[after or "", most, REPLAY_BYTES])
+        return replay(last, raw_replay)
 
     async def _flush(self) -> None:
-        """Ends by itself: whoever appends waits for it, and at last ``close``."""
+        """Append batches until none is pending; callers of ``append`` wait for it, and ``close`` does at the end."""
         while self._waiting:
             batch, self._waiting = self._waiting[:AT_ONCE], self._waiting[AT_ONCE:]
             try:
-                answers = await self._run([arguments for arguments, _ in batch])
+                results = await self._run([arguments for arguments, _ in batch])
             except (RedisError, OSError) as error:
-                answers = [error] * len(batch)
-            except Exception as error:  # else they would wait for ever
+                results = [error] * len(batch)
+            except Exception as error:  # else the callers would wait forever
                 log.exception("events not appended")
-                answers = [error] * len(batch)
-            for (_, appended), answer in zip(batch, answers, strict=True):
-                if appended.done():  # nobody waits for it any more
+                results = [error] * len(batch)
+            for (_, appended), result in zip(batch, results, strict=True):
+                if appended.done():  # its caller was cancelled
                     continue
-                if isinstance(answer, BaseException):
-                    appended.set_exception(answer)
+                if isinstance(result, BaseException):
+                    appended.set_exception(result)
                 else:
-                    appended.set_result(answer)
+                    appended.set_result(result)
 
     async def close(self) -> None:
-        """Returns when what was appended has been sent, or could not be."""
+        """Wait until every pending event is sent or has failed."""
         if self._flushing is not None:
             await asyncio.wait({self._flushing})
 
     async def _run(self, batch: list[Any]) -> list[Any]:
-        """The script once for each; what redis-py would look up before every pipeline is loaded when it is missed."""
-        answers = await self._pipeline(batch)
-        missed = [index for index, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
+        """Run the script for each event of a batch.
+
+        Load the script only when Redis misses it; redis-py would look it up before every pipeline.
+        """
+        results = await self._pipeline(batch)
+        missed = [index for index, result in enumerate(results) if isinstance(result, NoScriptError)]
         if missed:
             await self._redis.script_load(_APPEND)
-            again = await self._pipeline([batch[index] for index in missed])
-            for index, answer in zip(missed, again, strict=True):
-                answers[index] = answer
-        return answers
+            retried = await self._pipeline([batch[index] for index in missed])
+            for index, result in zip(missed, retried, strict=True):
+                results[index] = result
+        return results
 
     async def _pipeline(self, batch: list[Any]) -> list[Any]:
         async with self._redis.pipeline(transaction=False) as pipeline:
             for arguments in batch:
                 pipeline.evalsha(self._append.sha, 2, *arguments)
-            answers: list[Any] = await pipeline.execute(raise_on_error=False)
-        return answers
+            results: list[Any] = await pipeline.execute(raise_on_error=False)
+        return results
 
     async def let_go(self, workspaces: Sequence[UUID]) -> None:
-        """The workspaces are deleted: nobody can resume there, and what was said there is not kept."""
+        """Expire the histories of deleted workspaces soon: no client can resume there, and no event is kept."""
         async with self._redis.pipeline(transaction=False) as pipeline:
             for workspace in workspaces:
                 for key in keys(workspace):
@@ -206,8 +209,9 @@ def keys(workspace: UUID) -> list[str]:
     return [stream, f"{stream}:bytes"]
 
 
-def replay(last: bytes, found: Any) -> Replay:
-    gap, more, entries = found
+def replay(last: bytes, raw_replay: Any) -> Replay:
+    """Parse the id of the last event and the result {gap, more, entries} of the Lua function ``read_after``."""
+    gap, more, entries = raw_replay
     return Replay(
         last=last.decode(),
         entries=[Entry(id.decode(), origin.decode(), with_id(id, data)) for id, origin, data in entries],
@@ -221,18 +225,18 @@ def with_id(id: bytes, data: bytes) -> bytes:
 
 
 def position(id: str) -> tuple[int, int]:
-    """An event id as what it is compared by."""
+    """Return the two integers by which event ids are compared."""
     milliseconds, _, count = id.partition("-")
     return int(milliseconds), int(count)
 
 
 def parse_event_id(text: str, *, field: str) -> str:
-    """The id, as Redis writes it.
+    """Return the event id as Redis writes it.
 
     Raises:
-        ValidationFailed: it is none.
+        ValidationFailed: the text is not an event id.
     """
     match = _ID.fullmatch(text)
     if match is None:
-        raise invalid(field, "Not an event id: <milliseconds>-<number>.")
+        raise invalid(field, "Not a valid event id: must be <milliseconds>-<number>.")
     return "-".join(str(int(part)) for part in match.groups())

@@ -1,4 +1,4 @@
-"""What every client may say, wherever it is."""
+"""Messages that every client may send, without a workspace or document."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -36,7 +36,7 @@ async def authenticate(socket: Connection, data: dict[str, Any]) -> dict[str, An
     notices = realtime.standing.notices
     user, name = await realtime.doorman.by_token(data["token"])
     if user.id != socket.user.id:
-        raise Forbidden("The token is another user's; open another connection")
+        raise Forbidden("Token belongs to another user; open another connection")
     socket.user, socket.name, socket.warned = user, name, False
     if notices != realtime.standing.notices:
         realtime.standing.doubt(socket)
@@ -45,5 +45,5 @@ async def authenticate(socket: Connection, data: dict[str, Any]) -> dict[str, An
 
 @messages.on("ping", Ping, ack=Pong)
 async def ping(_: Connection, __: dict[str, Any]) -> dict[str, Any]:
-    """Ask whether the server answers; optional beside WebSocket pings."""
+    """Check that the server replies; optional in addition to WebSocket pings."""
     return {"serverTime": datetime.now(UTC)}

@@ -1,4 +1,7 @@
-"""What waits for a slow peer: bounded in frames and bytes, in three delivery classes; pure, without I/O."""
+"""Backpressure for a slow peer: a queue of frames, bounded in frames and bytes, with three delivery classes.
+
+Pure: no I/O.
+"""
 
 import enum
 from collections.abc import Hashable, Iterator
@@ -6,13 +9,13 @@ from itertools import count
 
 
 class Delivery(enum.Enum):
-    DURABLE = "durable"  # delivered, or the connection ends
-    NEWEST = "newest"  # replaces the one of the same key that still waits
-    DROPPABLE = "droppable"  # goes when there is no room
+    DURABLE = "durable"  # delivered, or the connection closes
+    NEWEST = "newest"  # replaces a pending frame with the same key
+    DROPPABLE = "droppable"  # dropped when the outbox is full
 
 
 class Outbox:
-    """First in, first out. Ephemeral frames, the oldest first, give way to durable ones."""
+    """A first-in, first-out queue; a full queue drops ephemeral frames, the oldest first, for new ones."""
 
     def __init__(self, *, most_frames: int, most_bytes: int) -> None:
         self._most_frames = most_frames
@@ -21,40 +24,40 @@ class Outbox:
         self._ephemeral: dict[Hashable, None] = {}
         self._numbers = count()
         self.bytes = 0
-        self.dropped = 0  # since the last put
+        self.dropped = 0  # by the last put
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def put(self, frame: bytes, delivery: Delivery, key: Hashable = None) -> bool:
-        """Whether the peer still gets what it must: False where a durable frame finds no room.
+        """Add a frame; return False if it is durable and the outbox is full.
 
-        A frame larger than the whole outbox may wait in it alone: acks are as large as what was asked for.
+        An empty outbox takes a frame of any size: acks are as large as the data that the client requested.
         """
         self.dropped = 0
         if delivery is Delivery.NEWEST:
-            place: Hashable = ("newest", key)
-            self._remove(place)
+            slot: Hashable = ("newest", key)
+            self._remove(slot)
         else:
-            place = next(self._numbers)
+            slot = next(self._numbers)
         while not self._has_room(frame):
             if not self._ephemeral:
                 self.dropped += delivery is not Delivery.DURABLE
                 return delivery is not Delivery.DURABLE
             self._remove(next(iter(self._ephemeral)))
             self.dropped += 1
-        self._waiting[place] = frame
+        self._waiting[slot] = frame
         self.bytes += len(frame)
         if delivery is not Delivery.DURABLE:
-            self._ephemeral[place] = None
+            self._ephemeral[slot] = None
         return True
 
     def take(self, most: int) -> Iterator[bytes]:
-        """The oldest frames, up to so many bytes but at least one."""
+        """Remove and yield the oldest frames, up to ``max_bytes`` but at least one frame."""
         while self._waiting and most > 0:
-            place = next(iter(self._waiting))
-            most -= len(self._waiting[place])
-            yield self._remove(place)
+            slot = next(iter(self._waiting))
+            most -= len(self._waiting[slot])
+            yield self._remove(slot)
 
     def clear(self) -> None:
         self._waiting.clear()
@@ -66,8 +69,8 @@ class Outbox:
             return True
         return len(self._waiting) < self._most_frames and self.bytes + len(frame) <= self._most_bytes
 
-    def _remove(self, place: Hashable) -> bytes:
-        frame = self._waiting.pop(place, b"")
-        self._ephemeral.pop(place, None)
+    def _remove(self, slot: Hashable) -> bytes:
+        frame = self._waiting.pop(slot, b"")
+        self._ephemeral.pop(slot, None)
         self.bytes -= len(frame)
         return frame

@@ -1,18 +1,18 @@
-"""What sockets may be in, and why they must leave it."""
+"""Resources that a socket can have access to, and the reasons why access ends."""
 
 from typing import NamedTuple
 from uuid import UUID
 
 
 class Thing(NamedTuple):
-    """What access is given to: ``kind`` is "workspace" or "document"."""
+    """A resource that access is granted to: ``kind`` is "workspace" or "document"."""
 
     kind: str
     id: UUID
 
 
 class Revocation(NamedTuple):
-    """Why access ended. Who did it is not known where only PostgreSQL told."""
+    """The reason why access ended; ``actor`` is None if only a recheck in PostgreSQL found it."""
 
     reason: str
     actor: UUID | None = None

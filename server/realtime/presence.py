@@ -1,11 +1,12 @@
-"""Who is here, over all processes: people, not sockets.
+"""Presence: the users online in each workspace, over all processes and connections.
 
-Every process renews its own lease in each room that it has members in; whoever looks at a room first removes
-the connections of processes whose lease ran out. A user joins with their first connection and leaves with the
-last, and the script that counts also publishes, so that each is announced exactly once.
+Every process renews its own lease in each room that has members there. Every script, except that of a leave, first
+removes the connections of processes whose lease has expired. A user joins with the first connection and leaves with
+the last; the script that counts connections also publishes the event, so that each join and leave is announced
+exactly once.
 
-Entering a room is one script: it reads what was missed, counts the connection and publishes a mark, all at one
-moment in the order of events. What a process hears on the channel after the mark is what came after that moment.
+A join is one script: it reads the missed events, counts the connection and publishes a marker, atomically in the
+order of events. All messages that a process receives on the channel after the marker happened after that moment.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,13 +23,13 @@ from server.realtime.channels import MARK, event_body, event_frame, message, roo
 from server.realtime.history import REPLAY_BYTES, Replay
 
 RENEW_SECONDS = 3.0
-LEASE_SECONDS = 9  # a killed process is noticed after this and at most one renewal more
+LEASE_SECONDS = 9  # other processes detect a killed one after this plus at most one renewal interval
 KEPT_SECONDS = 3600
 ALL = 1_000_000
 Arguments = list[str | bytes | int]
 
 # KEYS: stream, bytes, connections {process:connection → user}, counts {user → connections}, names {user → name},
-# leases. ARGV: channel, head of the leave event up to the user's id, process, seconds of a lease, seconds kept.
+# leases. ARGV: channel, head of the leave event up to the user's id, process, lease TTL, TTL of the keys (seconds).
 _COMMON = (
     history.LUA
     + """
@@ -62,7 +63,7 @@ local function renew()
     redis.call('ZADD', KEYS[6], now + tonumber(ARGV[4]), ARGV[3])
     for i = 3, 6 do redis.call('EXPIRE', KEYS[i], ARGV[5]) end
 end
--- Who finds their own lease run out was away, and so, perhaps, was Redis: then all get another term.
+-- A process whose own lease has expired was disconnected, perhaps because Redis was down: then extend all leases.
 local function forgive()
     local own = redis.call('ZSCORE', KEYS[6], ARGV[3])
     if own and tonumber(own) < now then
@@ -78,7 +79,7 @@ end
 """
 )
 
-# ARGV: … since or nothing, most, most bytes, mark, field, user, name as JSON, join message
+# ARGV: … since or empty, most, most bytes, marker, field, user, name as JSON, join message
 _JOIN = (
     _COMMON
     + """
@@ -104,7 +105,7 @@ if own then renew() end
 return own and 1 or 0
 """
 )
-# ARGV: … since or nothing, most, most bytes, mark, then of each member: connection, user, name, join message
+# ARGV: … since or empty, most, most bytes, marker, then per member: connection, user, name, join message
 _RESTORE = (
     _COMMON
     + """
@@ -150,7 +151,7 @@ class Member:
 
 
 class Presence:
-    """Of one process; ``process`` names it and holds no colon."""
+    """The presence leases and connections of one process; ``process`` is its id, without a colon."""
 
     def __init__(self, redis: Redis, *, process: str) -> None:
         self._redis: Any = redis
@@ -160,42 +161,44 @@ class Presence:
         )
 
     async def join(self, workspace: UUID, member: Member, *, since: str | None) -> tuple[Replay, list[Online], bool]:
-        """Count a connection: what it missed, and who is here now. It is not counted where it missed more.
+        """Register a connection; return its missed events, the users online, and whether the process held its lease.
 
-        And whether this process had a lease: where it had none, none of its other connections is counted.
+        The connection is not registered if the replay has ``more``. If the lease had expired, none of the process's
+        other connections is registered any more.
         """
-        mark = message(b"", origin=member.connection, kind=MARK)
-        arguments: Arguments = [*self._common(workspace), since or "", ALL, REPLAY_BYTES, mark]
+        marker = message(b"", origin=member.connection, kind=MARK)
+        arguments: Arguments = [*self._common(workspace), since or "", ALL, REPLAY_BYTES, marker]
         arguments += [f"{self._process}:{member.connection}", str(member.user), json.dumps(member.name)]
         arguments.append(_join_message(workspace, member, kind=MARK))
-        last, found, online, held = await self._join(keys=_keys(workspace), args=arguments)
-        return history.replay(last, found), _online(online), bool(held)
+        last, raw_replay, online, held = await self._join(keys=_keys(workspace), args=arguments)
+        return history.replay(last, raw_replay), _online(online), bool(held)
 
     async def leave(self, workspace: UUID, *, connection: str) -> None:
-        """Uncount a connection; the leave event is published where it was the user's last."""
+        """Unregister a connection, and publish the leave event if it was the user's last."""
         await self._leave(keys=_keys(workspace), args=[*self._common(workspace), connection])
 
     async def renew(self, workspaces: Sequence[UUID]) -> list[UUID]:
-        """Renew this process's leases; those of these workspaces in which others took it for dead."""
+        """Renew this process's leases; return the workspaces in which its lease had expired."""
         async with self._redis.pipeline(transaction=False) as pipeline:
             for workspace in workspaces:
                 await self._renew(keys=_keys(workspace), args=self._common(workspace), client=pipeline)
-            held = await pipeline.execute()
-        return [workspace for workspace, mine in zip(workspaces, held, strict=True) if not mine]
+            results = await pipeline.execute()
+        return [workspace for workspace, held in zip(workspaces, results, strict=True) if not held]
 
     async def restore(
         self, workspace: UUID, members: Iterable[Member], *, since: str | None, mark: str
     ) -> tuple[Replay, list[Online]]:
-        """Make it known again who of this process is here, and nobody else; and what was missed meanwhile.
+        """Register exactly these members as the process's connections; return the missed events and users online.
 
-        ``mark`` is the origin of the mark, which is published where nothing more was missed.
+        ``marker`` is the origin of the marker, which is published unless the replay has ``more``.
         """
         arguments: Arguments = [*self._common(workspace), since or "", ALL, REPLAY_BYTES]
         arguments.append(message(b"", origin=mark, kind=MARK))
-        for each in members:
-            arguments += [each.connection, str(each.user), json.dumps(each.name), _join_message(workspace, each)]
-        last, found, online = await self._restore(keys=_keys(workspace), args=arguments)
-        return history.replay(last, found), _online(online)
+        for member in members:
+            arguments += [member.connection, str(member.user), json.dumps(member.name)]
+            arguments.append(_join_message(workspace, member))
+        last, raw_replay, online = await self._restore(keys=_keys(workspace), args=arguments)
+        return history.replay(last, raw_replay), _online(online)
 
     async def online(self, workspace: UUID) -> list[Online]:
         return _online(await self._list(keys=_keys(workspace), args=self._common(workspace)))
@@ -217,8 +220,9 @@ def _keys(workspace: UUID) -> list[str]:
     ]
 
 
-def _online(answer: Any) -> list[Online]:
-    counts, names = ({pairs[i]: pairs[i + 1] for i in range(0, len(pairs), 2)} for pairs in answer)
+def _online(reply: Any) -> list[Online]:
+    """Parse the result {counts, names} of the Lua function ``online``; both are flat lists of pairs."""
+    counts, names = ({pairs[i]: pairs[i + 1] for i in range(0, len(pairs), 2)} for pairs in reply)
     return [
         Online(user_id=UUID(user.decode()), user_name=json.loads(names[user]), connections=int(count))
         for user, count in sorted(counts.items())

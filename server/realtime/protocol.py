@@ -1,4 +1,4 @@
-"""Frames to values and back: JSON text frames ``{event, data, id?}``; pure, without I/O."""
+"""Parsing and encoding of the JSON text frames ``{event, data, id?}``; pure, without I/O."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +19,11 @@ class Frame:
 
 
 def parse(raw: bytes | str) -> Frame:
-    """A client's frame.
+    """Parse a client's frame.
 
     Raises:
-        MalformedFrame: ``malformed``, or ``validation_failed`` for an integer beyond 64 bits; with the frame's id where
-            one can be read.
+        MalformedFrame: ``malformed``, or ``validation_failed`` for an integer beyond 64 bits; with the frame's id if
+            it is readable.
     """
     try:
         value = json.loads(raw)
@@ -32,23 +32,23 @@ def parse(raw: bytes | str) -> Frame:
     except ServiceError as error:
         raise malformed(error.detail) from None
     if not isinstance(value, dict):
-        raise malformed("A frame is a JSON object")
+        raise malformed("Frame must be a JSON object")
     event, data, id = value.get("event"), value.get("data", {}), value.get("id")
     if id is not None and (isinstance(id, bool) or not isinstance(id, str | int | float)):
         raise malformed("id must be a string or a number")
     if isinstance(id, str) and len(id) > LONGEST_ID:
-        raise malformed(f"id may have at most {LONGEST_ID} characters")
+        raise malformed(f"id must have at most {LONGEST_ID} characters")
     if not isinstance(event, str) or len(event) > LONGEST_EVENT:
-        raise malformed("event must be a string", id=id)
+        raise malformed(f"event must be a string of at most {LONGEST_EVENT} characters", id=id)
     if data is None:
         data = {}
     if not isinstance(data, dict) or value.keys() - {"event", "data", "id"}:
-        raise malformed("A frame is {event, data, id?}, data an object", id=id)
+        raise malformed("Frame must be {event, data, id?}, with an object as data", id=id)
     return Frame(event, data, id)
 
 
 class MalformedFrame(BadRequest):
-    """``id`` is the frame's, where it could be read."""
+    """A frame that cannot be parsed; ``id`` is the frame's id if it was readable."""
 
     id: str | int | float | None = None
 
@@ -60,16 +60,18 @@ def malformed(detail: str, *, id: str | int | float | None = None) -> MalformedF
 
 
 def _beyond_64_bits(error: json.IntegerOutOfRangeError) -> MalformedFrame:
-    details = [FieldError(field=each["field"].removeprefix("data."), message=each["message"]) for each in error.details]
-    refused = MalformedFrame(error.detail, code=error.code, details=details)
+    details = [
+        FieldError(field=detail["field"].removeprefix("data."), message=detail["message"]) for detail in error.details
+    ]
+    rejected = MalformedFrame(error.detail, code=error.code, details=details)
     id = error.value.get("id") if isinstance(error.value, dict) and details[0]["field"] != "id" else None
     if isinstance(id, str | int | float) and not isinstance(id, bool) and len(str(id)) <= LONGEST_ID:
-        refused.id = id
-    return refused
+        rejected.id = id
+    return rejected
 
 
 def encode(event: str, data: Any, *, id: str | int | float | None = None) -> bytes:
-    """The text of one of our frames."""
+    """Encode one frame of the server as JSON text."""
     value = {"event": event, "data": data}
     return json.dumps(value if id is None else {**value, "id": id})
 
@@ -88,7 +90,7 @@ def refusal(error: ServiceError, *, id: str | int | float | None = None) -> byte
 
 
 def websocket_frame(payload: bytes) -> bytes:
-    """An unmasked, final text frame (RFC 6455, section 5.2), to be written to any number of transports."""
+    """Encode an unmasked, final text frame (RFC 6455, section 5.2); fan-out writes it to many transports."""
     size = len(payload)
     if size < 126:
         return b"\x81" + size.to_bytes(1, "big") + payload
@@ -103,7 +105,7 @@ def close_frame(code: int, reason: str = "") -> bytes:
 
 
 def close_reply(code: int) -> int:
-    """The code that answers the peer's (0 where it sent none): the same, where it may be sent (RFC 6455, 7.4)."""
+    """Return the close code that replies to the peer's (0 if none): the same if it may be sent (RFC 6455, 7.4)."""
     if code == 0:
         return 1000
     return code if code in _SENDABLE else 1002

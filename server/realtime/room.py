@@ -1,8 +1,8 @@
-"""A workspace in this process: who of its members is connected here, and the order in which they are told.
+"""The room of a workspace in this process: its connected members, and the order in which they receive events.
 
-Members hear every event once and in order, also around the moments at which that is hard: when somebody enters,
-and when the subscription was lost. For both, Redis reads what was missed and publishes a mark, at one moment;
-until the mark is heard all is history, after it all is news, which is kept until the history has been sent.
+Members receive every event exactly once and in order, even when a connection joins or the subscription is lost. In
+both cases one Redis script reads the missed events and publishes a marker, atomically. Messages before the marker are
+in the history; messages after it are new and stay buffered until the history is sent.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from server.realtime.presence import Member, Online
 from server.realtime.protocol import encode, websocket_frame
 
 MARK_SECONDS = 2.0
-KEPT_MESSAGES = 1000  # while somebody enters; more, and they must try again
+KEPT_MESSAGES = 1000  # during a join; beyond that the client must retry
 _DELIVERY = {NEWEST: Delivery.NEWEST, DROPPABLE: Delivery.DROPPABLE}
 
 
@@ -30,7 +30,7 @@ class Message(NamedTuple):
 
 
 class Arrival:
-    """Somebody who enters: deaf until their mark, then everything is kept for them until they are in."""
+    """A join in progress: ignores messages before its marker, then buffers them until the join finishes."""
 
     def __init__(self, failure: Callable[[], Unavailable]) -> None:
         self.kept: list[Message] = []
@@ -52,15 +52,15 @@ class Arrival:
             self.kept.append(message)
 
     def demand_touch(self) -> None:
-        """Raises Unavailable where the subscription was lost since."""
+        """Raise Unavailable if the subscription was lost since the join began."""
         if self._broken:
             raise self._failure()
 
     async def history_is_complete(self) -> None:
-        """Returns when the mark was heard. Nothing may be awaited between this and ``admit``.
+        """Wait for the marker. Nothing may be awaited between this and ``finish_join``.
 
         Raises:
-            Unavailable: it was not in time, or too much has happened since.
+            Unavailable: the marker did not come in time, or too many messages are buffered.
         """
         try:
             async with asyncio.timeout(MARK_SECONDS):
@@ -69,22 +69,22 @@ class Arrival:
             raise self._failure() from None
         self.demand_touch()
         if len(self.kept) > KEPT_MESSAGES:
-            raise Unavailable("Too much is happening in this workspace")
+            raise Unavailable(f"Workspace is too busy: more than {KEPT_MESSAGES} messages during the join")
 
 
 Restore = Callable[["Room", str], Awaitable[tuple[Replay, list[Online]]]]
 
 
 class Room:
-    """A ``Listener`` of its workspace's channel."""
+    """A ``ChannelListener`` of its workspace's channel."""
 
     def __init__(self, workspace: UUID, restore: Restore, failure: Callable[[], Unavailable]) -> None:
-        """``failure`` tells what is wrong with Redis, for those who cannot enter."""
+        """``make_error`` returns the state of Redis as an error, for connections that cannot join."""
         self.workspace = workspace
         self._failure = failure
         self.channel = room_channel(workspace)
         self.members: dict[str, Connection] = {}
-        self.last = ""  # the newest durable event that the members have been sent
+        self.last = ""  # the id of the newest durable event that was sent to the members
         self._arrivals: dict[str, Arrival] = {}
         self._entering: dict[str, Connection] = {}
         self._passing: set[tuple[tuple[int, int], asyncio.Future[None]]] = set()
@@ -99,19 +99,21 @@ class Room:
 
     @property
     def stuck(self) -> bool:
-        """Whether it is out of touch, and nobody is about to change that."""
+        """Whether the room is out of sync with Redis and no resync is running."""
         return not self._whole.is_set() and not self._restoring.locked()
 
     def people(self) -> list[Member]:
-        """Who must be known to be here: members, and those who enter."""
-        return [Member(each.id, each.user.id, each.name) for each in (self.members | self._entering).values()]
+        """Return the connections that presence must know: members, and those that are joining."""
+        connections = (self.members | self._entering).values()
+        return [Member(connection.id, connection.user.id, connection.name) for connection in connections]
 
     async def expect(self, connection: Connection) -> Arrival:
-        """Somebody will enter; they hear nothing more until ``admit``. To be ended by ``admit`` or ``refuse``,
-        also where this raises.
+        """Begin a join; the connection receives nothing until ``finish_join``.
+
+        The caller must end the join by ``finish_join`` or ``remove``, even if this raises.
 
         Raises:
-            Unavailable: the room is out of touch with Redis.
+            Unavailable: the room is out of sync with Redis.
         """
         self.members.pop(connection.id, None)
         self._entering[connection.id] = connection
@@ -123,18 +125,18 @@ class Room:
         return self._arrivals.setdefault(connection.id, Arrival(self._failure))
 
     def admit(self, connection: Connection, *, last: str) -> None:
-        """They are in, and told what happened since their mark; they know what came before it, up to ``last``."""
-        arrival = self._arrivals.pop(connection.id, None)
-        if arrival is None:  # they left while they were answered
+        """Finish a join and send the messages since its marker; the client has all events up to ``last_event_id``."""
+        pending = self._arrivals.pop(connection.id, None)
+        if pending is None:  # the connection left before the reply was sent
             return
         del self._entering[connection.id]
         self.last = self.last or last
         self.members[connection.id] = connection
-        for message in arrival.kept:
+        for message in pending.kept:
             self._tell(message, [connection])
 
     def refuse(self, connection: Connection) -> None:
-        """They are out, or do not come in."""
+        """Remove a member, or abort its join."""
         self.members.pop(connection.id, None)
         self._arrivals.pop(connection.id, None)
         self._entering.pop(connection.id, None)
@@ -147,38 +149,38 @@ class Room:
                 return
             kind = ""
         message = Message(origin, kind, websocket_frame(payload))
-        for arrival in self._arrivals.values():
-            arrival.keep(message)
+        for pending in self._arrivals.values():
+            pending.keep(message)
         if self._whole.is_set():
             self._tell(message, self.members.values())
             self._note(kind)
 
     async def passed(self, id: str) -> None:
-        """Returns when the members here have been sent all that comes before this event.
+        """Wait until all earlier events are sent to the members here.
 
-        So an ack stands in its event's place in the order, and who resumes from it misses nothing.
+        So the ack takes its event's place in the order, and a client that resumes from it misses nothing.
         """
         if self.last and position(self.last) >= position(id):
             return
-        passing = position(id), asyncio.get_running_loop().create_future()
-        self._passing.add(passing)
+        waiter = position(id), asyncio.get_running_loop().create_future()
+        self._passing.add(waiter)
         try:
             async with asyncio.timeout(MARK_SECONDS):
-                await passing[1]
+                await waiter[1]
         except TimeoutError:
-            return  # it is in the history, which is what an ack promises
+            return  # the event is in the history, and the ack promises no more
         finally:
-            self._passing.discard(passing)
+            self._passing.discard(waiter)
 
     def interrupt(self) -> None:
         self._whole.clear()
-        for arrival in self._arrivals.values():
-            arrival.give_up()
+        for pending in self._arrivals.values():
+            pending.give_up()
 
     async def resume(self) -> None:
-        """Bring the members up to date: what they missed, who is here now, then what has happened meanwhile.
+        """Send the members the missed events, the users online, and then the messages since the marker.
 
-        Once for each interruption, however many ask for it.
+        Concurrent calls resync only once per interruption.
         """
         async with self._restoring:
             if self._whole.is_set():
@@ -188,26 +190,26 @@ class Room:
                 self._whole.set()
                 return
             token = uuid4().hex
-            arrival = self._arrivals[token] = Arrival(self._failure)
+            pending = self._arrivals[token] = Arrival(self._failure)
             try:
-                replay, online = await self._catch_up(token, arrival)
-                await arrival.history_is_complete()
+                replay, online = await self._catch_up(token, pending)
+                await pending.history_is_complete()
             finally:
                 del self._arrivals[token]
             self._tell(Message("", "", self._resynced(replay, online)), self.members.values())
             self._whole.set()
-            for message in arrival.kept:
+            for message in pending.kept:
                 self._tell(message, self.members.values())
                 self._note(message.kind)
 
-    async def _catch_up(self, token: str, arrival: Arrival) -> tuple[Replay, list[Online]]:
+    async def _catch_up(self, token: str, pending: Arrival) -> tuple[Replay, list[Online]]:
         gap = False
         while True:
             replay, online = await self._restore(self, token)
-            arrival.demand_touch()  # else a notice of who lost access may have been missed
-            for entry in replay.entries:
-                self._tell(_missed(entry), self.members.values())
-                self._note(entry.id)
+            pending.demand_touch()  # else a revocation of access may have been missed
+            for event in replay.entries:
+                self._tell(_missed(event), self.members.values())
+                self._note(event.id)
             gap = gap or replay.gap
             if not replay.more:
                 self._pass(replay.last)
@@ -217,22 +219,22 @@ class Room:
     def _resynced(self, replay: Replay, online: list[Online]) -> bytes:
         data = {
             "workspaceId": self.workspace,
-            "users": [each.shown() for each in online],
+            "users": [user.shown() for user in online],
             "lastEventId": replay.last,
             "gap": replay.gap,
         }
         return websocket_frame(encode("workspace:resync", data))
 
-    def _tell(self, message: Message, whom: Iterable[Connection]) -> None:
+    def _tell(self, message: Message, recipients: Iterable[Connection]) -> None:
         origin, kind, frame = message
         delivery = _DELIVERY.get(kind, Delivery.DURABLE)
         key = (self.workspace, origin) if delivery is Delivery.NEWEST else None
-        for connection in tuple(whom):
+        for connection in tuple(recipients):
             if connection.id != origin:
                 connection.write(frame, delivery, key)
 
     def _note(self, kind: str) -> None:
-        """An event's place in the order has been passed."""
+        """Record that a durable event was sent; all other kinds are ignored."""
         if not kind or kind in _DELIVERY:
             return
         self._pass(kind)
@@ -240,11 +242,11 @@ class Room:
     def _pass(self, id: str) -> None:
         self.last = id
         if self._passing:
-            here = position(id)
-            for awaited, passing in self._passing:
-                if awaited <= here and not passing.done():
-                    passing.set_result(None)
+            sent = position(id)
+            for awaited, delivered in self._passing:
+                if awaited <= sent and not delivered.done():
+                    delivered.set_result(None)
 
 
-def _missed(entry: Entry) -> Message:
-    return Message(entry.origin, entry.id, websocket_frame(event_frame(entry.event)))
+def _missed(event: Entry) -> Message:
+    return Message(event.origin, event.id, websocket_frame(event_frame(event.event)))

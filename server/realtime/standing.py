@@ -1,9 +1,9 @@
-"""Whether the peers of this process may still be here, and do what they do.
+"""Monitoring of sessions and access: closes or evicts the connections of this process that lost them.
 
-Other processes say at once what has changed (``Channels.revoke_sessions``, ``access_changed``, ``gone``), on a channel
-that is always heard; what they say is looked up in PostgreSQL before it counts, so that it does not matter in
-which order two changes are heard. Everybody is looked up every RECHECK_SECONDS, and after Redis was away, before
-anything else is delivered.
+Other processes publish each change at once (``Channels.revoke_sessions``, ``access_changed``, ``deleted``) on a
+control channel that every process subscribes to. A changed role is rechecked in PostgreSQL before it takes effect, so
+that the order of two notices does not matter. All connections are rechecked every ``RECHECK_INTERVAL_SECONDS``, and
+after a Redis outage before any other message is delivered.
 """
 
 import asyncio
@@ -24,38 +24,38 @@ log = structlog.get_logger()
 
 RECHECK_SECONDS = 15.0
 RETRY_SECONDS = 0.5
-LOOKED_UP_AT_ONCE = 1000  # sessions and things in one query
+LOOKED_UP_AT_ONCE = 1000  # sessions and resources per query
 Asked = tuple[UUID, Thing]
 Recheck = Callable[[Sequence[UUID], Sequence[Asked]], Awaitable[tuple[set[UUID], Mapping[Asked, Any]]]]
-"""Of these sessions those that live; of these (user, thing) those with access. Raises ServiceError."""
+"""Return the active sessions of these, and the access of each (user, resource) that has any. Raises ServiceError."""
 REMOVED = Revocation("removed")
 
 
 class Standing:
-    def __init__(self, peers: Mapping[str, "Connection"], recheck: Recheck) -> None:
-        self._peers = peers
+    def __init__(self, connections: Mapping[str, "Connection"], recheck: Recheck) -> None:
+        self._peers = connections
         self._recheck = recheck
         self._doubted: set[Connection] = set()
         self._reasons: dict[tuple[Connection, Thing], Revocation] = {}
-        """Why somebody may have lost something, until it is known whether they have."""
+        """The reason of each possible loss of access, until the recheck decides it."""
         self._doubt = asyncio.Event()
         self._one_at_a_time = asyncio.Lock()
         self.notices = 0
-        """Grows with every notice. Who asked PostgreSQL before one and acts on it after must ``doubt``."""
+        """Grows with every notice. Code that read access before a notice and uses it after must ``mark_stale``."""
 
-    def doubt(self, peer: "Connection") -> None:
-        """Look this peer up, now."""
-        self._doubted.add(peer)
+    def doubt(self, connection: "Connection") -> None:
+        """Schedule an immediate recheck of this connection."""
+        self._doubted.add(connection)
         self._doubt.set()
 
     async def run(self) -> None:
-        """Look up whoever is in doubt, and everybody every RECHECK_SECONDS."""
+        """Recheck stale connections at once, and all connections every ``RECHECK_INTERVAL_SECONDS``."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._settle_doubts())
             tasks.create_task(self._recheck_all())
 
     async def vouch(self) -> None:
-        """Returns when everybody has been looked up; who is about to enter something, when they have entered."""
+        """Recheck all connections; pending joins are rechecked when they finish, because the epoch has grown."""
         self.notices += 1
         await self._look_up_all(list(self._peers.values()))
 
@@ -64,101 +64,105 @@ class Standing:
         notice: dict[str, Any] = json.loads(payload)
         sessions, users = _ids(notice, "sessions"), _ids(notice, "users")
         project = _id(notice, "project")
-        why = Revocation(notice["reason"], notice["actor"], notice["name"]) if "reason" in notice else None
-        things = {Thing(notice["kind"], id) for id in _ids(notice, "ids")}
-        for peer in list(self._peers.values()):
-            if peer.user.session in sessions:
-                peer.close(4401, "the session has ended")
-            elif things:
-                for thing in things & peer.grants.keys():
-                    peer.lose(thing, why or REMOVED)
-            elif peer.user.id in users:
-                self._distrust(peer, project, why)
+        revocation = Revocation(notice["reason"], notice["actor"], notice["name"]) if "reason" in notice else None
+        resources = {Thing(notice["kind"], id) for id in _ids(notice, "ids")}
+        for connection in list(self._peers.values()):
+            if connection.user.session in sessions:
+                connection.close(4401, "session ended")
+            elif resources:
+                for resource in resources & connection.grants.keys():
+                    connection.lose(resource, revocation or REMOVED)
+            elif connection.user.id in users:
+                self._distrust(connection, project, revocation)
 
-    def _distrust(self, peer: "Connection", project: UUID | None, why: Revocation | None) -> None:
-        for thing, access in peer.grants.items():
+    def _distrust(self, connection: "Connection", project: UUID | None, revocation: Revocation | None) -> None:
+        for resource, access in connection.grants.items():
             if access is None or access.project == project:
-                peer.grants[thing] = None
-                self.doubt(peer)
-                if why is not None:
-                    self._reasons.setdefault((peer, thing), why)
+                connection.grants[resource] = None
+                self.doubt(connection)
+                if revocation is not None:
+                    self._reasons.setdefault((connection, resource), revocation)
 
     def interrupt(self) -> None:
-        """Notices may be missed; ``vouch`` makes up for it."""
+        """Do nothing: ``recheck_all`` makes up for missed notices."""
 
     async def resume(self) -> None:
-        """Nothing to do: ``vouch`` has been called."""
+        """Do nothing: ``recheck_all`` has been called."""
 
     async def _settle_doubts(self) -> None:
         while True:
             await self._doubt.wait()
             self._doubt.clear()
-            async with self._one_at_a_time:  # what is asked already may be older than these doubts
-                doubted, self._doubted = self._doubted, set()
-            # Nothing else of theirs: if that has been lost too, the notice that says why is on its way.
-            await self._look_up_all(doubted, only_doubted=True)
+            async with self._one_at_a_time:  # a query that is already running may be older than these notices
+                stale, self._doubted = self._doubted, set()
+            # Only their stale grants: if another one is lost too, the notice with its reason is on its way.
+            await self._look_up_all(stale, only_doubted=True)
 
     async def _recheck_all(self) -> None:
         while True:
             await asyncio.sleep(RECHECK_SECONDS)
             await self.vouch()
 
-    async def _look_up_all(self, whom: Iterable["Connection"], *, only_doubted: bool = False) -> None:
-        for some in _slices(whom):
+    async def _look_up_all(self, connections: Iterable["Connection"], *, only_doubted: bool = False) -> None:
+        for batch in _slices(connections):
             async with self._one_at_a_time:
-                await self._look_up_until_answered(some, only_doubted=only_doubted)
+                await self._look_up_until_answered(batch, only_doubted=only_doubted)
             await asyncio.sleep(0)
 
-    async def _look_up_until_answered(self, whom: Sequence["Connection"], *, only_doubted: bool) -> None:
+    async def _look_up_until_answered(self, connections: Sequence["Connection"], *, only_doubted: bool) -> None:
         while True:
             try:
-                return await self._look_up(whom, only_doubted=only_doubted)
+                return await self._look_up(connections, only_doubted=only_doubted)
             except ServiceError as error:
-                log.warning("access cannot be looked up", error=error.detail, sockets=len(whom))
-            except Exception:  # a door of its own: who is not looked up keeps what they have lost
-                log.exception("access cannot be looked up", sockets=len(whom))
+                log.warning("access cannot be looked up", error=error.detail, sockets=len(connections))
+            except Exception:  # a transport of its own: a connection that is not rechecked would keep lost access
+                log.exception("access cannot be looked up", sockets=len(connections))
             await asyncio.sleep(RETRY_SECONDS)
 
-    async def _look_up(self, whom: Sequence["Connection"], *, only_doubted: bool) -> None:
-        sessions = {peer: peer.user.session for peer in whom if peer.id in self._peers}
+    async def _look_up(self, connections: Sequence["Connection"], *, only_doubted: bool) -> None:
+        sessions = {connection: connection.user.session for connection in connections if connection.id in self._peers}
         if not sessions:
             return
-        asked = [
-            (peer, thing, access)
-            for peer in sessions
-            for thing, access in peer.grants.items()
+        queries = [
+            (connection, resource, access)
+            for connection in sessions
+            for resource, access in connection.grants.items()
             if access is None or not only_doubted
         ]
-        alive, found = await self._recheck(
-            list(set(sessions.values())), list({(peer.user.id, thing) for peer, thing, _ in asked})
+        active, granted = await self._recheck(
+            list(set(sessions.values())), list({(connection.user.id, resource) for connection, resource, _ in queries})
         )
-        for peer, session in sessions.items():
-            if session not in alive and peer.user.session == session:
-                peer.close(4401, "the session has ended")
-        for peer, thing, access in asked:
-            # Doubted again, or decided anew meanwhile: what was just read is older than that.
-            if peer not in self._doubted and thing in peer.grants and peer.grants[thing] is access:
-                self._decide(peer, thing, found.get((peer.user.id, thing)))
-        self._reasons = {key: why for key, why in self._reasons.items() if key[1] in key[0].grants}
+        for connection, session in sessions.items():
+            if session not in active and connection.user.session == session:
+                connection.close(4401, "session ended")
+        for connection, resource, access in queries:
+            # If it was marked stale again or decided meanwhile, the result of this query is older: ignore it.
+            if (
+                connection not in self._doubted
+                and resource in connection.grants
+                and connection.grants[resource] is access
+            ):
+                self._decide(connection, resource, granted.get((connection.user.id, resource)))
+        self._reasons = {key: revocation for key, revocation in self._reasons.items() if key[1] in key[0].grants}
 
-    def _decide(self, peer: "Connection", thing: Thing, access: Any) -> None:
-        why = self._reasons.pop((peer, thing), REMOVED)
+    def _decide(self, connection: "Connection", resource: Thing, access: Any) -> None:
+        revocation = self._reasons.pop((connection, resource), REMOVED)
         if access is None:
-            peer.lose(thing, why)
+            connection.lose(resource, revocation)
         else:
-            peer.grants[thing] = access
+            connection.grants[resource] = access
 
 
-def _slices(whom: Iterable["Connection"]) -> Iterator[list["Connection"]]:
-    some: list[Connection] = []
-    questions = 0
-    for peer in whom:
-        some.append(peer)
-        questions += 1 + len(peer.grants)
-        if questions >= LOOKED_UP_AT_ONCE:
-            yield some
-            some, questions = [], 0
-    yield some
+def _slices(connections: Iterable["Connection"]) -> Iterator[list["Connection"]]:
+    batch: list[Connection] = []
+    size = 0
+    for connection in connections:
+        batch.append(connection)
+        size += 1 + len(connection.grants)
+        if size >= LOOKED_UP_AT_ONCE:
+            yield batch
+            batch, size = [], 0
+    yield batch
 
 
 def _ids(notice: dict[str, Any], name: str) -> set[UUID]:

@@ -1,7 +1,7 @@
-"""What this process hears from Redis: one connection, subscribed to the channels that somebody here listens to.
+"""The Redis pub/sub subscriber of this process: one connection, subscribed to the channels with a listener here.
 
-Whatever interrupts it, nothing is delivered afterwards that a listener could mistake for the next message:
-listeners are told of the interruption, and asked to catch up once their channel is subscribed again.
+After an interruption a listener never mistakes a later message for the next one: it receives ``on_disconnect``, and
+``resync`` once its channel is subscribed again.
 """
 
 import asyncio
@@ -21,36 +21,39 @@ from server.errors import ServiceError, Unavailable, store_down, store_slow
 log = structlog.get_logger()
 
 SUBSCRIBE_SECONDS = 2.0
-PING_SECONDS = 2.0  # one that does not answer until the next is gone
+PING_SECONDS = 2.0  # a connection without a reply until the next ping is lost
 RECONNECT_SECONDS = 0.1
 LONGEST_RECONNECT_SECONDS = 1.0
 RESUMED_AT_ONCE = 32
-SLICE_SECONDS = 0.005  # a burst of messages lets sockets be read after this
+SLICE_SECONDS = 0.005  # after this a burst of messages yields to the sockets
 
 
 class Listener(Protocol):
-    """Who hears a channel."""
+    """A receiver of the messages of one channel."""
 
     def deliver(self, origin: str, kind: str, payload: bytes) -> None:
-        """One message, in the order in which Redis got them; ``origin`` and ``kind`` as they were published."""
+        """Receive one message, in the order of Redis; ``origin`` and ``kind`` are as they were published."""
 
     def interrupt(self) -> None:
-        """The subscription is lost: messages may be missed from now on."""
+        """Handle the loss of the subscription: messages may be missed from now on."""
 
     async def resume(self) -> None:
-        """The channel is subscribed again, and its messages flow: catch up with what was missed.
+        """Catch up with the missed messages; the channel is subscribed again and its messages flow.
 
-        It may raise where it cannot, and has to try again by itself.
+        It may raise if it cannot; the listener itself must retry.
         """
 
 
 class Subscriber:
-    """``control`` hears its own channel always; ``vouch`` returns when what was missed of it cannot matter."""
+    """A subscriber with a permanent subscription to the control channel.
+
+    ``control`` is the listener of ``channel``. ``recheck_all`` makes up for the messages that it missed.
+    """
 
     def __init__(self, redis: Redis, *, channel: str, control: Listener, vouch: Callable[[], Awaitable[None]]) -> None:
         self.serving = False
-        """Whether messages flow, and what was missed of the control channel cannot matter any more."""
-        self._lost_by: Exception | None = None  # the last connection
+        """Whether messages flow, and ``recheck_all`` has made up for missed control messages."""
+        self._lost_by: Exception | None = None  # why the last connection ended
         self._pool: Any = redis.connection_pool
         self._control = channel.encode()
         self._vouch = vouch
@@ -64,10 +67,11 @@ class Subscriber:
         self._pause = RECONNECT_SECONDS
 
     async def subscribe(self, name: str, listener: Listener) -> None:
-        """Returns when Redis has confirmed: from now on nothing is missed. One listener a channel.
+        """Subscribe and wait for Redis to confirm: from then on no message is missed. One listener per channel.
 
         Raises:
-            Unavailable: it has not in time. The listener is kept, and heard later, until ``unsubscribe``.
+            Unavailable: Redis did not confirm in time. The listener stays registered until ``unsubscribe``, and
+                receives messages later.
         """
         channel = name.encode()
         self._listeners[channel] = listener
@@ -75,7 +79,7 @@ class Subscriber:
         await self._confirmation(channel)
 
     def unsubscribe(self, name: str, listener: Listener) -> None:
-        """Ends what ``subscribe`` began, unless another listens there by now."""
+        """End a subscription, unless the channel has another listener by now."""
         channel = name.encode()
         if self._listeners.get(channel) is listener:
             del self._listeners[channel]
@@ -83,7 +87,7 @@ class Subscriber:
             self._end_wait(channel)
 
     async def resume(self, name: str, listener: Listener) -> None:
-        """Let one catch up; that it cannot is logged, and no reason to interrupt all others."""
+        """Resync one listener; a failure is logged and does not interrupt the other listeners."""
         try:
             await self._confirmation(name.encode())
             await listener.resume()
@@ -93,7 +97,7 @@ class Subscriber:
             log.exception("events not resumed", channel=name)
 
     async def listen(self) -> None:
-        """Deliver what Redis brings, for as long as the process lives; connects again when Redis was away."""
+        """Deliver messages until cancelled; reconnect with exponential backoff after each interruption."""
         while True:
             try:
                 async with self._connected() as connection:
@@ -108,8 +112,8 @@ class Subscriber:
 
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[Any]:
-        """A connection that hears the control channel, and what it may have missed there has been looked up."""
-        # Not one of the pool's: one whose handshake was given up would be handed out again.
+        """Open a connection that is subscribed to the control channel, and recheck what it may have missed there."""
+        # Not from the pool, which would hand out a connection again whose handshake was aborted.
         connection: Any = self._pool.make_connection()
         try:
             async with asyncio.timeout(SUBSCRIBE_SECONDS):
@@ -134,13 +138,13 @@ class Subscriber:
         loop = asyncio.get_running_loop()
         until = loop.time() + SLICE_SECONDS
         while True:
-            # The names of redis-py's own PubSub are not used: it connects again silently, and messages are lost.
-            answer = await connection.read_response(disable_decoding=True, push_request=True)
+            # redis-py's own PubSub is not used: it reconnects silently, and messages are lost.
+            reply = await connection.read_response(disable_decoding=True, push_request=True)
             self._heard = True
-            if answer[0] == b"message":
-                self._deliver(answer[1], answer[2])
-            elif answer[0] == b"subscribe":
-                self._confirm(answer[1])
+            if reply[0] == b"message":
+                self._deliver(reply[1], reply[2])
+            elif reply[0] == b"subscribe":
+                self._confirm(reply[1])
             if loop.time() > until:
                 await asyncio.sleep(0)
                 until = loop.time() + SLICE_SECONDS
@@ -155,13 +159,13 @@ class Subscriber:
                 log.exception("a message could not be delivered", channel=channel.decode())
 
     async def _send(self, connection: Any) -> None:
-        """Subscriptions follow what is listened to, in batches: one command for all that changed meanwhile."""
+        """Keep the subscriptions equal to the listened channels, in batches: one command for all pending changes."""
         while True:
             await self._changed.wait()
             self._changed.clear()
-            touched, self._touched = self._touched, set()
-            new = [each for each in touched if each in self._listeners and each not in self._sent]
-            old = [each for each in touched if each not in self._listeners and each in self._sent]
+            changed, self._touched = self._touched, set()
+            new = [channel for channel in changed if channel in self._listeners and channel not in self._sent]
+            old = [channel for channel in changed if channel not in self._listeners and channel in self._sent]
             self._sent.update(new)
             self._sent.difference_update(old)
             self._unconfirmed.update(new)
@@ -173,17 +177,17 @@ class Subscriber:
             self._heard = False
             await _command(connection, "PING", b"")
             await asyncio.sleep(PING_SECONDS)
-        raise RedisTimeoutError("Redis is silent")
+        raise RedisTimeoutError("Redis did not reply to a ping")
 
     async def _resume(self, missed: list[tuple[bytes, Listener]]) -> None:
         slots = asyncio.Semaphore(RESUMED_AT_ONCE)
 
-        async def resume(channel: bytes, listener: Listener) -> None:
+        async def resync_one(channel: bytes, listener: Listener) -> None:
             async with slots:
                 if self._listeners.get(channel) is listener:
                     await self.resume(channel.decode(), listener)
 
-        await asyncio.gather(*(resume(channel, listener) for channel, listener in missed))
+        await asyncio.gather(*(resync_one(channel, listener) for channel, listener in missed))
         self._pause = RECONNECT_SECONDS
 
     def _touch(self, *channels: bytes) -> None:
@@ -193,15 +197,15 @@ class Subscriber:
     async def _confirmation(self, channel: bytes) -> None:
         if channel in self._sent and not self._unconfirmed[channel]:
             return
-        waiting = self._waiting.setdefault(channel, asyncio.get_running_loop().create_future())
+        confirmed = self._waiting.setdefault(channel, asyncio.get_running_loop().create_future())
         try:
             async with asyncio.timeout(SUBSCRIBE_SECONDS):
-                await asyncio.shield(waiting)
+                await asyncio.shield(confirmed)
         except TimeoutError:
             raise self.failure() from None
 
     def failure(self) -> Unavailable:
-        """Return why Redis did not do something in time: it is slow, or there is no connection to it."""
+        """Return why Redis did not confirm in time: it is slow, or there is no connection to it."""
         is_slow = self.serving or isinstance(self._lost_by, RedisTimeoutError | TimeoutError)
         return (store_slow if is_slow else store_down)("Redis")
 
@@ -212,9 +216,9 @@ class Subscriber:
             self._end_wait(channel)
 
     def _end_wait(self, channel: bytes) -> None:
-        waiting = self._waiting.pop(channel, None)
-        if waiting is not None and not waiting.done():
-            waiting.set_result(None)
+        confirmed = self._waiting.pop(channel, None)
+        if confirmed is not None and not confirmed.done():
+            confirmed.set_result(None)
 
     def _interrupt(self) -> None:
         self.serving = False
@@ -225,9 +229,12 @@ class Subscriber:
 
 
 async def _until_one_fails(*coroutines: Coroutine[Any, Any, None]) -> None:
-    """Raises what the first to fail raised. Before Python 3.13 a TaskGroup whose task fails forgets that it was
-    cancelled at the same moment, and leaves its own task marked as cancelled when it was not."""
-    tasks = [asyncio.ensure_future(each) for each in coroutines]
+    """Run the coroutines until one fails, cancel the others, and raise its error.
+
+    No TaskGroup: before Python 3.13, if its task fails, it forgets a cancellation at the same moment, and leaves its
+    own task marked as cancelled when it was not.
+    """
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
     finally:
@@ -239,7 +246,7 @@ async def _until_one_fails(*coroutines: Coroutine[Any, Any, None]) -> None:
 
 
 async def _command(connection: Any, name: str, *arguments: bytes) -> None:
-    if not connection.is_connected:  # else redis-py would connect again, without our subscriptions
-        raise RedisConnectionError("Redis has hung up")
+    if not connection.is_connected:  # else redis-py would reconnect without the subscriptions
+        raise RedisConnectionError("Redis closed the connection")
     if arguments:
         await connection.send_command(name, *arguments, check_health=False)

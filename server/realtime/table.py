@@ -1,7 +1,7 @@
-"""MessageTable: the idiom of ``RouteTableDef`` for messages.
+"""MessageTable: the ``RouteTableDef`` of messages.
 
-``@messages.on("cursor:update", CursorUpdate)`` over ``async def update_cursor(socket, data) -> ack``; what the
-function returns is the ack's data, and a refusal is raised.
+``@messages.on("cursor:update", CursorUpdate)`` decorates ``async def update_cursor(socket, data) -> ack``. The
+handler returns the data of the ack, and raises ServiceError to reject the message.
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -17,7 +17,7 @@ Handler = Callable[["Connection", dict[str, Any]], Awaitable[dict[str, Any] | No
 
 
 class Nothing(Schema):
-    """An ack without anything in it."""
+    """An ack without data."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class MessageTable:
         self._messages: list[Message] = []
 
     def on(self, event: str, schema: type[Schema], *, ack: type[Schema] = Nothing) -> Callable[[Handler], Handler]:
-        """``ack`` describes what the handler returns, for the AsyncAPI document."""
+        """Register a handler; ``ack`` describes its return value for the AsyncAPI document."""
 
         def add(handler: Handler) -> Handler:
             summary = (handler.__doc__ or "").partition("\n")[0].strip()
@@ -48,14 +48,15 @@ class MessageTable:
 
 
 def merge(tables: Iterable[MessageTable]) -> dict[str, Message]:
-    """All messages by event.
+    """Merge the tables into one mapping by event.
 
     Raises:
-        RuntimeError: two tables know the same event.
+        RuntimeError: two tables define the same event.
     """
     merged: dict[str, Message] = {}
-    for message in (each for table in tables for each in table):
-        if message.event in merged:
-            raise RuntimeError(f"two handlers for {message.event}")
-        merged[message.event] = message
+    for table in tables:
+        for message in table:
+            if message.event in merged:
+                raise RuntimeError(f"two handlers for {message.event}")
+            merged[message.event] = message
     return merged

@@ -1,14 +1,14 @@
-"""How much a peer may send: a bucket of frames, and patience with what is over it or malformed; pure."""
+"""Rate limit of a connection: a token bucket of frames, and limits for violations and malformed frames; pure."""
 
 from collections import deque
 
 PATIENCE_SECONDS = 10.0
-MALFORMED_FRAMES = 50  # within PATIENCE_SECONDS
-CALM_SECONDS = 1.0  # without a refusal, and the peer is within its limit again
+MALFORMED_FRAMES = 50  # within ``VIOLATION_WINDOW_SECONDS``
+CALM_SECONDS = 1.0  # a peer without rejected frames for this long is within its rate limit again
 
 
 class Throttle:
-    """``now`` is any clock that only grows, in seconds."""
+    """A token bucket; ``now`` is any monotonic clock, in seconds."""
 
     __slots__ = ("_burst", "_left", "_malformed", "_over_since", "_rate", "_refilled_at", "_refused_at")
 
@@ -22,7 +22,7 @@ class Throttle:
         self._malformed: deque[float] | None = None  # most peers never need it
 
     def admit(self, now: float) -> bool:
-        """Take one frame from the bucket; False where it is empty."""
+        """Take one token from the bucket; return False if it is empty."""
         self._left = min(self._burst, self._left + (now - self._refilled_at) * self._rate)
         self._refilled_at = now
         if self._left >= 1:
@@ -39,7 +39,9 @@ class Throttle:
         self._malformed.append(now)
 
     def exhausted(self, now: float) -> bool:
-        """Whether patience has ended: refused for 10 s on end, or 50 malformed frames within 10 s."""
-        refused = now - self._refused_at < CALM_SECONDS and now - self._over_since >= PATIENCE_SECONDS
+        """Whether to close the connection: over the limit for 10 s, or 50 malformed frames within 10 s."""
+        over_limit = now - self._refused_at < CALM_SECONDS and now - self._over_since >= PATIENCE_SECONDS
         malformed = self._malformed is not None and len(self._malformed) == MALFORMED_FRAMES
-        return refused or (malformed and self._malformed is not None and now - self._malformed[0] <= PATIENCE_SECONDS)
+        return over_limit or (
+            malformed and self._malformed is not None and now - self._malformed[0] <= PATIENCE_SECONDS
+        )

@@ -1,4 +1,4 @@
-"""What tests of documents need beside the common fixtures."""
+"""Fixtures for tests of documents."""
 
 import asyncio
 import contextlib
@@ -33,8 +33,10 @@ async def db(database_url: str) -> AsyncIterator[Database]:
 
 
 class Held:
-    """A document whose row somebody else has locked: what is appended to it waits, fails when that is
-    ``cancelled``, and goes on at the end."""
+    """A document whose row another transaction has locked.
+
+    An append to it waits, fails on ``cancelled``, and continues at the end of the lock.
+    """
 
     def __init__(self, connection: asyncpg.Connection, document: UUID) -> None:
         self._connection, self._document = connection, document
@@ -49,7 +51,7 @@ class Held:
             await self._connection.execute("SELECT pg_cancel_backend($1)", process)
 
     async def _waiting(self) -> list[int]:
-        """By pg_locks: pg_stat_activity shows a transaction no connection that is younger than its first look."""
+        """Read pg_locks: inside a transaction, pg_stat_activity shows no connection younger than its first read."""
         rows = await self._connection.fetch(
             "SELECT pid FROM pg_locks WHERE NOT granted AND pg_backend_pid() = ANY (pg_blocking_pids(pid))"
         )
@@ -82,7 +84,7 @@ MakeRooms = Callable[[], Rooms]
 
 @pytest.fixture
 async def make_rooms(settings: Settings) -> AsyncIterator[MakeRooms]:
-    """Live documents as a process has them, without the doors."""
+    """Live documents as a server process has them, without the REST and socket transports."""
     nobody = Nobody()
     async with resources.connect(settings) as stores:
         subscriber = Subscriber(stores.blocking_redis, channel="test", control=nobody, vouch=nobody.resume)

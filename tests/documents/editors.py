@@ -1,4 +1,4 @@
-"""An editor as tests speak of it: a Yjs document in step with the server's, through the JSON socket."""
+"""An editor for tests: a Yjs document that stays in sync with the server over the JSON socket."""
 
 import asyncio
 import itertools
@@ -18,7 +18,7 @@ FAILURES = (Refused, Closed, aiohttp.ClientError, OSError, TimeoutError)
 
 
 class Editor:
-    """Types, hears others, and after a disconnect sends again what was not acknowledged."""
+    """A client that types, receives the edits of others, and resends unacknowledged edits after a disconnect."""
 
     def __init__(self, actor: Actor, document: str) -> None:
         self.actor, self.document = actor, document
@@ -32,7 +32,7 @@ class Editor:
         return str(self.content)
 
     async def open(self) -> "Editor":
-        """Connect, and compare with the server: what either lacks is sent."""
+        """Connect and sync with the server: each side sends the updates that the other is missing."""
         self.socket = await self.actor.connect()
         opened = await self.socket.push(
             "document:open", documentId=self.document, stateVector=b64encode(self.doc.get_state()).decode()
@@ -45,7 +45,7 @@ class Editor:
         return self
 
     async def type(self, text: str, *, at: int | None = None) -> int:
-        """Insert and wait for the ack; the version."""
+        """Insert, wait for the ack, and return the version."""
         return await self.send(self.insert(text, at=at))
 
     def insert(self, text: str, *, at: int | None = None) -> bytes:
@@ -54,7 +54,7 @@ class Editor:
         return self.doc.get_update(before)
 
     async def send(self, update: bytes) -> int:
-        """The version; what could not be saved in time is sent once more, as it is told."""
+        """Send an update and return its version; retry once after ``retryAfter`` if the server is unavailable."""
         data = {"documentId": self.document, "update": b64encode(update).decode()}
         try:
             ack = await self.socket.push("document:update", **data)
@@ -67,12 +67,12 @@ class Editor:
         return ack["version"]
 
     def hear(self) -> None:
-        """Apply what has arrived so far."""
+        """Apply the updates that have arrived so far."""
         while self.socket.heard:
             self._apply(self.socket.heard.popleft())
 
     async def until(self, text: str) -> None:
-        """Returns when the document reads so."""
+        """Wait until the document has this text."""
         async with asyncio.timeout(PATIENCE_SECONDS):
             while self.text != text:
                 self._apply(await self.socket.next(seconds=PATIENCE_SECONDS))
@@ -82,13 +82,13 @@ class Editor:
         await self.socket.push("document:awareness", documentId=self.document, state=state)
 
     async def sees(self) -> list[wire.Entry]:
-        """The next cursors that are shown."""
+        """Wait for the next awareness states of other editors."""
         while (frame := await self.socket.next())["event"] != "document:awareness":
             self._apply(frame)
         return wire.parse_awareness(b64decode(frame["data"]["state"]))
 
     async def mark(self, name: str, acknowledged: list[str]) -> None:
-        """Type numbered marks, one after the other, for as long as that works; note which were acknowledged."""
+        """Type numbered marks one after the other until a failure; record the acknowledged ones."""
         try:
             for number in itertools.count():
                 mark = f"<{name}{number}>"
@@ -98,7 +98,7 @@ class Editor:
             return
 
     async def type_at_random(self, characters: str, *, seed: int, disconnects: float = 0.0) -> None:
-        """One by one at random places; after a failure or a disconnect it comes back and carries on."""
+        """Type characters one by one at random places; reconnect and continue after a failure or a disconnect."""
         chance = random.Random(seed)
         for character in characters:
             before = self.text[: chance.randrange(len(self.text) + 1)]
@@ -108,7 +108,7 @@ class Editor:
             await self.deliver(update)
 
     async def deliver(self, update: bytes) -> None:
-        """Until it is acknowledged, whatever it takes."""
+        """Resend an update, with reconnects, until it is acknowledged."""
         while True:
             try:
                 await self.send(update)

@@ -1,4 +1,4 @@
-"""Updates that are meant to harm."""
+"""Hostile Yjs updates."""
 
 import random
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from pycrdt import Array, Doc, Map, Text, XmlElement, XmlFragment
 
 from server.documents import wire
 
-# Found by fuzzing pycrdt 0.14.13: each update is well-formed, and the last one ends the process.
+# Found by fuzzing pycrdt 0.14.13: each update is well-formed, and the last one crashes the process.
 LETHAL = [
     [
         "01019dd5e7b40449080101610175037c3f800000770173740362696e019dd5e7b404010004",
@@ -34,20 +34,20 @@ LETHAL = [
 
 
 def nested_values(depth: int) -> bytes:
-    """A text with one value in it: a list in a list in a list."""
+    """Return the update of a text with one value in it: lists nested to ``depth``."""
     value = b"\x75\x01" * depth + b"\x7e"
     return b"\x01\x01\x05\x00" + b"\x08\x01" + wire.prefixed(b"content") + b"\x01" + value + b"\x00"
 
 
 def nested_types(depth: int) -> bytes:
-    """Arrays in arrays; harmless until the outermost is deleted."""
+    """Return the update of arrays nested to ``depth``; harmless until the outermost is deleted."""
     outermost = b"\x07\x01" + wire.prefixed(b"content") + b"\x00"
     inner = (b"\x07\x00\x05" + wire.number(n) + b"\x00" for n in range(depth - 1))
     return b"\x01" + wire.number(depth) + b"\x05\x00" + outermost + b"".join(inner) + b"\x00"
 
 
 def typing(chance: random.Random, known: Mapping[int, int]) -> bytes:
-    """Text that goes on where its client stopped, at places that contradict each other; and deletions of anything."""
+    """Return text that continues where its client stopped, at contradictory places, with arbitrary deletions."""
 
     def somewhere() -> bytes:
         client = chance.choice(list(known))
@@ -74,7 +74,7 @@ def _range(at: bytes) -> bytes:
 
 
 def rich_updates(chance: random.Random) -> list[bytes]:
-    """What editors of all kinds send."""
+    """Return updates of rich-text editors: maps, arrays, XML and embedded types."""
     doc: Doc = Doc(client_id=chance.randrange(1, 1 << 32))
     text, items = doc.get("content", type=Text), doc.get("a", type=Array)
     values, tree = doc.get("m", type=Map), doc.get("x", type=XmlFragment)

@@ -1,4 +1,4 @@
-"""Cursors: a client speaks for itself only, and is seen again at once when it comes back."""
+"""Awareness: a client sets only its own state, and is visible again at once after a reconnect."""
 
 from uuid import uuid4
 
@@ -15,7 +15,7 @@ def shown(awareness: Awareness) -> dict[int, str]:
     return {each.entry.client: each.entry.state for each in awareness}
 
 
-def test_a_socket_speaks_for_its_own_client_only() -> None:
+def test_socket_sets_the_state_of_its_own_client_only() -> None:
     awareness = Awareness()
     awareness.say("a", ALICE, [Entry(1, 1, "{}")], now=NOW)
     awareness.say("b", BOB, [Entry(2, 1, '{"x":1}')], now=NOW)
@@ -26,14 +26,14 @@ def test_a_socket_speaks_for_its_own_client_only() -> None:
     assert shown(awareness) == {1: "{}", 2: '{"x":2}'}
 
 
-def test_nobody_takes_anothers_client_id() -> None:
+def test_socket_cannot_take_the_client_id_of_another() -> None:
     awareness = Awareness()
     awareness.say("a", ALICE, [Entry(1, 1, "{}")], now=NOW)
     assert awareness.say("b", BOB, [Entry(1, 9, '{"forged":true}')], now=NOW) is None
     assert shown(awareness) == {1: "{}"}
 
 
-def test_who_comes_back_is_newer_than_their_leaving() -> None:
+def test_returning_client_has_a_higher_clock_than_its_leave() -> None:
     awareness = Awareness()
     awareness.say("a", ALICE, [Entry(1, 5, "{}")], now=NOW)
     [left] = awareness.leave("a", now=NOW + 1)
@@ -44,7 +44,7 @@ def test_who_comes_back_is_newer_than_their_leaving() -> None:
     assert back.clock > left.entry.clock
 
 
-def test_a_second_socket_of_the_same_client_takes_over() -> None:
+def test_second_socket_of_the_same_client_takes_over() -> None:
     awareness = Awareness()
     awareness.say("a", ALICE, [Entry(1, 5, "{}")], now=NOW)
     assert awareness.say("a2", ALICE, [Entry(1, 6, '{"again":1}')], now=NOW + 1)
@@ -52,7 +52,7 @@ def test_a_second_socket_of_the_same_client_takes_over() -> None:
     assert shown(awareness) == {1: '{"again":1}'}
 
 
-def test_what_another_process_says_is_news_once() -> None:
+def test_state_from_another_process_is_new_only_once() -> None:
     awareness = Awareness()
     assert awareness.hear(Entry(1, 7, "{}"), owner="p2", user=ALICE, now=NOW)
     assert not awareness.hear(Entry(1, 7, "{}"), owner="p2", user=ALICE, now=NOW)
@@ -60,7 +60,7 @@ def test_what_another_process_says_is_news_once() -> None:
     assert not awareness.hear(Entry(1, 8, "{}"), owner="p2", user=ALICE, now=NOW)
 
 
-def test_the_silent_are_forgotten_and_the_living_are_renewed() -> None:
+def test_stale_clients_are_pruned_and_connected_ones_are_renewed() -> None:
     awareness = Awareness()
     awareness.say("a", ALICE, [Entry(1, 1, "{}")], now=NOW)
     awareness.hear(Entry(2, 1, "{}"), owner="killed", user=BOB, now=NOW)
@@ -72,16 +72,16 @@ def test_the_silent_are_forgotten_and_the_living_are_renewed() -> None:
 
 
 @pytest.mark.parametrize("state", ["{", "[]", "1", '"x"', "{" + " " * 20_000 + "}", ""])
-def test_states_that_would_break_other_clients_are_refused(state: str) -> None:
+def test_states_that_would_break_other_clients_are_rejected(state: str) -> None:
     with pytest.raises(Malformed):
         Awareness().say("a", ALICE, [Entry(1, 1, state)], now=NOW)
 
 
-def test_no_more_people_than_clients_can_bear() -> None:
+def test_number_of_clients_in_a_document_is_bounded() -> None:
     awareness = Awareness()
     for client in range(MOST_CLIENTS):
         awareness.say(f"{client}", ALICE, [Entry(client, 1, "{}")], now=NOW)
-    with pytest.raises(Malformed, match="Too many people"):
+    with pytest.raises(Malformed, match="maximum of 1000 awareness states"):
         awareness.say("late", BOB, [Entry(MOST_CLIENTS, 1, "{}")], now=NOW)
     assert not awareness.hear(Entry(MOST_CLIENTS, 1, "{}"), owner="elsewhere", user=BOB, now=NOW)
     assert awareness.say("0", ALICE, [Entry(0, 2, '{"still":1}')], now=NOW)

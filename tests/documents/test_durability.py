@@ -1,4 +1,4 @@
-"""Nothing acknowledged is lost, and all converge: over several processes, disconnects and kills."""
+"""Durability: no acknowledged edit is lost and all editors converge, over processes, disconnects and kills."""
 
 import asyncio
 import contextlib
@@ -17,7 +17,7 @@ from tests.documents.editors import Editor, make_document
 from tests.patience import PATIENCE_SECONDS
 from tests.processes import Processes, Server
 
-UNHURRIED = {"WS_FRAMES_PER_SECOND": "100000", "WS_BURST": "100000"}  # machines type faster than they may
+UNHURRIED = {"WS_FRAMES_PER_SECOND": "100000", "WS_BURST": "100000"}  # tests type faster than the rate limit
 LETTERS = "abcdefghijklmnopqrstuvwxyzäöü𝄞é\n"
 
 
@@ -29,7 +29,7 @@ def own_processes(own_stack: Stack, tmp_path: Path) -> Iterator[Processes]:
 
 @contextlib.asynccontextmanager
 async def typing(*editors: Editor) -> AsyncIterator[list[str]]:
-    """All type marks for as long as it works; what was acknowledged so far."""
+    """Let all editors type marks until a failure; yield the marks that are acknowledged so far."""
     acknowledged: list[str] = []
     tasks = [asyncio.ensure_future(each.mark(f"{n}:", acknowledged)) for n, each in enumerate(editors)]
     yield acknowledged
@@ -37,11 +37,11 @@ async def typing(*editors: Editor) -> AsyncIterator[list[str]]:
         task.cancel()
     await asyncio.wait(tasks)
     await asyncio.gather(*(each.socket.raw.close() for each in editors))
-    await asyncio.sleep(0.5)  # what was sent last may still be committed
+    await asyncio.sleep(0.5)  # the last edits may still be committed
 
 
 async def amid_the_typing(acknowledged: list[str], *, after: int = 0) -> None:
-    """Returns at some moment after more than so many have been acknowledged."""
+    """Wait until more than ``after`` marks are acknowledged, and then for a random time."""
     async with asyncio.timeout(PATIENCE_SECONDS):
         while len(acknowledged) <= after:
             await asyncio.sleep(0.01)
@@ -49,7 +49,7 @@ async def amid_the_typing(acknowledged: list[str], *, after: int = 0) -> None:
 
 
 async def text_of(actor: Actor, document: str) -> str:
-    """As REST has it, as soon as it answers."""
+    """Read the text over REST, with retries until the server is available."""
     async with asyncio.timeout(PATIENCE_SECONDS):
         while True:
             with contextlib.suppress(aiohttp.ClientError, OSError):
@@ -59,7 +59,7 @@ async def text_of(actor: Actor, document: str) -> str:
             await asyncio.sleep(0.1)
 
 
-async def test_two_editors_on_two_processes_converge_in_spite_of_disconnects(
+async def test_two_editors_on_two_processes_converge_despite_disconnects(
     alice: Actor, bob: Actor, workspace: str, make_server: MakeServer, full: bool
 ) -> None:
     document = await make_document(alice, workspace)
@@ -77,7 +77,7 @@ async def test_two_editors_on_two_processes_converge_in_spite_of_disconnects(
     await asyncio.gather(hers.until(text), his.until(text))
 
 
-async def test_a_killed_server_loses_nothing_acknowledged(
+async def test_killed_server_loses_no_acknowledged_edit(
     alice: Actor, bob: Actor, workspace: str, processes: Processes, full: bool
 ) -> None:
     document = await make_document(alice, workspace)
@@ -96,7 +96,7 @@ async def test_a_killed_server_loses_nothing_acknowledged(
 
 
 async def servers_of(processes: Processes, http: aiohttp.ClientSession) -> tuple[Actor, Actor, str, str]:
-    """Two people on two processes, and a document."""
+    """Two users on two processes, a document and its workspace."""
     servers: list[Server] = [processes.server(**UNHURRIED), processes.server(**UNHURRIED)]
     ada = await Actor(http, servers[0].base, "Ada").register()
     ben = await Actor(http, servers[1].base, "Ben").register()
@@ -104,7 +104,7 @@ async def servers_of(processes: Processes, http: aiohttp.ClientSession) -> tuple
     return ada, ben, await make_document(ada, workspace), workspace
 
 
-async def test_a_killed_postgresql_loses_nothing_acknowledged(
+async def test_killed_postgresql_loses_no_acknowledged_edit(
     own_stack: Stack, own_processes: Processes, http: aiohttp.ClientSession, full: bool
 ) -> None:
     ada, ben, document, _ = await servers_of(own_processes, http)
@@ -118,7 +118,7 @@ async def test_a_killed_postgresql_loses_nothing_acknowledged(
         await asyncio.to_thread(own_stack.postgres.restart)
         text = await text_of(ada, document)
         assert [mark for mark in acknowledged if mark not in text] == []
-        # Who stayed connected carries on, and sees what was committed at the last moment.
+        # An editor that stayed connected continues, and receives the edits that were committed last.
         await listener.deliver(listener.insert("back ", at=0))
         text = await text_of(ada, document)
         await listener.until(text)
@@ -127,7 +127,7 @@ async def test_a_killed_postgresql_loses_nothing_acknowledged(
         await asyncio.gather(late.socket.close(), listener.socket.close())
 
 
-async def test_a_killed_valkey_loses_nothing_and_stops_nobody(
+async def test_killed_valkey_loses_no_edit_and_blocks_no_editor(
     own_stack: Stack, own_processes: Processes, http: aiohttp.ClientSession, full: bool
 ) -> None:
     ada, ben, document, _ = await servers_of(own_processes, http)
@@ -137,8 +137,8 @@ async def test_a_killed_valkey_loses_nothing_and_stops_nobody(
         async with typing(hers, his) as acknowledged:
             await amid_the_typing(acknowledged)
             await asyncio.to_thread(own_stack.valkey.kill)
-            await amid_the_typing(acknowledged, after=len(acknowledged))  # it goes on without Redis
-        # Without Redis, what others have committed is found in PostgreSQL.
+            await amid_the_typing(acknowledged, after=len(acknowledged))  # typing continues without Redis
+        # Without Redis, the server finds the edits of other processes in PostgreSQL.
         text = await text_of(ada, document)
         assert [mark for mark in acknowledged if mark not in text] == []
         await listener.until(text)
@@ -147,7 +147,7 @@ async def test_a_killed_valkey_loses_nothing_and_stops_nobody(
         await listener.socket.close()
 
 
-async def test_a_cold_document_is_loaded_once_however_many_open_it(
+async def test_cold_document_is_loaded_once_for_many_concurrent_opens(
     alice: Actor, workspace: str, make_server: MakeServer
 ) -> None:
     document = await make_document(alice, workspace, content="x" * 100_000)
@@ -169,7 +169,7 @@ def resident_megabytes(pid: int) -> float:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 / 1e6
 
 
-async def test_memory_returns_when_documents_are_closed(
+async def test_memory_is_freed_when_documents_are_closed(
     alice: Actor, workspace: str, processes: Processes, full: bool
 ) -> None:
     server = processes.server(**UNHURRIED)
@@ -188,9 +188,9 @@ async def test_memory_returns_when_documents_are_closed(
         await asyncio.sleep(0.5)
         return resident_megabytes(server.pid)
 
-    await open_and_close(documents[:20])  # what a process has that has worked at all
+    await open_and_close(documents[:20])  # warm-up: memory that any working process keeps
     before = await megabytes()
     await open_and_close(documents)
-    assert await megabytes() - before < many * 0.1 / 3, "a third of what the texts alone would take"
+    assert await megabytes() - before < many * 0.1 / 3, "less than a third of the size of the texts alone"
     metrics = (await alice.at(server.base).get("/metrics")).body
     assert "documents_open 0.0" in metrics

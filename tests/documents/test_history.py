@@ -1,4 +1,4 @@
-"""Named versions and compaction: what users can name is kept, and the log stays short while others append."""
+"""Named versions and compaction: named versions are kept, and the log stays short under concurrent appends."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -23,7 +23,7 @@ from tests.sockets import Refused
 
 
 async def rest_for(database_url: str, document: str, seconds: int) -> None:
-    """As if nobody had edited for so long."""
+    """Backdate a document and its updates, as if its last edit was this long ago."""
     connection = await asyncpg.connect(database_url)
     await connection.execute(
         "UPDATE documents SET updated_at = updated_at - make_interval(secs => $2) WHERE id = $1",
@@ -42,7 +42,7 @@ async def versions_of(actor: Actor, document: str) -> list[tuple[int, str]]:
     return [(each["version"], each["cause"]) for each in (await actor.get(f"/documents/{document}/versions"))["items"]]
 
 
-async def test_a_pause_in_editing_names_what_was_there_before(
+async def test_pause_in_editing_names_the_version_before_it(
     alice: Actor, bob: Actor, workspace: str, database_url: str
 ) -> None:
     document = await make_document(alice, workspace)
@@ -59,7 +59,7 @@ async def test_a_pause_in_editing_names_what_was_there_before(
     await room.refute_push()
 
 
-async def test_a_pause_is_named_though_nobody_comes_back(
+async def test_pause_is_named_without_a_further_edit(
     alice: Actor, workspace: str, db: Database, database_url: str
 ) -> None:
     document = await make_document(alice, workspace)
@@ -72,7 +72,7 @@ async def test_a_pause_is_named_though_nobody_comes_back(
     assert await versions_of(alice, document) == [(2, "pause"), (1, "created")]
 
 
-async def test_a_write_after_a_pause_names_both(alice: Actor, workspace: str, database_url: str) -> None:
+async def test_write_after_a_pause_names_both_versions(alice: Actor, workspace: str, database_url: str) -> None:
     document = await make_document(alice, workspace)
     await (await Editor(alice, document).open()).type("typed")
     await rest_for(database_url, document, 301)
@@ -87,12 +87,12 @@ async def log_length(db: Database, document: str) -> int:
 
 
 async def compacted(db: Database, document: str, *, grace_seconds: int = 0) -> bool:
-    """By force, however short the log is."""
+    """Compact a document although its log is short."""
     log = await logs.read_log(db, UUID(document))
     return await compaction.compact(db, Workshop(), log, grace_seconds=grace_seconds)
 
 
-async def test_a_compacted_document_and_its_versions_read_as_before(
+async def test_compaction_keeps_the_text_and_the_named_versions(
     alice: Actor, workspace: str, db: Database, database_url: str
 ) -> None:
     document = await make_document(alice, workspace, content="0")
@@ -118,7 +118,7 @@ async def test_a_compacted_document_and_its_versions_read_as_before(
     await late.until(texts[1])
 
 
-async def test_updates_that_are_appended_while_the_log_is_compacted_are_kept(
+async def test_updates_appended_during_compaction_are_kept(
     alice: Actor, bob: Actor, workspace: str, db: Database
 ) -> None:
     document = await make_document(alice, workspace)
@@ -140,7 +140,7 @@ async def test_updates_that_are_appended_while_the_log_is_compacted_are_kept(
     assert (await (Editor(alice, document)).open()).text == text
 
 
-async def test_an_update_that_came_too_early_survives_compaction(alice: Actor, workspace: str, db: Database) -> None:
+async def test_update_before_its_predecessor_survives_compaction(alice: Actor, workspace: str, db: Database) -> None:
     document = await make_document(alice, workspace)
     editor = await Editor(alice, document).open()
     first, second = editor.insert("a"), editor.insert("b")
@@ -153,10 +153,10 @@ async def test_an_update_that_came_too_early_survives_compaction(alice: Actor, w
     assert (await alice.get(f"/documents/{document}/content")).body == "ab"
 
 
-async def test_a_process_that_missed_more_than_the_log_holds_begins_anew(
+async def test_process_that_missed_compacted_updates_reloads_the_document(
     alice: Actor, bob: Actor, workspace: str, db: Database, database_url: str
 ) -> None:
-    """Another process, of which nothing is heard, writes and compacts."""
+    """Another process writes and compacts without publishing a message."""
     document = await make_document(alice, workspace, content="old")
     his = await Editor(bob, document).open()
     await logs.rewrite(db, Workshop(), UUID(document), author=UUID(alice.id), text="new one", cause="put")
@@ -166,7 +166,7 @@ async def test_a_process_that_missed_more_than_the_log_holds_begins_anew(
     assert await his.type("!") == 4
 
 
-async def test_a_log_of_a_thousand_updates_is_compacted_by_itself(
+async def test_long_log_is_compacted_automatically(
     alice: Actor, workspace: str, db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.documents.logs.COMPACT_UPDATES", 50)
@@ -183,7 +183,7 @@ async def test_a_log_of_a_thousand_updates_is_compacted_by_itself(
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logs are long soon, and nobody needs what was merged."""
+    """Low thresholds: logs count as long soon, and merged updates have no grace period."""
     monkeypatch.setattr("server.documents.logs.COMPACT_BYTES", 50_000)
     monkeypatch.setattr("server.documents.rooms.GRACE_SECONDS", 0)
 
@@ -194,9 +194,7 @@ async def put(actor: Actor, document: str, text: str) -> None:
 
 
 @pytest.mark.usefixtures("eager")
-async def test_a_document_that_is_only_written_over_rest_is_compacted_too(
-    alice: Actor, workspace: str, db: Database
-) -> None:
+async def test_document_written_only_over_rest_is_compacted_too(alice: Actor, workspace: str, db: Database) -> None:
     document = await make_document(alice, workspace)
     texts = [f"{number}" * 20_000 for number in range(1, 8)]
     for text in texts:
@@ -209,7 +207,7 @@ async def test_a_document_that_is_only_written_over_rest_is_compacted_too(
 
 
 @pytest.mark.usefixtures("eager")
-async def test_a_long_log_is_compacted_when_it_is_opened(alice: Actor, workspace: str, db: Database) -> None:
+async def test_long_log_is_compacted_when_the_document_is_opened(alice: Actor, workspace: str, db: Database) -> None:
     document = await make_document(alice, workspace, content="x" * 60_000)
     opened = await Editor(alice, document).open()
     async with asyncio.timeout(PATIENCE_SECONDS):
@@ -219,7 +217,7 @@ async def test_a_long_log_is_compacted_when_it_is_opened(alice: Actor, workspace
 
 
 class SlowWorkshop(Workshop):
-    """Works on a large document, on a busy machine: longer than any statement may take, and until ``go``."""
+    """A process pool that works longer than the statement timeout, and until ``go``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -232,7 +230,7 @@ class SlowWorkshop(Workshop):
         return await super().do(work, *arguments, **how)
 
 
-async def test_a_compaction_takes_as_long_as_it_takes(
+async def test_compaction_may_exceed_the_statement_timeout(
     alice: Actor, bob: Actor, workspace: str, db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(postgres, "STATEMENT_SECONDS", 3.0)
@@ -243,7 +241,7 @@ async def test_a_compaction_takes_as_long_as_it_takes(
     workshop = SlowWorkshop()
     slowly = asyncio.ensure_future(compaction.compact(db, workshop, log, grace_seconds=0))
     await workshop.begun.wait()
-    newest = await (await Editor(bob, document).open()).type("!")  # nobody waits for it
+    newest = await (await Editor(bob, document).open()).type("!")  # no edit waits for the compaction
     workshop.go.set()
     assert await slowly
     assert await log_length(db, document) == newest - log.version
@@ -251,7 +249,7 @@ async def test_a_compaction_takes_as_long_as_it_takes(
     assert (await alice.get(f"/documents/{document}/versions/3"))["content"] == "2"
 
 
-async def test_as_many_versions_are_worked_out_at_once_as_fit_into_memory(
+async def test_compaction_batches_versions_by_memory(
     alice: Actor, workspace: str, db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     document = await make_document(alice, workspace, content="0")
@@ -266,7 +264,7 @@ async def test_as_many_versions_are_worked_out_at_once_as_fit_into_memory(
         assert (await alice.get(f"/documents/{document}/versions/{version}"))["content"] == f"{version - 1}"
 
 
-async def test_nul_is_let_in_by_no_door(alice: Actor, bob: Actor, workspace: str) -> None:
+async def test_all_transports_reject_nul(alice: Actor, bob: Actor, workspace: str) -> None:
     document = await make_document(alice, workspace, content="text")
     hers, his = await Editor(alice, document).open(), await raw_socket(bob, document)
     with pytest.raises(Refused) as refused:
@@ -280,7 +278,7 @@ async def test_nul_is_let_in_by_no_door(alice: Actor, bob: Actor, workspace: str
 
 
 async def test_nul_in_a_text_does_not_stop_compaction(alice: Actor, workspace: str, db: Database) -> None:
-    """No door lets it in; who has it in a log gets rid of it."""
+    """No transport accepts NUL; compaction removes it from an older log."""
     document = await make_document(alice, workspace, content="0")
     await logs.rewrite(db, Workshop(), UUID(document), author=UUID(alice.id), text="a\0b", cause="put")
     assert await compacted(db, document)
@@ -288,7 +286,7 @@ async def test_nul_in_a_text_does_not_stop_compaction(alice: Actor, workspace: s
 
 
 class Between:
-    """PostgreSQL, where something happens after the first statement."""
+    """A database that runs a callback after its first statement."""
 
     def __init__(self, db: Database, happens: Callable[[], Awaitable[object]]) -> None:
         self._db, self._happens = db, happens
@@ -305,9 +303,7 @@ class Between:
         return await self._db.fetch(query, *arguments)
 
 
-async def test_a_log_that_is_compacted_while_it_is_read_is_read_again(
-    alice: Actor, workspace: str, db: Database
-) -> None:
+async def test_log_compacted_during_a_read_is_read_again(alice: Actor, workspace: str, db: Database) -> None:
     document = await make_document(alice, workspace, content="old")
     await put(alice, document, "new")
 
@@ -318,7 +314,7 @@ async def test_a_log_that_is_compacted_while_it_is_read_is_read_again(
     assert await logs.text_now(Between(db, happens), Workshop(), UUID(document)) == ("newest", 3)  # type: ignore[arg-type]
 
 
-async def test_a_log_is_read_in_pages_of_so_many_bytes(
+async def test_log_is_read_in_pages_bounded_in_bytes(
     alice: Actor, workspace: str, db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     document = await make_document(alice, workspace, content="a" * 5000)
@@ -331,7 +327,7 @@ async def test_a_log_is_read_in_pages_of_so_many_bytes(
 
 
 class Interrupted(Workshop):
-    """While it works for the first time, somebody edits."""
+    """A process pool whose first call runs a concurrent edit before its work."""
 
     def __init__(self, edit: Callable[[], Awaitable[object]]) -> None:
         super().__init__()
@@ -344,7 +340,7 @@ class Interrupted(Workshop):
         return await super().do(work, *arguments, **how)
 
 
-async def test_a_write_over_what_others_edit_at_that_moment_is_what_it_says(
+async def test_write_during_a_concurrent_edit_results_in_the_written_text(
     alice: Actor, bob: Actor, workspace: str, db: Database
 ) -> None:
     document = await make_document(alice, workspace, content="base")
@@ -357,14 +353,16 @@ async def test_a_write_over_what_others_edit_at_that_moment_is_what_it_says(
     assert (await alice.get(f"/documents/{document}/content")).body == "new"
 
 
-async def test_work_on_a_document_is_not_the_time_of_its_stores(alice: Actor, workspace: str, db: Database) -> None:
+async def test_work_on_a_document_does_not_count_against_the_store_deadline(
+    alice: Actor, workspace: str, db: Database
+) -> None:
     document = await make_document(alice, workspace, content="base")
     slow = Interrupted(lambda: asyncio.sleep(3))
     with budget(3.2):
         assert await logs.rewrite(db, slow, UUID(document), author=UUID(alice.id), text="new", cause="put")
 
 
-async def test_what_could_be_written_without_anybody_knowing_is_refused_before(
+async def test_write_is_rejected_when_too_little_time_remains_to_confirm_it(
     alice: Actor, workspace: str, db: Database
 ) -> None:
     document = await make_document(alice, workspace, content="base")
@@ -374,9 +372,7 @@ async def test_what_could_be_written_without_anybody_knowing_is_refused_before(
     assert (await alice.get(f"/documents/{document}"))["version"] == 1
 
 
-async def test_what_was_asked_for_by_somebody_who_is_removed_meanwhile_is_not_written(
-    alice: Actor, bob: Actor, db: Database
-) -> None:
+async def test_write_of_a_user_removed_meanwhile_is_rejected(alice: Actor, bob: Actor, db: Database) -> None:
     project = await alice.make_project()
     member = await alice.add(bob, project)
     document = await make_document(alice, await alice.make_workspace(project), content="hers")
@@ -386,7 +382,7 @@ async def test_what_was_asked_for_by_somebody_who_is_removed_meanwhile_is_not_wr
     assert (await alice.get(f"/documents/{document}"))["version"] == 1
 
 
-async def test_heavy_work_is_done_by_a_child(alice: Actor, workspace: str, db: Database) -> None:
+async def test_heavy_work_runs_in_a_child_process(alice: Actor, workspace: str, db: Database) -> None:
     document = await make_document(alice, workspace)
     text = "".join(f"{number}\n" for number in range(100_000))
     assert len(text) > 2 * 256 * 1024

@@ -1,4 +1,4 @@
-"""Updates that are meant to harm. The servers are processes of their own: what crashes pycrdt would crash the test."""
+"""Hostile updates. The servers are separate processes, because a crash of pycrdt would end the test too."""
 
 import asyncio
 import random
@@ -32,7 +32,7 @@ for update in sys.argv[1:]:
 
 
 @pytest.mark.parametrize("updates", LETHAL)
-async def test_what_crashes_pycrdt_does_not_crash_us(
+async def test_update_that_crashes_pycrdt_does_not_crash_the_server(
     alice: Actor, bob: Actor, workspace: str, processes: Processes, updates: list[str]
 ) -> None:
     ended = await asyncio.to_thread(subprocess.run, [sys.executable, "-c", APPLY, *updates], check=False)
@@ -49,7 +49,7 @@ async def test_what_crashes_pycrdt_does_not_crash_us(
     assert (await bob.get(f"/documents/{document}/content")).body.count("alive") == 1
 
 
-async def test_two_updates_that_crash_pycrdt_together_come_at_once(
+async def test_servers_survive_concurrent_updates_that_crash_pycrdt_together(
     alice: Actor, bob: Actor, workspace: str, processes: Processes
 ) -> None:
     one, two = processes.server(), processes.server()
@@ -68,13 +68,13 @@ async def test_two_updates_that_crash_pycrdt_together_come_at_once(
         )
         assert all(isinstance(answer, dict | Refused) for answer in answers), answers
         for base in (one.base, two.base):
-            late = await bob.at(base).connect()  # it applies nothing itself: where both are heard, that ends the test
+            late = await bob.at(base).connect()  # a raw client: applying both updates would crash the test
             await late.push("document:open", documentId=document)
             await late.push("document:update", documentId=document, update=b64encode(first("alive")).decode())
 
 
 @pytest.mark.parametrize("bomb", [nested_values(100_000), nested_types(100_000)], ids=["values", "types"])
-async def test_nesting_until_the_stack_ends_ends_only_that_socket(
+async def test_nesting_that_exhausts_the_stack_closes_only_that_socket(
     alice: Actor, bob: Actor, workspace: str, processes: Processes, bomb: bytes
 ) -> None:
     server = processes.server()
@@ -87,7 +87,7 @@ async def test_nesting_until_the_stack_ends_ends_only_that_socket(
     await his.type("alive")
 
 
-async def test_hostile_updates_from_many_sockets_at_once_harm_nobody_else(
+async def test_hostile_updates_from_many_sockets_do_not_affect_other_documents(
     alice: Actor, bob: Actor, workspace: str, processes: Processes, full: bool
 ) -> None:
     server = processes.server(**UNHURRIED)
@@ -103,7 +103,7 @@ async def test_hostile_updates_from_many_sockets_at_once_harm_nobody_else(
                     await socket.send_bytes(
                         wire.sync(wire.UPDATE, mutated(chance.choice(rich_updates(chance)), chance))
                     )
-            await compared(socket)  # or it has been closed
+            await compared(socket)  # or the socket is closed
             await socket.close()
 
     attacks = [asyncio.ensure_future(attack(seed)) for seed in range(4)]
@@ -120,7 +120,7 @@ def _coded(update: str) -> str:
 
 
 @pytest.mark.timeout(600)
-async def test_mutated_updates_are_answered_and_harm_nobody_else(
+async def test_mutated_updates_are_acknowledged_or_rejected_and_affect_no_other_editor(
     alice: Actor, bob: Actor, workspace: str, processes: Processes, full: bool
 ) -> None:
     server = processes.server(**UNHURRIED)
@@ -136,7 +136,7 @@ async def test_mutated_updates_are_answered_and_harm_nobody_else(
             await attacker.send(update)
             answers["accepted"] += 1
         except Refused as refused:
-            answers[refused.code] += 1  # any other is none of these
+            answers[refused.code] += 1  # any other code raises KeyError
         await neighbour.type(".")
     assert all(answers.values()), answers
     await witness.type("unharmed")

@@ -1,4 +1,4 @@
-"""Documents edited together through the JSON socket."""
+"""Collaborative editing over the JSON socket."""
 
 from base64 import b64encode
 
@@ -20,7 +20,7 @@ def state_of(client: int, state: str) -> str:
     return coded(wire.awareness_content([wire.Entry(client, 1, state)]))
 
 
-async def test_two_people_edit_one_document(alice: Actor, bob: Actor, workspace: str) -> None:
+async def test_two_users_edit_one_document(alice: Actor, bob: Actor, workspace: str) -> None:
     document = await make_document(alice, workspace, content="Hello")
     hers, his = await Editor(alice, document).open(), await Editor(bob, document).open()
     assert hers.text == his.text == "Hello"
@@ -33,7 +33,7 @@ async def test_two_people_edit_one_document(alice: Actor, bob: Actor, workspace:
     assert (await alice.get(f"/documents/{document}/content")).body == "Hello, world!"
 
 
-async def test_an_edit_reaches_the_other_processes_with_its_author(
+async def test_edit_reaches_other_processes_with_its_author(
     alice: Actor, bob: Actor, workspace: str, make_server: MakeServer
 ) -> None:
     document = await make_document(alice, workspace)
@@ -44,7 +44,7 @@ async def test_an_edit_reaches_the_other_processes_with_its_author(
     await hers.socket.refute_push()
 
 
-async def test_an_update_needs_an_open_document(alice: Actor, workspace: str) -> None:
+async def test_update_needs_an_open_document(alice: Actor, workspace: str) -> None:
     document = await make_document(alice, workspace)
     editor = await Editor(alice, document).open()
     await editor.socket.push("document:close", documentId=document)
@@ -58,7 +58,7 @@ async def test_an_update_needs_an_open_document(alice: Actor, workspace: str) ->
         assert refused.value.code == "not_open"
 
 
-async def test_nothing_is_heard_of_a_closed_document(alice: Actor, bob: Actor, workspace: str) -> None:
+async def test_client_receives_no_updates_of_a_closed_document(alice: Actor, bob: Actor, workspace: str) -> None:
     document = await make_document(alice, workspace)
     hers, his = await Editor(alice, document).open(), await Editor(bob, document).open()
     await his.socket.push("document:close", documentId=document)
@@ -66,7 +66,9 @@ async def test_nothing_is_heard_of_a_closed_document(alice: Actor, bob: Actor, w
     await his.socket.refute_push()
 
 
-async def test_what_is_unknown_or_foreign_cannot_be_opened(alice: Actor, carol: Actor, workspace: str) -> None:
+async def test_unknown_document_and_one_without_access_cannot_be_opened(
+    alice: Actor, carol: Actor, workspace: str
+) -> None:
     document = await make_document(alice, workspace)
     for actor, id in ((carol, document), (alice, "00000000-0000-4000-8000-000000000000")):
         with pytest.raises(Refused) as refused:
@@ -74,7 +76,7 @@ async def test_what_is_unknown_or_foreign_cannot_be_opened(alice: Actor, carol: 
         assert refused.value.code == "not_found"
 
 
-async def test_a_viewer_hears_and_changes_nothing(alice: Actor, carol: Actor, workspace: str) -> None:
+async def test_viewer_receives_updates_but_cannot_edit(alice: Actor, carol: Actor, workspace: str) -> None:
     project = (await alice.get(f"/workspaces/{workspace}"))["projectId"]
     await alice.add(carol, project, role="VIEWER")
     document = await make_document(alice, workspace)
@@ -92,7 +94,7 @@ async def test_a_viewer_hears_and_changes_nothing(alice: Actor, carol: Actor, wo
 @pytest.mark.parametrize(
     "update", [b"", b"\x00", b"\xff" * 10, b"\x01" * 5, b"\x80" * 1000, b"\x01\x01\xff\xff\xff\xff\x0f\x00"]
 )
-async def test_a_malformed_update_is_refused_and_harms_nothing(
+async def test_malformed_update_is_rejected_without_side_effects(
     alice: Actor, bob: Actor, workspace: str, update: bytes
 ) -> None:
     document = await make_document(alice, workspace, content="safe")
@@ -105,7 +107,7 @@ async def test_a_malformed_update_is_refused_and_harms_nothing(
 
 
 @pytest.mark.parametrize("field", ["update", "state", "stateVector"])
-async def test_what_is_no_base64_is_refused(alice: Actor, workspace: str, field: str) -> None:
+async def test_invalid_base64_is_rejected(alice: Actor, workspace: str, field: str) -> None:
     document = await make_document(alice, workspace)
     editor = await Editor(alice, document).open()
     event = {"update": "document:update", "state": "document:awareness", "stateVector": "document:open"}[field]
@@ -115,7 +117,7 @@ async def test_what_is_no_base64_is_refused(alice: Actor, workspace: str, field:
         assert refused.value.code == "validation_failed"
 
 
-async def test_a_hostile_state_vector_is_refused(alice: Actor, workspace: str) -> None:
+async def test_hostile_state_vector_is_rejected(alice: Actor, workspace: str) -> None:
     document = await make_document(alice, workspace)
     socket = await alice.connect()
     for hostile in (b"\xff" * 20, b"\x05\x01", b"\xff\xff\xff\xff\x0f\x00"):
@@ -124,7 +126,7 @@ async def test_a_hostile_state_vector_is_refused(alice: Actor, workspace: str) -
         assert refused.value.code == "validation_failed"
 
 
-async def test_an_update_that_came_too_early_is_not_lost(alice: Actor, bob: Actor, workspace: str) -> None:
+async def test_update_before_its_predecessor_is_not_lost(alice: Actor, bob: Actor, workspace: str) -> None:
     document = await make_document(alice, workspace)
     hers = await Editor(alice, document).open()
     first, second = hers.insert("a"), hers.insert("b")
@@ -136,9 +138,7 @@ async def test_an_update_that_came_too_early_is_not_lost(alice: Actor, bob: Acto
     assert (await alice.get(f"/documents/{document}/content")).body == "ab"
 
 
-async def test_what_is_sent_again_is_acknowledged_and_makes_no_version(
-    alice: Actor, bob: Actor, workspace: str
-) -> None:
+async def test_resent_update_is_acknowledged_without_a_new_version(alice: Actor, bob: Actor, workspace: str) -> None:
     document = await make_document(alice, workspace)
     hers, his = await Editor(alice, document).open(), await Editor(bob, document).open()
     update = hers.insert("once")
@@ -148,14 +148,14 @@ async def test_what_is_sent_again_is_acknowledged_and_makes_no_version(
     assert (await alice.get(f"/documents/{document}"))["version"] == 2
 
 
-async def test_opening_again_with_a_state_vector_brings_only_what_is_missing(alice: Actor, workspace: str) -> None:
+async def test_opening_again_with_a_state_vector_returns_only_missing_updates(alice: Actor, workspace: str) -> None:
     document = await make_document(alice, workspace, content="x" * 10_000)
     editor = await Editor(alice, document).open()
     again = await editor.socket.push("document:open", documentId=document, stateVector=coded(editor.doc.get_state()))
     assert len(again["update"]) < 100
 
 
-async def test_cursors_are_seen_by_those_here_those_elsewhere_and_those_who_come_later(
+async def test_awareness_reaches_other_processes_and_late_editors(
     alice: Actor, bob: Actor, carol: Actor, workspace: str, make_server: MakeServer
 ) -> None:
     elsewhere = await make_server()
@@ -172,7 +172,7 @@ async def test_cursors_are_seen_by_those_here_those_elsewhere_and_those_who_come
     assert gone["state"] != seen["state"]
 
 
-async def test_editors_of_more_than_text_edit_together_on_two_processes(
+async def test_editors_of_other_types_than_text_sync_across_two_processes(
     alice: Actor, bob: Actor, workspace: str, make_server: MakeServer
 ) -> None:
     document = await make_document(alice, workspace)
@@ -187,7 +187,7 @@ async def test_editors_of_more_than_text_edit_together_on_two_processes(
             assert other.doc.get("values", type=Map).to_py() == editor.doc.get("values", type=Map).to_py()
 
 
-async def test_opening_again_with_nonsense_closes_nothing(alice: Actor, workspace: str) -> None:
+async def test_opening_again_with_an_invalid_state_vector_keeps_the_document_open(alice: Actor, workspace: str) -> None:
     document = await make_document(alice, workspace)
     editor = await Editor(alice, document).open()
     with pytest.raises(Refused, match="validation_failed"):
@@ -196,7 +196,7 @@ async def test_opening_again_with_nonsense_closes_nothing(alice: Actor, workspac
 
 
 @pytest.mark.usefixtures("notices_alone")
-async def test_a_removed_collaborators_document_goes_dead(alice: Actor, bob: Actor, make_server: MakeServer) -> None:
+async def test_removed_collaborator_loses_the_open_document(alice: Actor, bob: Actor, make_server: MakeServer) -> None:
     project = await alice.make_project()
     member = await alice.add(bob, project)
     document = await make_document(alice, await alice.make_workspace(project))
@@ -212,7 +212,7 @@ async def test_a_removed_collaborators_document_goes_dead(alice: Actor, bob: Act
 
 
 @pytest.mark.usefixtures("notices_alone")
-async def test_who_becomes_a_viewer_edits_no_more(alice: Actor, bob: Actor, make_server: MakeServer) -> None:
+async def test_user_demoted_to_viewer_cannot_edit(alice: Actor, bob: Actor, make_server: MakeServer) -> None:
     project = await alice.make_project()
     member = await alice.add(bob, project)
     document = await make_document(alice, await alice.make_workspace(project))
@@ -226,7 +226,9 @@ async def test_who_becomes_a_viewer_edits_no_more(alice: Actor, bob: Actor, make
 
 @pytest.mark.usefixtures("notices_alone")
 @pytest.mark.parametrize("what", ["documents", "workspaces", "projects"])
-async def test_a_deleted_document_is_open_nowhere(alice: Actor, bob: Actor, make_server: MakeServer, what: str) -> None:
+async def test_deleted_document_is_closed_on_every_process(
+    alice: Actor, bob: Actor, make_server: MakeServer, what: str
+) -> None:
     project = await alice.make_project(bob)
     workspace = await alice.make_workspace(project)
     document = await make_document(alice, workspace)
@@ -239,7 +241,7 @@ async def test_a_deleted_document_is_open_nowhere(alice: Actor, bob: Actor, make
     assert refused.value.code in ("not_found", "not_open")
 
 
-async def test_a_document_that_grows_too_large_is_refused_with_a_clear_error(
+async def test_edit_beyond_the_maximum_document_size_is_rejected(
     alice: Actor, workspace: str, make_server: MakeServer
 ) -> None:
     generous = await make_server(ws_max_message_bytes=20 << 20)

@@ -16,7 +16,7 @@ async def put(actor: Actor, document: str, text: str | bytes, *, match: str | No
     return await actor.put(f"/documents/{document}/content", data=io.BytesIO(raw), headers=given)
 
 
-async def test_a_document_is_created_read_listed_renamed_and_deleted(alice: Actor, workspace: str) -> None:
+async def test_document_is_created_read_listed_renamed_and_deleted(alice: Actor, workspace: str) -> None:
     made = await alice.post(f"/workspaces/{workspace}/documents", {"path": "src/main.py", "content": "print('é')\n"})
     assert made.status == 201
     assert made.headers["Location"] == f"/api/v1/documents/{made['id']}"
@@ -36,7 +36,7 @@ async def test_a_document_is_created_read_listed_renamed_and_deleted(alice: Acto
     assert (await alice.get(f"/documents/{made['id']}")).code == "not_found"
 
 
-async def test_documents_are_listed_page_by_page_in_the_order_of_their_paths(alice: Actor, workspace: str) -> None:
+async def test_documents_are_paginated_in_the_order_of_their_paths(alice: Actor, workspace: str) -> None:
     for path in ("b", "a/z", "a-z", "c", "B"):
         await make_document(alice, workspace, path=path)
     first = await alice.get(f"/workspaces/{workspace}/documents?limit=3")
@@ -45,7 +45,7 @@ async def test_documents_are_listed_page_by_page_in_the_order_of_their_paths(ali
     assert rest["nextCursor"] is None
 
 
-async def test_a_path_is_taken_once(alice: Actor, workspace: str) -> None:
+async def test_path_of_another_document_is_rejected(alice: Actor, workspace: str) -> None:
     await make_document(alice, workspace, path="a")
     other = await make_document(alice, workspace, path="b")
     again = await alice.post(f"/workspaces/{workspace}/documents", {"path": "a"})
@@ -55,12 +55,12 @@ async def test_a_path_is_taken_once(alice: Actor, workspace: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["", "/a", "a/", "a//b", "..", "a/../b", "./a", "é" * 257, 5, None])
-async def test_what_is_no_path_is_refused(alice: Actor, workspace: str, path: object) -> None:
+async def test_invalid_path_is_rejected(alice: Actor, workspace: str, path: object) -> None:
     refused = await alice.post(f"/workspaces/{workspace}/documents", {"path": path})
     assert (refused.status, refused.code) == (422, "validation_failed")
 
 
-async def test_the_text_is_read_and_written(alice: Actor, workspace: str) -> None:
+async def test_text_is_read_and_written(alice: Actor, workspace: str) -> None:
     document = await make_document(alice, workspace, content="one\ntwo\n")
     read = await alice.get(f"/documents/{document}/content")
     assert (read.body, read.headers["Content-Type"]) == ("one\ntwo\n", "text/x-python; charset=utf-8")
@@ -72,7 +72,7 @@ async def test_the_text_is_read_and_written(alice: Actor, workspace: str) -> Non
     assert same.status == 304
 
 
-async def test_writing_needs_to_know_what_it_overwrites(alice: Actor, bob: Actor, workspace: str) -> None:
+async def test_write_requires_a_matching_etag(alice: Actor, bob: Actor, workspace: str) -> None:
     document = await make_document(alice, workspace)
     seen = (await alice.get(f"/documents/{document}/content")).headers["ETag"]
     blind = await put(alice, document, "x", match=None)
@@ -93,14 +93,14 @@ async def test_writing_needs_to_know_what_it_overwrites(alice: Actor, bob: Actor
         (b"x" * (10 * 1024 * 1024 + 1), {}, (413, "too_large")),
     ],
 )
-async def test_what_is_no_text_is_refused(alice: Actor, workspace: str, text: bytes, headers, expected) -> None:
+async def test_invalid_text_is_rejected(alice: Actor, workspace: str, text: bytes, headers, expected) -> None:
     document = await make_document(alice, workspace, content="still here")
     refused = await put(alice, document, text, **headers)
     assert (refused.status, refused.code) == expected
     assert (await alice.get(f"/documents/{document}/content")).body == "still here"
 
 
-async def test_a_text_of_several_megabytes_is_kept(alice: Actor, workspace: str) -> None:
+async def test_text_of_several_megabytes_is_stored(alice: Actor, workspace: str) -> None:
     document = await make_document(alice, workspace)
     text = "0123456789abcdé\n" * 400_000
     assert (await put(alice, document, text)).status == 200
@@ -110,7 +110,7 @@ async def test_a_text_of_several_megabytes_is_kept(alice: Actor, workspace: str)
     assert (await alice.get(f"/documents/{document}/content")).body == changed
 
 
-async def test_whoever_edits_sees_a_written_text_as_an_edit(alice: Actor, bob: Actor, workspace: str) -> None:
+async def test_editor_receives_a_written_text_as_an_edit(alice: Actor, bob: Actor, workspace: str) -> None:
     document = await make_document(alice, workspace, content="one\ntwo\nthree\n")
     editor = await Editor(bob, document).open()
     await put(alice, document, "one\n2\nthree\n")
@@ -140,12 +140,12 @@ async def test_every_write_and_restore_can_be_read_and_restored(alice: Actor, bo
 
 
 @pytest.mark.parametrize("version", ["0", "7", "x", "-1", "1e3", "99999999999999999999999", "²"])
-async def test_there_is_no_such_version(alice: Actor, workspace: str, version: str) -> None:
+async def test_unknown_version_is_not_found(alice: Actor, workspace: str, version: str) -> None:
     document = await make_document(alice, workspace)
     assert (await alice.get(f"/documents/{document}/versions/{version}")).code == "not_found"
 
 
-async def test_a_viewer_reads_and_changes_nothing(alice: Actor, carol: Actor, workspace: str) -> None:
+async def test_viewer_can_read_but_not_change_documents(alice: Actor, carol: Actor, workspace: str) -> None:
     project = (await alice.get(f"/workspaces/{workspace}"))["projectId"]
     await alice.add(carol, project, role="VIEWER")
     document = await make_document(alice, workspace, content="hers")
@@ -160,7 +160,7 @@ async def test_a_viewer_reads_and_changes_nothing(alice: Actor, carol: Actor, wo
         assert (refused.status, refused.code) == (403, "forbidden")
 
 
-async def test_a_stranger_learns_nothing(alice: Actor, carol: Actor, workspace: str) -> None:
+async def test_user_without_access_gets_not_found(alice: Actor, carol: Actor, workspace: str) -> None:
     document = await make_document(alice, workspace)
     for refused in (
         await carol.get(f"/documents/{document}"),
@@ -172,7 +172,7 @@ async def test_a_stranger_learns_nothing(alice: Actor, carol: Actor, workspace: 
         assert (refused.status, refused.code) == (404, "not_found")
 
 
-async def test_the_workspace_hears_of_its_documents(alice: Actor, bob: Actor, workspace: str) -> None:
+async def test_changes_of_documents_are_broadcast_to_the_workspace(alice: Actor, bob: Actor, workspace: str) -> None:
     room = await bob.connect(workspace)
     document = await make_document(alice, workspace, path="a.txt")
     await room.assert_push("DOCUMENT_CREATED", documentId=document, path="a.txt", version=1, userId=alice.id)
@@ -184,7 +184,7 @@ async def test_the_workspace_hears_of_its_documents(alice: Actor, bob: Actor, wo
     await room.assert_push("DOCUMENT_DELETED", documentId=document, path="b.txt")
 
 
-async def test_a_changed_document_has_a_new_etag(alice: Actor, workspace: str) -> None:
+async def test_changed_document_has_a_new_etag(alice: Actor, workspace: str) -> None:
     document = await make_document(alice, workspace)
     first = await alice.get(f"/documents/{document}")
     await put(alice, document, "x")

@@ -1,4 +1,4 @@
-"""Live documents when commits fail, wait or are refused: what is acknowledged is in the log, and is shown."""
+"""Live documents when commits fail, wait or are rejected: acknowledged edits are in the log and are delivered."""
 
 import asyncio
 from uuid import UUID, uuid4
@@ -29,7 +29,7 @@ __all__ = ["start_node"]
 
 
 class Ear:
-    """Has a document open, and remembers what it was told."""
+    """A listener of an open document that records the updates it receives."""
 
     def __init__(self) -> None:
         self.id = uuid4().hex
@@ -51,7 +51,7 @@ class Ear:
 
 
 def typed(text: str) -> bytes:
-    """The update of somebody who types into what they have never read."""
+    """Return the update of a client that types without having loaded the document."""
     doc: Doc[Text] = Doc()
     content = doc.get("content", type=Text)
     content += text
@@ -71,7 +71,7 @@ async def shown(rooms: Rooms, document: str) -> str:
     return str(text)
 
 
-async def test_what_is_committed_while_a_live_document_is_read_anew_stays_in_it(
+async def test_edit_committed_during_a_reload_stays_in_the_live_document(
     alice: Actor, workspace: str, rooms: Rooms, hold: Hold, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     document, ear, was_read = await make_document(alice, workspace), Ear(), asyncio.Event()
@@ -83,7 +83,7 @@ async def test_what_is_committed_while_a_live_document_is_read_anew_stays_in_it(
         async def slowly(db: Database, id: UUID) -> Log:
             loaded = await read_log(db, id)
             was_read.set()
-            await asyncio.wait({edit})  # a large log takes so long
+            await asyncio.wait({edit})  # as long as the read of a large log
             return loaded
 
         monkeypatch.setattr(rooms_module, "read_log", slowly)
@@ -95,7 +95,7 @@ async def test_what_is_committed_while_a_live_document_is_read_anew_stays_in_it(
     assert [update.version for update in ear.heard] == [2]
 
 
-async def test_what_is_sent_again_is_acknowledged_only_when_it_is_in_the_log(
+async def test_resent_update_is_acknowledged_only_when_it_is_in_the_log(
     alice: Actor, workspace: str, rooms: Rooms, hold: Hold, db: Database
 ) -> None:
     document, ear = await make_document(alice, workspace), Ear()
@@ -110,18 +110,16 @@ async def test_what_is_sent_again_is_acknowledged_only_when_it_is_in_the_log(
             await first
     assert await again == 2
     assert [row["data"] for row in (await read_log(db, UUID(document))).tail][1:] == [precious]
-    assert ear.restarts == 1, "it may have sent the same"
+    assert ear.restarts == 1, "the listener may have resent the same update"
 
 
-async def test_a_y_websocket_client_is_never_told_of_what_may_not_last(
-    alice: Actor, workspace: str, hold: Hold
-) -> None:
+async def test_y_websocket_client_receives_only_durable_updates(alice: Actor, workspace: str, hold: Hold) -> None:
     document, precious = await make_document(alice, workspace), typed("precious")
     hers, before = await raw_socket(alice, document), await raw_socket(alice, document)
     async with hold(document) as held:
         await hers.send_bytes(wire.sync(wire.UPDATE, precious))
         await held.waited_for()
-        await before.send_bytes(wire.sync(wire.STEP_2, precious))  # it is known: nothing is done
+        await before.send_bytes(wire.sync(wire.STEP_2, precious))  # already known: no effect
         late = await alice.http.ws_connect(
             f"{alice.base}/yjs/{document}", protocols=("collab.v1", f"bearer.{alice.access_token}")
         )
@@ -138,7 +136,7 @@ async def test_a_y_websocket_client_is_never_told_of_what_may_not_last(
     await again.close()
 
 
-async def test_y_websocket_clients_type_on_while_commits_fail(
+async def test_y_websocket_clients_keep_typing_while_commits_fail(
     alice: Actor, bob: Actor, workspace: str, start_node: StartNode, hold: Hold
 ) -> None:
     document = await make_document(alice, workspace)
@@ -156,7 +154,7 @@ async def test_y_websocket_clients_type_on_while_commits_fail(
 
 
 async def both(*editors: NodeEditor) -> str:
-    """The text, once all of them have all of it."""
+    """Wait until all editors have the whole text, and return it."""
     async with asyncio.timeout(PATIENCE_SECONDS):
         while True:
             texts = {(await each.do("state"))["text"] for each in editors}
@@ -166,13 +164,13 @@ async def both(*editors: NodeEditor) -> str:
 
 
 async def last_frame(socket: aiohttp.ClientWebSocketResponse) -> aiohttp.WSMessage:
-    """What comes after all that this client is not told by."""
+    """Return the first frame that is not binary; fail on a sync message before it."""
     while (message := await socket.receive(timeout=PATIENCE_SECONDS)).type is aiohttp.WSMsgType.BINARY:
-        assert not isinstance(wire.parse(message.data), wire.Sync), "it was told what is there"
+        assert not isinstance(wire.parse(message.data), wire.Sync), "the client received the content"
     return message
 
 
-async def test_an_edit_that_is_refused_among_others_takes_none_of_them_with_it(
+async def test_rejected_edit_does_not_fail_the_others_in_its_batch(
     alice: Actor, bob: Actor, carol: Actor, workspace: str, rooms: Rooms, hold: Hold
 ) -> None:
     document, beside = await make_document(alice, workspace), await make_document(alice, workspace, path="beside")
@@ -190,13 +188,13 @@ async def test_an_edit_that_is_refused_among_others_takes_none_of_them_with_it(
 
 
 async def queued(rooms: Rooms, edits: int) -> None:
-    """Returns when so many wait to be committed."""
+    """Wait until this many edits are pending."""
     async with asyncio.timeout(PATIENCE_SECONDS):
         while sum(map(len, rooms._commits._waiting.values())) < edits:
             await asyncio.sleep(0.01)
 
 
-async def test_updates_are_committed_in_groups(alice: Actor, workspace: str, rooms: Rooms, hold: Hold) -> None:
+async def test_updates_are_committed_in_batches(alice: Actor, workspace: str, rooms: Rooms, hold: Hold) -> None:
     document = await make_document(alice, workspace)
 
     def commits() -> float:
@@ -219,7 +217,7 @@ async def test_updates_are_committed_in_groups(alice: Actor, workspace: str, roo
     assert commits() - before <= 5
 
 
-async def test_an_edit_in_flight_to_a_deleted_document_is_told_so(
+async def test_edit_in_flight_to_a_deleted_document_is_rejected(
     alice: Actor, workspace: str, rooms: Rooms, hold: Hold
 ) -> None:
     document, ear = await make_document(alice, workspace), Ear()
@@ -233,7 +231,7 @@ async def test_an_edit_in_flight_to_a_deleted_document_is_told_so(
     assert (ear.is_lost, ear.restarts) == (True, 0)
 
 
-async def test_a_listener_that_fails_holds_up_nobody_else(alice: Actor, workspace: str, rooms: Rooms) -> None:
+async def test_failing_listener_does_not_block_other_documents(alice: Actor, workspace: str, rooms: Rooms) -> None:
     document, beside = await make_document(alice, workspace), await make_document(alice, workspace, path="beside")
     deaf, ear = Ear(), Ear()
     deaf.heard = None  # type: ignore[assignment]
@@ -244,7 +242,7 @@ async def test_a_listener_that_fails_holds_up_nobody_else(alice: Actor, workspac
     assert [update.version for update in ear.heard] == [2]
 
 
-async def test_a_lane_that_ends_answers_those_who_wait(
+async def test_cancelled_commit_worker_fails_its_pending_edits(
     alice: Actor, workspace: str, rooms: Rooms, hold: Hold, db: Database
 ) -> None:
     document = await make_document(alice, workspace)
@@ -260,7 +258,7 @@ async def test_a_lane_that_ends_answers_those_who_wait(
     assert [edit.done for edit in refused] == [done]
 
 
-async def test_a_document_with_much_to_commit_waits_for_its_turn(
+async def test_busy_document_does_not_starve_other_documents(
     alice: Actor, workspace: str, rooms: Rooms, db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.documents.commits.BATCH_UPDATES", 2)
@@ -279,7 +277,7 @@ async def test_a_document_with_much_to_commit_waits_for_its_turn(
     assert order == [0, 1, 5, 2, 3, 4]
 
 
-async def test_what_waits_for_postgresql_has_a_bound(
+async def test_pending_edits_are_bounded_in_bytes(
     alice: Actor, workspace: str, rooms: Rooms, hold: Hold, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.documents.commits.MOST_WAITING_BYTES", 1000)
@@ -293,7 +291,7 @@ async def test_what_waits_for_postgresql_has_a_bound(
     assert await begin(rooms, document, alice, "z" * 800) == 3
 
 
-async def test_a_client_that_vanishes_with_an_update_in_flight_harms_nothing(
+async def test_update_in_flight_of_an_aborted_client_is_committed_once(
     alice: Actor, bob: Actor, workspace: str, hold: Hold
 ) -> None:
     document = await make_document(alice, workspace)
@@ -305,11 +303,11 @@ async def test_a_client_that_vanishes_with_an_update_in_flight_harms_nothing(
     await his.until("last words")
     await asyncio.wait({sending})
     await hers.open()
-    assert hers.version == 2, "it was known, and no version was made of it again"
+    assert hers.version == 2, "the resent update is known and makes no second version"
     assert await his.type("!") == 3
 
 
-async def test_a_load_that_many_wait_for_is_not_bound_to_the_first_ones_budget(
+async def test_shared_load_is_not_bound_to_the_deadline_of_its_first_caller(
     alice: Actor, workspace: str, rooms: Rooms, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     document, allowed = await make_document(alice, workspace), []
@@ -325,7 +323,7 @@ async def test_a_load_that_many_wait_for_is_not_bound_to_the_first_ones_budget(
     assert allowed == [600]
 
 
-async def test_a_document_is_read_anew_until_that_works(
+async def test_reload_of_a_document_is_retried_until_it_succeeds(
     alice: Actor, workspace: str, rooms: Rooms, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     document, failures = await make_document(alice, workspace, content="here"), [asyncpg.DataCorruptedError("broken")]
@@ -342,7 +340,7 @@ async def test_a_document_is_read_anew_until_that_works(
     assert not failures
 
 
-async def test_what_has_rested_is_named_and_announced_by_itself(
+async def test_version_before_a_pause_is_named_and_announced_automatically(
     alice: Actor, bob: Actor, workspace: str, make_rooms: MakeRooms, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rooms_module, "NAMING_SECONDS", 0.05)
@@ -354,7 +352,7 @@ async def test_what_has_rested_is_named_and_announced_by_itself(
     await room.assert_push("DOCUMENT_CHANGED", documentId=document, version=2, userId=alice.id)
 
 
-async def test_a_document_that_cannot_be_compared_stands_in_the_way_of_no_other(
+async def test_document_that_fails_to_sync_does_not_block_other_documents(
     alice: Actor, workspace: str, rooms: Rooms, db: Database
 ) -> None:
     broken, fine = await make_document(alice, workspace), await make_document(alice, workspace, path="fine")
@@ -362,7 +360,7 @@ async def test_a_document_that_cannot_be_compared_stands_in_the_way_of_no_other(
     deaf.heard = None  # type: ignore[assignment]
     await rooms.enter(UUID(broken), deaf)
     await rooms.enter(UUID(fine), ear)
-    for document in (broken, fine):  # by somebody of whom nothing is heard
+    for document in (broken, fine):  # as another process that publishes nothing
         await store.append(
             db,
             documents=[UUID(document)],

@@ -1,4 +1,4 @@
-"""Logs, states and texts: nothing is lost on the way, whatever the order."""
+"""Logs, states and texts: merging keeps every update, in any order."""
 
 import os
 import random
@@ -18,7 +18,7 @@ from tests.documents.hostile import typing
 
 
 class Editor:
-    """Types at random places and remembers each keystroke's update."""
+    """An editor that types at random places and records the update of each keystroke."""
 
     def __init__(self, seed: int = 1) -> None:
         self.random = random.Random(seed)
@@ -40,14 +40,14 @@ class Editor:
             self.log.append(self.doc.get_update(before))
 
 
-def test_a_log_merged_in_any_order_gives_the_same_text() -> None:
+def test_log_merged_in_any_order_gives_the_same_text() -> None:
     editor = Editor()
     editor.type(300)
     shuffled = random.Random(2).sample(editor.log, len(editor.log))
     assert updates.text_of(shuffled) == updates.text_of([updates.settle(shuffled)]) == str(editor.text)
 
 
-def test_a_state_keeps_what_came_before_the_things_it_builds_on() -> None:
+def test_state_keeps_updates_that_precede_their_predecessors() -> None:
     editor = Editor()
     editor.type(50)
     late, rest = editor.log[3], editor.log[:3] + editor.log[4:]
@@ -56,7 +56,7 @@ def test_a_state_keeps_what_came_before_the_things_it_builds_on() -> None:
     assert updates.text_of([state, late]) == str(editor.text)
 
 
-def test_a_deletion_that_comes_first_is_kept() -> None:
+def test_deletion_before_its_insertion_is_kept() -> None:
     editor = Editor()
     editor.text += "hello world"
     typed = editor.doc.get_update()
@@ -66,7 +66,7 @@ def test_a_deletion_that_comes_first_is_kept() -> None:
     assert updates.text_of([updates.settle([deleted]), typed]) == "world"
 
 
-def test_a_compacted_log_remembers_the_text_of_every_named_version() -> None:
+def test_compacted_log_keeps_the_text_of_every_named_version() -> None:
     editor = Editor()
     texts = {}
     for version in range(1, 41):
@@ -91,7 +91,7 @@ def test_deleted_text_does_not_stay_in_the_state() -> None:
     assert len(updates.settle(editor.log)) < 10_000
 
 
-def test_ten_thousand_updates_are_merged_in_a_moment() -> None:
+def test_ten_thousand_updates_are_merged_within_two_seconds() -> None:
     editor = Editor()
     editor.type(1000, "x")
     many = editor.log * 10
@@ -101,31 +101,31 @@ def test_ten_thousand_updates_are_merged_in_a_moment() -> None:
 
 
 @given(st.text(max_size=60), st.text(max_size=60))
-def test_a_rewritten_document_has_the_new_text(old: str, new: str) -> None:
+def test_rewritten_document_has_the_new_text(old: str, new: str) -> None:
     state = updates.first(old)
     assert updates.text_of([state, updates.rewrite(state, new)]) == new
 
 
 @given(st.lists(st.sampled_from(["a\n", "é\n", "𝄞b\n", "same\n"])), st.lists(st.sampled_from(["a\n", "é\n", "c\n"])))
-def test_a_document_rewritten_line_by_line_has_the_new_text(old: list[str], new: list[str]) -> None:
+def test_document_rewritten_line_by_line_has_the_new_text(old: list[str], new: list[str]) -> None:
     state = updates.first("".join(old))
     assert updates.text_of([state, updates.rewrite(state, "".join(new))]) == "".join(new)
 
 
-def test_a_rewrite_touches_only_what_differs() -> None:
+def test_rewrite_changes_only_the_differences() -> None:
     old = "".join(f"line {n}\n" for n in range(500))
     new = old.replace("line 100\n", "line one hundred\n").replace("line 400\n", "")
     assert sum(end - start + len(text) for start, end, text in updates.edits(old, new)) < 50
     assert len(updates.rewrite(updates.first(old), new)) < 200
 
 
-def test_rewriting_a_large_text_takes_no_longer_than_reading_it_does() -> None:
+def test_rewrite_of_a_large_text_is_one_minimal_edit() -> None:
     old = "x" * 5_000_000
     new = old[:2_500_000] + "y" + old[2_500_000:]
     assert list(updates.edits(old, new)) == [(2_500_000, 2_500_000, "y")]
 
 
-def test_lines_that_are_all_alike_take_no_time() -> None:
+def test_many_equal_lines_are_compared_within_two_seconds() -> None:
     for repeated in ("a\n", "a\nb\n"):
         old, new = ("".join(f"{name}{n}\n{repeated}" for n in range(1000)) for name in "xy")
         started = time.thread_time()
@@ -134,7 +134,7 @@ def test_lines_that_are_all_alike_take_no_time() -> None:
         assert changes
 
 
-def test_a_rewrite_counts_what_is_no_text() -> None:
+def test_rewrite_counts_embeds_and_formats() -> None:
     chance = random.Random(4)
     for _ in range(50):
         doc, content = updates.load([updates.first("one\ntwö\nthree\n")])
@@ -146,7 +146,7 @@ def test_a_rewrite_counts_what_is_no_text() -> None:
         assert updates.text_of([state, updates.rewrite(state, new)]) == new
 
 
-def test_what_is_deleted_already_is_told_from_what_is_not() -> None:
+def test_known_deletions_are_distinguished_from_new_ones() -> None:
     chance = random.Random(5)
     for _ in range(200):
         doc: Doc[Text] = Doc()
@@ -172,7 +172,7 @@ def _deleting(client: int, start: int, length: int) -> bytes:
     return b"\x00\x01" + wire.number(client) + b"\x01" + wire.number(start) + wire.number(length)
 
 
-def test_a_hundred_thousand_deletions_are_compared_in_a_moment() -> None:
+def test_hundred_thousand_deletions_are_compared_within_two_seconds() -> None:
     doc, _ = updates.load([updates.first("x" * 200_000)])
     [client] = wire.state_vector(doc.get_state())
     ranges = b"".join(wire.number(2 * each) + b"\x01" for each in range(100_000))
@@ -184,7 +184,7 @@ def test_a_hundred_thousand_deletions_are_compared_in_a_moment() -> None:
     assert time.thread_time() - started < 2
 
 
-def test_what_came_too_early_is_bounded() -> None:
+def test_updates_without_their_predecessors_are_bounded() -> None:
     editor = Editor()
     editor.type(1, "x")
     editor.type(1, "y" * MOST_ASIDE_BYTES)
@@ -195,8 +195,8 @@ def test_what_came_too_early_is_bounded() -> None:
         live.demand_room_for(editor.log[1])
 
 
-def test_typing_that_contradicts_what_is_there_harms_nobody(full: bool) -> None:
-    """What is applied without being tasted: in a fork, since a crash would end the test."""
+def test_contradictory_typing_does_not_crash_pycrdt(full: bool) -> None:
+    """Trusted updates are applied without validation; each run is in a fork, since a crash would end the test."""
     for seed in range(100 if full else 4):
         child = os.fork()
         if child == 0:
@@ -211,7 +211,7 @@ def test_typing_that_contradicts_what_is_there_harms_nobody(full: bool) -> None:
 
 
 def _contradict(chance: random.Random) -> int:
-    """How many of the updates were trusted."""
+    """Return how many of the updates were trusted."""
     log: list[bytes] = []
     for seed in range(2):
         editor = Editor(seed + 1)

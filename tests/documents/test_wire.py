@@ -1,4 +1,4 @@
-"""The binary protocol: what is written is read again, and whatever else comes is refused in no time."""
+"""The binary protocol: written messages are read back, and all other input is rejected quickly."""
 
 import time
 
@@ -14,7 +14,7 @@ ENTRIES = st.lists(st.builds(wire.Entry, NUMBERS, NUMBERS, st.text(max_size=20))
 
 
 @given(st.sampled_from([wire.STEP_1, wire.STEP_2, wire.UPDATE]), st.binary(max_size=300))
-def test_a_sync_message_is_read_as_it_was_written(step: int, payload: bytes) -> None:
+def test_sync_message_is_read_as_it_was_written(step: int, payload: bytes) -> None:
     assert wire.parse(wire.sync(step, payload)) == wire.Sync(step, payload)
 
 
@@ -25,7 +25,7 @@ def test_awareness_is_read_as_it_was_written(entries: list[wire.Entry]) -> None:
 
 
 @given(st.binary(max_size=200))
-def test_whatever_comes_is_read_or_refused(message: bytes) -> None:
+def test_any_input_is_read_or_rejected(message: bytes) -> None:
     for read in (wire.parse, wire.parse_awareness, wire.state_vector, wire.typing, lambda m: list(wire.deletions(m))):
         try:
             read(message)
@@ -34,13 +34,13 @@ def test_whatever_comes_is_read_or_refused(message: bytes) -> None:
 
 
 @given(ENTRIES.filter(bool), st.data())
-def test_what_is_cut_short_is_refused(entries: list[wire.Entry], data: st.DataObject) -> None:
+def test_truncated_message_is_rejected(entries: list[wire.Entry], data: st.DataObject) -> None:
     message = wire.awareness(wire.awareness_content(entries))
     with pytest.raises(wire.Malformed):
         wire.parse(message[: data.draw(st.integers(0, len(message) - 1))])
 
 
-def test_hostile_numbers_cost_nothing() -> None:
+def test_hostile_numbers_are_rejected_within_two_seconds() -> None:
     started = time.thread_time()
     for hostile in (b"\x80" * 1_000_000, b"\xff" * 1_000_000, b"\x01\xff\xff\xff\xff\x0f" * 100_000):
         for read in (wire.parse, wire.parse_awareness, wire.state_vector):
@@ -49,12 +49,12 @@ def test_hostile_numbers_cost_nothing() -> None:
     assert time.thread_time() - started < 2
 
 
-def test_the_keepalive_is_an_empty_awareness() -> None:
+def test_keepalive_is_an_empty_awareness() -> None:
     assert wire.KEEPALIVE == b"\x01\x01\x00"
     assert wire.parse(wire.KEEPALIVE) == wire.Awareness([])
 
 
-def test_typing_is_told_from_everything_else() -> None:
+def test_typing_is_distinguished_from_other_updates() -> None:
     doc: Doc = Doc(client_id=5)
     text = doc.get("content", type=Text)
     text += "héllo"
@@ -73,7 +73,7 @@ def test_typing_is_told_from_everything_else() -> None:
     assert wire.typing(doc.get_update(before)) is None
 
 
-def test_what_is_read_here_is_bounded() -> None:
+def test_parsed_entries_and_pieces_are_bounded() -> None:
     entries = [wire.Entry(client, 1, "{}") for client in range(wire.MOST_ENTRIES + 1)]
     assert len(wire.parse_awareness(wire.awareness_content(entries[1:]))) == wire.MOST_ENTRIES
     with pytest.raises(wire.Malformed):
@@ -85,7 +85,7 @@ def test_what_is_read_here_is_bounded() -> None:
 
 
 @given(st.dictionaries(NUMBERS, NUMBERS, max_size=20))
-def test_a_state_vector_is_read_as_it_was_written(vector: dict[int, int]) -> None:
+def test_state_vector_is_read_as_it_was_written(vector: dict[int, int]) -> None:
     written = wire.number(len(vector)) + b"".join(wire.number(each) for pair in vector.items() for each in pair)
     assert wire.state_vector(written) == vector
     for broken in (written + b"\x00", written[:-1], b"\xff" * 7 + b"\x7f" + written):

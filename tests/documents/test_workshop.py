@@ -1,4 +1,4 @@
-"""Work in processes of its own: what crashes, hangs or is killed there is answered, and harms nobody."""
+"""The process pool: work that crashes, hangs or is killed there fails with an error and affects no other caller."""
 
 import asyncio
 import os
@@ -23,7 +23,7 @@ async def workshop() -> AsyncIterator[Workshop]:
     workshop.close()
 
 
-async def test_an_update_that_fits_is_given_back_as_it_is_stored(workshop: Workshop) -> None:
+async def test_valid_update_is_returned_as_it_is_stored(workshop: Workshop) -> None:
     state, other = updates.first("Hello"), updates.first(", world")
     assert await workshop.taste(state, other) == other
     assert await workshop.taste(state, state) == wire.NOTHING
@@ -32,13 +32,13 @@ async def test_an_update_that_fits_is_given_back_as_it_is_stored(workshop: Works
 @pytest.mark.parametrize(
     "bomb", [nested_values(100_000), nested_types(100_000), b"\xff" * 100], ids=["values", "types", "malformed"]
 )
-async def test_an_update_that_exhausts_the_stack_is_the_senders_fault(workshop: Workshop, bomb: bytes) -> None:
+async def test_update_that_exhausts_the_stack_is_invalid(workshop: Workshop, bomb: bytes) -> None:
     with pytest.raises(ValidationFailed):
         await workshop.taste(wire.NOTHING, bomb)
     assert await workshop.taste(wire.NOTHING, updates.first("fine")) != wire.NOTHING
 
 
-async def test_what_happens_to_us_is_not_the_senders_fault(workshop: Workshop) -> None:
+async def test_killed_process_makes_the_validation_unavailable(workshop: Workshop) -> None:
     await workshop.taste(wire.NOTHING, updates.first("x"))
     large = updates.first("x" * 5_000_000)
     tasting = asyncio.ensure_future(workshop.taste(large, large))
@@ -51,7 +51,7 @@ async def test_what_happens_to_us_is_not_the_senders_fault(workshop: Workshop) -
     assert await workshop.taste(wire.NOTHING, updates.first("fine")) != wire.NOTHING
 
 
-async def test_who_stops_waiting_gets_nobody_elses_answer(workshop: Workshop) -> None:
+async def test_timed_out_result_is_not_returned_to_a_later_caller(workshop: Workshop) -> None:
     large = updates.first("x" * 1_000_000)
     for _ in range(3):
         with pytest.raises(TimeoutError):
@@ -60,14 +60,14 @@ async def test_who_stops_waiting_gets_nobody_elses_answer(workshop: Workshop) ->
     assert await workshop.do(updates.text_of, [updates.first("mine")]) == "mine"
 
 
-async def test_a_log_that_crashes_pycrdt_is_read_without_the_update_that_does(workshop: Workshop) -> None:
+async def test_log_that_crashes_pycrdt_is_read_without_the_crashing_update(workshop: Workshop) -> None:
     log = [nested_types(100_000), wire.everything({5: 1}), updates.first("typed")]
     with pytest.raises(Failed):
         await workshop.do(updates.revive, log)
     assert await workshop.revive(log) == await workshop.revive([log[0], log[2]])
 
 
-async def test_nobody_has_two_updates_tasted_at_once(workshop: Workshop) -> None:
+async def test_user_has_only_one_validation_at_a_time(workshop: Workshop) -> None:
     mallory, bob = uuid4(), uuid4()
     async with workshop.seat(mallory), workshop.seat(bob):
         with pytest.raises(TimeoutError):

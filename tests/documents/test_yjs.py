@@ -1,4 +1,4 @@
-"""y-websocket clients, unmodified, from npm; and what such a socket is told where no client would go."""
+"""Unmodified y-websocket clients from npm, and raw sockets for input that no such client sends."""
 
 import asyncio
 import contextlib
@@ -38,7 +38,7 @@ class NodeEditor:
             return json.loads(await self.process.stdout.readline())
 
     async def until(self, **state: Any) -> dict[str, Any]:
-        """Its state, once that is as expected."""
+        """Wait until the client has the expected state, and return its whole state."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not state.items() <= (now := await self.do("state")).items():
             assert time.monotonic() < deadline, now
@@ -74,7 +74,7 @@ async def start_node(node: str) -> AsyncIterator[StartNode]:
         await process.communicate()
 
 
-async def test_a_y_websocket_client_edits_together_with_a_json_client(
+async def test_y_websocket_client_edits_together_with_a_json_client(
     alice: Actor, bob: Actor, workspace: str, start_node: StartNode, make_server: MakeServer
 ) -> None:
     document = await make_document(alice, workspace, content="Hello")
@@ -92,7 +92,7 @@ async def test_a_y_websocket_client_edits_together_with_a_json_client(
     await hers.until(text="over REST")
 
 
-async def test_cursors_are_seen_through_both_doors(
+async def test_awareness_crosses_both_socket_transports(
     alice: Actor, bob: Actor, workspace: str, start_node: StartNode
 ) -> None:
     document = await make_document(alice, workspace)
@@ -110,7 +110,7 @@ async def test_cursors_are_seen_through_both_doors(
     await hers.until(others=[])
 
 
-async def test_a_y_websocket_client_comes_back_after_a_restart_with_what_it_typed_meanwhile(
+async def test_y_websocket_client_syncs_offline_edits_after_a_restart(
     alice: Actor, bob: Actor, workspace: str, start_node: StartNode, processes: Processes
 ) -> None:
     document = await make_document(alice, workspace)
@@ -131,7 +131,7 @@ async def test_a_y_websocket_client_comes_back_after_a_restart_with_what_it_type
     await other.until(others=[[client, {"name": "Alice"}]])
 
 
-async def test_a_viewers_client_sees_everything_and_changes_nothing(
+async def test_client_of_a_viewer_receives_edits_but_cannot_edit(
     alice: Actor, carol: Actor, workspace: str, start_node: StartNode
 ) -> None:
     project = (await alice.get(f"/workspaces/{workspace}"))["projectId"]
@@ -149,7 +149,7 @@ async def test_a_viewers_client_sees_everything_and_changes_nothing(
     assert (await alice.get(f"/documents/{document}"))["version"] == 2
 
 
-async def test_a_removed_collaborators_client_is_sent_away_for_good(
+async def test_client_of_a_removed_collaborator_does_not_reconnect(
     alice: Actor, bob: Actor, start_node: StartNode
 ) -> None:
     project = await alice.make_project()
@@ -161,7 +161,7 @@ async def test_a_removed_collaborators_client_is_sent_away_for_good(
     await his.until(connected=False, trying=False, closed=[4403])
 
 
-async def test_the_client_of_an_ended_session_is_sent_away_for_good(
+async def test_client_of_an_ended_session_does_not_reconnect(
     alice: Actor, bob: Actor, workspace: str, start_node: StartNode
 ) -> None:
     document = await make_document(alice, workspace)
@@ -171,7 +171,7 @@ async def test_the_client_of_an_ended_session_is_sent_away_for_good(
     await his.until(connected=False, trying=False, closed=[4401])
 
 
-async def test_a_deleted_documents_client_is_sent_away_for_good(
+async def test_client_of_a_deleted_document_does_not_reconnect(
     alice: Actor, bob: Actor, workspace: str, start_node: StartNode
 ) -> None:
     document = await make_document(alice, workspace)
@@ -183,7 +183,7 @@ async def test_a_deleted_documents_client_is_sent_away_for_good(
     await late.until(connected=False, trying=False, closed=[4404])
 
 
-async def test_who_may_not_come_in_is_told_why(
+async def test_rejected_client_gets_a_close_code_with_the_reason(
     alice: Actor, carol: Actor, workspace: str, http: aiohttp.ClientSession
 ) -> None:
     document = await make_document(alice, workspace)
@@ -208,14 +208,14 @@ async def raw_socket(actor: Actor, document: str) -> aiohttp.ClientWebSocketResp
         f"{actor.base}/yjs/{document}", protocols=("collab.v1", f"bearer.{actor.access_token}"), max_msg_size=0
     )
     assert socket.protocol == "collab.v1"
-    while True:  # what others edit may come first
+    while True:  # edits of others may come first
         message = wire.parse((await socket.receive(timeout=PATIENCE_SECONDS)).data)
         if isinstance(message, wire.Sync) and message.step == wire.STEP_1:
             return socket
 
 
 async def compared(socket: aiohttp.ClientWebSocketResponse) -> bytes:
-    """All there is, and what was sent before is durable then; nothing, where the socket is closed instead."""
+    """Return the whole state, once all earlier messages are durable; empty if the socket is closed instead."""
     with contextlib.suppress(aiohttp.ClientConnectionResetError):
         await socket.send_bytes(wire.sync(wire.STEP_1, b"\x00"))
     while (message := await socket.receive(timeout=PATIENCE_SECONDS)).type is aiohttp.WSMsgType.BINARY:
@@ -243,7 +243,7 @@ async def closed_with(socket: aiohttp.ClientWebSocketResponse) -> int | None:
         "text",
     ],
 )
-async def test_a_hostile_frame_ends_that_socket_only(
+async def test_hostile_frame_closes_only_its_socket(
     alice: Actor, bob: Actor, workspace: str, hostile: bytes | str
 ) -> None:
     document = await make_document(alice, workspace)
@@ -254,7 +254,7 @@ async def test_a_hostile_frame_ends_that_socket_only(
     assert await his.type("fine") == 2
 
 
-async def test_what_the_server_has_already_makes_no_version(alice: Actor, workspace: str) -> None:
+async def test_known_update_makes_no_version(alice: Actor, workspace: str) -> None:
     document = await make_document(alice, workspace, content="text")
     socket = await raw_socket(alice, document)
     answer = await compared(socket)
@@ -272,7 +272,7 @@ async def test_what_the_server_has_already_makes_no_version(alice: Actor, worksp
     await socket.close()
 
 
-async def test_deletions_that_are_said_again_make_no_version(alice: Actor, bob: Actor, workspace: str) -> None:
+async def test_resent_deletions_make_no_version(alice: Actor, bob: Actor, workspace: str) -> None:
     document = await make_document(alice, workspace, content="hello world")
     hers, his = await Editor(alice, document).open(), await Editor(bob, document).open()
     before = hers.doc.get_state()
@@ -290,7 +290,7 @@ async def test_deletions_that_are_said_again_make_no_version(alice: Actor, bob: 
 
 
 @pytest.mark.usefixtures("notices_alone")
-async def test_a_removed_collaborators_socket_is_closed(alice: Actor, bob: Actor, make_server: MakeServer) -> None:
+async def test_socket_of_a_removed_collaborator_is_closed(alice: Actor, bob: Actor, make_server: MakeServer) -> None:
     project = await alice.make_project()
     member = await alice.add(bob, project)
     document = await make_document(alice, await alice.make_workspace(project))
@@ -300,7 +300,7 @@ async def test_a_removed_collaborators_socket_is_closed(alice: Actor, bob: Actor
     assert await hers.type("alone") == 2
 
 
-async def test_a_socket_outlives_its_token_but_not_its_session(
+async def test_socket_outlasts_its_token_but_not_its_session(
     alice: Actor, workspace: str, make_server: MakeServer
 ) -> None:
     document = await make_document(alice, workspace)
@@ -316,7 +316,7 @@ async def test_a_socket_outlives_its_token_but_not_its_session(
     assert await closed_with(socket) == 4401
 
 
-async def test_a_ticket_opens_and_a_foreign_page_does_not(
+async def test_ticket_opens_a_socket_and_foreign_origin_is_rejected(
     alice: Actor, workspace: str, http: aiohttp.ClientSession, make_server: MakeServer
 ) -> None:
     document = await make_document(alice, workspace)
@@ -329,7 +329,9 @@ async def test_a_ticket_opens_and_a_foreign_page_does_not(
     assert refused.value.status == 403
 
 
-async def test_a_restart_lets_the_client_come_back(alice: Actor, workspace: str, processes: Processes) -> None:
+async def test_restart_closes_the_socket_with_1012_so_that_the_client_reconnects(
+    alice: Actor, workspace: str, processes: Processes
+) -> None:
     server = processes.server()
     socket = await raw_socket(alice.at(server.base), await make_document(alice, workspace))
     ending = asyncio.ensure_future(asyncio.to_thread(server.terminate))
@@ -337,21 +339,21 @@ async def test_a_restart_lets_the_client_come_back(alice: Actor, workspace: str,
     assert await ending == 0
 
 
-async def test_what_is_too_large_ends_the_socket(alice: Actor, workspace: str) -> None:
+async def test_update_beyond_the_maximum_size_closes_the_socket(alice: Actor, workspace: str) -> None:
     document = await make_document(alice, workspace)
     first, second, third = [await raw_socket(alice, document) for _ in range(3)]
     await first.send_bytes(wire.sync(wire.UPDATE, updates.first("x" * (6 << 20))))
     await compared(first)
     await second.send_bytes(wire.sync(wire.UPDATE, updates.first("y" * (6 << 20))))
     assert await closed_with(second) == 4400
-    with contextlib.suppress(OSError):  # it is not even read to its end
+    with contextlib.suppress(OSError):  # the server does not read it to its end
         await third.send_bytes(wire.sync(wire.UPDATE, updates.first("z" * (10 << 20))))
     assert await closed_with(third) in (1009, 1006)
     assert (await alice.get(f"/documents/{document}"))["version"] == 2
     await first.close()
 
 
-async def test_an_unforeseen_failure_ends_the_socket_with_a_close_frame(
+async def test_unexpected_error_closes_the_socket_with_a_close_frame(
     alice: Actor, workspace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def fail(*_: object) -> None:
@@ -363,7 +365,7 @@ async def test_an_unforeseen_failure_ends_the_socket_with_a_close_frame(
     assert await closed_with(socket) == 1011
 
 
-async def test_a_cursor_that_rests_is_shown_again_before_clients_forget_it(
+async def test_idle_awareness_state_is_renewed_before_clients_drop_it(
     alice: Actor, bob: Actor, workspace: str, make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.documents.awareness.RENEW_SECONDS", 0.2)
@@ -379,10 +381,12 @@ async def test_a_cursor_that_rests_is_shown_again_before_clients_forget_it(
             clocks += [entry.clock for entry in seen.entries if entry.client == 77]
         assert clocks[0] < clocks[1]
         await socket.close()
-    await his.socket.refute_push()  # of itself
+    await his.socket.refute_push()  # no echo
 
 
-async def test_a_silent_client_is_spoken_to(alice: Actor, workspace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_silent_client_receives_keepalive_messages(
+    alice: Actor, workspace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("server.documents.yjs.KEEPALIVE_SECONDS", 0.3)
     socket = await raw_socket(alice, await make_document(alice, workspace))
     heard = [(await socket.receive(timeout=PATIENCE_SECONDS)).data for _ in range(4)]
@@ -391,10 +395,10 @@ async def test_a_silent_client_is_spoken_to(alice: Actor, workspace: str, monkey
 
 
 @pytest.mark.parametrize("door", ["/ws", "/yjs/{document}"])
-async def test_who_comes_in_as_the_process_begins_to_stop_is_sent_away(
+async def test_client_registered_while_draining_begins_is_closed_with_1012(
     alice: Actor, workspace: str, door: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was let in before, and is there after those who were there have been sent away."""
+    """Authentication succeeds before the drain, and the registration follows after the drain closed all others."""
     document = await make_document(alice, workspace)
     admit = Realtime.admit
 

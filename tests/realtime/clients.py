@@ -1,4 +1,4 @@
-"""Clients as the contract means them: they remember the last event, and come back with it."""
+"""Clients that follow the contract: they remember the last event id and rejoin with it after a disconnect."""
 
 import asyncio
 import random
@@ -17,14 +17,14 @@ PAUSE_SECONDS = 0.05
 
 
 class Member:
-    """Somebody in a workspace who comes back, to any of these addresses, whenever they were cut off."""
+    """A member of a workspace that reconnects, to any of these servers, after each disconnect."""
 
     def __init__(self, actor: Actor, workspace: str, bases: Sequence[str]) -> None:
         self.actor, self.workspace, self.bases = actor, workspace, bases
-        self.events: list[dict[str, Any]] = []  # durable ones, in the order in which they came
+        self.events: list[dict[str, Any]] = []  # durable events, in the order of arrival
         self.since: str | None = None
-        self._heard: set[str] = set()
-        self.notices: set[str] = set()  # the names of all frames that came by themselves
+        self._changes_received: set[str] = set()
+        self.notices: set[str] = set()  # the events of all frames that the server pushed
         self.gaps = 0
         self.returns = -1
         self.socket: Socket | None = None
@@ -32,7 +32,7 @@ class Member:
         self.here = asyncio.Event()
 
     async def __aenter__(self) -> "Member":
-        self._task = asyncio.create_task(self._live())
+        self._task = asyncio.create_task(self._run())
         await self.here.wait()
         return self
 
@@ -57,17 +57,17 @@ class Member:
 
     async def has_heard(self, change: Any, *, seconds: float = PATIENCE_SECONDS) -> None:
         async with asyncio.timeout(seconds):
-            while repr(change) not in self._heard:
+            while repr(change) not in self._changes_received:
                 await asyncio.sleep(0.01)
 
-    async def _live(self) -> None:
+    async def _run(self) -> None:
         while True:
             try:
-                await self._enter()
+                await self._join()
                 while True:
                     frame = await self._connected().next(seconds=60)
                     self.notices.add(frame["event"])
-                    self._hear(frame["data"])
+                    self._record(frame["data"])
             except AWAY:
                 self.here.clear()
                 if self.socket is not None:
@@ -78,34 +78,34 @@ class Member:
         assert self.socket is not None
         return self.socket
 
-    async def _enter(self) -> None:
+    async def _join(self) -> None:
         self.socket = await self.actor.at(random.choice(self.bases)).connect()
         while True:
             try:
                 joined = await self.socket.push("join:workspace", workspaceId=self.workspace, since=self.since)
-            except Refused as refused:
-                if refused.code != "unavailable":
+            except Refused as error:
+                if error.code != "unavailable":
                     raise
                 await asyncio.sleep(PAUSE_SECONDS)
                 continue
             self.gaps += joined["gap"]
             for event in joined["events"]:
-                self._hear(event)
+                self._record(event)
             if not joined["more"]:
                 break
         self.since = self.since or joined["lastEventId"]
         self.returns += 1
         self.here.set()
 
-    def _hear(self, event: dict[str, Any]) -> None:
+    def _record(self, event: dict[str, Any]) -> None:
         if "eventId" in event:
             self.events.append(event)
-            self._heard.add(repr(event.get("change")))
+            self._changes_received.add(repr(event.get("change")))
             self.since = event["eventId"]
 
 
 class Writer:
-    """Somebody who changes a file over and over, each time until it is acknowledged."""
+    """A writer that reconnects, and retries each change of a file until it is acknowledged."""
 
     def __init__(self, actor: Actor, workspace: str, bases: Sequence[str]) -> None:
         self.actor, self.workspace, self.bases = actor, workspace, bases
@@ -123,14 +123,14 @@ class Writer:
             await self._socket.close()
 
     async def write_one(self, change: Any) -> None:
-        """May be written twice where the ack was lost: then ``change`` is in the history twice."""
+        """Retry one change until its ack; if an ack is lost, ``change`` is in the history twice."""
         while True:
             try:
                 if self._socket is None:
                     self._socket = await self.actor.at(random.choice(self.bases)).connect(self.workspace)
                 ack = await self._socket.push("file:change", workspaceId=self.workspace, change=change)
-            except Refused as refused:
-                if refused.code != "unavailable":
+            except Refused as error:
+                if error.code != "unavailable":
                     raise
             except AWAY:
                 if self._socket is not None:

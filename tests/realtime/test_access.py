@@ -1,4 +1,4 @@
-"""Access changes under an open socket: told at once, on whichever process it is."""
+"""Changes of access under an open socket take effect at once, on every process."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -19,7 +19,7 @@ Pair = tuple[Actor, Actor]
 
 @pytest.fixture(params=["one process", "two processes"])
 async def pair(request: pytest.FixtureRequest, make_server: MakeServer, make_actor: MakeActor) -> Pair:
-    """Alice, who owns things, and Bob, who may be at another server."""
+    """Alice, the owner of the test's resources, and Bob, on the same or another server."""
     here = await make_server()
     there = here if request.param == "one process" else await make_server()
     return await make_actor("Alice", here), await make_actor("Bob", there)
@@ -27,19 +27,20 @@ async def pair(request: pytest.FixtureRequest, make_server: MakeServer, make_act
 
 async def collaborator(alice: Actor, bob: Actor, project: str) -> str:
     members = (await alice.get(f"/projects/{project}/collaborators"))["items"]
-    return next(f"/projects/{project}/collaborators/{each['id']}" for each in members if each["user"]["id"] == bob.id)
+    member = next(member["id"] for member in members if member["user"]["id"] == bob.id)
+    return f"/projects/{project}/collaborators/{member}"
 
 
-async def test_a_new_role_is_told_and_counts_at_once(pair: Pair) -> None:
+async def test_new_role_is_announced_and_takes_effect_at_once(pair: Pair) -> None:
     alice, bob = pair
     project = await alice.make_project(bob)
     workspace = await alice.make_workspace(project)
     his = await bob.connect(workspace)
     await his.push("file:change", workspaceId=workspace, change=1)
     await alice.patch(await collaborator(alice, bob, project), {"role": "VIEWER"})
-    told = await his.assert_push("ROLE_CHANGED", subjectId=bob.id, role="VIEWER", userId=alice.id)
-    assert told["userName"] == "Alice"
-    assert told["eventId"]
+    event = await his.assert_push("ROLE_CHANGED", subjectId=bob.id, role="VIEWER", userId=alice.id)
+    assert event["userName"] == "Alice"
+    assert event["eventId"]
     await until_refused(lambda: his.push("file:change", workspaceId=workspace, change=2), "forbidden")
     await his.push("cursor:update", workspaceId=workspace, position=1)
     await alice.patch(await collaborator(alice, bob, project), {"role": "COLLABORATOR"})
@@ -47,7 +48,7 @@ async def test_a_new_role_is_told_and_counts_at_once(pair: Pair) -> None:
     await his.push("file:change", workspaceId=workspace, change=3)
 
 
-async def test_who_is_removed_is_told_and_out_but_stays_connected(pair: Pair) -> None:
+async def test_removed_member_leaves_its_rooms_but_stays_connected(pair: Pair) -> None:
     alice, bob = pair
     project = await alice.make_project(bob)
     workspace, other = await alice.make_workspace(project), await bob.make_workspace()
@@ -55,8 +56,8 @@ async def test_who_is_removed_is_told_and_out_but_stays_connected(pair: Pair) ->
     await his.push("join:workspace", workspaceId=other)
     await hers.assert_push("USER_JOIN")
     await alice.delete(await collaborator(alice, bob, project))
-    told = await his.assert_push("ACCESS_REVOKED", workspaceId=workspace, reason="removed")
-    assert (told["userId"], "eventId" in told) == (alice.id, False)
+    event = await his.assert_push("ACCESS_REVOKED", workspaceId=workspace, reason="removed")
+    assert (event["userId"], "eventId" in event) == (alice.id, False)
     await hers.assert_push("USER_LEAVE", userId=bob.id)
     await hers.push("file:change", workspaceId=workspace, change="secret")
     await his.refute_push()
@@ -66,7 +67,7 @@ async def test_who_is_removed_is_told_and_out_but_stays_connected(pair: Pair) ->
     await his.push("file:change", workspaceId=other, change="still here")
 
 
-async def test_who_leaves_is_out_too(pair: Pair) -> None:
+async def test_member_who_leaves_a_project_loses_access(pair: Pair) -> None:
     alice, bob = pair
     project = await alice.make_project(bob)
     his = await bob.connect(await alice.make_workspace(project))
@@ -74,17 +75,17 @@ async def test_who_leaves_is_out_too(pair: Pair) -> None:
     await his.assert_push("ACCESS_REVOKED", reason="left", userId=bob.id)
 
 
-async def test_a_transfer_tells_both_roles(pair: Pair) -> None:
+async def test_transfer_announces_both_new_roles(pair: Pair) -> None:
     alice, bob = pair
     project = await alice.make_project(bob)
     workspace = await alice.make_workspace(project)
     his = await bob.connect(workspace)
     await alice.post(f"/projects/{project}/transfer", {"userId": bob.id})
-    heard = [await his.assert_push("ROLE_CHANGED") for _ in range(2)]
-    assert {each["subjectId"]: each["role"] for each in heard} == {alice.id: "COLLABORATOR", bob.id: "OWNER"}
+    events = [await his.assert_push("ROLE_CHANGED") for _ in range(2)]
+    assert {event["subjectId"]: event["role"] for event in events} == {alice.id: "COLLABORATOR", bob.id: "OWNER"}
 
 
-async def test_a_deleted_workspace_is_left_by_all(pair: Pair) -> None:
+async def test_all_members_leave_a_deleted_workspace(pair: Pair) -> None:
     alice, bob = pair
     workspace = await alice.make_workspace(None, bob)
     his = await bob.connect(workspace)
@@ -95,7 +96,7 @@ async def test_a_deleted_workspace_is_left_by_all(pair: Pair) -> None:
         await his.push("file:change", workspaceId=workspace, change=1)
 
 
-async def test_a_deleted_project_takes_its_workspaces_along(pair: Pair) -> None:
+async def test_deleting_a_project_deletes_its_workspaces(pair: Pair) -> None:
     alice, bob = pair
     project = await alice.make_project(bob)
     workspace = await alice.make_workspace(project)
@@ -105,7 +106,7 @@ async def test_a_deleted_project_takes_its_workspaces_along(pair: Pair) -> None:
     await his.assert_push("ACCESS_REVOKED")
 
 
-async def test_changes_over_rest_are_told(pair: Pair) -> None:
+async def test_changes_over_rest_are_broadcast(pair: Pair) -> None:
     alice, bob = pair
     project = await alice.make_project(bob)
     workspace = await alice.make_workspace(project)
@@ -161,7 +162,7 @@ async def end_by_a_stolen_refresh_token(bob: Actor) -> None:
         end_by_a_new_password,
     ],
 )
-async def test_an_ended_session_closes_its_sockets(pair: Pair, end: Callable[[Actor], Awaitable[None]]) -> None:
+async def test_ended_session_closes_its_sockets(pair: Pair, end: Callable[[Actor], Awaitable[None]]) -> None:
     alice, bob = pair
     workspace = await alice.make_workspace(None, bob)
     hers, his = await alice.connect(workspace), await bob.connect(workspace)
@@ -171,7 +172,7 @@ async def test_an_ended_session_closes_its_sockets(pair: Pair, end: Callable[[Ac
     await hers.assert_push("USER_LEAVE", userId=bob.id)
 
 
-async def test_other_sessions_of_the_same_user_stay(alice: Actor) -> None:
+async def test_other_sessions_of_the_same_user_stay_connected(alice: Actor) -> None:
     other = await alice.at(alice.base).log_in()
     socket = await alice.connect()
     await other.post("/auth/logout")
@@ -179,7 +180,7 @@ async def test_other_sessions_of_the_same_user_stay(alice: Actor) -> None:
     await socket.push("ping")
 
 
-async def test_what_redis_did_not_tell_is_found_in_postgresql(
+async def test_recheck_finds_lost_access_without_a_notice_from_redis(
     make_server: MakeServer, make_actor: MakeActor, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.realtime.standing.RECHECK_SECONDS", 0.5)
@@ -199,18 +200,18 @@ async def test_what_redis_did_not_tell_is_found_in_postgresql(
         assert await his.closed() == 4401
 
 
-async def test_an_error_that_nobody_foresaw_does_not_end_the_looking(
+async def test_recheck_continues_after_an_unexpected_error(
     make_server: MakeServer, make_actor: MakeActor, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.realtime.standing.RECHECK_SECONDS", 0.2)
-    looks, vouch = 0, Standing.vouch
+    rechecks, recheck_all = 0, Standing.vouch
 
-    async def counted(self: Standing) -> None:
-        nonlocal looks
-        await vouch(self)
-        looks += 1
+    async def counting(self: Standing) -> None:
+        nonlocal rechecks
+        await recheck_all(self)
+        rechecks += 1
 
-    monkeypatch.setattr(Standing, "vouch", counted)
+    monkeypatch.setattr(Standing, "vouch", counting)
     base = await make_server()
     alice, bob = await make_actor("Alice", base), await make_actor("Bob", base)
     project = await alice.make_project(bob)
@@ -223,14 +224,14 @@ async def test_an_error_that_nobody_foresaw_does_not_end_the_looking(
         finally:
             connection.execute("ALTER TABLE elsewhere RENAME TO sessions")
     monkeypatch.setattr("server.realtime.standing.RECHECK_SECONDS", 600.0)
-    last = looks + 1
-    while looks < last:  # else a look of its own may find out first, and knows nobody's name
+    last = rechecks + 1
+    while rechecks < last:  # else a periodic recheck may find the loss first, without the name of the user who did it
         await asyncio.sleep(0.05)
     assert (await alice.delete(path)).status == 204
     await his.assert_push("ACCESS_REVOKED", reason="removed", userName="Alice")
 
 
-async def test_two_removals_at_once_each_have_their_reason(pair: Pair) -> None:
+async def test_concurrent_removals_keep_their_reasons(pair: Pair) -> None:
     alice, bob = pair
     projects = [await alice.make_project(bob) for _ in range(2)]
     workspaces = [await alice.make_workspace(project) for project in projects]
@@ -238,14 +239,15 @@ async def test_two_removals_at_once_each_have_their_reason(pair: Pair) -> None:
     await his.push("join:workspace", workspaceId=workspaces[1])
     paths = [await collaborator(alice, bob, project) for project in projects]
     await asyncio.gather(alice.delete(paths[0]), bob.delete(paths[1]))
-    told = [await his.assert_push("ACCESS_REVOKED") for _ in range(2)]
-    assert {each["workspaceId"]: each["reason"] for each in told} == {workspaces[0]: "removed", workspaces[1]: "left"}
+    events = [await his.assert_push("ACCESS_REVOKED") for _ in range(2)]
+    reasons = {event["workspaceId"]: event["reason"] for event in events}
+    assert reasons == {workspaces[0]: "removed", workspaces[1]: "left"}
 
 
-async def test_a_loss_whose_notice_is_on_its_way_is_not_told_without_its_reason(
+async def test_lost_access_is_not_announced_before_the_notice_with_its_reason(
     server: str, make_actor: MakeActor, database_url: str
 ) -> None:
-    """It is in PostgreSQL already when another loss of the same user is looked up."""
+    """The loss is already in PostgreSQL when another loss of the same user is rechecked; its notice is on its way."""
     alice, bob = await make_actor("Alice", server), await make_actor("Bob", server)
     project, left = [await alice.make_project(bob) for _ in range(2)]
     workspace = await alice.make_workspace(project)
@@ -258,7 +260,7 @@ async def test_a_loss_whose_notice_is_on_its_way_is_not_told_without_its_reason(
     await his.refute_push()
 
 
-async def test_real_processes_tell_each_other(processes: Processes, make_actor: MakeActor) -> None:
+async def test_real_processes_publish_access_changes_to_each_other(processes: Processes, make_actor: MakeActor) -> None:
     here, there = [server.base for server in (processes.server(), processes.server())]
     alice, bob = await make_actor("Alice", here), await make_actor("Bob", there)
     project = await alice.make_project(bob)

@@ -1,4 +1,4 @@
-"""The AsyncAPI document says what is really said: real frames fit its shapes."""
+"""The AsyncAPI document matches the product: real frames fit its schemas."""
 
 import re
 import subprocess
@@ -21,14 +21,14 @@ DOCUMENT = asyncapi_document()
 SHAPES: dict[str, Any] = DOCUMENT["components"]["messages"]
 
 
-async def asked(socket: Socket, event: str, **data: Any) -> None:
-    """Send a frame that fits, and get the ack that fits."""
+async def send_and_validate(socket: Socket, event: str, **data: Any) -> None:
+    """Send a frame, and validate it, its ack and all pushes before the ack."""
     frame = {"event": event, "data": data, "id": "x"}
     fits(frame, event.replace(":", "."))
     await socket.send(event, data, id="x")
-    while (answer := await socket.next()).get("id") != "x":
-        fits(answer, shape_of(answer))
-    fits(answer, f"{event.replace(':', '.')}.ack")
+    while (reply := await socket.next()).get("id") != "x":
+        fits(reply, shape_of(reply))
+    fits(reply, f"{event.replace(':', '.')}.ack")
 
 
 EXPECTED = {
@@ -50,13 +50,13 @@ async def test_real_frames_fit_the_document(alice: Actor, bob: Actor) -> None:
     hers, his = await alice.connect(), await bob.connect()
     fits({"event": "welcome", "data": hers.welcome}, "welcome.push")
     since = (await hers.push("join:workspace", workspaceId=workspace))["lastEventId"]
-    await asked(hers, "file:change", workspaceId=workspace, path="a", change={"b": None})
-    await asked(his, "join:workspace", workspaceId=workspace, since=since)
-    await asked(hers, "file:change", workspaceId=workspace, fileId="f", change=1)
-    await asked(hers, "cursor:update", workspaceId=workspace, position=[1])
-    await asked(hers, "authenticate", token=alice.access_token)
-    await asked(hers, "ping")
-    await asked(hers, "leave:workspace", workspaceId=workspace)
+    await send_and_validate(hers, "file:change", workspaceId=workspace, path="a", change={"b": None})
+    await send_and_validate(his, "join:workspace", workspaceId=workspace, since=since)
+    await send_and_validate(hers, "file:change", workspaceId=workspace, fileId="f", change=1)
+    await send_and_validate(hers, "cursor:update", workspaceId=workspace, position=[1])
+    await send_and_validate(hers, "authenticate", token=alice.access_token)
+    await send_and_validate(hers, "ping")
+    await send_and_validate(hers, "leave:workspace", workspaceId=workspace)
     await alice.patch(f"/workspaces/{workspace}", {"name": "Letters"})
     await alice.patch(f"/projects/{project}", {"name": "Engines"})
     await alice.post(f"/projects/{project}/transfer", {"userId": bob.id})
@@ -64,16 +64,16 @@ async def test_real_frames_fit_the_document(alice: Actor, bob: Actor) -> None:
     errors = 0
     await his.send("nonsense", {}, id=1)
     await his.send("join:workspace", {"workspaceId": 1})
-    heard = {"error.push"}
-    while heard < EXPECTED or errors < 2:
+    received = {"error.push"}
+    while received < EXPECTED or errors < 2:
         frame = await his.next()
         fits(frame, shape_of(frame))
         errors += frame["event"] == "error"
-        heard.add(shape_of(frame))
-    assert heard == EXPECTED
+        received.add(shape_of(frame))
+    assert received == EXPECTED
 
 
-async def test_a_frame_that_does_not_fit_is_refused_and_one_that_fits_is_not(alice: Actor) -> None:
+async def test_frame_that_violates_its_schema_is_rejected(alice: Actor) -> None:
     socket = await alice.connect()
     with pytest.raises(jsonschema.ValidationError):
         fits({"event": "ping", "data": {"more": 1}}, "ping")
@@ -82,31 +82,31 @@ async def test_a_frame_that_does_not_fit_is_refused_and_one_that_fits_is_not(ali
 
 
 def test_every_message_and_every_code_is_described() -> None:
-    assert set(merge(MESSAGES)) <= {each["name"] for each in SHAPES.values()}
+    assert set(merge(MESSAGES)) <= {message["name"] for message in SHAPES.values()}
     codes = SHAPES["error.push"]["payload"]["properties"]["data"]["properties"]["code"]["enum"]
     assert {*codes} == {*CODES}
 
 
-def test_references_lead_somewhere() -> None:
+def test_references_resolve() -> None:
     def references(value: Any) -> list[str]:
         if isinstance(value, dict):
             own = [value["$ref"]] if isinstance(value.get("$ref"), str) else []
-            return own + [each for part in value.values() for each in references(part)]
-        return [each for part in value for each in references(part)] if isinstance(value, list) else []
+            return own + [reference for part in value.values() for reference in references(part)]
+        return [reference for part in value for reference in references(part)] if isinstance(value, list) else []
 
-    found = references(DOCUMENT)
-    assert found
-    for reference in found:
+    all_references = references(DOCUMENT)
+    assert all_references
+    for reference in all_references:
         target: Any = DOCUMENT
         for part in reference.removeprefix("#/").split("/"):
             target = target[part]
 
 
-def test_the_document_has_the_structure_of_asyncapi_3() -> None:
+def test_document_has_the_structure_of_asyncapi_3() -> None:
     assert DOCUMENT["asyncapi"] == "3.0.0"
     assert {"title", "version"} <= DOCUMENT["info"].keys()
-    here = {f"#/channels/socket/messages/{name}" for name in DOCUMENT["channels"]["socket"]["messages"]}
-    assert here == {f"#/channels/socket/messages/{name}" for name in SHAPES}
+    channel_messages = {f"#/channels/socket/messages/{name}" for name in DOCUMENT["channels"]["socket"]["messages"]}
+    assert channel_messages == {f"#/channels/socket/messages/{name}" for name in SHAPES}
     for name, shape in SHAPES.items():
         assert re.fullmatch(r"[\w.-]+", name)
         jsonschema.Draft202012Validator.check_schema(shape["payload"])
@@ -114,21 +114,22 @@ def test_the_document_has_the_structure_of_asyncapi_3() -> None:
         assert operation["action"] in ("send", "receive")
         assert operation["channel"] == {"$ref": "#/channels/socket"}
         messages = [*operation["messages"], *operation.get("reply", {"messages": []})["messages"]]
-        assert {each["$ref"] for each in messages} <= here, "an operation names messages of its channel"
+        references = {message["$ref"] for message in messages}
+        assert references <= channel_messages, "an operation refers to messages of its channel"
 
 
-async def test_document_and_page_are_served_to_all(alice: Actor) -> None:
+async def test_document_and_page_are_public(alice: Actor) -> None:
     alice.access_token = ""
-    served = await alice.call("GET", f"/api/..{asyncapi.DOCUMENT}")
-    assert (served.status, served.body) == (200, orjson.loads(orjson.dumps(DOCUMENT)))
+    response = await alice.call("GET", f"/api/..{asyncapi.DOCUMENT}")
+    assert (response.status, response.body) == (200, orjson.loads(orjson.dumps(DOCUMENT)))
     page = await alice.call("GET", f"/api/..{asyncapi.PAGE}")
     assert page.status == 200
     assert page.headers["Content-Type"] == "text/html; charset=utf-8"
     for word in ("file:change", "CURSOR_UPDATE", "4408", "lastEventId"):
         assert word in page.body
-    assert "http" not in page.body, "nothing comes from elsewhere"
+    assert "http" not in page.body, "the page loads nothing from other hosts"
 
 
-def test_the_command_prints_the_document() -> None:
-    done = subprocess.run([sys.executable, "run.py", "asyncapi"], cwd=ROOT, capture_output=True, check=True)
-    assert orjson.loads(done.stdout) == orjson.loads(orjson.dumps(DOCUMENT))
+def test_command_prints_the_document() -> None:
+    completed = subprocess.run([sys.executable, "run.py", "asyncapi"], cwd=ROOT, capture_output=True, check=True)
+    assert orjson.loads(completed.stdout) == orjson.loads(orjson.dumps(DOCUMENT))

@@ -1,4 +1,4 @@
-"""Who may open a socket, how they say who they are, and for how long that counts."""
+"""Authentication of sockets: accepted and rejected credentials, origins, and the expiry of tokens."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -19,27 +19,27 @@ from tests.sockets import Refused, Socket
 
 @asynccontextmanager
 async def opened(actor: Actor, query: str = "", **options: Any) -> AsyncIterator[Socket]:
-    """A socket that was opened without the actor's header, and has heard nothing yet."""
+    """A socket that is opened without the actor's Authorization header, and has received nothing yet."""
     async with actor.http.ws_connect(f"{actor.base}/ws{query}", **options) as raw:
         yield Socket(raw)
 
 
 async def refusal(actor: Actor, query: str = "", **headers: str) -> tuple[int, str, str]:
-    """Status, content type and code of an upgrade that is refused."""
+    """Return status, content type and code of a rejected upgrade."""
     upgrade = {
         "Connection": "Upgrade",
         "Upgrade": "websocket",
         "Sec-WebSocket-Version": "13",
         "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
     }
-    async with actor.http.get(f"{actor.base}/ws{query}", headers={**upgrade, **headers}) as answer:
-        return answer.status, answer.content_type, orjson.loads(await answer.read())["code"]
+    async with actor.http.get(f"{actor.base}/ws{query}", headers={**upgrade, **headers}) as response:
+        return response.status, response.content_type, orjson.loads(await response.read())["code"]
 
 
 UNAUTHENTICATED = (401, "application/problem+json", "unauthenticated")
 
 
-async def test_the_welcome_says_who_one_is(alice: Actor) -> None:
+async def test_welcome_names_the_user_and_the_limits(alice: Actor) -> None:
     welcome = (await alice.connect()).welcome
     assert (welcome["userId"], welcome["userName"]) == (alice.id, "Alice")
     assert welcome["heartbeatSeconds"] == 25
@@ -48,40 +48,40 @@ async def test_the_welcome_says_who_one_is(alice: Actor) -> None:
     assert welcome["tokenExpiresAt"].endswith("Z")
 
 
-async def test_the_subprotocol_carries_a_token(alice: Actor) -> None:
+async def test_subprotocol_carries_a_token(alice: Actor) -> None:
     async with opened(alice, protocols=["collab.v1", f"bearer.{alice.access_token}"]) as socket:
         await socket.assert_push("welcome", userId=alice.id)
         assert socket.raw.protocol == "collab.v1"
 
 
-async def test_a_ticket_opens_one_socket_once(alice: Actor) -> None:
+async def test_ticket_opens_only_one_socket(alice: Actor) -> None:
     ticket = (await alice.post("/auth/ws-ticket"))["ticket"]
     async with opened(alice, f"?ticket={ticket}") as socket:
         await socket.assert_push("welcome", userId=alice.id)
     assert await refusal(alice, f"?ticket={ticket}") == UNAUTHENTICATED
 
 
-async def test_what_is_bad_is_refused_before_the_upgrade(alice: Actor) -> None:
+async def test_invalid_credentials_are_rejected_before_the_upgrade(alice: Actor) -> None:
     assert await refusal(alice, Authorization="Bearer nonsense") == UNAUTHENTICATED
     assert await refusal(alice, Authorization=f"Bearer {alice.refresh_token}") == UNAUTHENTICATED
     assert await refusal(alice, Authorization="Basic YTpi") == UNAUTHENTICATED
     assert await refusal(alice, **{"Sec-WebSocket-Protocol": "collab.v1, bearer.nonsense"}) == UNAUTHENTICATED
     assert await refusal(alice, "?ticket=nonsense") == UNAUTHENTICATED
     alone = {"Sec-WebSocket-Protocol": f"bearer.{alice.access_token}"}
-    assert await refusal(alice, **alone) == UNAUTHENTICATED, "we may not select what is a secret"
+    assert await refusal(alice, **alone) == UNAUTHENTICATED, "the server must not select a secret as subprotocol"
 
 
-async def test_a_token_in_the_address_is_refused_however_valid(alice: Actor) -> None:
+async def test_valid_token_in_the_url_is_rejected(alice: Actor) -> None:
     assert await refusal(alice, f"?token={alice.access_token}") == UNAUTHENTICATED
     assert await refusal(alice, f"?access_token={alice.access_token}") == UNAUTHENTICATED
 
 
-async def test_the_token_of_an_ended_session_is_refused(alice: Actor) -> None:
+async def test_token_of_an_ended_session_is_rejected(alice: Actor) -> None:
     await alice.post("/auth/logout")
     assert await refusal(alice, **alice.headers) == UNAUTHENTICATED
 
 
-async def test_a_page_of_a_foreign_origin_is_refused(make_server: MakeServer, make_actor: MakeActor) -> None:
+async def test_foreign_origin_is_rejected(make_server: MakeServer, make_actor: MakeActor) -> None:
     alice = await make_actor("Alice", await make_server(cors_origin=("https://app.example",)))
     foreign = (403, "application/problem+json", "forbidden")
     assert await refusal(alice, **alice.headers, Origin="https://evil.example") == foreign
@@ -92,55 +92,53 @@ async def test_a_page_of_a_foreign_origin_is_refused(make_server: MakeServer, ma
             await socket.assert_push("welcome")
 
 
-async def test_the_first_frame_may_say_who_one_is(alice: Actor) -> None:
+async def test_first_frame_may_authenticate(alice: Actor) -> None:
     async with opened(alice) as socket:
         await socket.send("authenticate", {"token": alice.access_token}, id="a")
         await socket.assert_push("welcome", userId=alice.id)
-        answer = await socket.next()
-        assert (answer["event"], answer["id"]) == ("ack", "a")
-        assert answer["data"].keys() == {"tokenExpiresAt"}
+        reply = await socket.next()
+        assert (reply["event"], reply["id"]) == ("ack", "a")
+        assert reply["data"].keys() == {"tokenExpiresAt"}
         assert (await socket.push("ping")).keys() == {"serverTime"}
 
 
-async def test_a_first_frame_that_is_another_ends_the_socket(alice: Actor) -> None:
+async def test_first_frame_that_does_not_authenticate_closes_the_socket(alice: Actor) -> None:
     for event, data in (("ping", {}), ("authenticate", {"token": "nonsense"}), ("authenticate", {})):
         async with opened(alice) as socket:
             await socket.send(event, data, id=1)
-            answer = await socket.next()
-            assert (answer["event"], answer["id"]) == ("error", 1)
+            reply = await socket.next()
+            assert (reply["event"], reply["id"]) == ("error", 1)
             assert await socket.closed() == 4401
 
 
-async def test_who_never_says_is_not_waited_for(alice: Actor, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_silent_client_times_out_before_authentication(alice: Actor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "FIRST_FRAME_SECONDS", 0.3)
     async with opened(alice) as socket:
         assert await socket.closed() == 4408
 
 
-async def test_who_only_pings_before_the_first_frame_is_turned_away(alice: Actor) -> None:
+async def test_client_that_only_pings_before_the_first_frame_is_rejected(alice: Actor) -> None:
     async with opened(alice) as socket:
         for _ in range(100):
             await socket.raw.ping()
         assert await socket.closed() == 4400
 
 
-async def test_who_was_turned_away_and_goes_on_sending_is_cut_off(
-    alice: Actor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_rejected_client_that_keeps_sending_is_aborted(alice: Actor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "CLOSE_SECONDS", 30.0)
     async with opened(alice, autoclose=False) as socket:
         await socket.raw.send_str("nonsense")
 
-        async def go_on() -> None:
+        async def keep_sending() -> None:
             while True:
                 await socket.raw.ping()
                 await asyncio.sleep(0)
 
         with pytest.raises(ConnectionError):
-            await asyncio.wait_for(go_on(), PATIENCE_SECONDS)
+            await asyncio.wait_for(keep_sending(), PATIENCE_SECONDS)
 
 
-async def test_an_error_that_nobody_foresaw_closes_the_socket_and_is_no_http(alice: Actor, database_url: str) -> None:
+async def test_unexpected_error_closes_the_socket_without_an_http_response(alice: Actor, database_url: str) -> None:
     with psycopg.connect(database_url, autocommit=True) as connection:
         async with opened(alice) as socket:
             connection.execute("ALTER TABLE sessions RENAME TO elsewhere")
@@ -151,14 +149,16 @@ async def test_an_error_that_nobody_foresaw_closes_the_socket_and_is_no_http(ali
                 connection.execute("ALTER TABLE elsewhere RENAME TO sessions")
 
 
-async def test_a_minute_before_it_expires_one_is_warned(make_server: MakeServer, make_actor: MakeActor) -> None:
+async def test_client_is_warned_one_minute_before_its_token_expires(
+    make_server: MakeServer, make_actor: MakeActor
+) -> None:
     alice = await make_actor("Alice", await make_server(access_token_ttl=62))
     socket = await alice.connect()
     await socket.refute_push(seconds=0.5)
     await socket.assert_push("token:expiring", tokenExpiresAt=socket.welcome["tokenExpiresAt"])
 
 
-async def test_a_token_is_renewed_on_a_live_connection(make_server: MakeServer, make_actor: MakeActor) -> None:
+async def test_token_is_renewed_on_a_live_connection(make_server: MakeServer, make_actor: MakeActor) -> None:
     alice = await make_actor("Alice", await make_server(access_token_ttl=8))
     socket = await alice.connect()
     await socket.assert_push("token:expiring", tokenExpiresAt=socket.welcome["tokenExpiresAt"])
@@ -169,7 +169,7 @@ async def test_a_token_is_renewed_on_a_live_connection(make_server: MakeServer, 
     assert await socket.closed() == 4401
 
 
-async def test_another_users_token_does_not_change_who_one_is(alice: Actor, bob: Actor) -> None:
+async def test_token_of_another_user_does_not_change_the_user(alice: Actor, bob: Actor) -> None:
     socket = await alice.connect()
     with pytest.raises(Refused, match="forbidden"):
         await socket.push("authenticate", token=bob.access_token)
@@ -178,10 +178,10 @@ async def test_another_users_token_does_not_change_who_one_is(alice: Actor, bob:
     await socket.push("ping")
 
 
-async def test_a_silent_peer_is_given_up(alice: Actor, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_peer_without_heartbeat_is_closed(alice: Actor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.realtime.hub.HEARTBEAT_SECONDS", 2.0)
     lively = await alice.connect()
-    answering = asyncio.create_task(lively.raw.receive())  # pings are answered while one listens
+    answering = asyncio.create_task(lively.raw.receive())  # aiohttp replies to pings only during a receive
     async with opened(alice, headers=alice.headers, autoping=False) as silent:
         await silent.assert_push("welcome")
         while (message := await silent.raw.receive(timeout=PATIENCE_SECONDS)).type is aiohttp.WSMsgType.PING:

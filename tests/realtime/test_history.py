@@ -1,4 +1,4 @@
-"""Coming back: whoever says what they heard last gets what they missed, or is told that it is gone."""
+"""Resuming: a client that joins with its last event id gets the missed events, or a gap if they are gone."""
 
 import time
 from typing import Any
@@ -15,14 +15,14 @@ from tests.sockets import Refused, Socket
 
 
 async def change(socket: Socket, workspace: str, *changes: Any) -> list[str]:
-    return [(await socket.push("file:change", workspaceId=workspace, change=each))["eventId"] for each in changes]
+    return [(await socket.push("file:change", workspaceId=workspace, change=value))["eventId"] for value in changes]
 
 
 async def join(socket: Socket, workspace: str, since: str | None) -> dict[str, Any]:
     return await socket.push("join:workspace", workspaceId=workspace, since=since)
 
 
-async def test_a_first_join_names_an_entry_that_one_can_come_back_to(alice: Actor) -> None:
+async def test_first_join_returns_an_event_id_to_resume_from(alice: Actor) -> None:
     workspace = await alice.make_workspace()
     opening = (await alice.connect(workspace)).joined["lastEventId"]
     joined = await join(await alice.connect(), workspace, opening)
@@ -30,7 +30,7 @@ async def test_a_first_join_names_an_entry_that_one_can_come_back_to(alice: Acto
     assert joined["lastEventId"] == opening
 
 
-async def test_what_was_missed_comes_in_order_and_then_what_is_new(alice: Actor, bob: Actor) -> None:
+async def test_missed_events_come_in_order_before_new_ones(alice: Actor, bob: Actor) -> None:
     workspace = await alice.make_workspace(None, bob)
     hers, his = await alice.connect(workspace), await bob.connect(workspace)
     since = his.joined["lastEventId"]
@@ -55,7 +55,7 @@ async def test_event_ids_grow(alice: Actor) -> None:
     assert len({*ids}) == 30
 
 
-async def test_an_event_that_is_not_in_the_history_is_a_gap(make_server: MakeServer, make_actor: MakeActor) -> None:
+async def test_event_that_is_not_in_the_history_is_a_gap(make_server: MakeServer, make_actor: MakeActor) -> None:
     alice = await make_actor("Alice", await make_server(history_events=10))
     workspace = await alice.make_workspace()
     hers = await alice.connect(workspace)
@@ -64,13 +64,13 @@ async def test_an_event_that_is_not_in_the_history_is_a_gap(make_server: MakeSer
     assert (await join(await alice.connect(), workspace, opening))["gap"] is True
     kept = await join(await alice.connect(), workspace, ids[0])
     assert (kept["gap"], [event["change"] for event in kept["events"]]) == (False, [*range(1, 10)])
-    gone = await join(await alice.connect(), workspace, "1-0")
-    assert (gone["gap"], gone["events"], gone["lastEventId"]) == (True, [], ids[-1])
+    past = await join(await alice.connect(), workspace, "1-0")
+    assert (past["gap"], past["events"], past["lastEventId"]) == (True, [], ids[-1])
     future = await join(await alice.connect(), workspace, "99999999999999-0")
     assert (future["gap"], future["events"]) == (True, [])
 
 
-async def test_the_history_is_bounded_in_bytes(make_server: MakeServer, make_actor: MakeActor) -> None:
+async def test_history_is_bounded_in_bytes(make_server: MakeServer, make_actor: MakeActor) -> None:
     alice = await make_actor("Alice", await make_server(history_bytes=1 << 20))
     workspace = await alice.make_workspace()
     hers = await alice.connect(workspace)
@@ -79,7 +79,7 @@ async def test_the_history_is_bounded_in_bytes(make_server: MakeServer, make_act
     assert [event["eventId"] for event in events["items"]] == ids[-5:]
 
 
-async def test_what_is_older_than_a_day_is_gone(stack: Stack) -> None:
+async def test_events_older_than_a_day_are_deleted(stack: Stack) -> None:
     redis, workspace = redis_client(stack.valkey.url), uuid4()
     history = History(redis, most=1000, most_bytes=1 << 20)
     now = int(time.time())
@@ -97,7 +97,7 @@ async def test_what_is_older_than_a_day_is_gone(stack: Stack) -> None:
     await redis.aclose()
 
 
-async def test_no_since_means_no_replay_and_a_malformed_one_is_refused(alice: Actor) -> None:
+async def test_join_without_since_has_no_replay_and_malformed_since_is_rejected(alice: Actor) -> None:
     workspace = await alice.make_workspace()
     await change(await alice.connect(workspace), workspace, 1, 2)
     socket = await alice.connect()
@@ -108,16 +108,16 @@ async def test_no_since_means_no_replay_and_a_malformed_one_is_refused(alice: Ac
     assert (joined["events"], joined["gap"]) == ([], False)
 
 
-async def test_more_than_a_mebibyte_comes_in_parts(alice: Actor, bob: Actor) -> None:
+async def test_replay_over_one_mebibyte_comes_in_parts(alice: Actor, bob: Actor) -> None:
     workspace = await alice.make_workspace(None, bob)
     hers = await alice.connect(workspace)
     since = hers.joined["lastEventId"]
     sent = [[number, "x" * 240_000] for number in range(11)]
     await change(hers, workspace, *sent)
-    his, parts, got = await bob.connect(), 0, []
+    his, parts, received = await bob.connect(), 0, []
     while True:
         joined = await join(his, workspace, since)
-        got += [event["change"] for event in joined["events"]]
+        received += [event["change"] for event in joined["events"]]
         parts += 1
         if not joined["more"]:
             break
@@ -125,13 +125,13 @@ async def test_more_than_a_mebibyte_comes_in_parts(alice: Actor, bob: Actor) -> 
         assert bob.id not in {user["userId"] for user in joined["users"]}
         with pytest.raises(Refused, match="not_joined"):
             await his.push("cursor:update", workspaceId=workspace, position=1)
-    assert (got, parts) == (sent, 3)
+    assert (received, parts) == (sent, 3)
     await hers.assert_push("USER_JOIN", userId=bob.id)
     await change(hers, workspace, "live")
     assert (await his.assert_push("FILE_CHANGE"))["change"] == "live"
 
 
-async def test_who_is_in_can_ask_again_for_what_they_missed(alice: Actor, bob: Actor) -> None:
+async def test_member_can_request_missed_events_again(alice: Actor, bob: Actor) -> None:
     workspace = await alice.make_workspace(None, bob)
     hers, his = await alice.connect(workspace), await bob.connect(workspace)
     await change(hers, workspace, 1, 2)
@@ -146,7 +146,7 @@ async def test_who_is_in_can_ask_again_for_what_they_missed(alice: Actor, bob: A
     await hers.refute_push()
 
 
-async def test_the_history_is_read_over_rest_page_by_page(alice: Actor, bob: Actor) -> None:
+async def test_history_is_paginated_over_rest(alice: Actor, bob: Actor) -> None:
     workspace = await alice.make_workspace(None, bob)
     path = f"/workspaces/{workspace}/events"
     empty = await alice.get(path)
@@ -164,7 +164,7 @@ async def test_the_history_is_read_over_rest_page_by_page(alice: Actor, bob: Act
         assert (await bob.get(f"{path}?{query}")).status == 422
 
 
-async def test_a_stranger_reads_neither_history_nor_presence(alice: Actor, bob: Actor) -> None:
+async def test_user_without_access_reads_neither_history_nor_presence(alice: Actor, bob: Actor) -> None:
     workspace = await alice.make_workspace()
     for path in ("events", "users"):
         assert (await bob.get(f"/workspaces/{workspace}/{path}")).status == 404

@@ -1,4 +1,4 @@
-"""A Redis that is away, silent or slow: who is out stays out, and all others are told the truth again."""
+"""Redis outages: down, silent or slow. Revoked access stays revoked, and all other members resync."""
 
 import asyncio
 import contextlib
@@ -34,13 +34,13 @@ async def network(stack: Stack) -> AsyncIterator[Network]:
 
 @pytest.fixture
 async def redis(network: Network) -> Proxy:
-    """Between ``far`` and its Redis."""
+    """The proxy between the server ``proxied_server`` and its Redis."""
     return network.stores["redis_url"]
 
 
 @pytest.fixture
-async def far(network: Network, make_server: MakeServer, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A server whose Redis may be away, and which finds out soon."""
+async def proxied_server(network: Network, make_server: MakeServer, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A server whose Redis may fail, with short timeouts so that it detects the failure soon."""
     monkeypatch.setattr("server.realtime.hub.RENEW_SECONDS", 0.3)
     monkeypatch.setattr("server.realtime.room.MARK_SECONDS", 0.5)
     monkeypatch.setattr("server.realtime.subscriber.SUBSCRIBE_SECONDS", 0.5)
@@ -48,13 +48,13 @@ async def far(network: Network, make_server: MakeServer, monkeypatch: pytest.Mon
     return await make_server(**network.urls)
 
 
-Three = tuple[Actor, Actor, str]
+Scenario = tuple[Actor, Actor, str]
 
 
 @pytest.fixture
-async def apart(server: str, far: str, make_actor: MakeActor) -> Three:
-    """Alice, and Bob who is at the server that may lose Redis; and a project of theirs."""
-    alice, bob = await make_actor("Alice", server), await make_actor("Bob", far)
+async def scenario(server: str, proxied_server: str, make_actor: MakeActor) -> Scenario:
+    """Alice, Bob on the server that may lose Redis, and a project of both."""
+    alice, bob = await make_actor("Alice", server), await make_actor("Bob", proxied_server)
     return alice, bob, await alice.make_project(bob)
 
 
@@ -64,13 +64,13 @@ async def resynced(socket: Socket) -> dict[str, Any]:
     return frame["data"]
 
 
-async def test_who_could_not_join_again_is_out(apart: Three, redis: Proxy) -> None:
-    alice, bob, project = apart
+async def test_member_whose_rejoin_failed_is_out_of_the_room(scenario: Scenario, redis: Proxy) -> None:
+    alice, bob, project = scenario
     workspace = await alice.make_workspace(project)
     his, other = await bob.connect(workspace), await bob.connect(workspace)
     since = his.joined["lastEventId"]
     await redis.turn(Mode.STOPPED)
-    await asyncio.sleep(0.2)  # for it to be noticed
+    await asyncio.sleep(0.2)  # until the server detects it
     with pytest.raises(Refused, match="unavailable"):
         await his.push("join:workspace", workspaceId=workspace, since=since)
     with pytest.raises(Refused, match="not_joined"):
@@ -86,15 +86,17 @@ async def test_who_could_not_join_again_is_out(apart: Three, redis: Proxy) -> No
     assert await online(alice, workspace) == {"Alice": 1}
 
 
-async def test_nothing_is_heard_before_access_was_looked_up(apart: Three, redis: Proxy, database_url: str) -> None:
-    alice, bob, project = apart
+async def test_no_event_is_delivered_before_access_is_rechecked(
+    scenario: Scenario, redis: Proxy, database_url: str
+) -> None:
+    alice, bob, project = scenario
     workspace = await alice.make_workspace(project)
     hers, his = await alice.connect(workspace), await bob.connect(workspace)
     path = await collaborator(alice, bob, project)
     await redis.turn(Mode.STOPPED)
     assert (await alice.delete(path)).status == 204
     with psycopg.connect(database_url) as connection:
-        connection.execute("LOCK TABLE sessions")  # nobody can be looked up
+        connection.execute("LOCK TABLE sessions")  # blocks every recheck
         await redis.turn(Mode.PASS)
         for _ in range(20):
             await hers.push("file:change", workspaceId=workspace, change="secret")
@@ -103,20 +105,20 @@ async def test_nothing_is_heard_before_access_was_looked_up(apart: Three, redis:
     await his.refute_push()
 
 
-async def test_who_was_let_in_before_a_reconnect_is_looked_up_after_it() -> None:
-    """A notice may have been missed between what PostgreSQL said of them and their entry."""
+async def test_access_read_before_a_reconnect_is_rechecked_after_it() -> None:
+    """A notice may be missed between the read of access in PostgreSQL and the join."""
 
     async def never(*_: Any) -> Any:
         raise AssertionError
 
-    standing = Standing({}, never)
-    asked = standing.notices
-    await standing.vouch()
-    assert standing.notices != asked
+    monitor = Standing({}, never)
+    epoch = monitor.notices
+    await monitor.vouch()
+    assert monitor.notices != epoch
 
 
-async def test_sockets_outlive_a_redis_that_is_silent(apart: Three, redis: Proxy) -> None:
-    alice, bob, project = apart
+async def test_sockets_survive_a_silent_redis(scenario: Scenario, redis: Proxy) -> None:
+    alice, bob, project = scenario
     workspace = await alice.make_workspace(project)
     hers, his = await alice.connect(workspace), await bob.connect(workspace)
     await redis.turn(Mode.BLACK_HOLE)
@@ -124,7 +126,7 @@ async def test_sockets_outlive_a_redis_that_is_silent(apart: Three, redis: Proxy
         with pytest.raises(Refused, match="unavailable"):
             await his.push(event, workspaceId=workspace, **data)
     assert (await his.push("ping")).keys() == {"serverTime"}
-    late = await bob.connect()  # welcomed without Redis
+    late = await bob.connect()  # succeeds without Redis
     await redis.turn(Mode.PASS)
     async with asyncio.timeout(PATIENCE_SECONDS):
         while not late.joined:
@@ -135,25 +137,25 @@ async def test_sockets_outlive_a_redis_that_is_silent(apart: Three, redis: Proxy
 
 
 @pytest.mark.parametrize(
-    ("mode", "told"),
+    ("mode", "message"),
     [(Mode.BLACK_HOLE, "Redis did not answer in time"), (Mode.STOPPED, "Redis is unavailable")],
     ids=["silent", "stopped"],
 )
-async def test_a_refused_join_says_whether_redis_is_slow_or_down(
-    mode: Mode, told: str, apart: Three, redis: Proxy
+async def test_rejected_join_says_whether_redis_is_slow_or_down(
+    mode: Mode, message: str, scenario: Scenario, redis: Proxy
 ) -> None:
-    """From the first moment on: before the silence is noticed, and after the connection is closed because of it."""
-    alice, bob, project = apart
+    """The message is right from the start: before the silence is detected, and after the connection is closed."""
+    alice, bob, project = scenario
     workspace = await alice.make_workspace(project)
     his = await bob.connect()
     await redis.turn(mode)
     for _ in range(3):
-        with pytest.raises(Refused) as refused:
+        with pytest.raises(Refused) as rejected:
             await his.push("join:workspace", workspaceId=workspace)
-        assert (refused.value.code, refused.value.data["message"]) == ("unavailable", told)
+        assert (rejected.value.code, rejected.value.data["message"]) == ("unavailable", message)
 
 
-async def test_the_welcome_comes_first_whatever_is_due(
+async def test_welcome_comes_before_any_other_push(
     network: Network, redis: Proxy, make_actor: MakeActor, make_server: MakeServer
 ) -> None:
     base = await make_server(**network.urls, access_token_ttl=40)
@@ -165,10 +167,10 @@ async def test_the_welcome_comes_first_whatever_is_due(
         await socket.assert_push("token:expiring")
 
 
-async def test_a_room_that_cannot_catch_up_interrupts_no_other(
-    apart: Three, redis: Proxy, monkeypatch: pytest.MonkeyPatch
+async def test_room_that_cannot_resync_does_not_interrupt_other_rooms(
+    scenario: Scenario, redis: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alice, bob, project = apart
+    alice, bob, project = scenario
     bad, good = [await alice.make_workspace(project) for _ in range(2)]
     restore = Realtime._restore
 
@@ -185,22 +187,22 @@ async def test_a_room_that_cannot_catch_up_interrupts_no_other(
     assert (await resynced(his))["workspaceId"] == good
     connections = redis.connections
     await his.refute_push(seconds=1)
-    assert redis.connections <= connections + 1, "and nothing is connected anew for it"
+    assert redis.connections <= connections + 1, "the failure causes no reconnect"
 
 
-async def test_a_room_is_resynced_once_whoever_finds_it_out_of_touch(
-    apart: Three, redis: Proxy, monkeypatch: pytest.MonkeyPatch
+async def test_room_is_resynced_once_by_subscriber_or_lease_renewal(
+    scenario: Scenario, redis: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both who has subscribed again and who renews the leases see to it: the latter comes while the former waits."""
-    alice, bob, project = apart
+    """Both the subscriber and the renewal of leases start a resync: the second while the first one waits."""
+    alice, bob, project = scenario
     workspace = await alice.make_workspace(project)
     his = await bob.connect(workspace)
-    confirmation, renewed = Subscriber._confirmation, asyncio.Event()
+    wait_confirmed, renewed = Subscriber._confirmation, asyncio.Event()
     renew = Realtime._renew_leases
 
     async def wait_for_renewal(self: Subscriber, channel: bytes) -> None:
         await asyncio.wait_for(renewed.wait(), PATIENCE_SECONDS)
-        await confirmation(self, channel)
+        await wait_confirmed(self, channel)
 
     async def renew_meanwhile(self: Realtime) -> None:
         if redis.mode is Mode.PASS and any(room.stuck for room in self._rooms.values()):
@@ -218,9 +220,11 @@ async def test_a_room_is_resynced_once_whoever_finds_it_out_of_touch(
 # Presence
 
 
-async def test_who_was_taken_for_dead_is_here_again_though_somebody_joined(apart: Three, stack: Stack) -> None:
-    """As if its process had been stopped for longer than its lease."""
-    alice, bob, project = apart
+async def test_presence_returns_after_an_expired_lease_although_a_connection_joined(
+    scenario: Scenario, stack: Stack
+) -> None:
+    """The lease expires as if the process had been stopped for longer than the lease."""
+    alice, bob, project = scenario
     workspace = await alice.make_workspace(project)
     await bob.connect(workspace)
     direct = redis_client(stack.valkey.url)
@@ -234,23 +238,23 @@ async def test_who_was_taken_for_dead_is_here_again_though_somebody_joined(apart
             await asyncio.sleep(0.05)
 
 
-async def test_who_leaves_while_presence_is_restored_is_no_ghost(
-    apart: Three, redis: Proxy, monkeypatch: pytest.MonkeyPatch
+async def test_user_who_leaves_during_a_restore_leaves_no_stale_presence(
+    scenario: Scenario, redis: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alice, bob, project = apart
+    alice, bob, project = scenario
     workspace = await alice.make_workspace(project)
     restore, left = Presence.restore, False
 
-    async def late(self: Presence, where: UUID, people: Any, **more: Any) -> Any:
+    async def restore_after_leave(self: Presence, workspace_id: UUID, members: Any, **more: Any) -> Any:
         nonlocal left
         if not left:
             left = True
             leaving.cut()
             while await online(alice, workspace) != {"Bob": 1}:
                 await asyncio.sleep(0.01)
-        return await restore(self, where, people, **more)
+        return await restore(self, workspace_id, members, **more)
 
-    monkeypatch.setattr(Presence, "restore", late)
+    monkeypatch.setattr(Presence, "restore", restore_after_leave)
     staying, leaving = await bob.connect(workspace), await bob.connect(workspace)
     await redis.turn(Mode.STOPPED)
     await redis.turn(Mode.PASS)
@@ -263,7 +267,7 @@ async def test_who_leaves_while_presence_is_restored_is_no_ghost(
 # Subscriptions
 
 
-async def test_nothing_is_subscribed_to_for_those_who_are_gone(alice: Actor, bob: Actor, stack: Stack) -> None:
+async def test_subscriptions_end_with_the_last_connection(alice: Actor, bob: Actor, stack: Stack) -> None:
     workspace = await alice.make_workspace(None, bob)
     channels = [f"ws:{workspace}", f"user:{alice.id}", f"user:{bob.id}"]
     direct = redis_client(stack.valkey.url)
@@ -272,10 +276,10 @@ async def test_nothing_is_subscribed_to_for_those_who_are_gone(alice: Actor, bob
         return [count for _, count in await direct.pubsub_numsub(*channels)]
 
     for _ in range(3):
-        here = [await each.connect(workspace) for each in (alice, bob, bob)]
+        opened = [await actor.connect(workspace) for actor in (alice, bob, bob)]
         assert await subscribers() == [1, 1, 1]
-        here[0].cut()
-        for socket in here[1:]:
+        opened[0].cut()
+        for socket in opened[1:]:
             await socket.close()
     async with asyncio.timeout(PATIENCE_SECONDS):
         while await subscribers() != [0, 0, 0]:
@@ -293,46 +297,46 @@ class Deaf:
         return
 
 
-async def test_a_redis_that_never_says_hello_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_connection_to_redis_without_a_handshake_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.realtime.subscriber.SUBSCRIBE_SECONDS", 0.1)
     attempts = 0
 
-    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def stay_silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal attempts
         attempts += 1
         await reader.read()
         writer.close()
 
-    async def vouch() -> None:
+    async def recheck_all() -> None:
         return
 
-    mute = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
-    port = mute.sockets[0].getsockname()[1]
+    silent = await asyncio.start_server(stay_silent, "127.0.0.1", 0)
+    port = silent.sockets[0].getsockname()[1]
     redis = blocking_redis_client(f"redis://127.0.0.1:{port}/0")
-    listening = asyncio.create_task(Subscriber(redis, channel="c", control=Deaf(), vouch=vouch).listen())
+    listening = asyncio.create_task(Subscriber(redis, channel="c", control=Deaf(), vouch=recheck_all).listen())
     async with asyncio.timeout(PATIENCE_SECONDS):
         while attempts < 3:
             await asyncio.sleep(0.02)
     listening.cancel()
     await asyncio.gather(listening, return_exceptions=True)
     await redis.aclose()
-    mute.close()
+    silent.close()
 
 
-async def test_an_endless_task_survives_what_nobody_foresaw(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_background_task_restarts_after_an_unexpected_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.realtime.endless.RESTART_SECONDS", 0.01)
-    rounds = 0
-    again = asyncio.Event()
+    runs = 0
+    restarted = asyncio.Event()
 
-    async def endless() -> None:
-        nonlocal rounds
-        rounds += 1
-        if rounds < 3:
+    async def failing_twice() -> None:
+        nonlocal runs
+        runs += 1
+        if runs < 3:
             raise ZeroDivisionError
-        again.set()
+        restarted.set()
         await asyncio.Event().wait()
 
-    task = asyncio.create_task(keep_running(endless))
-    await asyncio.wait_for(again.wait(), PATIENCE_SECONDS)
+    task = asyncio.create_task(keep_running(failing_twice))
+    await asyncio.wait_for(restarted.wait(), PATIENCE_SECONDS)
     task.cancel()
     assert isinstance((await asyncio.gather(task, return_exceptions=True))[0], asyncio.CancelledError)

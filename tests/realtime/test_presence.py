@@ -1,4 +1,4 @@
-"""Who is here: people, not sockets, over all processes, however these end."""
+"""Presence counts users, not sockets, over all processes, and expires with the lease of a killed process."""
 
 import asyncio
 from typing import Any
@@ -17,7 +17,7 @@ async def online(actor: Actor, workspace: str) -> dict[str, int]:
     return shown((await actor.get(f"/workspaces/{workspace}/users"))["items"])
 
 
-async def test_one_person_joins_and_leaves_once_however_many_sockets(alice: Actor, bob: Actor) -> None:
+async def test_user_with_several_sockets_joins_and_leaves_once(alice: Actor, bob: Actor) -> None:
     workspace = await alice.make_workspace(None, bob)
     hers = await alice.connect(workspace)
     desk = await bob.connect(workspace)
@@ -33,14 +33,14 @@ async def test_one_person_joins_and_leaves_once_however_many_sockets(alice: Acto
     assert await online(alice, workspace) == {"Alice": 1}
 
 
-async def test_nobody_hears_their_own_join(alice: Actor) -> None:
+async def test_user_does_not_receive_own_join(alice: Actor) -> None:
     workspace = await alice.make_workspace()
     first, second = await alice.connect(workspace), await alice.connect(workspace)
     await first.refute_push()
     await second.refute_push()
 
 
-async def test_who_is_cut_off_leaves(alice: Actor, bob: Actor) -> None:
+async def test_aborted_connection_leaves(alice: Actor, bob: Actor) -> None:
     workspace = await alice.make_workspace(None, bob)
     hers, his = await alice.connect(workspace), await bob.connect(workspace)
     await hers.assert_push("USER_JOIN")
@@ -48,7 +48,7 @@ async def test_who_is_cut_off_leaves(alice: Actor, bob: Actor) -> None:
     await hers.assert_push("USER_LEAVE", userId=bob.id)
 
 
-async def test_leaving_and_joining_in_one_breath_ends_as_it_should(alice: Actor, bob: Actor) -> None:
+async def test_repeated_leave_and_join_without_waiting_keep_their_order(alice: Actor, bob: Actor) -> None:
     workspace = await alice.make_workspace(None, bob)
     hers, his = await alice.connect(workspace), await bob.connect(workspace)
     for _ in range(30):
@@ -56,16 +56,16 @@ async def test_leaving_and_joining_in_one_breath_ends_as_it_should(alice: Actor,
         await his.send("join:workspace", {"workspaceId": workspace})
     await his.push("ping")
     assert await online(alice, workspace) == {"Alice": 1, "Bob": 1}
-    heard = [(await hers.next())["data"]["type"] for _ in range(61)]
-    assert heard == ["USER_JOIN", *["USER_LEAVE", "USER_JOIN"] * 30]
+    events = [(await hers.next())["data"]["type"] for _ in range(61)]
+    assert events == ["USER_JOIN", *["USER_LEAVE", "USER_JOIN"] * 30]
     await his.push("leave:workspace", workspaceId=workspace)
     assert await online(alice, workspace) == {"Alice": 1}
 
 
-async def test_who_is_online_comes_in_pages(alice: Actor, bob: Actor, carol: Actor) -> None:
+async def test_online_users_are_paginated(alice: Actor, bob: Actor, carol: Actor) -> None:
     workspace = await alice.make_workspace(None, bob, carol)
-    for each in (alice, bob, carol):
-        await each.connect(workspace)
+    for actor in (alice, bob, carol):
+        await actor.connect(workspace)
     seen, cursor = [], ""
     for _ in range(3):
         page = await alice.get(f"/workspaces/{workspace}/users?limit=1{cursor}")
@@ -75,7 +75,7 @@ async def test_who_is_online_comes_in_pages(alice: Actor, bob: Actor, carol: Act
     assert sorted(seen) == sorted([alice.id, bob.id, carol.id])
 
 
-async def test_nobody_can_tell_which_process_another_is_on(processes: Processes, make_actor: MakeActor) -> None:
+async def test_presence_is_the_same_across_processes(processes: Processes, make_actor: MakeActor) -> None:
     here, there = [server.base for server in (processes.server(), processes.server())]
     alice, bob = await make_actor("Alice", here), await make_actor("Bob", there)
     workspace = await alice.make_workspace(None, bob)
@@ -90,9 +90,9 @@ async def test_nobody_can_tell_which_process_another_is_on(processes: Processes,
     await hers.assert_push("USER_LEAVE", userId=bob.id)
 
 
-async def test_a_killed_process_leaves_no_ghost(processes: Processes, make_actor: MakeActor) -> None:
-    alive, doomed = processes.server(), processes.server()
-    alice, bob, carol = [await make_actor(name, alive.base) for name in ("Alice", "Bob", "Carol")]
+async def test_killed_process_leaves_no_stale_presence(processes: Processes, make_actor: MakeActor) -> None:
+    surviving, doomed = processes.server(), processes.server()
+    alice, bob, carol = [await make_actor(name, surviving.base) for name in ("Alice", "Bob", "Carol")]
     workspace = await alice.make_workspace(None, bob, carol)
     hers = await alice.connect(workspace)
     await bob.at(doomed.base).connect(workspace)
@@ -102,19 +102,19 @@ async def test_a_killed_process_leaves_no_ghost(processes: Processes, make_actor
     await hers.assert_push("USER_JOIN", userId=carol.id)
     doomed.kill()
     await hers.assert_push("USER_LEAVE", userId=bob.id)
-    await hers.refute_push()  # Carol has another socket, on a process that lives
+    await hers.refute_push()  # Carol has another socket, on the surviving process
     assert await online(alice, workspace) == {"Alice": 1, "Carol": 1}
 
 
-async def test_people_come_and_go_at_once_and_the_count_is_right(processes: Processes, make_actor: MakeActor) -> None:
+async def test_concurrent_joins_and_leaves_keep_the_count_right(processes: Processes, make_actor: MakeActor) -> None:
     bases = [server.base for server in (processes.server(), processes.server())]
     alice, bob = await make_actor("Alice", bases[0]), await make_actor("Bob", bases[1])
     workspace = await alice.make_workspace(None, bob)
     hers = await alice.connect(workspace)
 
-    slots = asyncio.Semaphore(6)  # on a busy machine more would wait for PostgreSQL beyond its deadline
+    slots = asyncio.Semaphore(6)  # on a busy machine, more would exceed the deadline of PostgreSQL
 
-    async def come_and_go(number: int) -> None:
+    async def join_and_leave(number: int) -> None:
         async with slots:
             socket = await bob.at(bases[number % 2]).connect(workspace)
             if number % 3:
@@ -122,13 +122,13 @@ async def test_people_come_and_go_at_once_and_the_count_is_right(processes: Proc
             else:
                 socket.cut()
 
-    await asyncio.gather(*map(come_and_go, range(30)))
+    await asyncio.gather(*map(join_and_leave, range(30)))
     async with asyncio.timeout(PATIENCE_SECONDS):
         while await online(alice, workspace) != {"Alice": 1}:
             await asyncio.sleep(0.05)
     await (await alice.connect(workspace)).push("file:change", workspaceId=workspace, change="the end")
-    heard = []
+    events = []
     while (type := (await hers.next())["data"]["type"]) != "FILE_CHANGE":
-        heard.append(type)
-    assert heard == ["USER_JOIN", "USER_LEAVE"] * (len(heard) // 2)
-    assert heard
+        events.append(type)
+    assert events == ["USER_JOIN", "USER_LEAVE"] * (len(events) // 2)
+    assert events

@@ -1,4 +1,7 @@
-"""Order, once, resume, gentle deploys, and a Redis that goes away: with real processes on a real Valkey."""
+"""Delivery guarantees with real processes and a real Valkey.
+
+Events arrive in order and exactly once; clients resume after disconnects, deploys and Redis outages.
+"""
 
 import asyncio
 import contextlib
@@ -20,7 +23,7 @@ from tests.sockets import Socket
 FAST = {"WS_FRAMES_PER_SECOND": "10000", "WS_BURST": "10000"}
 
 
-async def test_all_hear_the_same_order_and_everything_once(
+async def test_all_members_receive_every_event_once_in_the_same_order(
     processes: Processes, make_actor: MakeActor, full: bool
 ) -> None:
     """Two writers and four readers over two processes."""
@@ -45,7 +48,9 @@ async def test_all_hear_the_same_order_and_everything_once(
         assert reader.changes == [acknowledged[id] for id in expected]
 
 
-async def test_who_is_cut_off_at_random_misses_nothing(processes: Processes, make_actor: MakeActor, full: bool) -> None:
+async def test_client_aborted_at_random_misses_no_event(
+    processes: Processes, make_actor: MakeActor, full: bool
+) -> None:
     bases = [server.base for server in (processes.server(**FAST), processes.server(**FAST))]
     alice, bob, carol = [await make_actor(name, bases[0]) for name in ("Alice", "Bob", "Carol")]
     workspace = await alice.make_workspace(None, bob, carol)
@@ -65,30 +70,29 @@ async def test_who_is_cut_off_at_random_misses_nothing(processes: Processes, mak
             assert member.returns >= 1
 
 
-async def test_an_ack_stands_in_its_place_in_the_order(processes: Processes, make_actor: MakeActor) -> None:
-    """Who is acknowledged has been sent all that came before: coming back with that id, or with the last of a join,
-    misses nothing."""
+async def test_ack_keeps_its_place_in_the_order_of_events(processes: Processes, make_actor: MakeActor) -> None:
+    """An ack follows all earlier events, so resuming from its id, or from the last id of a join, misses nothing."""
     bases = [server.base for server in (processes.server(**FAST), processes.server(**FAST))]
     alice, bob = await make_actor("Alice", bases[0]), await make_actor("Bob", bases[1])
     workspace = await alice.make_workspace(None, bob)
     others = [Writer(bob, workspace, [bases[1]]) for _ in range(2)]
     hers = await alice.connect(workspace)
     writing = asyncio.gather(*(other.write(range(200)) for other in others))
-    heard, acks = [], []
+    received, acks = [], []
     while not writing.done():
         event, more = ("join:workspace", {}) if len(acks) % 2 else ("file:change", {"change": "hers"})
         await hers.send(event, {"workspaceId": workspace, **more}, id=len(acks))
         while (frame := await hers.next())["event"] != "ack":
-            heard += [frame["data"]["eventId"]] if "eventId" in frame["data"] else []
+            received += [frame["data"]["eventId"]] if "eventId" in frame["data"] else []
         ack = frame["data"]
-        acks.append((position(ack.get("eventId") or ack["lastEventId"]), len(heard)))
+        acks.append((position(ack.get("eventId") or ack["lastEventId"]), len(received)))
     await writing
-    everything = sorted(position(id) for other in others for id in other.acknowledged)
-    for ack, known in acks:
-        assert known >= sum(id <= ack for id in everything)
+    all_ids = sorted(position(id) for other in others for id in other.acknowledged)
+    for ack, count in acks:
+        assert count >= sum(id <= ack for id in all_ids)
 
 
-async def test_a_drain_with_a_writer_at_work_loses_nothing(processes: Processes, make_actor: MakeActor) -> None:
+async def test_drain_under_load_loses_no_event(processes: Processes, make_actor: MakeActor) -> None:
     stopping, staying = processes.server(DRAIN_SECONDS="5"), processes.server()
     alice, bob = await make_actor("Alice", staying.base), await make_actor("Bob", staying.base)
     workspace = await alice.make_workspace(None, bob)
@@ -110,24 +114,26 @@ async def test_a_drain_with_a_writer_at_work_loses_nothing(processes: Processes,
         assert member.changes == [*range(400)], "nothing lost, and nothing written twice: each ack arrived"
 
 
-async def test_a_stopping_server_says_goodbye(processes: Processes, make_actor: MakeActor) -> None:
+async def test_graceful_shutdown_announces_draining_and_closes_with_1012(
+    processes: Processes, make_actor: MakeActor
+) -> None:
     server = processes.server(DRAIN_SECONDS="3")
     alice = await make_actor("Alice", server.base)
     sockets = [await alice.connect() for _ in range(3)]
-    stranger = Socket(await alice.http.ws_connect(f"{server.base}/ws"))  # has not said who it is
+    unauthenticated = Socket(await alice.http.ws_connect(f"{server.base}/ws"))
     server._process.send_signal(signal.SIGTERM)
-    assert await stranger.closed() == 1012
+    assert await unauthenticated.closed() == 1012
     for socket in sockets:
         draining = await socket.assert_push("server:draining")
         assert 0 <= draining["reconnectAfterMs"] <= 3000
     assert (await alice.get("/health/ready")).status == 503
-    refused = await alice.get("/ws", headers={"Connection": "Upgrade", "Upgrade": "websocket"})
-    assert (refused.status, refused.code) == (503, "unavailable")
+    rejected = await alice.get("/ws", headers={"Connection": "Upgrade", "Upgrade": "websocket"})
+    assert (rejected.status, rejected.code) == (503, "unavailable")
     assert [await socket.closed() for socket in sockets] == [1012] * 3
     assert await asyncio.to_thread(server.wait) == 0
 
 
-async def test_a_token_that_is_offered_badly_is_not_in_the_log(processes: Processes, make_actor: MakeActor) -> None:
+async def test_token_in_a_rejected_upgrade_is_not_logged(processes: Processes, make_actor: MakeActor) -> None:
     server = processes.server()
     alice = await make_actor("Alice", server.base)
     offered = [f"bearer.{alice.access_token}"]
@@ -169,7 +175,7 @@ async def test_valkey_restarted_under_load_loses_nothing_acknowledged(
         await asyncio.sleep(1)
         await asyncio.to_thread(own_stack.valkey.start)
         before = len(here.events)
-        async with asyncio.timeout(PATIENCE_SECONDS):  # events flow again
+        async with asyncio.timeout(PATIENCE_SECONDS):  # until events flow again
             while len(here.events) <= before + 5 or len(there.events) <= before + 5:
                 await asyncio.sleep(0.01)
         await asyncio.sleep(0.5)
@@ -187,7 +193,7 @@ async def test_valkey_restarted_under_load_loses_nothing_acknowledged(
         await writer.stop()
 
 
-async def test_a_valkey_that_lost_everything_is_announced_as_a_gap(
+async def test_lost_data_of_valkey_is_announced_as_a_gap(
     own_stack: Stack, own_processes: Processes, make_actor: MakeActor
 ) -> None:
     bases = [server.base for server in (own_processes.server(), own_processes.server())]
@@ -211,7 +217,7 @@ async def test_a_valkey_that_lost_everything_is_announced_as_a_gap(
     assert {user["userName"]: user["connections"] for user in users} == {"Alice": 1, "Bob": 1}
 
 
-async def test_a_revocation_while_redis_is_away_counts_before_anything_is_delivered(
+async def test_revocation_during_a_redis_outage_takes_effect_before_any_delivery(
     own_stack: Stack, own_processes: Processes, make_actor: MakeActor
 ) -> None:
     bases = [server.base for server in (own_processes.server(), own_processes.server())]
@@ -220,7 +226,7 @@ async def test_a_revocation_while_redis_is_away_counts_before_anything_is_delive
     workspace = await alice.make_workspace(project)
     his = await bob.connect(workspace)
     members = (await alice.get(f"/projects/{project}/collaborators"))["items"]
-    member = next(each["id"] for each in members if each["user"]["id"] == bob.id)
+    member = next(member["id"] for member in members if member["user"]["id"] == bob.id)
     own_stack.valkey.kill()
     assert (await alice.delete(f"/projects/{project}/collaborators/{member}")).status == 204
     await asyncio.to_thread(own_stack.valkey.start)

@@ -1,4 +1,4 @@
-"""Being in a workspace with others."""
+"""Rooms: members of a workspace receive each other's events."""
 
 import pytest
 
@@ -6,37 +6,37 @@ from tests.actors import Actor
 from tests.sockets import Refused
 
 
-async def test_everybody_else_in_the_room_hears_a_change(alice: Actor, bob: Actor) -> None:
+async def test_all_other_members_receive_a_change(alice: Actor, bob: Actor) -> None:
     workspace = await alice.make_workspace(None, bob)
     hers, his = await alice.connect(workspace), await bob.connect(workspace)
     await hers.assert_push("USER_JOIN", userId=bob.id, userName="Bob", workspaceId=workspace)
     change = {"insert": "ünï", "at": [1, 2.5, None]}
     ack = await hers.push("file:change", workspaceId=workspace, fileId="f1", path="src/a.py", change=change)
-    heard = await his.assert_push(
+    event = await his.assert_push(
         "FILE_CHANGE", eventId=ack["eventId"], userId=alice.id, userName="Alice", path="src/a.py", change=change
     )
-    assert heard["fileId"] == "f1"
-    assert heard["timestamp"].endswith("Z")
+    assert event["fileId"] == "f1"
+    assert event["timestamp"].endswith("Z")
     await hers.refute_push()
 
 
-async def test_fields_that_a_client_did_not_send_are_not_made_up(alice: Actor, bob: Actor) -> None:
+async def test_event_has_no_fields_that_the_client_did_not_send(alice: Actor, bob: Actor) -> None:
     workspace = await alice.make_workspace(None, bob)
     hers, his = await alice.connect(workspace), await bob.connect(workspace)
     await hers.push("file:change", workspaceId=workspace, change=None)
-    heard = await his.assert_push("FILE_CHANGE")
-    assert heard["change"] is None
-    assert not {"fileId", "path", "position"} & heard.keys()
+    event = await his.assert_push("FILE_CHANGE")
+    assert event["change"] is None
+    assert not {"fileId", "path", "position"} & event.keys()
 
 
-async def test_a_client_can_set_no_other_field_of_an_event(alice: Actor) -> None:
+async def test_client_cannot_set_other_fields_of_an_event(alice: Actor) -> None:
     workspace = await alice.make_workspace()
     hers = await alice.connect(workspace)
     with pytest.raises(Refused, match="validation_failed"):
         await hers.push("file:change", workspaceId=workspace, change=1, userId="somebody", type="ROLE_CHANGED")
 
 
-async def test_nobody_is_told_of_a_change_in_a_room_they_are_not_in(alice: Actor, bob: Actor) -> None:
+async def test_user_outside_the_room_does_not_receive_its_changes(alice: Actor, bob: Actor) -> None:
     workspace = await alice.make_workspace(None, bob)
     hers, his = await alice.connect(workspace), await bob.connect()
     await hers.push("file:change", workspaceId=workspace, change=1)
@@ -47,7 +47,7 @@ async def test_nobody_is_told_of_a_change_in_a_room_they_are_not_in(alice: Actor
         await his.push("cursor:update", workspaceId=workspace, position=2)
 
 
-async def test_who_has_left_hears_nothing_more(alice: Actor, bob: Actor) -> None:
+async def test_user_who_left_receives_no_more_events(alice: Actor, bob: Actor) -> None:
     workspace = await alice.make_workspace(None, bob)
     hers, his = await alice.connect(workspace), await bob.connect(workspace)
     assert await his.push("leave:workspace", workspaceId=workspace) == {}
@@ -60,7 +60,7 @@ async def test_who_has_left_hears_nothing_more(alice: Actor, bob: Actor) -> None
     assert await his.push("leave:workspace", workspaceId=workspace) == {}
 
 
-async def test_a_viewer_sees_all_and_changes_nothing(alice: Actor, bob: Actor) -> None:
+async def test_viewer_receives_events_but_cannot_change_files(alice: Actor, bob: Actor) -> None:
     workspace = await alice.make_workspace(None, bob, role="VIEWER")
     hers, his = await alice.connect(workspace), await bob.connect(workspace)
     assert his.joined["role"] == "VIEWER"
@@ -71,7 +71,7 @@ async def test_a_viewer_sees_all_and_changes_nothing(alice: Actor, bob: Actor) -
     await hers.assert_push("CURSOR_UPDATE", userId=bob.id, position={"line": 3})
 
 
-async def test_a_stranger_cannot_tell_a_workspace_from_none(alice: Actor, bob: Actor) -> None:
+async def test_workspace_without_access_looks_like_a_missing_one(alice: Actor, bob: Actor) -> None:
     workspace = await alice.make_workspace()
     his = await bob.connect()
     for id in (workspace, "3b8b4a0e-0000-4000-8000-000000000000"):
@@ -93,7 +93,7 @@ async def test_joining_twice_changes_nothing(alice: Actor, bob: Actor) -> None:
     await hers.refute_push()
 
 
-async def test_the_same_users_other_connections_hear_a_change(alice: Actor) -> None:
+async def test_other_connections_of_the_same_user_receive_a_change(alice: Actor) -> None:
     workspace = await alice.make_workspace()
     desk, phone = await alice.connect(workspace), await alice.connect(workspace)
     ack = await desk.push("file:change", workspaceId=workspace, change=1)

@@ -1,4 +1,4 @@
-"""What a process hears from Redis, below the sockets."""
+"""The Redis subscriber of a process, without sockets."""
 
 import asyncio
 
@@ -10,13 +10,13 @@ from server.settings import Settings
 from tests.listeners import Nobody
 
 
-async def test_a_channel_that_is_left_while_redis_is_away_leaves_nothing_behind(settings: Settings) -> None:
-    nobody, redis = Nobody(), blocking_redis_client(settings.redis_url)
-    subscriber = Subscriber(redis, channel="test", control=nobody, vouch=nobody.resume)  # it never connects
+async def test_unsubscribing_during_a_redis_outage_leaves_no_state_behind(settings: Settings) -> None:
+    listener, redis = Nobody(), blocking_redis_client(settings.redis_url)
+    subscriber = Subscriber(redis, channel="test", control=listener, vouch=listener.resume)  # it never connects
     for number in range(3):
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.01):
-                await subscriber.subscribe(f"document:{number}", nobody)
-        subscriber.unsubscribe(f"document:{number}", nobody)
+                await subscriber.subscribe(f"document:{number}", listener)
+        subscriber.unsubscribe(f"document:{number}", listener)
     assert not subscriber._waiting
     await redis.aclose()

@@ -1,6 +1,7 @@
-"""A bad day: people edit, talk and run programs while whatever can be killed is killed; then the books are checked.
+"""Chaos test: users edit, send changes and run programs while faults kill stores and processes.
 
-What was acknowledged must be there, once. The seed is printed: the same one kills the same things in the same order.
+At the end, everything that was acknowledged must exist exactly once. The seed is printed; the same seed injects the
+same faults in the same order.
 
     scripts/test tests/stories/test_chaos.py --full [--chaos-seconds 3600] [--chaos-seed 7]
 """
@@ -28,14 +29,14 @@ from tests.processes import Process, Processes
 from tests.realtime.clients import Member, Writer, assert_ordered_and_once
 
 SHORT_SECONDS, FULL_SECONDS = 8.0, 120.0
-CALM_SECONDS = (1.0, 3.0)  # between two blows
+CALM_SECONDS = (1.0, 3.0)  # between two faults
 SETTLING_SECONDS = 90
 FINAL = ("completed", "failed", "cancelled")
 AWAY = (aiohttp.ClientError, OSError, TimeoutError)
 
 
-class Running:
-    """A process, and how to start another one in its place."""
+class ReplaceableProcess:
+    """A process, and the function that starts its replacement."""
 
     def __init__(self, start: Callable[[], Process]) -> None:
         self._start = start
@@ -46,52 +47,54 @@ class Running:
 
 
 class Town:
-    """Servers and workers on stores of their own; each comes back at its old address. In the full form one more
-    server has two processes, under a supervisor."""
+    """Servers and workers on their own stores; each restarts at its old address.
+
+    The full form has one more server, with two processes under a supervisor. This is no Redis Cluster.
+    """
 
     def __init__(self, stack: Stack, processes: Processes, *, full: bool) -> None:
         self.stack = stack
         ports = [str(free_port()) for _ in range(2)]
         self.bases = [f"http://127.0.0.1:{port}" for port in ports]
-        self._servers = [Running(partial(processes.server, PORT=port)) for port in ports]
-        self._workers = [Running(processes.worker) for _ in range(2)]
+        self._servers = [ReplaceableProcess(partial(processes.server, PORT=port)) for port in ports]
+        self._workers = [ReplaceableProcess(processes.worker) for _ in range(2)]
         self._supervisor: Process | None = None
         if full:
             port = str(free_port())
             self._supervisor = processes.server("--processes", "2", PORT=port)
             self.bases.append(f"http://127.0.0.1:{port}")
 
-    def blows(self) -> dict[str, Callable[[], Awaitable[Any]]]:
+    def faults(self) -> dict[str, Callable[[], Awaitable[Any]]]:
         stores = {f"{store.name} is killed": partial(self._restart, store) for store in self.stack.stores}
-        blows = stores | {
+        faults = stores | {
             "a server is killed": partial(self._replace, self._servers, Process.kill),
-            "a server is told to stop": partial(self._replace, self._servers, Process.terminate),
+            "a server is terminated": partial(self._replace, self._servers, Process.terminate),
             "a worker is killed": partial(self._replace, self._workers, Process.kill),
-            "a worker is told to stop": partial(self._replace, self._workers, Process.terminate),
+            "a worker is terminated": partial(self._replace, self._workers, Process.terminate),
         }
         if self._supervisor is not None:
-            blows |= {"a supervised process is killed": self._kill_one, "a supervisor is told to restart": self._roll}
-        return blows
+            faults |= {"a supervised process is killed": self._kill_one, "a rolling restart begins": self._roll}
+        return faults
 
     async def _restart(self, store: Store) -> None:
         store.kill()
-        store.begin()  # not in a thread: it would end with that
+        store.begin()  # not in a thread: the store would end with the thread
         await asyncio.to_thread(store.wait_ready)
 
-    async def tend(self) -> None:
-        """As the host's own manager of processes: who could not start, because a store was away, starts again."""
+    async def restart_exited(self) -> None:
+        """Restart processes that failed to start during an outage of a store, as the host's process manager does."""
         while True:
-            for each in [*self._servers, *self._workers]:
-                if not each.process.alive:
-                    each.replace()
+            for running in [*self._servers, *self._workers]:
+                if not running.process.alive:
+                    running.replace()
             await asyncio.sleep(0.5)
 
-    async def _replace(self, kind: list[Running], end: Callable[[Process], Any]) -> None:
-        """The one that has lived longest."""
-        one = kind.pop(0)
-        await asyncio.to_thread(end, one.process)
-        one.replace()
-        kind.append(one)
+    async def _replace(self, kind: list[ReplaceableProcess], end: Callable[[Process], Any]) -> None:
+        """Replace the process of this kind that has run longest."""
+        oldest = kind.pop(0)
+        await asyncio.to_thread(end, oldest.process)
+        oldest.replace()
+        kind.append(oldest)
 
     async def _kill_one(self) -> None:
         assert self._supervisor is not None
@@ -114,59 +117,59 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture
-def town(own_stack: Stack, tmp_path: Path, full: bool) -> Iterator[Town]:
-    # The history holds all of the day: it is what the checker compares with.
+def cluster(own_stack: Stack, tmp_path: Path, full: bool) -> Iterator[Town]:
+    # The history keeps all events, because the final checks compare with it.
     history = {"HISTORY_EVENTS": "100000", "HISTORY_BYTES": str(1 << 28), "ACCESS_TOKEN_TTL": "24h"}
-    calm = {"JOB_FAULT_RATE": "0.05", "LOG_LEVEL": "warning", "DRAIN_SECONDS": "2"}
-    with Processes(TEST_SETTINGS | own_stack.environment | calm | history, tmp_path) as processes:
+    settings = {"JOB_FAULT_RATE": "0.05", "LOG_LEVEL": "warning", "DRAIN_SECONDS": "2"}
+    with Processes(TEST_SETTINGS | own_stack.environment | settings | history, tmp_path) as processes:
         yield Town(own_stack, processes, full=full)
 
 
-async def insist(ask: Callable[[], Awaitable[Answer]], *, seconds: float = SETTLING_SECONDS) -> Answer:
-    """The first answer that is neither a 503 nor silence; a 500 is nobody's right."""
+async def retry_until_available(send: Callable[[], Awaitable[Answer]], *, seconds: float = SETTLING_SECONDS) -> Answer:
+    """Retry a request until a response that is neither a 503 nor a lost connection; a 500 fails the test."""
     async with asyncio.timeout(seconds):
         while True:
             try:
-                answer = await ask()
+                response = await send()
             except AWAY:
                 pass
             else:
-                assert answer.status != 500, answer
-                if answer.status != 503:
-                    return answer
+                assert response.status != 500, response
+                if response.status != 503:
+                    return response
             await asyncio.sleep(0.1)
 
 
 class Books:
-    """What was acknowledged, by its kind."""
+    """The acknowledged writes of the test, by kind, and the tasks that make them."""
 
     def __init__(self, actor: Actor, workspace: str, project: str, bases: list[str]) -> None:
         self._actor, self.workspace, self.project, self._bases = actor, workspace, project, bases
-        self.workspaces: dict[str, set[str]] = {}  # id → its name, or those that it may have
+        self.workspaces: dict[str, set[str]] = {}  # id → its name, or its possible names
         self.deleted: set[str] = set()
-        self.doubtful: set[str] = set()  # asked to be deleted, and nobody knows
+        self.maybe_deleted: set[str] = set()  # the response to the deletion was lost
         self.refreshed = 0
         self.jobs: dict[str, int] = {}  # id → number
-        self.over = False
+        self.finished = False
 
     @property
     def actor(self) -> Actor:
-        """At either server."""
+        """The actor, at a random server."""
         return self._actor.at(random.choice(self._bases))
 
     @property
-    def told(self) -> str:
-        kept, deleted = len(self.workspaces), len(self.deleted)
-        return f"{len(self.jobs)} jobs, {kept} workspaces and {deleted} deleted ones, {self.refreshed} refreshes"
+    def summary(self) -> str:
+        existing, deleted = len(self.workspaces), len(self.deleted)
+        return f"{len(self.jobs)} jobs, {existing} workspaces and {deleted} deleted ones, {self.refreshed} refreshes"
 
     async def get(self, path: str, **params: str) -> Answer:
-        return await insist(lambda: self.actor.get(path, params=params))
+        return await retry_until_available(lambda: self.actor.get(path, params=params))
 
     async def _post(self, path: str, body: Any) -> Answer:
         return await self.actor.post(path, body)
 
-    async def listed(self, path: str) -> list[dict[str, Any]]:
-        """All items of a list, over all its pages."""
+    async def list_all(self, path: str) -> list[dict[str, Any]]:
+        """Return all items of a list, over all its pages."""
         items, cursor = [], {}
         while True:
             page = await self.get(path, limit="100", **cursor)
@@ -175,85 +178,85 @@ class Books:
                 return items
             cursor = {"cursor": page["nextCursor"]}
 
-    async def attempt(self, method: str, path: str, body: Any, *, well: int) -> Answer | None:
-        """The answer where it is done; None where nobody knows."""
+    async def attempt(self, method: str, path: str, body: Any, *, expected: int) -> Answer | None:
+        """Send a request once; return the response, or None if the outcome is unknown."""
         try:
-            answer = await self.actor.call(method, path, body)
+            response = await self.actor.call(method, path, body)
         except AWAY:
             return None
-        assert answer.status in (well, 503), answer
-        return answer if answer.status == well else None
+        assert response.status in (expected, 503), response
+        return response if response.status == expected else None
 
     async def history(self) -> list[dict[str, Any]]:
-        """All durable events of the workspace."""
-        return await self.listed(f"/workspaces/{self.workspace}/events")
+        """Return all durable events of the workspace."""
+        return await self.list_all(f"/workspaces/{self.workspace}/events")
 
     async def make_workspaces(self) -> None:
-        """Every name is asked for once; of what there is, some is renamed and some deleted."""
+        """Request each name once; rename a third of the created workspaces and delete another third."""
         number = 0
-        while not self.over:
+        while not self.finished:
             number += 1
             body = {"projectId": self.project, "name": f"workspace {number}"}
-            made = await self.attempt("POST", "/workspaces", body, well=201)
-            if made is not None:
-                self.workspaces[made["id"]] = {body["name"]}
-                await (self._rename, self._delete, self._leave)[number % 3](made["id"])
+            created = await self.attempt("POST", "/workspaces", body, expected=201)
+            if created is not None:
+                self.workspaces[created["id"]] = {body["name"]}
+                await (self._rename, self._delete, self._keep)[number % 3](created["id"])
             await asyncio.sleep(0.05)
 
     async def _rename(self, id: str) -> None:
         name = f"renamed {id}"
-        if await self.attempt("PATCH", f"/workspaces/{id}", {"name": name}, well=200):
+        if await self.attempt("PATCH", f"/workspaces/{id}", {"name": name}, expected=200):
             self.workspaces[id] = {name}
         else:
             self.workspaces[id].add(name)
 
     async def _delete(self, id: str) -> None:
-        done = await self.attempt("DELETE", f"/workspaces/{id}", None, well=204)
-        (self.doubtful if done is None else self.deleted).add(id)
+        response = await self.attempt("DELETE", f"/workspaces/{id}", None, expected=204)
+        (self.maybe_deleted if response is None else self.deleted).add(id)
         del self.workspaces[id]
 
-    async def _leave(self, id: str) -> None:
-        """As it is."""
+    async def _keep(self, id: str) -> None:
+        """Leave the workspace unchanged."""
 
-    async def refresh(self, who: Actor) -> None:
-        """A session of its own: what a refresh has given is good. Where the answer was lost, they sign in again."""
-        while not self.over:
+    async def refresh(self, user: Actor) -> None:
+        """Refresh a session repeatedly and check each new token; sign in again if a response is lost."""
+        while not self.finished:
             try:
-                given = await who.at(random.choice(self._bases)).post(
-                    "/auth/refresh", {"refreshToken": who.refresh_token}
+                response = await user.at(random.choice(self._bases)).post(
+                    "/auth/refresh", {"refreshToken": user.refresh_token}
                 )
             except AWAY:
-                given = None
-            if given is not None and given.status == 200:
-                who.access_token, who.refresh_token = given["accessToken"], given["refreshToken"]
+                response = None
+            if response is not None and response.status == 200:
+                user.access_token, user.refresh_token = response["accessToken"], response["refreshToken"]
                 self.refreshed += 1
             else:
-                assert given is None or given.status == 503, given
-                await self._sign_in(who)
-            good = await insist(lambda: who.at(random.choice(self._bases)).get("/auth/profile"))
-            assert good.status == 200, good
+                assert response is None or response.status == 503, response
+                await self._sign_in(user)
+            profile = await retry_until_available(lambda: user.at(random.choice(self._bases)).get("/auth/profile"))
+            assert profile.status == 200, profile
             await asyncio.sleep(0.2)
 
-    async def _sign_in(self, who: Actor) -> None:
-        body = {"email": who.email, "password": who.password}
-        given = await insist(lambda: who.at(random.choice(self._bases)).post("/auth/login", body))
-        assert given.status == 200, given
-        who.access_token, who.refresh_token = given["accessToken"], given["refreshToken"]
+    async def _sign_in(self, user: Actor) -> None:
+        body = {"email": user.email, "password": user.password}
+        response = await retry_until_available(lambda: user.at(random.choice(self._bases)).post("/auth/login", body))
+        assert response.status == 200, response
+        user.access_token, user.refresh_token = response["accessToken"], response["refreshToken"]
 
     async def run_programs(self) -> None:
         number = 0
-        while not self.over:
+        while not self.finished:
             number += 1
             payload = {"language": "python", "code": f"print({number})"}
             body = {"type": "CODE_EXECUTION", "payload": payload, "idempotencyKey": f"chaos-{number}"}
-            asked = await insist(partial(self._post, "/jobs", body))
-            assert asked.status in (200, 201), asked
-            self.jobs[asked["job"]["id"]] = number
+            submitted = await retry_until_available(partial(self._post, "/jobs", body))
+            assert submitted.status in (200, 201), submitted
+            self.jobs[submitted["job"]["id"]] = number
             await asyncio.sleep(0.3)
 
 
-class Wanderer(Editor):
-    """Comes back at any server."""
+class RoamingEditor(Editor):
+    """An editor that reconnects to a random server."""
 
     def __init__(self, actor: Actor, document: str, bases: list[str]) -> None:
         super().__init__(actor, document)
@@ -264,133 +267,135 @@ class Wanderer(Editor):
         return await super().open()
 
 
-async def type_on(editor: Editor, name: str, books: Books, chance: random.Random) -> int:
-    """Letters at random places until it is over; how many were acknowledged."""
+async def type_until_finished(editor: Editor, name: str, ledger: Books, chance: random.Random) -> int:
+    """Type letters at random places until the end; return how many were acknowledged."""
     typed = 0
-    while not books.over:
+    while not ledger.finished:
         typed += 1
         await editor.deliver(editor.insert(name, at=chance.randrange(len(editor.content) + 1)))
         await asyncio.sleep(0.05)
     return typed
 
 
-async def talk(writer: Writer, name: str, books: Books) -> None:
+async def write_until_finished(writer: Writer, name: str, ledger: Books) -> None:
     number = 0
-    while not books.over:
+    while not ledger.finished:
         number += 1
         await writer.write_one(f"{name} {number}")
         await asyncio.sleep(0.05)
     await writer.stop()
 
 
-async def strike(town: Town, chance: random.Random, seconds: float) -> Counter[str]:
-    """Blows in rounds, in each of which every kind has its turn once."""
-    struck: Counter[str] = Counter()
-    left: list[str] = []
-    ends = asyncio.get_running_loop().time() + seconds
-    while asyncio.get_running_loop().time() < ends:
+async def strike(cluster: Town, chance: random.Random, seconds: float) -> Counter[str]:
+    """Inject faults in rounds, each kind once per round; return how often each was injected."""
+    injected: Counter[str] = Counter()
+    remaining: list[str] = []
+    deadline = asyncio.get_running_loop().time() + seconds
+    while asyncio.get_running_loop().time() < deadline:
         await asyncio.sleep(chance.uniform(*CALM_SECONDS))
-        blows = town.blows()
-        left = left or chance.sample(sorted(blows), len(blows))
-        blow = left.pop()
-        struck[blow] += 1
-        await blows[blow]()
-    return struck
+        faults = cluster.faults()
+        remaining = remaining or chance.sample(sorted(faults), len(faults))
+        fault = remaining.pop()
+        injected[fault] += 1
+        await faults[fault]()
+    return injected
 
 
-@pytest.mark.timeout(0)  # as long as it is asked to be
-async def test_a_bad_day_loses_nothing_and_doubles_nothing(
-    town: Town, http: aiohttp.ClientSession, seconds: float, seed: int, capsys: pytest.CaptureFixture[str]
+@pytest.mark.timeout(0)  # the duration is an option
+async def test_faults_lose_and_duplicate_no_acknowledged_write(
+    cluster: Town, http: aiohttp.ClientSession, seconds: float, seed: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chance = random.Random(seed)
-    tending = asyncio.create_task(town.tend())
-    await until_ready(http, town)
-    alice = await Actor(http, town.bases[0], "Alice").register()
-    bob = await Actor(http, town.bases[1], "Bob").register()
+    restarting = asyncio.create_task(cluster.restart_exited())
+    await until_ready(http, cluster)
+    alice = await Actor(http, cluster.bases[0], "Alice").register()
+    bob = await Actor(http, cluster.bases[1], "Bob").register()
     project = await alice.make_project(bob)
     workspace = await alice.make_workspace(project)
     document = await make_document(alice, workspace)
-    books = Books(alice, workspace, project, town.bases)
-    editors = [await Wanderer(who, document, town.bases).open() for who in (alice, bob)]
-    writers = [Writer(who, workspace, town.bases) for who in (alice, bob)]
+    ledger = Books(alice, workspace, project, cluster.bases)
+    editors = [await RoamingEditor(actor, document, cluster.bases).open() for actor in (alice, bob)]
+    writers = [Writer(actor, workspace, cluster.bases) for actor in (alice, bob)]
 
-    async with Member(bob, workspace, town.bases) as reader, Member(alice, workspace, town.bases) as other:
+    async with Member(bob, workspace, cluster.bases) as reader, Member(alice, workspace, cluster.bases) as other:
         work = [
             asyncio.create_task(task)
             for task in (
-                books.make_workspaces(),
-                books.run_programs(),
-                books.refresh(await Actor(http, town.bases[0], "Carol").register()),
-                *(talk(writer, f"w{number}", books) for number, writer in enumerate(writers)),
+                ledger.make_workspaces(),
+                ledger.run_programs(),
+                ledger.refresh(await Actor(http, cluster.bases[0], "Carol").register()),
+                *(write_until_finished(writer, f"w{number}", ledger) for number, writer in enumerate(writers)),
             )
         ]
         typing = [
-            asyncio.create_task(type_on(editor, letter, books, random.Random(seed + number)))
+            asyncio.create_task(type_until_finished(editor, letter, ledger, random.Random(seed + number)))
             for number, (editor, letter) in enumerate(zip(editors, "ab", strict=True))
         ]
-        struck = await strike(town, chance, seconds)
-        books.over = True
+        injected = await strike(cluster, chance, seconds)
+        ledger.finished = True
         async with asyncio.timeout(SETTLING_SECONDS):
             await asyncio.gather(*work)
             typed = await asyncio.gather(*typing)
-        said = {id: change for writer in writers for id, change in writer.acknowledged.items()}
-        for last in list(said.values())[-1:]:
+        acknowledged = {id: change for writer in writers for id, change in writer.acknowledged.items()}
+        for last in list(acknowledged.values())[-1:]:
             await reader.has_heard(last, seconds=SETTLING_SECONDS)
             await other.has_heard(last, seconds=SETTLING_SECONDS)
 
     with capsys.disabled():
-        blows = ", ".join(f"{count} × {blow}" for blow, count in sorted(struck.items()))
-        print(f"\nchaos seed {seed}: {blows}\n  acknowledged: {len(said)} events, {typed} letters, {books.told}")
-    await check_events(books, [reader, other], said)
-    await check_document(books, document, editors, typed)
-    await check_workspaces(books)
-    await check_jobs(books)
-    tending.cancel()
+        faults = ", ".join(f"{count} × {fault}" for fault, count in sorted(injected.items()))
+        writes = f"{len(acknowledged)} events, {typed} letters, {ledger.summary}"
+        print(f"\nchaos seed {seed}: {faults}\n  acknowledged: {writes}")
+    await check_events(ledger, [reader, other], acknowledged)
+    await check_document(ledger, document, editors, typed)
+    await check_workspaces(ledger)
+    await check_jobs(ledger)
+    restarting.cancel()
 
 
-async def until_ready(http: aiohttp.ClientSession, town: Town) -> None:
-    for base in town.bases:
+async def until_ready(http: aiohttp.ClientSession, cluster: Town) -> None:
+    for base in cluster.bases:
         operator = Actor(http, base, "Operator")
-        assert (await insist(partial(operator.get, "/health/ready"))).status == 200
+        assert (await retry_until_available(partial(operator.get, "/health/ready"))).status == 200
 
 
-async def check_events(books: Books, members: list[Member], said: dict[str, Any]) -> None:
-    history = await books.history()
+async def check_events(ledger: Books, members: list[Member], acknowledged: dict[str, Any]) -> None:
+    history = await ledger.history()
     assert len({event["eventId"] for event in history}) == len(history)
-    told = {event["eventId"]: event.get("change") for event in history}
-    assert {id: told.get(id) for id in said} == said, "what was acknowledged is in the history"
+    stored = {event["eventId"]: event.get("change") for event in history}
+    assert {id: stored.get(id) for id in acknowledged} == acknowledged, "every acknowledged event is in the history"
     for member in members:
         assert_ordered_and_once(member)
-        heard = dict(zip(member.ids, (event.get("change") for event in member.events), strict=True))
-        assert member.gaps or said.keys() <= heard.keys(), "lost"
-        assert {id: heard[id] for id in said if id in heard} == {id: said[id] for id in said if id in heard}
+        received = dict(zip(member.ids, (event.get("change") for event in member.events), strict=True))
+        assert member.gaps or acknowledged.keys() <= received.keys(), "lost"
+        both = acknowledged.keys() & received.keys()
+        assert {id: received[id] for id in both} == {id: acknowledged[id] for id in both}
 
 
-async def check_document(books: Books, document: str, editors: list[Editor], typed: list[int]) -> None:
-    shown = await books.get(f"/documents/{document}/content")
-    assert Counter(shown.body) == Counter({"a": typed[0], "b": typed[1]}), "each letter once"
+async def check_document(ledger: Books, document: str, editors: list[Editor], typed: list[int]) -> None:
+    content = await ledger.get(f"/documents/{document}/content")
+    assert Counter(content.body) == Counter({"a": typed[0], "b": typed[1]}), "each letter once"
     for editor in editors:
         await editor.reconnect()
-        await editor.until(shown.body)
+        await editor.until(content.body)
 
 
-async def check_workspaces(books: Books) -> None:
-    listed = await books.listed(f"/workspaces/project/{books.project}")
-    there = {each["id"]: each["name"] for each in listed}
-    assert [id for id, names in books.workspaces.items() if there.get(id) not in names] == [], "lost"
-    assert books.deleted & there.keys() == set(), "came back"
-    # Acknowledged or not, each was asked for once.
-    assert [name for name, times in Counter(there.values()).items() if times > 1] == [], "doubled"
+async def check_workspaces(ledger: Books) -> None:
+    workspaces = await ledger.list_all(f"/workspaces/project/{ledger.project}")
+    existing = {workspace["id"]: workspace["name"] for workspace in workspaces}
+    assert [id for id, names in ledger.workspaces.items() if existing.get(id) not in names] == [], "lost"
+    assert ledger.deleted & existing.keys() == set(), "deleted workspace exists again"
+    # Acknowledged or not, each name was requested once.
+    assert [name for name, times in Counter(existing.values()).items() if times > 1] == [], "duplicated"
 
 
-async def check_jobs(books: Books) -> None:
-    for id, number in books.jobs.items():
+async def check_jobs(ledger: Books) -> None:
+    for id, number in ledger.jobs.items():
         async with asyncio.timeout(SETTLING_SECONDS):
-            while (job := await books.get(f"/jobs/{id}"))["status"] not in FINAL:
+            while (job := await ledger.get(f"/jobs/{id}"))["status"] not in FINAL:
                 await asyncio.sleep(0.2)
-        outcomes = [each for each in job["history"] if each["error"] is None]
+        outcomes = [attempt for attempt in job["history"] if attempt["error"] is None]
         if job["status"] == "completed":
             assert (job["result"]["stdout"], len(outcomes)) == (f"{number}\n", 1), job.body
-        else:  # three attempts that had a fault of their own each, or five lost workers
+        else:  # three attempts with an injected fault each, or five lost workers
             assert (job["status"], outcomes) == ("failed", []), job.body
-    assert sorted(each["id"] for each in await books.listed("/jobs")) == sorted(books.jobs), "one job for each key"
+    assert sorted(job["id"] for job in await ledger.list_all("/jobs")) == sorted(ledger.jobs), "one job per key"

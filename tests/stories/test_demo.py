@@ -1,4 +1,4 @@
-"""``scripts/demo``, as a newcomer plays it."""
+"""``scripts/demo``, as a new user runs it."""
 
 import os
 import re
@@ -60,12 +60,12 @@ def demo() -> Iterator[Demo]:
         yield Demo(Path(folder))
 
 
-def test_it_waits_for_a_server_that_is_starting_and_plays_against_it(demo: Demo) -> None:
+def test_demo_waits_for_a_starting_server_and_runs_against_it(demo: Demo) -> None:
     dev = demo.start("run.py", "dev")
-    playing = demo.start()
-    assert playing.wait(timeout=90) == 0, demo.output
+    running = demo.start()
+    assert running.wait(timeout=90) == 0, demo.output
     assert "scripts/dev is starting: waiting for it" in demo.output
-    said = re.sub(r"\d+(\.\d+)? m?s\b", "TIME", demo.output)
+    printed = re.sub(r"\d+(\.\d+)? m?s\b", "TIME", demo.output)
     for line in (
         "Ada  creates the project",
         "Bob  joins the workspace; online now: Ada and Bob",
@@ -78,23 +78,23 @@ def test_it_waits_for_a_server_that_is_starting_and_plays_against_it(demo: Demo)
         "Ada  hears USER_LEAVE: Bob",
         "done in TIME",
     ):
-        assert line in said, demo.output
+        assert line in printed, demo.output
     dev.send_signal(signal.SIGINT)
     assert dev.wait(timeout=START_SECONDS) == 0, demo.output
 
 
-def test_one_that_is_told_to_stop_leaves_nothing_of_what_it_started(demo: Demo) -> None:
-    playing = demo.start()
+def test_terminated_demo_leaves_no_process_behind(demo: Demo) -> None:
+    running = demo.start()
     demo.until("starting one for the demo")
-    while not (started := children_of(playing.pid)):
+    while not (children := children_of(running.pid)):
         time.sleep(0.05)
-    while len(below := list(children_of(started["dev"]).values())) < 3:
+    while len(grandchildren := list(children_of(children["dev"]).values())) < 3:
         time.sleep(0.05)
-    playing.terminate()
-    assert playing.wait(timeout=START_SECONDS) == 143, demo.output
-    assert gone([*started.values(), *below])
+    running.terminate()
+    assert running.wait(timeout=START_SECONDS) == 143, demo.output
+    assert gone([*children.values(), *grandchildren])
 
 
-def test_no_server_at_the_address_is_said_in_one_line(demo: Demo) -> None:
+def test_demo_reports_a_missing_server_in_one_line(demo: Demo) -> None:
     assert demo.start("scripts/demo.py", "--url", "http://127.0.0.1:9").wait(timeout=START_SECONDS) == 1
     assert demo.output == "demo: no server is ready at http://127.0.0.1:9\n"

@@ -1,4 +1,4 @@
-"""The main job, end to end: two people, two server processes, one edit, one program run."""
+"""The main use case, end to end: two users, two server processes, one edit, one program run."""
 
 import asyncio
 from typing import Any
@@ -15,7 +15,7 @@ from tests.sockets import Refused
 PROGRAM = 'import sys\nprint("squares of", sys.stdin.read())\nprint([n * n for n in range(5)])\n'
 
 
-async def test_two_people_on_two_servers_share_a_workspace_and_run_a_program(
+async def test_two_users_on_two_servers_share_a_workspace_and_run_a_program(
     processes: Processes, http: aiohttp.ClientSession
 ) -> None:
     first, second, worker = processes.server(), processes.server(), processes.worker(JOB_FAULT_RATE="0")
@@ -34,22 +34,22 @@ async def test_two_people_on_two_servers_share_a_workspace_and_run_a_program(
     await adas.assert_push("USER_JOIN", userId=bob.id)
 
     change = {"insert": "print('hello')", "at": [0, 1.5, None]}
-    told = await bobs.push("file:change", workspaceId=workspace, path="main.py", change=change)
-    await adas.assert_push("FILE_CHANGE", eventId=told["eventId"], change=change, path="main.py", userId=bob.id)
+    ack = await bobs.push("file:change", workspaceId=workspace, path="main.py", change=change)
+    await adas.assert_push("FILE_CHANGE", eventId=ack["eventId"], change=change, path="main.py", userId=bob.id)
     await bobs.refute_push()  # no echo
     await adas.refute_push()  # never twice
 
     worker.ready()
     payload = {"language": "python", "code": PROGRAM, "stdin": "small numbers"}
-    asked = await bob.post("/jobs", {"type": "CODE_EXECUTION", "payload": payload, "workspaceId": workspace})
-    assert (asked.status, asked["duplicate"], asked["job"]["status"]) == (201, False, "pending")
-    done = await ada.at(second.base).finished_job(asked["job"]["id"])  # a member sees it, on any server
-    assert done["status"] == "completed"
-    assert done["result"]["stdout"] == "squares of small numbers\n[0, 1, 4, 9, 16]\n"
-    assert (done["result"]["exitCode"], done["projectId"], done["attempts"]) == (0, project, 1)
+    submitted = await bob.post("/jobs", {"type": "CODE_EXECUTION", "payload": payload, "workspaceId": workspace})
+    assert (submitted.status, submitted["duplicate"], submitted["job"]["status"]) == (201, False, "pending")
+    job = await ada.at(second.base).finished_job(submitted["job"]["id"])  # a member can read it, on any server
+    assert job["status"] == "completed"
+    assert job["result"]["stdout"] == "squares of small numbers\n[0, 1, 4, 9, 16]\n"
+    assert (job["result"]["exitCode"], job["projectId"], job["attempts"]) == (0, project, 1)
 
     for status in ("pending", "processing", "completed"):
-        await adas.assert_push("JOB_UPDATED", jobId=done["id"], status=status, jobType="CODE_EXECUTION", userId=bob.id)
+        await adas.assert_push("JOB_UPDATED", jobId=job["id"], status=status, jobType="CODE_EXECUTION", userId=bob.id)
 
     await bobs.close()
     await adas.assert_push("USER_LEAVE", userId=bob.id)
@@ -60,20 +60,20 @@ async def test_two_people_on_two_servers_share_a_workspace_and_run_a_program(
     assert gone(children, seconds=PATIENCE_SECONDS)
 
 
-async def test_a_stranger_is_kept_out_of_all_of_it(processes: Processes, http: aiohttp.ClientSession) -> None:
+async def test_user_without_access_gets_not_found_everywhere(processes: Processes, http: aiohttp.ClientSession) -> None:
     server = processes.server()
     ada = await Actor(http, server.base, "Ada").register()
     eve = await Actor(http, server.base, "Eve").register()
     project = await ada.make_project()
     workspace = await ada.make_workspace(project)
     socket = await eve.connect()
-    for answer in (
+    for response in (
         await eve.get(f"/projects/{project}"),
         await eve.get(f"/workspaces/{workspace}"),
         await eve.post("/workspaces", {"projectId": project, "name": "Mine"}),
         await eve.post("/jobs", {"type": "CODE_EXECUTION", "payload": job_payload(), "workspaceId": workspace}),
     ):
-        assert (answer.status, answer.code) == (404, "not_found")
+        assert (response.status, response.code) == (404, "not_found")
     with pytest.raises(Refused, match="not_found"):
         await socket.push("join:workspace", workspaceId=workspace)
 
