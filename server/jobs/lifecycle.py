@@ -1,4 +1,7 @@
-"""The lifecycle of an attempt: claim it, run it, write its outcome. The functions of job types never write the record."""
+"""The lifecycle of an attempt: claim it, run it, write its outcome.
+
+The functions of job types never write the record.
+"""
 
 import asyncio
 import random
