@@ -84,12 +84,12 @@ def language_of(path: str) -> str | None:
     return name
 
 
-def totals(found: list[dict[str, Any]]) -> dict[str, Any]:
-    languages = Counter(file["language"] for file in found if file["language"])
+def totals(files: list[dict[str, Any]]) -> dict[str, Any]:
+    languages = Counter(file["language"] for file in files if file["language"])
     return {
-        "files": len(found),
-        "size": sum(file["size"] for file in found),
-        "lines": sum(file["lines"] for file in found),
-        "words": sum(file["words"] for file in found),
+        "files": len(files),
+        "size": sum(file["size"] for file in files),
+        "lines": sum(file["lines"] for file in files),
+        "words": sum(file["words"] for file in files),
         "languages": [{"language": name, "files": count} for name, count in sorted(languages.items())],
     }
