@@ -70,7 +70,7 @@ def mount() -> Path | None:
 
 
 def _belongs_to_us(top: Path, tree: Path) -> bool:
-    # The root group of the machine has no such file, so "/" is then the root of a container.
+    # The root group of a machine has no cgroup.type: if "/" has one, it is the root of a container.
     in_container = top == tree and (top / "cgroup.type").exists()
     return in_container or _is_marked(top)
 

@@ -104,21 +104,21 @@ class Api:
     @public
     async def list_queues(self, _: web.Request) -> web.Response:
         with reported():
-            return answers.json({"queues": [_shown(name, await lane.info()) for name, lane in self.lanes.items()]})
+            return answers.json({"queues": [_shown(name, await queue.info()) for name, queue in self.lanes.items()]})
 
     @limit(None)
     @public
     async def read_queue(self, request: web.Request) -> web.Response:
-        name, lane = self._named(request)
+        name, queue = self._named(request)
         with reported():
-            return answers.json({"queue": _shown(name, await lane.info(jobs=True))})
+            return answers.json({"queue": _shown(name, await queue.info(jobs=True))})
 
     @limit(None)
     @public
     async def read_message(self, request: web.Request) -> web.Response:
-        name, lane = self._named(request)
+        name, queue = self._named(request)
         with reported():
-            message: Any = await lane.job(f"{lane.name}:{request.match_info['job']}")
+            message: Any = await queue.job(f"{queue.name}:{request.match_info['job']}")
         if message is None:
             raise NotFound("Message not found: its attempt has ended; see GET /api/v1/jobs/{id}")
         return answers.json({"job": _shown_message(name, message.to_dict())})

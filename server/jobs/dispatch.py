@@ -73,7 +73,7 @@ class Dispatcher:
             await priority_queue.enqueue(queue.message(job, self.types[job["type"]]))
 
     async def _waiting(self, user: str, *, most: int) -> list[Job]:
-        """Return waiting jobs of known types: in a rolling deploy, servers of the other version enqueue the rest."""
+        """Return waiting jobs of known types: in a rolling deploy, processes of the other version enqueue the rest."""
         return await store.waiting(self._mongo, user=user, types=self.types, most=most, now=store.moment())
 
     async def _place(self, job: Job, slot: int) -> bool | None:

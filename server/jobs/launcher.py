@@ -137,7 +137,7 @@ ANY_NAMESPACE = (
 
 # The numbers on (x86_64, aarch64); None if the architecture lacks the call.
 FORBIDDEN = {
-    # network; for socketpair see build_filter
+    # network; for socketpair see ``build_filter``
     "socket": (41, 198), "connect": (42, 203), "bind": (49, 200), "listen": (50, 201), "accept": (43, 202),
     "accept4": (288, 242),
     # calls that hold more kernel memory than is counted for a pipe or a socket, or hide descriptors

@@ -25,10 +25,10 @@ def test_priority_maps_to_its_class(priority: int, name: str) -> None:
 
 
 def test_the_highest_class_comes_first_but_none_starves() -> None:
-    lanes = ["high", "normal", "low"]
-    firsts = [next(iter(in_turn(lanes, taken))) for taken in range(100)]  # type: ignore[arg-type]
-    assert {name: firsts.count(name) for name in lanes} == {"high": 80, "normal": 10, "low": 10}
-    assert [list(in_turn(lanes, 0)), list(in_turn(lanes, 9))] == [lanes, ["low", "high", "normal"]]  # type: ignore[arg-type]
+    names = ["high", "normal", "low"]
+    firsts = [next(iter(in_turn(names, taken))) for taken in range(100)]  # type: ignore[arg-type]
+    assert {name: firsts.count(name) for name in names} == {"high": 80, "normal": 10, "low": 10}
+    assert [list(in_turn(names, 0)), list(in_turn(names, 9))] == [names, ["low", "high", "normal"]]  # type: ignore[arg-type]
     assert list(in_turn(["low"], 4)) == ["low"]  # type: ignore[arg-type]
 
 
@@ -46,11 +46,11 @@ async def send(redis: Redis, number: int, language: str, type: str = "CODE_EXECU
     await queue.lanes(redis)["normal"].enqueue(message)
 
 
-async def taken(redis: Redis, *has: str) -> list[str]:
+async def taken(redis: Redis, *capabilities: str) -> list[str]:
     """Take messages as a worker with these capabilities until none is left; return their jobs."""
-    messages = InOrder(redis, list(queue.lanes(redis).values()), Bell(redis, on_cancel=print), has=has)
+    job_queue = InOrder(redis, list(queue.lanes(redis).values()), Bell(redis, on_cancel=print), has=capabilities)
     jobs = []
-    while message := await messages._next():
+    while message := await job_queue._next():
         jobs.append(message.kwargs["job"])
     return jobs
 
