@@ -1,4 +1,4 @@
-"""The worker process, put together on one page."""
+"""The composition root of the worker process."""
 
 import asyncio
 import os
@@ -35,23 +35,26 @@ from server.signals import stop_signal, tell_ready
 log = structlog.get_logger()
 
 RECONCILE_SECONDS = 60
-CLEAN_UP_SECONDS = 300  # less than the ten minutes between two
-# SAQ's own upkeep; what it calls abort is not used: records are cancelled.
+CLEAN_UP_SECONDS = 300  # less than the interval of ten minutes
+# The intervals of SAQ's own periodic tasks. Its abort is unused: jobs are cancelled by their records.
 TIMERS = TimersDict(schedule=1, worker_info=10, sweep=15, abort=60)
 
 
 def run(settings: Settings, queues: Sequence[str], *, supervised: bool = False, ready: int | None = None) -> int:
-    """One worker process, until SIGTERM or SIGINT; ``ready`` is a pipe that hears when it works. Its exit code."""
+    """Run a worker process until SIGTERM or SIGINT; return its exit code.
+
+    ``ready`` is a pipe to notify once the worker is ready.
+    """
     return 0 if loop.run(work(settings, queues, supervised=supervised, ready=ready)) else 1
 
 
 async def work(
     settings: Settings, queues: Sequence[str], *, supervised: bool = False, ready: int | None = None
 ) -> bool:
-    """Open the stores, test the sandbox, run jobs, and stop gently: whether that was because it was told to.
+    """Open the stores, test the sandbox, run jobs, and shut down gracefully; return whether a signal requested it.
 
     Raises:
-        StoreDownError: a store cannot be used.
+        StoreDownError: a store is unavailable.
     """
     stop = stop_signal(replaceable=supervised)
     async with (
@@ -66,12 +69,12 @@ async def work(
         )
         metrics.SANDBOX_LANGUAGES.labels(report.tier).set(len(report.languages))
         bell = Bell(stores.blocking_redis, on_cancel=bench.leases.drop)
-        lanes = [bench.dispatcher.lanes[name] for name in queues]
-        order = InOrder(stores.redis, lanes, bell, has=[*JOB_TYPES, *report.languages])
-        worker = JobWorker(order, bench, concurrency=settings.worker_concurrency)
+        priority_queues = [bench.dispatcher.lanes[name] for name in queues]
+        job_queue = InOrder(stores.redis, priority_queues, bell, has=[*JOB_TYPES, *report.languages])
+        worker = JobWorker(job_queue, bench, concurrency=settings.worker_concurrency)
         background = [
-            asyncio.ensure_future(each)
-            for each in (
+            asyncio.ensure_future(task)
+            for task in (
                 bell.listen(),
                 bench.leases.keep(),
                 workers.keep_reporting(stores.redis, report),
@@ -88,14 +91,14 @@ async def work(
         _warn(settings)
         stopping = asyncio.ensure_future(stop.wait())
         await asyncio.wait({stopping, working, *background}, return_when=asyncio.FIRST_COMPLETED)
-        told = stop.is_set()
-        log.info("worker stopping", told=told)
+        requested = stop.is_set()
+        log.info("worker stopping", told=requested)
         await workers.withdraw(stores.redis, bench.worker)
         await worker.drain(working)
         await _end([stopping, working, *worker.upkeep_tasks, *background])
         await bench.sandbox.close()
     log.info("worker stopped")
-    return told
+    return requested
 
 
 def make_bench(settings: Settings, stores: Resources, sandbox: Sandbox) -> Bench:
@@ -130,7 +133,7 @@ async def _end(tasks: Collection["asyncio.Future[Any]"]) -> None:
 
 
 class JobWorker(Worker[Any]):
-    """SAQ's worker, which leaves the signals to us and stops taking messages before it waits for running ones."""
+    """SAQ's worker, without its signal handlers; it stops taking messages before it waits for running attempts."""
 
     SIGNALS = []  # noqa: RUF012 - SAQ's name and shape
 
@@ -149,8 +152,8 @@ class JobWorker(Worker[Any]):
         )
 
     async def drain(self, working: "asyncio.Future[None]") -> None:
-        """No new attempts; those that run may finish within the grace period, then they are handed back."""
-        await self._begun.wait()  # SAQ's start makes the event that it waits for
+        """Shut down gracefully: start no attempts, let running ones finish in the grace period, requeue the rest."""
+        await self._begun.wait()  # SAQ creates its event in start()
         self.event.set()
         self._messages.close()
         if not await self._bench.leases.until_none(seconds=GRACE_SECONDS):
@@ -161,7 +164,7 @@ class JobWorker(Worker[Any]):
         self._begun.set()
 
     async def upkeep(self) -> list["asyncio.Task[None]"]:
-        """Ours to end: it sleeps up to a minute between its turns, and SAQ would wait for it."""
+        """Start SAQ's timers, but keep their tasks from SAQ: they sleep up to a minute, and SAQ would wait for them."""
         self.upkeep_tasks = await super().upkeep()
         return []
 
@@ -170,7 +173,10 @@ class JobWorker(Worker[Any]):
 
 
 class UpkeepWorker(Worker[Any]):
-    """Runs the reconciler and the housekeeping, however busy the other is: each tick in one of all workers."""
+    """The worker of the reconciler and the clean-up, independent of the load of jobs.
+
+    Each tick runs in one of all workers.
+    """
 
     SIGNALS = []  # noqa: RUF012
 
@@ -179,7 +185,7 @@ class UpkeepWorker(Worker[Any]):
         super().__init__(
             messages,
             functions=[],
-            concurrency=2,  # the housekeeping may be long, and the reconciler must not wait for it
+            concurrency=2,  # the reconciler must not wait for a long clean-up
             cron_jobs=[
                 CronJob(self.reconcile, cron="* * * * * */2", timeout=RECONCILE_SECONDS),
                 CronJob(self.clean_up, cron="*/10 * * * *", timeout=CLEAN_UP_SECONDS),
@@ -188,9 +194,9 @@ class UpkeepWorker(Worker[Any]):
         )
 
     async def stop(self) -> None:
-        """End the ticks that run, which the next ones repeat, and the timers, which sleep between two turns.
+        """Cancel the running ticks, which the next ones repeat, and the sleeping timers.
 
-        SAQ would wait for neither, and warn that they have not finished.
+        SAQ would not wait for either, and would warn that they have not finished.
         """
         self.event.set()
         await loop.end(self.tasks, seconds=HAND_BACK_SECONDS)
@@ -203,7 +209,7 @@ class UpkeepWorker(Worker[Any]):
         await recovery.clean_up(self._bench)
 
     async def schedule(self, lock: int = 1) -> None:
-        """As SAQ does, but every tick is a message of its own: one whose worker was killed must not stop the rest."""
+        """Schedule ticks as SAQ does, but each with its own key: a killed worker's tick must not block later ones."""
         for cron in self.cron_jobs:
             name, at = cron.function.__qualname__, int(croniter(cron.cron).get_next())
             tick = Job(name, key=f"{self.queue.name}:{name}:{at}", scheduled=at, timeout=cron.timeout or 0, ttl=-1)

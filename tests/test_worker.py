@@ -1,4 +1,4 @@
-"""What an operator may rely on in a worker process."""
+"""The worker process as operators see it: shutdown, supervision and warnings."""
 
 import asyncio
 import dataclasses
@@ -23,7 +23,9 @@ from tests.patience import PATIENCE_SECONDS
 from tests.processes import Processes, Worker
 
 
-async def test_an_idle_worker_does_not_wait_for_its_grace_to_end(processes: Processes, quiet: dict[str, str]) -> None:
+async def test_idle_worker_exits_without_waiting_for_the_grace_period(
+    processes: Processes, quiet: dict[str, str]
+) -> None:
     worker = processes.worker(**environment(quiet), shorter="server.worker.GRACE_SECONDS=600").ready()
     assert await asyncio.to_thread(worker.terminate) == 0
 
@@ -33,8 +35,8 @@ async def test_a_busy_worker_lets_its_job_finish(
     quiet: dict[str, str],
     http: aiohttp.ClientSession,
 ) -> None:
-    where = environment(quiet)
-    worker, server = processes.worker(**where), processes.server(**where)
+    variables = environment(quiet)
+    worker, server = processes.worker(**variables), processes.server(**variables)
     ada = await Actor(http, server.base, "Ada").register()
     worker.ready()
     job = (await ask(ada, program(SLEEPS.format(seconds=2))))["id"]
@@ -46,33 +48,37 @@ async def test_a_busy_worker_lets_its_job_finish(
     assert (done["status"], done["attempts"], done["result"]["stdout"]) == ("completed", 1, "done\n")
 
 
-async def started(who: Actor, job: str) -> None:
+async def started(actor: Actor, job: str) -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
-        while (await who.get(f"/jobs/{job}"))["status"] != "processing":
+        while (await actor.get(f"/jobs/{job}"))["status"] != "processing":
             await asyncio.sleep(0.02)
 
 
-async def test_a_busy_worker_that_is_out_of_time_hands_its_job_back_and_that_does_not_count(
+async def test_busy_worker_requeues_its_job_after_the_grace_period_without_counting_the_attempt(
     processes: Processes, quiet: dict[str, str], http: aiohttp.ClientSession, full: bool
 ) -> None:
-    where = environment(quiet)
+    variables = environment(quiet)
     grace = "" if full else "server.worker.GRACE_SECONDS=1"
-    worker, server = processes.worker(**where, shorter=grace).ready(), processes.server(**where)
+    worker, server = processes.worker(**variables, shorter=grace).ready(), processes.server(**variables)
     ada = await Actor(http, server.base, "Ada").register()
     job = (await ask(ada, program(SLEEPS.format(seconds=40), timeoutSeconds=60)))["id"]
     await started(ada, job)
     assert await asyncio.to_thread(worker.terminate) == 0
-    back = await ada.get(f"/jobs/{job}")
-    assert (back["status"], back["attempts"], back["history"][0]["error"]["code"]) == ("pending", 0, "handed_back")
+    requeued = await ada.get(f"/jobs/{job}")
+    assert (requeued["status"], requeued["attempts"], requeued["history"][0]["error"]["code"]) == (
+        "pending",
+        0,
+        "handed_back",
+    )
 
 
 async def test_processes_are_supervised_replaced_and_drained(
     processes: Processes, quiet: dict[str, str], http: aiohttp.ClientSession
 ) -> None:
-    where = environment(quiet)
-    server = processes.server(**where)
+    variables = environment(quiet)
+    server = processes.server(**variables)
     ada = await Actor(http, server.base, "Ada").register()
-    supervisor = processes.worker("--processes", "2", "--queues", "high,normal", **where)
+    supervisor = processes.worker("--processes", "2", "--queues", "high,normal", **variables)
     await workers(ada, 2)
     first = members(supervisor)
     os.kill(first[0], signal.SIGKILL)
@@ -80,20 +86,20 @@ async def test_processes_are_supervised_replaced_and_drained(
         while len(members(supervisor)) < 2 or first[0] in members(supervisor):
             await asyncio.sleep(0.05)
     assert first[1] in members(supervisor)
-    await workers(ada, 3)  # the dead one is still believed in, for 30 s
+    await workers(ada, 3)  # the killed worker stays registered for 30 s
     job = (await ask(ada, program(SLEEPS.format(seconds=2))))["id"]
     await started(ada, job)
-    family = members(supervisor)
+    pids = members(supervisor)
     assert await asyncio.to_thread(supervisor.terminate) == 0
-    assert gone(family, seconds=PATIENCE_SECONDS)
+    assert gone(pids, seconds=PATIENCE_SECONDS)
     assert (await ada.get(f"/jobs/{job}"))["status"] == "completed"
 
 
 async def test_a_rolling_restart_of_workers_lets_their_jobs_finish(
     processes: Processes, quiet: dict[str, str], http: aiohttp.ClientSession
 ) -> None:
-    where = environment(quiet)
-    server, supervisor = processes.server(**where), processes.worker("--processes", "1", **where)
+    variables = environment(quiet)
+    server, supervisor = processes.server(**variables), processes.worker("--processes", "1", **variables)
     ada = await Actor(http, server.base, "Ada").register()
     job = (await ask(ada, program(SLEEPS.format(seconds=2))))["id"]
     await started(ada, job)
@@ -111,37 +117,37 @@ async def test_processes_do_not_outlive_a_killed_supervisor(processes: Processes
     supervisor = processes.worker("--processes", "2", **environment(quiet))
     while len(re.findall("worker ready", supervisor.output)) < 2:
         await asyncio.sleep(0.05)
-    family = members(supervisor)
+    pids = members(supervisor)
     supervisor.kill()
-    assert gone(family, seconds=PATIENCE_SECONDS)
+    assert gone(pids, seconds=PATIENCE_SECONDS)
 
 
-async def test_a_worker_whose_background_fails_ends_and_says_so_by_its_exit_code(
+async def test_worker_exits_with_an_error_if_a_background_task_fails(
     processes: Processes, quiet: dict[str, str]
 ) -> None:
     worker = processes.worker(**environment(quiet)).ready()
     with pymongo.MongoClient[dict[str, Any]](quiet["mongodb_uri"]) as client:
         broken = {"userId": "x", "status": "pending", "slot": None, "type": "EXPORT", "runAt": datetime.now(UTC)}
-        client.get_default_database()["jobs"].insert_one(broken)  # nothing that we would write
+        client.get_default_database()["jobs"].insert_one(broken)  # not a record that the server writes
     assert await asyncio.to_thread(worker.wait) == 1
     assert "worker's background failed" in worker.output
 
 
-def test_a_start_warns_where_one_user_can_fill_a_worker(settings: Settings) -> None:
+def test_start_warns_if_one_user_can_fill_a_worker(settings: Settings) -> None:
     with capture_logs() as logs:
         _warn(dataclasses.replace(settings, jobs_per_user=3, worker_concurrency=4))
     assert logs == []
     with capture_logs() as logs:
         _warn(dataclasses.replace(settings, jobs_per_user=4, worker_concurrency=4))
-    assert [each["log_level"] for each in logs] == ["warning"]
+    assert [entry["log_level"] for entry in logs] == ["warning"]
 
 
 def members(supervisor: Worker) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children").read_text().split()]
 
 
-async def workers(who: Actor, number: int) -> None:
-    """Returns when so many have reported."""
+async def workers(actor: Actor, number: int) -> None:
+    """Wait until this many workers are registered."""
     async with asyncio.timeout(PATIENCE_SECONDS):
-        while (await who.get("/jobs/stats"))["queue"]["workers"] != number:
+        while (await actor.get("/jobs/stats"))["queue"]["workers"] != number:
             await asyncio.sleep(0.1)

@@ -1,5 +1,7 @@
-"""Jobs: programs and long work that workers run.
+"""Jobs: programs and long tasks, which the server accepts and workers run.
 
-The record in MongoDB is the truth, the message in Redis only its delivery. A worker claims an attempt by a
-conditional write on the record, and only the holder of that claim may write the outcome.
+The package receives job requests over REST, stores a record per job in MongoDB, sends a message per attempt through
+Redis, and publishes status, progress and output to clients. The record is the source of truth; the message only
+delivers it. A worker claims an attempt by a conditional write on the record, and only the holder of that claim may
+write the outcome (the fence). The package never runs a user's program outside the sandbox.
 """

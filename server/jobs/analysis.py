@@ -1,8 +1,10 @@
-"""DATA_ANALYSIS in a process of its own, which may be killed: ``analysis.py PARENT FILE FORMAT`` prints how far it
-is, 0–100, a line each, and JSON in the last.
+"""The helper process of DATA_ANALYSIS, which may be killed at any moment.
 
-Started with nothing of ours in reach: no package, no environment, its own directory. What the data say is theirs;
-no SQL comes from outside. ``{"refused": why}`` where the file is not what it is said to be.
+``analysis_process.py PARENT FILE FORMAT`` prints its progress, 0–100, one line each, and the result as JSON in the
+last line. The result of a file that does not have the declared format is ``{"refused": reason}``.
+
+The process has no access to the server's packages and environment, only to its own directory. The data are untrusted;
+no SQL comes from a client.
 """
 
 import ctypes
@@ -18,7 +20,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-MEMORY = "48MB"  # DuckDB's own; beyond it goes to the directory. The process stays within 128 MB for 10 MB of CSV.
+MEMORY = "48MB"  # of DuckDB, which spills the rest to disk. The process stays within 128 MB for 10 MB of CSV.
 DISK = "512MB"
 ADDRESS_SPACE = 2 << 30
 FILE_BYTES = 1 << 30
@@ -28,7 +30,7 @@ MOST_CORRELATED = 20  # columns
 TOP = 5
 SHOWN_CHARACTERS = 200
 STRONG = 0.7
-READ_PERCENT, DESCRIBED_PERCENT = 30, 90  # of the time it takes, roughly
+READ_PERCENT, DESCRIBED_PERCENT = 30, 90  # approximate shares of the duration
 _PR_SET_PDEATHSIG = 1
 
 READ = {
@@ -54,16 +56,16 @@ def main() -> None:
     import duckdb  # after the limits
 
     try:
-        told = analyse(duckdb, path, format)
+        result = analyse(duckdb, path, format)
     except duckdb.Error as error:
-        # The first line says what is wrong; the others name our paths and options.
-        told = {"refused": str(error).splitlines()[0].replace(path, "the data")[:500]}
-    json.dump(told, sys.stdout, allow_nan=False)
+        # The first line states the error; the others reveal paths and options of the server.
+        result = {"refused": str(error).splitlines()[0].replace(path, "the data")[:500]}
+    json.dump(result, sys.stdout, allow_nan=False)
 
 
 def confine(parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # the worker died in between
+    if os.getppid() != parent:  # the worker has exited in between
         os._exit(1)
     for limit, value in (
         (resource.RLIMIT_AS, ADDRESS_SPACE),
@@ -89,12 +91,12 @@ def analyse(duckdb: Any, path: str, format: str) -> dict[str, Any]:
     db.execute(f"CREATE TABLE data AS SELECT * FROM {READ[format]}", [path])
     db.execute("SET enable_external_access = false")
     reached(READ_PERCENT)
-    described = [(name, type_of(declared)) for name, declared, *_ in db.execute("DESCRIBE data").fetchall()]
-    if len(described) > MOST_COLUMNS:
-        return {"refused": f"more than {MOST_COLUMNS} columns"}
+    types = [(name, type_of(declared)) for name, declared, *_ in db.execute("DESCRIBE data").fetchall()]
+    if len(types) > MOST_COLUMNS:
+        return {"refused": f"Table exceeds the maximum of {MOST_COLUMNS} columns"}
     rows = db.execute("SELECT count(*) FROM data").fetchone()[0]
-    columns = list(columns_of(db, described))
-    correlated = list(correlations(db, [each["name"] for each in columns if each["type"] in NUMBERS]))
+    columns = list(columns_of(db, types))
+    correlated = list(correlations(db, [column["name"] for column in columns if column["type"] in NUMBERS]))
     return {
         "rows": rows,
         "columns": columns,
@@ -116,87 +118,89 @@ def type_of(declared: str) -> str:
     return "json"
 
 
-def columns_of(db: Any, described: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
-    for number, (name, type) in enumerate(described, 1):
+def columns_of(db: Any, types: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+    for number, (name, type) in enumerate(types, 1):
         yield column(db, name, type)
-        reached(READ_PERCENT + (DESCRIBED_PERCENT - READ_PERCENT) * number / len(described))
+        reached(READ_PERCENT + (DESCRIBED_PERCENT - READ_PERCENT) * number / len(types))
 
 
 def column(db: Any, name: str, type: str) -> dict[str, Any]:
-    it = value_of(name, type)
-    nulls, distinct, least, most = db.execute(
-        f"SELECT count(*) - count({it}), count(DISTINCT {it}), min({it}), max({it}) FROM data"
+    expression = value_of(name, type)
+    nulls, distinct, minimum, maximum = db.execute(
+        f"SELECT count(*) - count({expression}), count(DISTINCT {expression}), min({expression}), max({expression}) "
+        f"FROM data"
     ).fetchone()
     mean = std = quartiles = None
     if type in NUMBERS:
         mean, std, quartiles = db.execute(
             f"SELECT avg(x), stddev_samp(x), quantile_cont(x, [0.25, 0.5, 0.75]) "
-            f"FROM (SELECT CAST({it} AS DOUBLE) AS x FROM data)"
+            f"FROM (SELECT CAST({expression} AS DOUBLE) AS x FROM data)"
         ).fetchone()
     top = db.execute(
-        f"SELECT {it}, count(*) FROM data WHERE {it} IS NOT NULL GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT {TOP}"
+        f"SELECT {expression}, count(*) FROM data WHERE {expression} IS NOT NULL "
+        f"GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT {TOP}"
     ).fetchall()
     return {
         "name": name,
         "type": type,
         "nulls": nulls,
         "distinct": distinct,
-        "min": shown(least),
-        "max": shown(most),
+        "min": shown(minimum),
+        "max": shown(maximum),
         "mean": shown(mean),
         "std": shown(std),
-        "quartiles": [shown(each) for each in quartiles] if quartiles else None,
+        "quartiles": [shown(quartile) for quartile in quartiles] if quartiles else None,
         "top": [{"value": shown(value), "count": count} for value, count in top],
     }
 
 
 def correlations(db: Any, numbers: list[str]) -> Iterator[dict[str, Any]]:
-    """Pearson's, of every pair of the first numeric columns; none where one of them does not vary."""
+    """Yield Pearson's coefficient of every pair of the first numeric columns, except constant columns."""
     pairs = list(combinations(numbers[:MOST_CORRELATED], 2))
     if not pairs:
         return
-    asked = ", ".join(f"corr({finite(a)}, {finite(b)})" for a, b in pairs)
-    for pair, coefficient in zip(pairs, db.execute(f"SELECT {asked} FROM data").fetchone(), strict=True):
+    coefficients = ", ".join(f"corr({finite(a)}, {finite(b)})" for a, b in pairs)
+    for pair, coefficient in zip(pairs, db.execute(f"SELECT {coefficients} FROM data").fetchone(), strict=True):
         if shown(coefficient) is not None:
             yield {"columns": list(pair), "coefficient": round(coefficient, 6)}
 
 
 def insights(rows: int, columns: list[dict[str, Any]], correlated: list[dict[str, Any]]) -> Iterator[str]:
     yield f"{rows} rows, {len(columns)} columns"
-    for each in columns:
-        name, filled = each["name"], rows - each["nulls"]
+    for column in columns:
+        name, filled = column["name"], rows - column["nulls"]
         if rows and not filled:
             yield f"{name} is empty"
-        elif each["nulls"]:
-            yield f"{name} is missing in {each['nulls']} of {rows} rows ({100 * each['nulls'] / rows:.1f} %)"
-        if filled > 1 and each["distinct"] == 1:
-            yield f"{name} is always {each['min']}"
-        elif filled > 1 and each["distinct"] == rows:
+        elif column["nulls"]:
+            yield f"{name} is missing in {column['nulls']} of {rows} rows ({100 * column['nulls'] / rows:.1f} %)"
+        if filled > 1 and column["distinct"] == 1:
+            yield f"{name} is always {column['min']}"
+        elif filled > 1 and column["distinct"] == rows:
             yield f"{name} is different in every row"
-        elif filled > 1 and each["top"] and each["top"][0]["count"] > filled / 2:
-            yield f"{name} is mostly {each['top'][0]['value']} ({100 * each['top'][0]['count'] / filled:.0f} %)"
-        yield from spread(each)
-    for each in correlated:
-        if abs(each["coefficient"]) >= STRONG:
-            a, b = each["columns"]
-            how = "rises" if each["coefficient"] > 0 else "falls"
-            yield f"{b} {how} with {a} (correlation {each['coefficient']:.2f})"
+        elif filled > 1 and column["top"] and column["top"][0]["count"] > filled / 2:
+            yield f"{name} is mostly {column['top'][0]['value']} ({100 * column['top'][0]['count'] / filled:.0f} %)"
+        yield from spread(column)
+    for correlation in correlated:
+        if abs(correlation["coefficient"]) >= STRONG:
+            a, b = correlation["columns"]
+            direction = "rises" if correlation["coefficient"] > 0 else "falls"
+            yield f"{b} {direction} with {a} (correlation {correlation['coefficient']:.2f})"
 
 
-def spread(each: dict[str, Any]) -> Iterator[str]:
-    """Values far outside of the middle half (Tukey's fences, the far ones)."""
-    if each["quartiles"] is None or None in each["quartiles"] or each["min"] is None:
+def spread(column: dict[str, Any]) -> Iterator[str]:
+    """Describe far outliers: values beyond Tukey's outer fences."""
+    if column["quartiles"] is None or None in column["quartiles"] or column["min"] is None:
         return
-    low, _, high = each["quartiles"]
+    low, _, high = column["quartiles"]
     reach = 3 * (high - low)
-    if reach and each["max"] > high + reach:
-        yield f"{each['name']} has values far above the rest, up to {each['max']}"
-    if reach and each["min"] < low - reach:
-        yield f"{each['name']} has values far below the rest, down to {each['min']}"
+    if reach and column["max"] > high + reach:
+        yield f"{column['name']} has values far above the rest, up to {column['max']}"
+    if reach and column["min"] < low - reach:
+        yield f"{column['name']} has values far below the rest, down to {column['min']}"
 
 
 def shown(value: Any) -> Any:
-    """As JSON and the record can hold it."""
+    """Convert a value to one that JSON and the record can hold."""
     if isinstance(value, Decimal):
         value = float(value)
     if isinstance(value, float):
@@ -216,7 +220,7 @@ def value_of(name: str, type: str) -> str:
 
 
 def finite(name: str) -> str:
-    """What is no number, or no end of one, counts as missing."""
+    """Return an SQL expression in which NaN and infinity count as missing."""
     return f"CASE WHEN isfinite(CAST({quoted(name)} AS DOUBLE)) THEN {quoted(name)} END"
 
 

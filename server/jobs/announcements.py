@@ -1,6 +1,6 @@
-"""What people hear of jobs: the owner, wherever connected, and the workspace that a job belongs to.
+"""Realtime events about jobs: for the owner on every connection, and for the workspace of the job.
 
-Live only. Who was away reads the job and its logs.
+Events are live only. A client that was disconnected reads the job and its logs.
 """
 
 from collections.abc import Sequence
@@ -17,15 +17,17 @@ _LARGE = ("payload", "result")
 
 
 class Announcements:
+    """The publisher of job events."""
+
     def __init__(self, channels: Channels) -> None:
         self._channels = channels
 
     async def changed(self, job: Job) -> None:
-        """Status or progress has changed."""
+        """Send the owner the job after a change of its status or progress."""
         await self._channels.tell_user(UUID(job["userId"]), "job:updated", {"job": told(job)})
 
     async def moved(self, job: Job) -> None:
-        """The status has changed: the workspace hears it too."""
+        """Send the job to its owner and the new status to its workspace."""
         await self.changed(job)
         if job["workspaceId"]:
             await self._channels.report(
@@ -39,14 +41,14 @@ class Announcements:
             )
 
     async def output(self, job: Job, chunks: Sequence[dict[str, Any]]) -> None:
-        """A program has printed."""
+        """Send the owner new output of the program; backpressure may drop it."""
         for chunk in chunks:
             data = {"jobId": job["_id"], **{key: chunk[key] for key in ("stream", "offset", "text")}}
             await self._channels.tell_user(UUID(job["userId"]), "job:output", data, droppable=True)
 
 
 def told(job: Job) -> Job:
-    """The job as a frame can bear it: a large payload and result are left out, one reads them."""
+    """Return the job for a frame, without payload and result if they are large: clients read them over REST."""
     shown = store.shown(job)
     if len(json.dumps([job[key] for key in _LARGE])) > LARGEST_BYTES:
         return {key: value for key, value in shown.items() if key not in _LARGE}

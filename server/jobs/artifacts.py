@@ -1,4 +1,7 @@
-"""Files that jobs make, in GridFS. One belongs to the attempt that made it; only a completed job's is shown."""
+"""Files that jobs produce, in GridFS.
+
+An artifact belongs to the attempt that produced it. Clients see only the artifact of a completed job.
+"""
 
 import asyncio
 import hashlib
@@ -17,15 +20,16 @@ from server.jobs.store import Job
 KEPT = timedelta(days=7)
 LARGEST = 1 << 30
 CHUNK_BYTES = READ_BYTES = 255 << 10
-AT_ONCE = 20  # files are deleted together
+AT_ONCE = 20  # files per delete
 _NAME = "artifacts"
 FILES, CHUNKS = f"{_NAME}.files", f"{_NAME}.chunks"
 
 
 class Upload:
-    """Writes chunks as the specification of GridFS has them. PyMongo's own writer gathers 48 MB before it sends.
+    """A writer of one file, in chunks as the GridFS specification defines them.
 
-    The file's document comes first: what an upload that is killed leaves is found by it.
+    PyMongo's own writer collects 48 MB before it sends. The file's document is inserted first, so that the clean-up
+    finds the chunks of an upload whose worker was killed.
     """
 
     def __init__(self, mongo: Any, id: ObjectId) -> None:
@@ -44,17 +48,21 @@ class Upload:
             "claim": job["claim"],
             "contentType": content_type,
             "expiresAt": now + KEPT,
-            "unsettledSince": now,  # until it is known whether its attempt's outcome became that of the job
+            "unsettledSince": now,  # until the clean-up knows whether this attempt's outcome became that of the job
         }
         file = {"_id": id, "filename": name, "length": 0, "chunkSize": CHUNK_BYTES, "uploadDate": now}
         await mongo[FILES].insert_one({**file, "metadata": metadata})
         return cls(mongo, id)
 
     async def write(self, data: bytes) -> None:
-        """Raises TooLarge where it becomes more than an artifact may hold."""
+        """Append data to the file.
+
+        Raises:
+            TooLarge: the artifact exceeds its maximum size.
+        """
         self.size += len(data)
         if self.size > LARGEST:
-            raise TooLarge(f"An artifact may have {LARGEST} bytes")
+            raise TooLarge(f"Artifact exceeds the maximum size of {LARGEST >> 30} GiB")
         self._hash.update(data)
         self._buffer += data
         while len(self._buffer) >= CHUNK_BYTES:
@@ -87,18 +95,18 @@ async def prepare(mongo: Any) -> None:
 
 @asynccontextmanager
 async def upload(mongo: Any, *, job: Job, name: str, content_type: str, now: datetime) -> AsyncIterator[Upload]:
-    """A new artifact of this attempt; nothing of it stays where the block fails."""
-    written = await Upload.begin(mongo, job=job, name=name, content_type=content_type, now=now)
+    """Create an artifact of this attempt; delete it again if the block fails."""
+    new_file = await Upload.begin(mongo, job=job, name=name, content_type=content_type, now=now)
     try:
-        yield written
-        await written.finish()
+        yield new_file
+        await new_file.finish()
     except BaseException:
-        await asyncio.shield(written.drop())
+        await asyncio.shield(new_file.drop())
         raise
 
 
 def described(upload: Upload, *, job: Job, name: str, now: datetime) -> dict[str, Any]:
-    """As a job's result shows it."""
+    """Return the artifact's entry in the result of its job."""
     return {
         "name": name,
         "size": upload.size,
@@ -109,26 +117,26 @@ def described(upload: Upload, *, job: Job, name: str, now: datetime) -> dict[str
 
 
 async def find(mongo: Any, *, job: Job, name: str) -> Any | None:
-    """The file's document; None where it is not there, or not any more."""
-    wanted = {"metadata.job": job["_id"], "metadata.claim": job["claim"], "filename": name}
-    return await mongo[FILES].find_one(wanted)
+    """Return the GridFS document of the file, or None if it does not exist or has been deleted."""
+    query = {"metadata.job": job["_id"], "metadata.claim": job["claim"], "filename": name}
+    return await mongo[FILES].find_one(query)
 
 
 async def chunks(mongo: Any, *, file: Any, start: int, stop: int) -> AsyncIterator[bytes]:
-    """The bytes from ``start`` up to ``stop``."""
+    """Yield the bytes from ``start`` up to, but not including, ``stop``."""
     stream = await _bucket(mongo).open_download_stream(file["_id"])
     stream.seek(start)
-    left = stop - start
-    while left > 0:
-        data: bytes = await stream.read(min(READ_BYTES, left))
+    remaining = stop - start
+    while remaining > 0:
+        data: bytes = await stream.read(min(READ_BYTES, remaining))
         if not data:
             return
-        left -= len(data)
+        remaining -= len(data)
         yield data
 
 
 async def discard(mongo: Any, *, job: str, claim: int) -> None:
-    """Whatever an attempt made whose outcome is not that of the job."""
+    """Delete the files of an attempt whose outcome did not become that of the job."""
     await _delete(mongo, {"metadata.job": job, "metadata.claim": claim})
 
 
@@ -137,28 +145,28 @@ async def delete_expired(mongo: Any, *, before: datetime) -> None:
 
 
 async def delete_abandoned(mongo: Any, *, before: datetime) -> None:
-    """Files of attempts that were killed, or that another one has superseded. Each is looked at once."""
+    """Delete the files of attempts that were killed or superseded; check each file once."""
     unsettled = {"metadata.unsettledSince": {"$lt": before}}
-    while found := await mongo[FILES].find(unsettled, {"metadata": 1}, limit=AT_ONCE).to_list(None):
-        holders = await _completed(mongo, [file["metadata"]["job"] for file in found])
-        kept = [file["_id"] for file in found if holders.get(file["metadata"]["job"]) == file["metadata"]["claim"]]
+    while files := await mongo[FILES].find(unsettled, {"metadata": 1}, limit=AT_ONCE).to_list(None):
+        claims = await _completed(mongo, [file["metadata"]["job"] for file in files])
+        kept = [file["_id"] for file in files if claims.get(file["metadata"]["job"]) == file["metadata"]["claim"]]
         await mongo[FILES].update_many({"_id": {"$in": kept}}, {"$unset": {"metadata.unsettledSince": ""}})
-        await _delete_files(mongo, [file["_id"] for file in found if file["_id"] not in kept])
+        await _delete_files(mongo, [file["_id"] for file in files if file["_id"] not in kept])
 
 
 async def _completed(mongo: Any, jobs: list[str]) -> dict[str, int]:
-    """The claims that completed these jobs."""
-    done = mongo.jobs.find({"_id": {"$in": jobs}, "status": "completed"}, {"claim": 1})
-    return {each["_id"]: each["claim"] async for each in done}
+    """Return the claims that completed these jobs, by job."""
+    completed = mongo.jobs.find({"_id": {"$in": jobs}, "status": "completed"}, {"claim": 1})
+    return {job["_id"]: job["claim"] async for job in completed}
 
 
-async def _delete(mongo: Any, wanted: dict[str, Any]) -> None:
-    while found := await mongo[FILES].find(wanted, {"_id": 1}, limit=AT_ONCE).to_list(None):
-        await _delete_files(mongo, [file["_id"] for file in found])
+async def _delete(mongo: Any, query: dict[str, Any]) -> None:
+    while files := await mongo[FILES].find(query, {"_id": 1}, limit=AT_ONCE).to_list(None):
+        await _delete_files(mongo, [file["_id"] for file in files])
 
 
 async def _delete_files(mongo: Any, ids: list[ObjectId]) -> None:
-    """The chunks first: who is cut short finds the rest again by the files."""
+    """Delete files, the chunks first: after an interruption the next clean-up finds the rest by the file documents."""
     await mongo[CHUNKS].delete_many({"files_id": {"$in": ids}})
     await mongo[FILES].delete_many({"_id": {"$in": ids}})
 

@@ -1,4 +1,4 @@
-"""What the function of a job type is given besides its payload."""
+"""The context that a job type's function receives besides its payload."""
 
 import time
 from collections.abc import Awaitable, Callable
@@ -15,7 +15,10 @@ REPORT_SECONDS = 0.5
 
 @dataclass
 class Attempt:
-    """One attempt of one job. The record is for reading: what comes of it is written for the function."""
+    """The context of one attempt.
+
+    The function only reads the record; the lifecycle writes the outcome.
+    """
 
     record: dict[str, Any]
     stores: Resources
@@ -26,7 +29,7 @@ class Attempt:
     _told: float = field(default=0.0, init=False)
 
     async def progress(self, percent: float) -> None:
-        """How far it is, 0–100. May be called as often as one likes."""
+        """Report progress, 0–100. Calls that come too soon after the last report have no effect."""
         if time.monotonic() - self._told >= REPORT_SECONDS:
             self._told = time.monotonic()
             await self.tell_progress(round(min(percent, 100.0), 1))

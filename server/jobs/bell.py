@@ -1,6 +1,6 @@
-"""What workers are told at once, through Redis pub/sub: there is work; that job is cancelled.
+"""Notifications for workers through Redis pub/sub: a message is available, or a job is cancelled.
 
-Only a quickener. Whoever missed it looks by itself: for messages every second, for lost claims too.
+They only reduce latency. A worker that misses one still polls every second: for messages and for lost claims.
 """
 
 import asyncio
@@ -16,10 +16,11 @@ log = structlog.get_logger()
 
 BELL = "jobs:bell"
 RECONNECT_SECONDS = 0.5
-PING_SECONDS = 2.0  # after so much silence; who is silent for as long again is gone
+PING_SECONDS = 2.0  # without a message; a connection that answers no ping within the same time is lost
 
 
 async def tell_cancelled(redis: Redis, *, job: str) -> None:
+    """Publish that a job is cancelled; log a failure, since the worker's lease check finds it too."""
     try:
         await redis.publish(BELL, job)
     except (RedisError, OSError) as error:
@@ -27,7 +28,10 @@ async def tell_cancelled(redis: Redis, *, job: str) -> None:
 
 
 class Bell:
-    """``work`` is set when a message was sent; ``on_cancel`` is told which job is no longer wanted."""
+    """A subscriber of the workers' channel.
+
+    It sets ``work_available`` when a message is sent, and calls ``on_cancel`` with the id of each cancelled job.
+    """
 
     def __init__(self, redis: Redis, *, on_cancel: Callable[[str], None]) -> None:
         self.work = asyncio.Event()
@@ -35,7 +39,7 @@ class Bell:
         self._on_cancel = on_cancel
 
     async def listen(self) -> None:
-        """For as long as the worker lives; connects again when Redis was away."""
+        """Listen until cancelled; reconnect after an outage of Redis."""
         while True:
             try:
                 async with self._redis.pubsub() as pubsub:
@@ -46,16 +50,16 @@ class Bell:
             await asyncio.sleep(RECONNECT_SECONDS)
 
     async def _hear(self, pubsub: Any) -> None:
-        asked = False
+        pinged = False
         while True:
-            heard = await pubsub.get_message(timeout=PING_SECONDS)
-            if heard is None and asked:
-                raise RedisConnectionError("Redis is silent")
-            if heard is None:
+            message = await pubsub.get_message(timeout=PING_SECONDS)
+            if message is None and pinged:
+                raise RedisConnectionError("Redis does not answer a ping")
+            if message is None:
                 await pubsub.ping()
-            elif heard["type"] == "message":
-                self._ring(heard["data"].decode())
-            asked = heard is None
+            elif message["type"] == "message":
+                self._ring(message["data"].decode())
+            pinged = message is None
 
     def _ring(self, job: str) -> None:
         if job:

@@ -1,4 +1,4 @@
-"""Programs of ours that do heavy work in a process of their own, which can be killed at any moment."""
+"""Helper processes: the server's own programs for heavy work, which can be killed at any moment."""
 
 import asyncio
 import contextlib
@@ -17,12 +17,13 @@ OnProgress = Callable[[float], Awaitable[None]]
 
 
 async def run(program: Path, *arguments: str, cwd: Path, progress: OnProgress) -> bytes:
-    """What the program answers: ``program PARENT ARGUMENTS``, whose last line is the answer; each before tells how far
-    it is, 0–100. Cancelling the call kills it.
+    """Run ``program PARENT ARGUMENTS`` and return the last line that it prints.
+
+    Each earlier line is its progress, 0–100. Cancelling the call kills the process.
 
     Raises:
-        ChildError: it failed.
-        TooLarge: it prints more than an answer may have.
+        HelperProcessError: the program failed.
+        TooLarge: a line exceeds the maximum size.
     """
     process = await child.spawn(
         sys.executable,
@@ -32,16 +33,16 @@ async def run(program: Path, *arguments: str, cwd: Path, progress: OnProgress) -
         *arguments,
         stdout=asyncio.subprocess.PIPE,
         cwd=cwd,
-        environment={},  # nothing of ours
+        environment={},  # none of the worker's variables
         limit=MOST_ANSWER_BYTES,
     )
     assert process.stdout is not None
     try:
-        answer = b""
+        last_line = b""
         while line := await _line(process.stdout):
-            if answer:
-                await progress(float(answer))
-            answer = line
+            if last_line:
+                await progress(float(last_line))
+            last_line = line
         code = await process.wait()
     finally:
         if process.returncode is None:
@@ -49,16 +50,16 @@ async def run(program: Path, *arguments: str, cwd: Path, progress: OnProgress) -
                 os.killpg(process.pid, signal.SIGKILL)
             await asyncio.shield(process.wait())
     if code != 0:
-        raise ChildError(f"{program.stem} ended with {code}")
-    return answer
+        raise ChildError(f"{program.stem} exited with status {code}")
+    return last_line
 
 
 async def _line(reader: asyncio.StreamReader) -> bytes:
     try:
         return await reader.readline()
     except ValueError as error:
-        raise TooLarge("The answer is too large") from error
+        raise TooLarge(f"Result exceeds the maximum size of {MOST_ANSWER_BYTES >> 20} MiB") from error
 
 
 class ChildError(Exception):
-    """The program failed, or hit a limit."""
+    """The helper process failed, or exceeded a limit."""

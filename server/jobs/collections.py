@@ -1,4 +1,4 @@
-"""The collections of MongoDB that jobs need."""
+"""The indexes of the MongoDB collections of jobs."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pymongo
 
 from server.jobs import artifacts, output, store
 
-BUILD_SECONDS = 600  # a new version's index over many records
+BUILD_SECONDS = 600  # for a new version's index over many records
 
 
 async def prepare(mongo: Any) -> None:

@@ -1,8 +1,8 @@
 """SAQ's dashboard for operators: the messages that wait in Redis, and the workers that take them.
 
-It only shows. The records in MongoDB decide about jobs: a message that is retried or aborted behind their back would
-run an attempt that its record does not know, or strand one. So SAQ's buttons are taken out of its page, and the
-requests that they sent are refused.
+It is read-only. The records in MongoDB decide about jobs: retrying or aborting a message without its record would run
+an attempt that the record does not know, or strand one. Therefore the page has none of SAQ's buttons, and the server
+rejects the requests that they send.
 """
 
 import gzip
@@ -23,12 +23,12 @@ from server.rest.assets import Asset
 from server.rest.marks import public
 
 PREFIX = "/ops/queues"
-READ_ONLY = "This page only shows. To cancel or retry a job: POST /api/v1/jobs/{id}/cancel or /retry"
+READ_ONLY = "This page is read-only. To cancel or retry a job, use POST /api/v1/jobs/{id}/cancel or /retry"
 SCRIPT_CHANGES = (
     ('h("grid", buttons)', f'h("p", "{READ_ONLY}")'),
     ('href: "/queues/" + job.queue', 'href: root_path + "/queues/" + job.queue'),
 )
-"""What stands in SAQ's script, and what it is to be. A test notices when a new SAQ has it no longer."""
+"""Texts of SAQ's script and their replacements. A test fails if a new version of SAQ has no such text."""
 _TITLE = "<title>SAQ</title>"
 _HEAD = """<title>Queues</title>
         <link rel="icon" href="data:,">
@@ -41,13 +41,13 @@ _KINDS = {"app.js": "text/javascript", "snabbdom.js": "text/javascript", "pico.m
 
 
 def make(lanes: Mapping[str, Lane], middlewares: Sequence[Middleware]) -> web.Application:
-    """Return the application to mount at PREFIX, for the lanes of these classes.
+    """Return the application to mount at PREFIX, for the queues by priority class.
 
-    The middlewares decide who may see it.
+    The middlewares authorize the requests.
     """
     app = web.Application(middlewares=middlewares)
     files = {
-        # For operators only: no shared cache may keep it.
+        # No shared cache may store it: it is for operators only.
         name: Asset(lambda name=name: file(name), kind, cache=f"private, {assets.IMMUTABLE}")  # type: ignore[misc]
         for name, kind in _KINDS.items()
     }
@@ -66,7 +66,7 @@ def make(lanes: Mapping[str, Lane], middlewares: Sequence[Middleware]) -> web.Ap
 
 
 def file(name: str) -> bytes:
-    """Return a file of SAQ's page, which may be packed, with our changes."""
+    """Return a static file of SAQ's page, unpacked and with ``SCRIPT_PATCHES`` applied."""
     path = STATIC_PATH / name
     content = path.read_bytes() if path.exists() else gzip.decompress(path.with_name(f"{name}.gz").read_bytes())
     for old, new in SCRIPT_CHANGES if name == "app.js" else ():
@@ -84,7 +84,7 @@ def _page(files: Mapping[str, Asset]) -> bytes:
 @limit(None)
 @public
 async def _add_slash(_: web.Request) -> web.StreamResponse:
-    """The page's script finds itself at the address with the slash only."""
+    """Redirect to the path with a slash: the page's script works only there."""
     raise web.HTTPFound(f"{PREFIX}/")
 
 
@@ -96,7 +96,7 @@ async def _refuse(_: web.Request) -> web.StreamResponse:
 
 @dataclass(frozen=True)
 class Api:
-    """What the page asks for, in the names of the classes: the hash tags that Redis needs tell an operator nothing."""
+    """The API that the page calls. Queues are named by priority class, without the hash tags that Redis needs."""
 
     lanes: Mapping[str, Lane]
 
@@ -104,29 +104,29 @@ class Api:
     @public
     async def list_queues(self, _: web.Request) -> web.Response:
         with reported():
-            return answers.json({"queues": [_shown(name, await lane.info()) for name, lane in self.lanes.items()]})
+            return answers.json({"queues": [_shown(name, await queue.info()) for name, queue in self.lanes.items()]})
 
     @limit(None)
     @public
     async def read_queue(self, request: web.Request) -> web.Response:
-        name, lane = self._named(request)
+        name, queue = self._named(request)
         with reported():
-            return answers.json({"queue": _shown(name, await lane.info(jobs=True))})
+            return answers.json({"queue": _shown(name, await queue.info(jobs=True))})
 
     @limit(None)
     @public
     async def read_message(self, request: web.Request) -> web.Response:
-        name, lane = self._named(request)
+        name, queue = self._named(request)
         with reported():
-            message: Any = await lane.job(f"{lane.name}:{request.match_info['job']}")
+            message: Any = await queue.job(f"{queue.name}:{request.match_info['job']}")
         if message is None:
-            raise NotFound("The attempt has ended, and its message is gone: see GET /api/v1/jobs/{id}")
+            raise NotFound("Message not found: its attempt has ended; see GET /api/v1/jobs/{id}")
         return answers.json({"job": _shown_message(name, message.to_dict())})
 
     def _named(self, request: web.Request) -> tuple[str, Lane]:
         name = request.match_info["queue"]
         if name not in self.lanes:
-            raise NotFound(f"The queues are {', '.join(self.lanes)}")
+            raise NotFound(f"Queue not found; the queues are {', '.join(self.lanes)}")
         return name, self.lanes[name]
 
 
@@ -135,7 +135,7 @@ def _shown(name: str, info: Any) -> dict[str, Any]:
 
 
 def _shown_message(name: str, message: Mapping[str, Any]) -> dict[str, Any]:
-    """As SAQ's page wants it: ``key`` without the queue's name (``<job id>:<claim>``), and ``kwargs`` as text."""
+    """Return a message as SAQ's page expects it: ``key`` is ``<job id>:<claim>``, ``kwargs`` is text."""
     arguments = message.get("kwargs") or {}
-    told = ", ".join(f"{key}: {value}" for key, value in arguments.items() if value is not None)
-    return {**message, "queue": name, "key": message["key"].partition(":")[2], "kwargs": told}
+    text = ", ".join(f"{key}: {value}" for key, value in arguments.items() if value is not None)
+    return {**message, "queue": name, "key": message["key"].partition(":")[2], "kwargs": text}

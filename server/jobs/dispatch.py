@@ -1,8 +1,9 @@
-"""Fair shares: which of a user's jobs is queued next.
+"""Fair scheduling: selects a user's next job to enqueue.
 
-At most so many attempts of one user are queued or running, each in a slot of its record; the others wait as
-records. Whoever frees a slot fills it: the end of an attempt, a cancel. Whoever adds a job that got no slot looks
-for one afterwards. So one of the two sees the other, and what a killed process left is found by the reconciler.
+A user has a fixed number of slots. A queued or running attempt holds one, in its job's record; the other jobs wait as
+records. The end or cancellation of an attempt releases its slot and fills it with the next job. A request that creates
+a job without a slot looks for a free slot afterwards. So of two concurrent processes at least one sees the other's
+write, and the reconciler repairs the state that a killed process leaves.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,10 +21,12 @@ from server.jobs.table import JobType
 
 log = structlog.get_logger()
 
-ROUNDS = 3  # who loses that often against others leaves the rest to them
+ROUNDS = 3  # a process that loses that many races leaves the rest to the others
 
 
 class Dispatcher:
+    """The component that assigns slots to waiting jobs and enqueues them."""
+
     def __init__(self, mongo: Any, redis: Redis, *, types: Mapping[str, JobType], slots: int) -> None:
         self.slots = slots
         self.lanes = queue.lanes(redis)
@@ -31,7 +34,7 @@ class Dispatcher:
         self.types = types
 
     async def admit(self, job: Job) -> None:
-        """A job that has just become pending: send it, or look whether its user has a slot."""
+        """Enqueue a job that has just become pending if it has a slot; else fill its user's free slots."""
         with _left_to_the_reconciler():
             if job["slot"] is not None:
                 await self.send(job)
@@ -39,7 +42,7 @@ class Dispatcher:
                 await self.fill(job["userId"])
 
     async def fill(self, user: str) -> None:
-        """Queue the user's next jobs, as many as there are free slots."""
+        """Enqueue the user's next jobs, one per free slot."""
         for _ in range(ROUNDS):
             free = await store.free_slots(self._mongo, user=user, slots=self.slots)
             if not free:
@@ -51,7 +54,7 @@ class Dispatcher:
                 await self._place(job, slot)
 
     async def hand_on(self, user: str, slot: int | None) -> None:
-        """A slot has become free: it goes to the user's next job."""
+        """Assign a slot that has become free to the user's next job."""
         if slot is None or slot >= self.slots:
             return
         with _left_to_the_reconciler():
@@ -59,21 +62,22 @@ class Dispatcher:
                 placed = await self._place(waiting[0], slot)
                 if placed:
                     return
-                if placed is None:  # somebody took it, who may not know of the others
+                if placed is None:  # another process took it, and may not see the other waiting jobs
                     await self.fill(user)
                     return
 
     async def send(self, job: Job) -> None:
-        """A message for the next attempt."""
-        lane = self.lanes[queue.class_of(job["priority"])]
+        """Send a message for the next attempt."""
+        priority_queue = self.lanes[queue.class_of(job["priority"])]
         with _left_to_the_reconciler():
-            await lane.enqueue(queue.message(job, self.types[job["type"]]))
+            await priority_queue.enqueue(queue.message(job, self.types[job["type"]]))
 
     async def _waiting(self, user: str, *, most: int) -> list[Job]:
-        """Of the types that are known here: others are for those who know them, in a deploy that rolls."""
+        """Return waiting jobs of known types: in a rolling deploy, processes of the other version enqueue the rest."""
         return await store.waiting(self._mongo, user=user, types=self.types, most=most, now=store.moment())
 
     async def _place(self, job: Job, slot: int) -> bool | None:
+        """Return whether the job got the slot, or None if the slot was taken."""
         taken = await store.take_slot(self._mongo, job=job, slot=slot, now=store.moment())
         if taken:
             await self.send(job)
@@ -82,7 +86,7 @@ class Dispatcher:
 
 @contextmanager
 def _left_to_the_reconciler() -> Iterator[None]:
-    """The record stands: what cannot be done about it now is found and done later."""
+    """Log an outage of a store: the record is stored, so that the reconciler enqueues the job later."""
     try:
         yield
     except (PyMongoError, RedisError, OSError) as error:

@@ -1,4 +1,4 @@
-"""The files of workspaces, as jobs read them: what PostgreSQL has, one at a time."""
+"""Access of jobs to workspace files: reads them from PostgreSQL, one at a time."""
 
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from server.postgres import Executor
 from server.workspaces import store as workspaces
 
 PAGE = 200
-MAX_NAME_BYTES = 255  # of a segment, on every usual file system
+MAX_NAME_BYTES = 255  # of a path segment, on every common file system
 MAX_WARNINGS = 20
-Skip = Callable[[str, str], None]  # of a path, for a reason
+Skip = Callable[[str, str], None]  # receives the path and the reason
 
 
 class Skipped:
-    """Files that a job leaves out because of their paths: warnings in its result."""
+    """The files that a job skips because of their paths: warnings in its result."""
 
     def __init__(self) -> None:
         self._warnings: list[str] = []
@@ -52,12 +52,14 @@ class File:
 
 
 class Files:
+    """The reader of workspace files."""
+
     def __init__(self, db: Executor) -> None:
         self._db = db
         self._workshop = Workshop()
 
     async def of_workspace(self, workspace: UUID, skip: Skip) -> AsyncIterator[File]:
-        """Yield them in the order of their paths; those that cannot be laid out are skipped."""
+        """Yield the files in the order of their paths; skip those that a file system cannot hold."""
         after: str | None = None
         while True:
             rows = await documents.list_files(self._db, workspace=workspace, limit=PAGE, after=after)
@@ -71,7 +73,7 @@ class Files:
             after = rows[PAGE - 1]["path"]
 
     async def workspaces(self, project: UUID) -> AsyncIterator[tuple[UUID, str]]:
-        """Ids and names, oldest first."""
+        """Yield the ids and names of a project's workspaces, oldest first."""
         after: tuple[Any, Any] = (None, None)
         while True:
             rows = await workspaces.list_workspaces(self._db, project=project, limit=PAGE, after=after)
@@ -82,40 +84,50 @@ class Files:
             after = rows[PAGE - 1]["created_at"], rows[PAGE - 1]["id"]
 
     async def text(self, document: UUID) -> str:
-        """Raises NotFound where there is no such document (any more)."""
+        """Return the text of a document.
+
+        Raises:
+            NotFound: the document does not exist, or has been deleted.
+        """
         text, _ = await logs.text_now(self._db, self._workshop, document)
         return text
 
     async def content(self, file: File) -> bytes | None:
-        """None where it was deleted in the meantime."""
+        """Return the content of a file, or None if it has been deleted since it was listed."""
         try:
             return (await self.text(file.id)).encode()
         except NotFound:
             return None
 
     async def for_program(self, workspace: UUID, skip: Skip) -> dict[str, bytes]:
-        """All files of a workspace, for the sandbox.
+        """Return all files of a workspace for the sandbox, by path.
 
         Raises:
-            TooLarge: they are more than a sandbox takes.
+            TooLarge: the files exceed the sandbox's limits.
         """
-        found: dict[str, bytes] = {}
+        contents: dict[str, bytes] = {}
         size = 0
         async for file in self.of_workspace(workspace, skip):
             size += file.size
-            if len(found) >= MOST_FILES or size > MOST_FILE_BYTES:
-                raise TooLarge(f"A program may have {MOST_FILES} files of {MOST_FILE_BYTES} bytes in all")
+            if len(contents) >= MOST_FILES or size > MOST_FILE_BYTES:
+                raise TooLarge(
+                    f"Workspace exceeds the maximum of {MOST_FILES} files or {MOST_FILE_BYTES >> 20} MiB for a program"
+                )
             content = await self.content(file)
             if content is not None:
-                found[file.path] = content
-        return found
+                contents[file.path] = content
+        return contents
 
 
 async def workspace_of(db: Executor, *, document: UUID) -> UUID:
-    """Raises NotFound where there is no such document."""
+    """Return the workspace of a document.
+
+    Raises:
+        NotFound: the document does not exist.
+    """
     row = await documents.read_document(db, document=document)
     if row is None:
-        raise NotFound("No such document")
+        raise NotFound("Document not found")
     workspace: UUID = row["workspace_id"]
     return workspace
 
@@ -123,7 +135,7 @@ async def workspace_of(db: Executor, *, document: UUID) -> UUID:
 def _problem_with(row: Record) -> str | None:
     """Return why the document cannot be a file beside the others, or None."""
     if row["is_folder"]:
-        return "It is a folder of another document's path."
+        return "Its path is a folder of another document's path."
     if any(len(name.encode()) > MAX_NAME_BYTES for name in row["path"].split("/")):
         return f"A name exceeds the maximum of {MAX_NAME_BYTES} bytes."
     return problem_with(row["path"])

@@ -1,4 +1,4 @@
-"""Jobs over REST."""
+"""The REST endpoints of jobs."""
 
 import hashlib
 from collections.abc import Awaitable, Callable
@@ -33,12 +33,12 @@ routes = web.RouteTableDef()
 DISPATCHER = web.AppKey("dispatcher", Dispatcher)
 ANNOUNCEMENTS = web.AppKey("announcements", Announcements)
 ROSTER = web.AppKey("roster", Roster)
-MOST_RACES = 20  # a job that changes under our hands that often is not of this world
+MOST_RACES = 20  # retries after a lost race; more than that does not occur in practice
 _IN_PAYLOAD = Requirement(Role.COLLABORATOR, named("documentId", "workspaceId", "projectId"))
 
 
 @routes.post("/api/v1/jobs")
-@docs(tags=["jobs"], summary="Ask for a job")
+@docs(tags=["jobs"], summary="Submit a job")
 @json_schema(schemas.NewJob)
 @response_schema(schemas.JobAnswer, 201)
 @refuses("language_unavailable", "sandbox_unavailable")
@@ -48,7 +48,7 @@ async def create_job(request: web.Request) -> web.Response:
     body, mongo = request[BODY], request.app[RESOURCES].mongo
     key, body_hash = _idempotency_key(request, body), store.hash_of(body)
     async with answered(request.app[RESOURCES].mongo):
-        # Before all else: who repeats is not refused for what has changed since.
+        # Before all other checks: a repeated request must not fail because of later changes.
         earlier = await store.under_key(mongo, user=request[USER].id, key=key, body_hash=body_hash)
     job, duplicate = (earlier, True) if earlier else await _create(request, body, key, body_hash)
     answer = {"job": store.shown(job), "duplicate": duplicate}
@@ -85,13 +85,13 @@ async def _create(request: web.Request, body: dict[str, Any], key: str | None, b
 
 
 async def _admit(request: web.Request, job: Job) -> None:
-    """After it is announced: a worker is quick to tell what comes next."""
+    """Enqueue a job, after its announcement: a fast worker may announce the next status at once."""
     with reported():
         await request.app[DISPATCHER].admit(job)
 
 
 @routes.get("/api/v1/jobs")
-@docs(tags=["jobs"], summary="Your jobs, or a project's or workspace's, newest first")
+@docs(tags=["jobs"], summary="List your jobs, or those of a project or workspace, newest first")
 @querystring_schema(schemas.JobsQuery)
 @response_schema(page_of(schemas.Job), 200)
 @requires(Role.VIEWER, of=named("workspaceId", "projectId"))
@@ -113,18 +113,18 @@ async def list_jobs(request: web.Request) -> web.Response:
 
 
 @routes.get("/api/v1/jobs/stats")
-@docs(tags=["jobs"], summary="Your jobs by status, and what everybody's queues hold")
+@docs(tags=["jobs"], summary="Count your jobs by status, and all users' jobs in the queues")
 @response_schema(schemas.Stats, 200)
 async def read_stats(request: web.Request) -> web.Response:
     async with answered(request.app[RESOURCES].mongo):
-        mine, everybody = await store.count(request.app[RESOURCES].mongo, user=request[USER].id, now=store.moment())
+        by_status, queued = await store.count(request.app[RESOURCES].mongo, user=request[USER].id, now=store.moment())
     with reported():
         workers = await request.app[ROSTER].workers()
-    return answers.json({"user": mine, "queue": {**everybody, "workers": len(workers)}})
+    return answers.json({"user": by_status, "queue": {**queued, "workers": len(workers)}})
 
 
 @routes.get("/api/v1/jobs/{jobId}")
-@docs(tags=["jobs"], summary="One job")
+@docs(tags=["jobs"], summary="Read a job")
 @response_schema(schemas.Job, 200)
 @refuses("not_found")
 async def read_job(request: web.Request) -> web.Response:
@@ -133,7 +133,7 @@ async def read_job(request: web.Request) -> web.Response:
 
 
 @routes.get("/api/v1/jobs/{jobId}/logs")
-@docs(tags=["jobs"], summary="What a job has printed so far; ask again with `after=nextCursor` until `complete`")
+@docs(tags=["jobs"], summary="Read a job's output; repeat with `after=nextCursor` until `complete`")
 @querystring_schema(schemas.LogsQuery)
 @response_schema(schemas.Logs, 200)
 @refuses("not_found")
@@ -143,13 +143,13 @@ async def read_logs(request: web.Request) -> web.Response:
     after = query["after"] if query["cursor"] is None else query["cursor"]
     async with answered(request.app[RESOURCES].mongo):
         items, end = await output.read(request.app[RESOURCES].mongo, job=job["_id"], after=after, limit=query["limit"])
-    # The job was read before its output: one that had ended then has no more than this.
+    # The job was read before its output: if it had ended then, there is no more output than this.
     complete = store.has_settled(job, now=store.moment()) and len(items) < query["limit"]
     return answers.json({"items": items, "nextCursor": None if complete else str(end), "complete": complete})
 
 
 @routes.post("/api/v1/jobs/{jobId}/cancel")
-@docs(tags=["jobs"], summary="Cancel a job that has not ended; its processes are gone within 2 s")
+@docs(tags=["jobs"], summary="Cancel a job that has not ended; its processes end within 2 s")
 @response_schema(schemas.Job, 200)
 @refuses("not_found", "forbidden", "not_cancellable")
 async def cancel_job(request: web.Request) -> web.Response:
@@ -157,11 +157,11 @@ async def cancel_job(request: web.Request) -> web.Response:
 
     async def move(job: Job) -> bool:
         if job["status"] not in (store.PENDING, store.PROCESSING):
-            raise Conflict(f"The job is {job['status']} already", code="not_cancellable")
-        ran, slot = job["status"] == store.PROCESSING, job["slot"]
+            raise Conflict(f"Job has already ended: {job['status']}", code="not_cancellable")
+        was_processing, slot = job["status"] == store.PROCESSING, job["slot"]
         if not await store.cancel(stores.mongo, job=job, now=store.moment()):
             return False
-        if ran:
+        if was_processing:
             await bell.tell_cancelled(stores.redis, job=job["_id"])
         await request.app[DISPATCHER].hand_on(job["userId"], slot)
         return True
@@ -171,13 +171,15 @@ async def cancel_job(request: web.Request) -> web.Response:
 
 
 @routes.post("/api/v1/jobs/{jobId}/retry")
-@docs(tags=["jobs"], summary="Start a failed or cancelled job anew")
+@docs(tags=["jobs"], summary="Retry a failed or cancelled job")
 @response_schema(schemas.Job, 202)
 @refuses("not_found", "forbidden", "not_retryable")
 async def retry_job(request: web.Request) -> web.Response:
     async def move(job: Job) -> bool:
         if job["status"] not in (store.FAILED, store.CANCELLED):
-            raise Conflict(f"The job is {job['status']}", code="not_retryable")
+            raise Conflict(
+                f"Only a failed or cancelled job can be retried: it is {job['status']}", code="not_retryable"
+            )
         return await store.start_anew(request.app[RESOURCES].mongo, job=job, now=store.moment())
 
     job = await _move(request, move)
@@ -188,22 +190,22 @@ async def retry_job(request: web.Request) -> web.Response:
 @routes.get("/api/v1/jobs/{jobId}/artifacts/{name}")
 @docs(
     tags=["jobs"],
-    summary="A file that a job made; `Range` is honoured",
+    summary="Download a file that a job produced; supports `Range`",
     produces=["application/octet-stream"],
-    responses={200: {"description": "the file"}, 206: {"description": "the part of it that was asked for"}},
+    responses={200: {"description": "the file"}, 206: {"description": "the requested part of the file"}},
 )
 @refuses("not_found", "gone", "range_not_satisfiable")
 async def read_artifact(request: web.Request) -> web.StreamResponse:
     job, name = await _visible(request), request.match_info["name"]
-    made = (job["result"] or {}).get("artifact") if job["status"] == store.COMPLETED else None
-    if made is None or made["name"] != name:
-        raise NotFound("No such artifact")
+    artifact = (job["result"] or {}).get("artifact") if job["status"] == store.COMPLETED else None
+    if artifact is None or artifact["name"] != name:
+        raise NotFound("Artifact not found")
     mongo = request.app[RESOURCES].mongo
     async with answered(request.app[RESOURCES].mongo):
         file = await artifacts.find(mongo, job=job, name=name)
-    if file is None or made["expiresAt"] <= store.moment():
-        raise Gone("The artifact has expired")
-    tag = made["sha256"]
+    if file is None or artifact["expiresAt"] <= store.moment():
+        raise Gone("Artifact has expired")
+    tag = artifact["sha256"]
     if unchanged(request, tag):
         return web.Response(status=304, headers={"ETag": f'"{tag}"'})
     start, stop, status = _range(request, file["length"], tag)
@@ -220,17 +222,17 @@ async def read_artifact(request: web.Request) -> web.StreamResponse:
 
 
 def _range(request: web.Request, length: int, tag: str) -> tuple[int, int, int]:
-    """Start, stop and status of the answer (RFC 9110, one range)."""
+    """Return start, stop and status of the response (RFC 9110, a single range)."""
     header = request.headers.get(hdrs.RANGE, "")
     if request.headers.get(hdrs.IF_RANGE, f'"{tag}"') != f'"{tag}"' or not header.startswith("bytes="):
         return 0, length, 200
     try:
         start, stop, _ = request.http_range.indices(length)
     except ValueError:
-        return 0, length, 200  # several ranges, or none that one could read: the whole file is a good answer
+        return 0, length, 200  # several ranges, or a malformed one: RFC 9110 allows the whole file
     if start >= stop:
         request[HEADERS]["Content-Range"] = f"bytes */{length}"
-        raise RangeNotSatisfiable("No such part of the file")
+        raise RangeNotSatisfiable(f"Range is outside the file of {length} bytes")
     return start, stop, 206
 
 
@@ -244,15 +246,20 @@ def _file_headers(file: Any, tag: str) -> dict[str, str]:
 
 
 async def _visible(request: web.Request, *, role: Role = Role.VIEWER) -> Job:
-    """The job of the path, for its owner and the members of its project who have the role."""
+    """Return the job of the path, for its owner and for the members of its project with the role.
+
+    Raises:
+        NotFound: the job does not exist, or the caller may not see it.
+        Forbidden: the caller's role in the project is too low.
+    """
     id = fields.parse_id(request.match_info["jobId"])
     async with answered(request.app[RESOURCES].mongo):
         job = await store.read(request.app[RESOURCES].mongo, job=str(id)) if id else None
     if job is None:
-        raise NotFound("No such job")
+        raise NotFound("Job not found")
     if job["userId"] != str(request[USER].id):
         if job["projectId"] is None:
-            raise NotFound("No such job")
+            raise NotFound("Job not found")
         await _check(request, Kind.PROJECT, UUID(job["projectId"]), role)
     return job
 
@@ -262,7 +269,7 @@ async def _check(request: web.Request, kind: Kind, id: UUID, role: Role) -> acce
 
 
 async def _move(request: web.Request, move: Callable[[Job], Awaitable[bool]]) -> Job:
-    """The job, moved from whatever state it is found in; a worker may move it in between."""
+    """Change the state of the job and return it; read it again if a worker changed it in between."""
     for _ in range(MOST_RACES):
         job = await _visible(request, role=Role.COLLABORATOR)
         with reported():
@@ -270,26 +277,26 @@ async def _move(request: web.Request, move: Callable[[Job], Awaitable[bool]]) ->
         if moved:
             await request.app[ANNOUNCEMENTS].moved(job)
             return job
-    raise Conflict("The job changes too quickly")
+    raise Conflict("Job was changed concurrently too many times")
 
 
 async def _place(
     request: web.Request, body: dict[str, Any], payload: dict[str, Any]
 ) -> tuple[UUID | None, UUID | None]:
-    """Project and workspace of the job: what the request and the payload name must be of one project."""
+    """Return project and workspace of the job: request and payload must refer to the same ones."""
     db = request.app[RESOURCES].db
     granted = request.get(ACCESS)
     inner = await access.check_named(db, _IN_PAYLOAD, user=request[USER].id, values=payload)
     if granted and inner and granted.project != inner.project:
-        raise invalid("payload", "It names things of another project than the request.")
+        raise invalid("payload", "Must refer to the project of the request.")
     workspaces = {body["workspace_id"], payload.get("workspace_id")}
     if document := payload.get("document_id"):
         workspaces.add(await files.workspace_of(db, document=document))
     workspaces.discard(None)
     if len(workspaces) > 1:
-        raise invalid("workspaceId", "Of another workspace than the rest.")
-    place = granted or inner
-    return place.project if place else None, next(iter(workspaces), None)
+        raise invalid("workspaceId", "Must be the workspace that the payload and its document refer to.")
+    scope = granted or inner
+    return scope.project if scope else None, next(iter(workspaces), None)
 
 
 async def _name(request: web.Request) -> str:
@@ -298,19 +305,20 @@ async def _name(request: web.Request) -> str:
 
 
 def _checked_payload(type: str, payload: dict[str, Any]) -> dict[str, Any]:
-    """The payload as its type's schema loads it."""
+    """Return the payload as the schema of its type loads it."""
     try:
         return fields.load(JOB_TYPES[type].schema, payload)
     except ValidationFailed as error:
         details = [
-            FieldError(field=f"payload.{each['field']}".rstrip("."), message=each["message"]) for each in error.details
+            FieldError(field=f"payload.{detail['field']}".rstrip("."), message=detail["message"])
+            for detail in error.details
         ]
         raise ValidationFailed("Validation failed", details=details) from None
 
 
 def _idempotency_key(request: web.Request, body: dict[str, Any]) -> str | None:
     header = idempotency_key(request)
-    given: str | None = body["idempotency_key"]
-    if header is not None and given not in (None, header):
-        raise invalid("idempotencyKey", "Differs from the Idempotency-Key header.")
-    return given or header
+    in_body: str | None = body["idempotency_key"]
+    if header is not None and in_body not in (None, header):
+        raise invalid("idempotencyKey", "Must equal the Idempotency-Key header.")
+    return in_body or header

@@ -1,15 +1,16 @@
-"""Runs programs confined: a program of its own, with the standard library only and nothing of ours.
+"""The sandbox launcher: runs programs confined. It uses only the standard library, and no module of the server.
 
-``python -I -S launcher.py CONTROL LOCK DIRECTORY``, started once per worker, so that no job waits for an interpreter.
-LOCK is a descriptor that locks DIRECTORY, where jobs have theirs, for as long as one of us lives. CONTROL is a
-socket: a message is the path of a job's ``config.json`` and brings three descriptors: the program's stdout and stderr,
-and the channel on which the outcome is told as JSON. For each it forks a *shim*. That stays outside the confinement,
-forks the program, watches time, memory and disk, and at the end kills every process of the job and removes its
-directory. The channel's other end closing, be it a cancel or the worker's death, is an end too.
+``python -I -S launcher.py CONTROL LOCK DIRECTORY`` starts once per worker, so that no job waits for an interpreter.
+LOCK is a descriptor that locks DIRECTORY, which holds the directories of jobs, until the launcher and its shims have
+exited. CONTROL is a socket: a message is the path of a job's ``config.json`` and carries three descriptors: the
+program's stdout and stderr, and the channel on which the launcher reports the outcome as JSON. For each message the
+launcher forks a *shim*. The shim stays outside the confinement, forks the program, and watches time, memory and disk.
+At the end it kills every process of the job and removes its directory. If the worker closes its end of the channel, by
+a cancellation or because it exits, the shim ends the program too.
 
-The walls, put up in the forked child: namespaces, a user of its own (where we are root), rlimits, no new privileges,
-Landlock, seccomp; or bubblewrap in place of namespaces and Landlock, and ``inside.py`` within it. Each that a tier
-is made of must stand, or nothing runs.
+The forked child sets up the restrictions: namespaces, its own user (if the launcher is root), rlimits, no new
+privileges, Landlock and seccomp; or bubblewrap in place of namespaces and Landlock, with ``sandbox_child.py`` in it.
+Every restriction of a tier must be in force, or nothing runs.
 """
 
 import ctypes
@@ -29,34 +30,34 @@ import time
 from collections.abc import Iterable
 
 WATCH_SECONDS = 0.05
-DISK_SHARE = 10  # at most a tenth of the time goes into looking at the disk
+DISK_SHARE = 10  # disk checks take at most a tenth of the time
 MOST_FILES = 10_000
 MOST_MAPPINGS = 1 << 16
 CGROUP_TRIES = 200
 LONGEST_MESSAGE = 4096
 STALE_SECONDS = 60.0
 MEGABYTE = 1 << 20
-NICE = 10  # or programs that only compute would keep the worker from its leases
-PIPE_BYTES, SOCKET_BYTES = 64 << 10, 208 << 10  # what the kernel keeps in one at most, unless it was told otherwise
+NICE = 10  # else programs that only compute would keep the worker from renewing its leases
+PIPE_BYTES, SOCKET_BYTES = 64 << 10, 208 << 10  # the kernel's maximum for one, by default
 WRITE_BUFFERS = "/proc/sys/net/core/wmem_default"
-SHARED_MEMORY = b"/dev/zero"  # the kernel's name for memory that is shared without a file
+SHARED_MEMORY = b"/dev/zero"  # the kernel's name for shared anonymous memory
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
-# What comes over a program's status pipe: that it has a guardian who will tell of its end, or has none; a wall that
-# cannot be put up; the end.
+# Messages on a program's status pipe: the program has an init that reports its exit, or has none; a restriction failed;
+# the program exited.
 GUARDED, ALONE, FAILED, ENDED = b"+", b"-", b"!", b"="
-LAUNCHED = b"\n"  # over the channel, before the outcome: white space to JSON
+LAUNCHED = b"\n"  # on the channel, before the outcome: JSON ignores the white space
 ENDING = struct.Struct("<iq")  # wait status, peak kilobytes
 
 
 class ConfinementError(Exception):
-    """A wall cannot be put up; the program must not start."""
+    """A restriction cannot be set up; the program must not start."""
 
 
-def check(result: int, what: str) -> int:
+def check(result: int, name: str) -> int:
     if result < 0:
-        raise ConfinementError(f"{what}: {os.strerror(ctypes.get_errno())}")
+        raise ConfinementError(f"{name}: {os.strerror(ctypes.get_errno())}")
     return result
 
 
@@ -65,7 +66,7 @@ LAST_DESCRIPTOR = 0xFFFFFFFF
 
 
 def close_all_but(*kept: int) -> None:
-    """Close every descriptor above 2 that is not among ``kept``, whoever left it open."""
+    """Close every descriptor above 2 that is not in ``kept``."""
     first = 3
     for descriptor in (*sorted(kept), LAST_DESCRIPTOR + 1):
         if descriptor > first:
@@ -78,7 +79,7 @@ def close_all_but(*kept: int) -> None:
 
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446  # the same on x86_64 and aarch64
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, TRUNCATE, IOCTL_DEVICE = 1, 2, 4, 8, 1 << 14, 1 << 15
-RIGHTS_OF_ABI = (0, 13, 14, 15, 15, 16)  # how many rights to files each version knows; later ones: the last
+RIGHTS_OF_ABI = (0, 13, 14, 15, 15, 16)  # the number of file rights of each version; later versions as the last
 TRUNCATE_ABI, NETWORK_ABI, SCOPE_ABI = 3, 4, 6
 FOR_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEVICE
 RIGHTS = {
@@ -90,13 +91,15 @@ RIGHTS = {
 
 
 def landlock_abi() -> int:
-    """Zero where the kernel has no Landlock."""
+    """Return the version of Landlock, or 0 if the kernel has none."""
     return max(0, int(LIBC.syscall(LANDLOCK_CREATE, None, 0, 1)))
 
 
 def landlock(rules: "list[list[str]]", abi: int) -> None:
-    """Nothing can be opened but what is beneath the given paths; no TCP, and signals and abstract sockets reach
-    nobody outside, where the kernel's version knows these."""
+    """Restrict file access to the given paths and what is below them.
+
+    If the kernel's version supports it, also forbid TCP, and signals and abstract sockets to processes outside.
+    """
     if abi < 1:
         raise ConfinementError("this kernel has no Landlock")
     known = (1 << RIGHTS_OF_ABI[min(abi, len(RIGHTS_OF_ABI) - 1)]) - 1
@@ -114,7 +117,7 @@ def allow(ruleset: int, path: str, rights: int) -> None:
     try:
         beneath = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except (FileNotFoundError, PermissionError):
-        return  # what is not there, or cannot be reached, needs no rule
+        return  # a missing or unreachable path needs no rule
     try:
         if not os.path.isdir(path):
             rights &= FOR_FILES
@@ -132,12 +135,12 @@ ANY_NAMESPACE = (
     CLONE_NEWTIME | CLONE_NEWNS | CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER | CLONE_NEWPID
 ) | CLONE_NEWNET
 
-# Each with its number on (x86_64, aarch64), None where it lacks it.
+# The numbers on (x86_64, aarch64); None if the architecture lacks the call.
 FORBIDDEN = {
-    # network; sockets that come in pairs are looked at below
+    # network; for socketpair see ``build_filter``
     "socket": (41, 198), "connect": (42, 203), "bind": (49, 200), "listen": (50, 201), "accept": (43, 202),
     "accept4": (288, 242),
-    # what would hold more of the kernel's memory than a pipe or a socket is counted for, or descriptors unseen
+    # calls that hold more kernel memory than is counted for a pipe or a socket, or hide descriptors
     "setsockopt": (54, 208), "sendmsg": (46, 211), "sendmmsg": (307, 269), "vmsplice": (278, 75), "splice": (275, 76),
     "tee": (276, 77), "sendfile": (40, 71), "landlock_create_ruleset": (444, 444),
     # other processes
@@ -151,15 +154,15 @@ FORBIDDEN = {
     "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433), "mount_setattr": (442, 442),
     "statmount": (457, 457), "listmount": (458, 458), "name_to_handle_at": (303, 264),
     "open_by_handle_at": (304, 265), "quotactl": (179, 60), "quotactl_fd": (443, 443),
-    # large parts of the kernel that no such program needs
+    # large kernel subsystems that no such program needs
     "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282), "io_uring_setup": (425, 425),
     "io_uring_enter": (426, 426), "io_uring_register": (427, 427), "io_setup": (206, 0), "add_key": (248, 217),
     "request_key": (249, 218), "keyctl": (250, 219), "personality": (135, 92), "modify_ldt": (154, None),
     "set_mempolicy": (238, 237), "lookup_dcookie": (212, 18), "uselib": (134, None), "vhangup": (153, 58),
-    # events of files and directories that the program may not read
+    # events of files and directories, also of unreadable ones
     "inotify_init": (253, None), "inotify_init1": (294, 26), "inotify_add_watch": (254, 27),
     "fanotify_init": (300, 262),
-    # memory that no limit counts, and what outlives a process
+    # memory that no limit counts, and objects that outlive a process
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "shmat": (30, 196),
     "shmctl": (31, 195), "semget": (64, 190), "semop": (65, 193), "semctl": (66, 191), "semtimedop": (220, 192),
     "msgget": (68, 186), "msgsnd": (69, 189), "msgrcv": (70, 188), "msgctl": (71, 187), "mq_open": (240, 180),
@@ -172,14 +175,14 @@ FORBIDDEN = {
     "acct": (163, 89), "settimeofday": (164, 170), "clock_settime": (227, 112), "clock_adjtime": (305, 266),
     "adjtimex": (159, 171), "syslog": (103, 116),
 }  # fmt: skip
-# Landlock does not see these. They answer that they are done, and do nothing: a program that copies a file must not
-# fail because it copies the mode too.
+# Landlock does not cover these calls. They report success and do nothing: a program that copies a file must not fail
+# because it copies the mode too.
 PRETENDED = {
     "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, None),
     "lchown": (94, None), "fchown": (93, 55), "fchownat": (260, 54), "utime": (132, None), "utimes": (235, None),
     "futimesat": (261, None), "utimensat": (280, 88),
 }  # fmt: skip
-# Their first argument is whom they are about: oneself, where the uid is that of others too.
+# The first argument is the target process: only the process itself if its uid is shared with others.
 ABOUT_A_PROCESS = {
     "prlimit64": (302, 261), "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119),
     "sched_setparam": (142, 118), "sched_setattr": (314, 274),
@@ -191,10 +194,10 @@ SIGNALS = {
 SETPRIORITY, IOPRIO_SET, TRUNCATE_PATH = (141, 140), (251, 30), (76, 45)
 CLONE, CLONE3, SOCKETPAIR, IOCTL, FCNTL, PRCTL = (56, 220), (435, 435), (53, 199), (16, 29), (72, 25), (157, 167)
 MMAP = (9, 222)
-LAST_KNOWN = 462  # mseal; what came after Linux 6.10 is answered as an older kernel would
+LAST_KNOWN = 462  # mseal, Linux 6.10; later calls fail as on an older kernel
 
 TIOCSTI, TIOCLINUX, FIOSETOWN, SIOCSPGRP = 0x5412, 0x541C, 0x8901, 0x8902
-F_SETOWN, F_SETOWN_EX = 8, 15  # who gets SIGIO, or any signal that F_SETSIG names
+F_SETOWN, F_SETOWN_EX = 8, 15  # set the receiver of SIGIO, or of any signal that F_SETSIG names
 F_SETPIPE_SZ = 1031
 CLONE_FILES, CLONE_THREAD = 0x400, 0x10000
 MAP_SHARED, MAP_TYPES, MAP_ANONYMOUS = 1, 0xF, 0x20
@@ -215,13 +218,15 @@ def give(verdict: int) -> "tuple[int, int, int, int]":
 
 
 def on(number: "int | None", body: list) -> list:
-    """``body``, which ends by a verdict, where that system call is made."""
+    """Return the steps that run ``body``, which ends with a verdict, for one system call."""
     return [] if number is None else [(EQUAL, 0, len(body), number), *body]
 
 
 def need(argument: int, *values: int, mask: int = ALL_BITS) -> list:
-    """Refuse unless an argument, masked, has one of the values. The lower half decides: all of these are ints to
-    the kernel."""
+    """Reject the call unless a masked argument has one of the values.
+
+    Only the lower half is compared: the kernel treats all these arguments as int.
+    """
     tests = [(EQUAL, len(values) - index, 0, value) for index, value in enumerate(values)]
     return [(LOAD, 0, 0, ARGUMENTS + 8 * argument), (AND, 0, 0, mask), *tests, give(REFUSE)]
 
@@ -232,8 +237,11 @@ def refuse_if(argument: int, *values: int, mask: int = ALL_BITS) -> list:
 
 
 def filter_program(*, truncate: bool, others: list) -> bytes:
-    """The whole filter. ``truncate`` tells that files are guarded from it otherwise; ``others`` is for where the
-    program's user is that of others too."""
+    """Return the whole seccomp filter.
+
+    ``allow_truncate``: other restrictions protect files from truncation. ``shared_user_rules``: the rules for a program
+    whose user also owns other processes.
+    """
     arch = machine()
     program = [
         (LOAD, 0, 0, ARCHITECTURE),
@@ -241,32 +249,34 @@ def filter_program(*, truncate: bool, others: list) -> bytes:
         give(KILL_PROCESS),
         (LOAD, 0, 0, NUMBER),
         (GREATER_OR_EQUAL, 0, 1, X32_BIT),
-        give(KILL_PROCESS),  # x86-64's other numbering would pass every rule by
+        give(KILL_PROCESS),  # the x32 numbers of x86-64 would bypass every rule
         (GREATER, 0, 1, LAST_KNOWN),
         give(UNKNOWN),
     ]
     for numbers in FORBIDDEN.values():
         program += on(numbers[arch], [give(REFUSE)])
-    # Its flags are in memory, where no filter can look; libraries then take clone.
+    # Its flags are in memory, which no filter can read; libraries then fall back to clone.
     program += on(CLONE3[arch], [give(UNKNOWN)])
-    # Threads share their files: the watch looks at those of one.
+    # Threads must share their descriptors: the watchdog inspects those of one thread.
     threads = refuse_if(0, CLONE_THREAD, mask=CLONE_THREAD | CLONE_FILES)
     program += on(CLONE[arch], [*need(0, 0, mask=ANY_NAMESPACE), *threads])
-    # A pair of datagram sockets could be sent to any socket of the host that has a name.
+    # A datagram socket of a pair could send to any named socket of the host.
     program += on(SOCKETPAIR[arch], [*need(0, AF_UNIX), *need(1, SOCK_STREAM, mask=SOCK_TYPES), give(ALLOW)])
     program += on(IOCTL[arch], refuse_if(1, TIOCSTI, TIOCLINUX, FIOSETOWN, SIOCSPGRP))
     program += on(FCNTL[arch], refuse_if(1, F_SETOWN, F_SETOWN_EX, F_SETPIPE_SZ))
-    # It is nobody's: what one has written and unmapped stays, and is seen nowhere.
+    # Shared anonymous memory belongs to no process: pages that one has written and unmapped stay, and appear nowhere.
     program += on(MMAP[arch], refuse_if(3, MAP_SHARED | MAP_ANONYMOUS, mask=MAP_TYPES | MAP_ANONYMOUS))
-    program += on(PRCTL[arch], refuse_if(0, PR_SET_DUMPABLE))  # or the watch could no longer measure it
+    program += on(PRCTL[arch], refuse_if(0, PR_SET_DUMPABLE))  # else the watchdog could no longer measure the process
     if not truncate:
         program += on(TRUNCATE_PATH[arch], [give(REFUSE)])
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in [*program, *others, give(ALLOW)])
 
 
 def among_others(*, signals: bool) -> list:
-    """What the program's user could do to other processes and files of that user. ``signals`` tells that these are
-    shut in otherwise."""
+    """Return rules that protect other processes and files of the program's user.
+
+    ``signals_confined``: other restrictions already confine signals.
+    """
     arch, pid = machine(), os.getpid()
     program: list = []
     for numbers in PRETENDED.values():
@@ -282,7 +292,7 @@ def among_others(*, signals: bool) -> list:
 
 
 def machine() -> int:
-    """Which of a pair (x86_64, aarch64) is ours."""
+    """Return the index of this machine in a pair (x86_64, aarch64)."""
     name = os.uname().machine
     if name not in MACHINES:
         raise ConfinementError(f"no seccomp filter for {name}")
@@ -299,15 +309,21 @@ def seccomp(code: bytes) -> None:
 
 
 def own_namespaces(uid: "int | None") -> bool:
-    """Of processes, network, IPC, host name and cgroups, for the children to come; whether the kernel lets us.
-    Without root it takes a user namespace, in which we stay who we are."""
+    """Create namespaces of processes, network, IPC, host name and cgroups for future children.
+
+    Return whether the kernel allows it. Without root it requires a user namespace, which maps the user to itself.
+    """
     spaces = CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP
     if uid is not None:
         return bool(LIBC.unshare(spaces) == 0)
-    me, mine = os.getuid(), os.getgid()
+    uid_here, gid_here = os.getuid(), os.getgid()
     if LIBC.unshare(spaces | CLONE_NEWUSER) != 0:
         return False
-    for name, line in (("setgroups", "deny"), ("uid_map", f"{me} {me} 1"), ("gid_map", f"{mine} {mine} 1")):
+    for name, line in (
+        ("setgroups", "deny"),
+        ("uid_map", f"{uid_here} {uid_here} 1"),
+        ("gid_map", f"{gid_here} {gid_here} 1"),
+    ):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(line)
     return True
@@ -330,19 +346,19 @@ def limits(config: dict, processes: int) -> "list[tuple[int, int]]":
     ]
 
 
-def limit(wanted: "list[tuple[int, int]]") -> None:
-    for what, value in wanted:
-        hard = resource.getrlimit(what)[1]
+def limit(values: "list[tuple[int, int]]") -> None:
+    for number, value in values:
+        hard = resource.getrlimit(number)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(what, (value, value))
+        resource.setrlimit(number, (value, value))
 
 
 def change_user(uid: int) -> None:
-    """To a user and group that own nothing. It cannot be undone: all three ids change."""
+    """Switch to a user and group that own nothing, irreversibly: all three ids change."""
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
-    LIBC.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # the change has cleared it, and the watch looks in
+    LIBC.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # the switch clears it, and the watchdog must read /proc
 
 
 def die_with_parent() -> None:
@@ -350,15 +366,15 @@ def die_with_parent() -> None:
 
 
 def become_program(config: dict, own_pids: bool) -> None:
-    """All walls that are left, then exec."""
+    """Set up the remaining restrictions, then exec the program."""
     uid, processes = config["uid"], config["processes"]
     os.umask(0o077)
     os.chdir(config["directory"])
     if uid is not None:
         change_user(uid)
     elif not own_pids:
-        processes += processes_of(os.getuid())  # the limit counts those too that are there already
-    die_with_parent()  # asked for once more: the change of user clears it
+        processes += processes_of(os.getuid())  # the limit includes those that already run
+    die_with_parent()  # again: the change of user clears it
     limit(limits(config, processes))
     check(LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     abi = landlock_abi()
@@ -372,14 +388,14 @@ def become_program(config: dict, own_pids: bool) -> None:
 
 
 def act_as_init(config: dict, report: int) -> None:
-    """Process 1 of new namespaces: reaps, tells how the program ended, and ends with everything in it."""
+    """Run as process 1 of new namespaces: start the program, reap, report its exit, and exit with all processes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
     program = os.fork()
     if program == 0:
         os.setsid()
         become_program(config, own_pids=True)
-    for descriptor in (0, 1, 2):  # or a reader of the output would wait for us
+    for descriptor in (0, 1, 2):  # else a reader of the output would wait for this process
         os.close(descriptor)
     while True:
         pid, status, usage = os.wait4(-1, 0)
@@ -389,27 +405,27 @@ def act_as_init(config: dict, report: int) -> None:
 
 
 def become_bubblewrap(config: dict, report: int) -> None:
-    """``inside.py`` follows within: it sets the limits, which bubblewrap itself would not fit into."""
+    """Exec bubblewrap, which runs ``sandbox_child.py``: that sets the limits, which bubblewrap itself would exceed."""
     if config["cgroup"]:
         write(f"{config['cgroup']}/cgroup.procs", "0")
     if config["uid"] is not None:
         change_user(config["uid"])
     die_with_parent()
-    filter, source = os.pipe()
-    os.write(source, filter_program(truncate=True, others=[]))
-    os.close(source)
-    for descriptor in (filter, report):
+    filter_read, filter_write = os.pipe()
+    os.write(filter_write, filter_program(truncate=True, others=[]))
+    os.close(filter_write)
+    for descriptor in (filter_read, report):
         os.set_inheritable(descriptor, True)
-    last = ",".join(f"{what}:{value}" for what, value in limits(config, config["processes"]))
+    limits_text = ",".join(f"{number}:{value}" for number, value in limits(config, config["processes"]))
     environment = "\n".join(f"{name}={value}" for name, value in config["environment"].items())
-    inside = [*config["inside"], str(report), last, environment, *config["command"]]
-    bubblewrap = [*config["bubblewrap"], "--seccomp", str(filter), "--", *inside]
-    os.execve(bubblewrap[0], bubblewrap, {})  # an empty environment: process 1's can be read within
+    child = [*config["inside"], str(report), limits_text, environment, *config["command"]]
+    bubblewrap = [*config["bubblewrap"], "--seccomp", str(filter_read), "--", *child]
+    os.execve(bubblewrap[0], bubblewrap, {})  # an empty environment: the program can read that of process 1
 
 
 def become(config: dict, report: int) -> None:
-    """In the first child: the program, or its parent where it is to have pids of its own."""
-    os.setsid()  # a signal to its process group is none to ours
+    """Become the program, or its parent if the program gets its own pid namespace."""
+    os.setsid()  # a signal to the program's process group must not reach the shim
     if config["bubblewrap"]:
         become_bubblewrap(config, report)
     die_with_parent()
@@ -430,7 +446,7 @@ def become(config: dict, report: int) -> None:
 
 
 def start(config: dict, stdout: int, stderr: int) -> "tuple[int, int]":
-    """The pid of the program or of its guardian, and the pipe on which is told how it went."""
+    """Fork the program; return the pid of the program or of its parent, and its status pipe."""
     status, report = os.pipe()
     child = os.fork()
     if child == 0:
@@ -441,7 +457,7 @@ def start(config: dict, stdout: int, stderr: int) -> "tuple[int, int]":
                 os.dup2(descriptor, number)
             close_all_but(report)
             become(config, report)
-        except BaseException as error:  # noqa: BLE001 - it is told, and nothing has run
+        except BaseException as error:  # noqa: BLE001 - it is reported, and nothing has run
             os.write(report, FAILED + f" {type(error).__name__}: {error}".encode()[:1000])
         finally:
             os._exit(125)
@@ -465,8 +481,10 @@ def processes_of(uid: int) -> int:
 
 
 def tasks_of(pid: int) -> "list[str]":
-    """Its threads. Of one that has ended, be it the first, /proc shows neither memory nor files; and each has
-    children of its own."""
+    """Return the /proc paths of the threads of a process.
+
+    /proc shows neither memory nor files of a thread that has ended, even of the first; and each has its own children.
+    """
     try:
         return [f"/proc/{pid}/task/{task}" for task in os.listdir(f"/proc/{pid}/task")]
     except OSError:
@@ -474,36 +492,36 @@ def tasks_of(pid: int) -> "list[str]":
 
 
 def children_of(pid: int) -> "list[int]":
-    found: list[int] = []
+    pids: list[int] = []
     for task in tasks_of(pid):
         try:
             with open(f"{task}/children") as file:
-                found += map(int, file.read().split())
+                pids += map(int, file.read().split())
         except OSError:
             continue
-    return found
+    return pids
 
 
 def below(ahead: "list[int]") -> "list[int]":
-    """These and all their descendants; daemons too, for the shim is their subreaper."""
-    found = []
+    """Return these processes and all their descendants; daemons too, since the shim is their subreaper."""
+    pids = []
     while ahead:
         pid = ahead.pop()
-        found.append(pid)
+        pids.append(pid)
         ahead += children_of(pid)
-    return found
+    return pids
 
 
 def living(pids: "list[int]") -> "dict[str, int]":
-    """A thread of each that lives, and the bytes that are resident."""
-    found = {}
+    """Return the resident bytes of each running process, by the path of one of its threads."""
+    sizes = {}
     for pid in pids:
         for task in tasks_of(pid):
             size = resident(task)
             if size:
-                found[task] = size
+                sizes[task] = size
                 break
-    return found
+    return sizes
 
 
 def resident(task: str) -> int:
@@ -515,7 +533,7 @@ def resident(task: str) -> int:
 
 
 def proportional_memory_of(tasks: "dict[str, int]") -> int:
-    """Resident bytes, shared pages divided among those who share them: exact, and slower."""
+    """Return the resident bytes, with shared pages divided among the processes: exact, but slower."""
     total = 0
     for task, size in tasks.items():
         try:
@@ -527,8 +545,11 @@ def proportional_memory_of(tasks: "dict[str, int]") -> int:
 
 
 class Holdings:
-    """What processes hold that no directory shows: bytes of files that have no name any more, and bytes in pipes and
-    sockets, each taken for full. ``hidden`` are the processes that cannot be looked into."""
+    """Resources that processes hold and that no directory shows.
+
+    These are bytes of deleted files, and bytes in pipes and sockets, each counted as full. ``unreadable`` are the
+    processes that cannot be inspected.
+    """
 
     def __init__(self, config: dict, pids: "Iterable[int]") -> None:
         self.config = config
@@ -539,11 +560,11 @@ class Holdings:
         self.hidden = [pid for pid in pids if not self.sees(pid)]
         if self.hidden and config["uid"] is not None:
             self.look_again_as(config["uid"])
-        # Of what is mapped and no longer open only the kernel knows the size.
+        # Only the kernel knows the size of files that are mapped and no longer open: count their maximum.
         self.disk += config["fileMb"] * MEGABYTE * len(self.mapped - self.open)
 
     def sees(self, pid: int) -> bool:
-        """By a thread that lives to the end of the look: one that has ended shows nothing."""
+        """Inspect a process by a thread that still runs afterwards: a thread that has ended shows nothing."""
         tasks = tasks_of(pid)
         for task in tasks:
             try:
@@ -553,10 +574,10 @@ class Holdings:
                 continue
             if resident(task):
                 return True
-        return len(tasks) < 2 and not living([pid])  # all of it has ended
+        return len(tasks) < 2 and not living([pid])  # the whole process has ended
 
     def look_again_as(self, uid: int) -> None:
-        """As the processes' own user, who may what root in a container may not."""
+        """Inspect the unreadable processes as their own user, who may read what root in a container may not."""
         try:
             LIBC.setfsgid(uid)
             LIBC.setfsuid(uid)
@@ -568,20 +589,20 @@ class Holdings:
     def look_at_descriptors(self, directory: str) -> None:
         for number in os.listdir(directory):
             try:
-                found = os.stat(f"{directory}/{number}")
+                status = os.stat(f"{directory}/{number}")
             except FileNotFoundError:
                 continue
-            if (found.st_dev, found.st_ino) not in self.open:
-                self.open.add((found.st_dev, found.st_ino))
-                self.count(found)
+            if (status.st_dev, status.st_ino) not in self.open:
+                self.open.add((status.st_dev, status.st_ino))
+                self.count(status)
 
-    def count(self, found: os.stat_result) -> None:
-        if stat.S_ISSOCK(found.st_mode):
+    def count(self, status: os.stat_result) -> None:
+        if stat.S_ISSOCK(status.st_mode):
             self.memory += self.per_socket
-        elif stat.S_ISFIFO(found.st_mode):
+        elif stat.S_ISFIFO(status.st_mode):
             self.memory += PIPE_BYTES
-        elif not found.st_nlink:
-            self.disk += found.st_blocks * 512
+        elif not status.st_nlink:
+            self.disk += status.st_blocks * 512
 
     def look_at_mappings(self, path: str) -> None:
         with open(path, "rb") as file:
@@ -605,21 +626,21 @@ def socket_bytes() -> int:
     try:
         with open(WRITE_BUFFERS) as file:
             return max(SOCKET_BYTES, int(file.read()))
-    except OSError:  # not there in a network namespace
+    except OSError:  # missing in a network namespace
         return SOCKET_BYTES
 
 
 def disk_exceeded(directory: str, most_bytes: int) -> bool:
-    """What cannot be measured, since it is too deep or closed to us, is too much."""
-    size, files, ahead = 0, 0, [directory]
-    while ahead:
+    """Return whether a directory exceeds its limit; one that is too deep or unreadable counts as exceeding."""
+    size, files, directories = 0, 0, [directory]
+    while directories:
         try:
-            with os.scandir(ahead.pop()) as entries:
+            with os.scandir(directories.pop()) as entries:
                 for entry in entries:
                     files += 1
                     size += entry.stat(follow_symlinks=False).st_blocks * 512
                     if entry.is_dir(follow_symlinks=False):
-                        ahead.append(entry.path)
+                        directories.append(entry.path)
                     if files > MOST_FILES or size > most_bytes:
                         return True
         except FileNotFoundError:
@@ -630,7 +651,7 @@ def disk_exceeded(directory: str, most_bytes: int) -> bool:
 
 
 def kill_all() -> None:
-    """Kill and reap until nothing is left; first no more forks, so that a fork bomb cannot outrun us."""
+    """Kill and reap until no process is left; first forbid forks, so that a fork bomb cannot outrun it."""
     while True:
         pids = below(children_of(os.getpid()))
         for pid in pids:
@@ -682,7 +703,7 @@ def ran_out_of_memory(cgroup: str) -> bool:
 
 
 def remove_cgroup(cgroup: str) -> None:
-    """All its processes have been reaped, but the kernel may take a moment to see that it is empty."""
+    """Remove the group of reaped processes; retry, since the kernel may take a moment to see that it is empty."""
     for _ in range(CGROUP_TRIES):
         try:
             os.rmdir(cgroup)
@@ -695,7 +716,7 @@ def remove_cgroup(cgroup: str) -> None:
 
 
 class Watch:
-    """Waits for the end of the program, and brings it about where a limit is passed."""
+    """The watchdog of a program: waits for its end, and stops it if it exceeds a limit."""
 
     def __init__(self, config: dict, child: int, status: int, channel: int) -> None:
         self.config, self.child, self.status, self.channel = config, child, status, channel
@@ -706,14 +727,14 @@ class Watch:
         self.why: str | None = None
 
     def until_end(self) -> "tuple[int, int]":
-        """Wait status and peak kilobytes of the program."""
+        """Wait for the end of the program; return its wait status and its peak memory in kilobytes."""
         poll = select.poll()
-        ended = os.pidfd_open(self.child)
-        poll.register(ended, select.POLLIN)
+        exited = os.pidfd_open(self.child)
+        poll.register(exited, select.POLLIN)
         poll.register(self.channel, select.POLLIN)
         while True:
             events = dict(poll.poll(WATCH_SECONDS * 1000))
-            if ended in events:
+            if exited in events:
                 return self.ended()
             self.why = "cancelled" if events else self.passed_limit()
             if self.why:
@@ -723,17 +744,17 @@ class Watch:
         _, status, usage = os.wait4(self.child, 0)
         os.set_blocking(self.status, False)
         try:
-            told = os.read(self.status, 4096)
+            messages = os.read(self.status, 4096)
         except BlockingIOError:
-            told = b""
-        if told == ALONE:
+            messages = b""
+        if messages == ALONE:
             return status, usage.ru_maxrss
-        if told == GUARDED:
-            return signal.SIGKILL, 0  # its guardian was killed
-        if told.startswith(GUARDED + ENDED):
-            return ENDING.unpack(told[2 : 2 + ENDING.size])
-        text = told[2:].partition(ENDED)[0]  # its guardian may have told of the end besides
-        raise ConfinementError(text.decode(errors="replace") or "the confinement does not start")
+        if messages == GUARDED:
+            return signal.SIGKILL, 0  # its init was killed
+        if messages.startswith(GUARDED + ENDED):
+            return ENDING.unpack(messages[2 : 2 + ENDING.size])
+        text = messages[2:].partition(ENDED)[0]  # its init may have reported the exit too
+        raise ConfinementError(text.decode(errors="replace") or "the confinement did not start")
 
     def passed_limit(self) -> "str | None":
         now = time.monotonic()
@@ -749,30 +770,30 @@ class Watch:
         return None
 
     def passed_memory(self, tasks: "dict[str, int]") -> bool:
-        most: int = self.config["memoryMb"] * MEGABYTE
+        max_bytes: int = self.config["memoryMb"] * MEGABYTE
         memory = sum(tasks.values())
-        if memory + self.kept > most:  # pages that forks share are counted once only here
+        if memory + self.kept > max_bytes:  # only here, pages that forks share are counted once
             memory = min(memory, proportional_memory_of(tasks))
         self.peak = max(self.peak, memory)
-        return memory + self.kept > most
+        return memory + self.kept > max_bytes
 
     def passed_disk(self, pids: "list[int]") -> bool:
         held = Holdings(self.config, pids)
         self.kept = held.memory
-        # Once may be by chance: it was about to end, or to become another program.
-        hid, self.hid = self.hid, bool(held.hidden)
-        most: int = self.config["diskMb"] * MEGABYTE
-        return (hid and self.hid) or disk_exceeded(self.config["work"], most - held.disk)
+        # A single unreadable check may be chance: the process was about to exit or to exec.
+        was_unreadable, self.hid = self.hid, bool(held.hidden)
+        max_bytes: int = self.config["diskMb"] * MEGABYTE
+        return (was_unreadable and self.hid) or disk_exceeded(self.config["work"], max_bytes - held.disk)
 
 
 def run(config: dict, stdout: int, stderr: int, channel: int) -> dict:
-    began = time.monotonic()
+    started_at = time.monotonic()
     try:
         if config["cgroup"]:
             make_cgroup(config)
         child, status = start(config, stdout, stderr)
         watch = Watch(config, child, status, channel)
-        ended, kilobytes = watch.until_end()
+        wait_status, kilobytes = watch.until_end()
         if config["cgroup"] and watch.why is None and ran_out_of_memory(config["cgroup"]):
             watch.why = "memory"
     finally:
@@ -780,16 +801,19 @@ def run(config: dict, stdout: int, stderr: int, channel: int) -> dict:
         if config["cgroup"]:
             remove_cgroup(config["cgroup"])
     return {
-        "exitCode": os.WEXITSTATUS(ended) if os.WIFEXITED(ended) else None,
-        "signal": os.WTERMSIG(ended) if os.WIFSIGNALED(ended) else None,
+        "exitCode": os.WEXITSTATUS(wait_status) if os.WIFEXITED(wait_status) else None,
+        "signal": os.WTERMSIG(wait_status) if os.WIFSIGNALED(wait_status) else None,
         "why": watch.why,
-        "durationMs": round((time.monotonic() - began) * 1000),
+        "durationMs": round((time.monotonic() - started_at) * 1000),
         "maxRssKb": max(kilobytes, watch.peak >> 10),
     }
 
 
 def remove(root: str) -> None:
-    """Of what a job leaves. ``rm`` can remove trees of any depth; first the rights the program may have taken away."""
+    """Remove a job's directory.
+
+    ``rm`` removes trees of any depth; ``chmod`` restores permissions that the program may have removed.
+    """
     if removed_at_once(root):
         return
     for command in (["/bin/rm", "-rf", root], ["/bin/chmod", "-R", "u+rwx", root], ["/bin/rm", "-rf", root]):
@@ -800,15 +824,18 @@ def remove(root: str) -> None:
 
 
 def removed_at_once(root: str) -> bool:
-    """Whether it was as flat as most are: then no other program is needed."""
+    """Remove a directory with at most one level below it; return whether that was enough.
+
+    Most jobs leave such a directory, which needs no other program.
+    """
     try:
         for name in os.listdir(root):
             path = f"{root}/{name}"
             if not os.path.isdir(path):
                 os.unlink(path)
                 continue
-            for below in os.listdir(path):
-                os.unlink(f"{path}/{below}")
+            for entry in os.listdir(path):
+                os.unlink(f"{path}/{entry}")
             os.rmdir(path)
         os.rmdir(root)
     except OSError:
@@ -832,24 +859,30 @@ def act_as_shim(path: str, stdout: int, stderr: int, channel: int) -> None:
     try:
         os.write(channel, json.dumps(outcome).encode())
     except OSError:
-        return  # nobody waits for it any more
+        return  # the worker no longer waits for it
 
 
 # The process that forks the shims
 
 
 class Launcher:
+    """The process that forks the shims."""
+
     def __init__(self, control: socket.socket, directory: str) -> None:
         self.control, self.directory = control, directory
         self.shims: set[int] = set()
 
     def serve(self) -> None:
-        """Until the worker closes the control socket, or dies; then until the last shim is done."""
+        """Serve until the worker closes the control socket or exits, and then until the last shim exits."""
         remove_stale(self.directory)
-        LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # a killed shim's programs become ours, to be killed
+        LIBC.prctl(
+            PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0
+        )  # the programs of a killed shim become children, to be killed here
         signal.signal(signal.SIGCHLD, lambda *_: self.reap())
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)  # the worker decides when we end, and our end is bound to its
+            signal.signal(
+                number, signal.SIG_IGN
+            )  # the worker decides when the launcher exits; its exit closes the control socket
         gc.freeze()
         while True:
             message, descriptors, _, _ = socket.recv_fds(self.control, LONGEST_MESSAGE, 3, socket.MSG_CMSG_CLOEXEC)
@@ -863,7 +896,9 @@ class Launcher:
         remove(self.directory)
 
     def launch(self, path: str, descriptors: "list[int]") -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # it is ours only when it stands in the set
+        signal.pthread_sigmask(
+            signal.SIG_BLOCK, [signal.SIGCHLD]
+        )  # else reap() would kill the shim before it is in the set
         shim = os.fork()
         if shim == 0:
             try:
@@ -888,21 +923,21 @@ class Launcher:
 
 
 def remove_stale(directory: str) -> None:
-    """What workers left that were killed together with their launchers: directories like ours that nobody locks."""
+    """Remove unlocked directories like ``directory``: those of workers that were killed with their launchers."""
     parent, name = os.path.split(directory)
     for entry in os.scandir(parent):
         if not entry.name.startswith(name.partition("-")[0] + "-") or not entry.is_dir(follow_symlinks=False):
             continue
         try:
-            found = entry.stat(follow_symlinks=False)
-            if found.st_uid != os.geteuid() or time.time() - found.st_ctime < STALE_SECONDS:
+            status = entry.stat(follow_symlinks=False)
+            if status.st_uid != os.geteuid() or time.time() - status.st_ctime < STALE_SECONDS:
                 continue
-            opened = os.open(entry.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            descriptor = os.open(entry.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
-                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 remove(entry.path)
             finally:
-                os.close(opened)
+                os.close(descriptor)
         except OSError:
             continue
 
@@ -910,7 +945,7 @@ def remove_stale(directory: str) -> None:
 def main() -> None:
     control, lock, directory = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     close_all_but(control, lock)
-    for descriptor in (control, lock):  # held by us, and by no program
+    for descriptor in (control, lock):  # for the launcher and its shims, not for programs
         os.set_inheritable(descriptor, False)
     Launcher(socket.socket(fileno=control), directory).serve()
 

@@ -1,4 +1,4 @@
-"""The attempts that this worker runs: their leases, and who tells them to stop."""
+"""The leases of the attempts that this worker runs: renewal, expiry and stopping."""
 
 import asyncio
 import math
@@ -14,15 +14,15 @@ from server.jobs import store
 
 log = structlog.get_logger()
 
-LOOK_SECONDS = 1.0  # a claim that is lost is noticed within this time and two answers of MongoDB
-RENEW_EVERY = 2  # looks
+LOOK_SECONDS = 1.0  # a lost claim is detected within this time and two responses of MongoDB
+RENEW_EVERY = 2  # checks
 
 Why = Literal["lost", "stopping"]
 T = TypeVar("T")
 
 
 class Held:
-    """An attempt and the task that works on it, once it is claimed."""
+    """The lease of an attempt, and the task that runs the attempt once it is claimed."""
 
     def __init__(self, job: str, claim: int) -> None:
         self.job, self.claim = job, claim
@@ -30,7 +30,11 @@ class Held:
         self.why: Why | None = None
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Raises CancelledError where it is, or was, to stop."""
+        """Run the attempt as a task.
+
+        Raises:
+            CancelledError: the attempt is stopped, or was stopped before this call.
+        """
         self.work = asyncio.ensure_future(work)
         if self.why:
             self.work.cancel()
@@ -44,11 +48,13 @@ class Held:
 
 
 class Answers:
-    """Since when MongoDB answers this worker without a break: one that was longer may have ended leases of workers
-    that live, and they are given the time to renew them."""
+    """The time since which MongoDB responds to this worker without a gap.
 
-    BREAK_SECONDS = 4.0  # shorter than what a lease outlives a renewal
-    STEADY_SECONDS = 5.0  # longer than it takes to renew one: a call that fails, a look and a call
+    A longer gap may have expired the leases of running workers, which then get time to renew them.
+    """
+
+    BREAK_SECONDS = 4.0  # shorter than the time from a renewal to the expiry of a lease
+    STEADY_SECONDS = 5.0  # longer than a renewal: one failed call, one check interval and one call
 
     def __init__(self) -> None:
         self._since = self._last = -math.inf
@@ -63,6 +69,8 @@ class Answers:
 
 
 class Leases:
+    """The leases that this worker holds."""
+
     def __init__(self, mongo: Any, *, worker: str) -> None:
         self._mongo = mongo
         self._worker = worker
@@ -73,8 +81,10 @@ class Leases:
 
     @contextmanager
     def hold(self, job: str, claim: int) -> Iterator[Held]:
-        """To be entered before it is claimed: a worker that stops waits for it. A job may be held twice, while an
-        attempt that was lost is ending."""
+        """Register an attempt, before it is claimed: graceful shutdown waits for it.
+
+        A job may be held twice while an earlier attempt, whose claim is lost, is still ending.
+        """
         held = Held(job, claim)
         self._held.add(held)
         self._none.clear()
@@ -86,21 +96,22 @@ class Leases:
                 self._none.set()
 
     def can_judge(self) -> bool:
-        """Whether a lease that has run out means that its worker is lost."""
+        """Return whether an expired lease means that its worker is lost."""
         return self._answers.are_steady(time.monotonic())
 
     def drop(self, job: str) -> None:
-        """The job is cancelled: its attempt, if it is here, stops at once."""
+        """Stop the attempt of a cancelled job at once, if this worker runs it."""
         for held in self._held:
             if held.job == job:
                 held.stop("lost")
 
     def stop_all(self) -> None:
+        """Stop all attempts for the shutdown of the worker."""
         for held in self._held:
             held.stop("stopping")
 
     async def until_none(self, *, seconds: float) -> bool:
-        """Whether all attempts ended in time."""
+        """Wait until all attempts have ended; return whether they did in time."""
         try:
             async with asyncio.timeout(seconds):
                 await self._none.wait()
@@ -109,24 +120,27 @@ class Leases:
         return True
 
     async def keep(self) -> None:
-        """For as long as the worker lives. While MongoDB is away nothing is stopped: the fence decides afterwards."""
-        look = 0
+        """Renew and check the leases until cancelled.
+
+        An outage of MongoDB stops no attempt: the fence decides afterwards which attempts still hold their claims.
+        """
+        checks = 0
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            look += 1
+            checks += 1
             try:
-                await self._look(renew=look % RENEW_EVERY == 0)
+                await self._look(renew=checks % RENEW_EVERY == 0)
                 self._answers.note(time.monotonic())
             except PyMongoError as error:
                 log.warning("leases not renewed", attempts=len(self._held), error=str(error))
-                look = -1  # renew as soon as it answers, before somebody takes them for lost
+                checks = -1  # renew as soon as MongoDB responds, before another worker reclaims the jobs
 
     async def _look(self, *, renew: bool) -> None:
-        held = [each for each in self._held if each.work]  # what comes later may not be claimed yet
-        jobs = {each.job for each in held}
+        leases = [lease for lease in self._held if lease.work]  # those without a task may not be claimed yet
+        jobs = {lease.job for lease in leases}
         if renew and jobs:
             await store.renew(self._mongo, jobs=jobs, worker=self._worker, now=store.moment())
         claims = await store.claims(self._mongo, jobs=jobs, worker=self._worker)
-        for each in held:
-            if claims.get(each.job) != each.claim:
-                each.stop("lost")
+        for lease in leases:
+            if claims.get(lease.job) != lease.claim:
+                lease.stop("lost")

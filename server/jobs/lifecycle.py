@@ -1,4 +1,7 @@
-"""The life of one attempt: claim it, run it, write what came of it. Functions of types never write the record."""
+"""The lifecycle of an attempt: claim it, run it, write its outcome.
+
+The functions of job types never write the record.
+"""
 
 import asyncio
 import random
@@ -34,7 +37,7 @@ from server.resources import Resources
 log = structlog.get_logger()
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, JITTER = 1.0, 60.0, 0.2
-PATIENCE_SECONDS = 60.0  # with MongoDB: what a program did should not be done again because of a restart
+PATIENCE_SECONDS = 60.0  # a restart of MongoDB should not make a finished program run again
 AGAIN_SECONDS = 0.3
 T = TypeVar("T")
 
@@ -45,7 +48,7 @@ class InjectedFault(RuntimeError):
 
 @dataclass(frozen=True)
 class Bench:
-    """What a worker process works with."""
+    """The context of a worker process: the components that its attempts use."""
 
     stores: Resources
     dispatcher: Dispatcher
@@ -58,24 +61,27 @@ class Bench:
 
 
 async def attempt(bench: Bench, *, job: str, claim: int) -> None:
-    """One attempt from its message to its outcome. Never raises: there is nobody to tell but the record."""
+    """Process one attempt from its message to its outcome.
+
+    Never raises: errors are stored in the record only, since SAQ neither retries nor reports them.
+    """
     structlog.contextvars.bind_contextvars(job=job)
     try:
         with bench.leases.hold(job, claim) as held:
             record = await before_process(bench, job=job, claim=claim)
             if record is None:
-                return  # cancelled, or claimed already: the message came late or twice
+                return  # cancelled, or already claimed: the message arrived late or twice
             structlog.contextvars.bind_contextvars(type=record["type"], attempt=record["attempts"])
             slot = record["slot"]
             await _run_and_write(bench, record, held)
         await bench.dispatcher.hand_on(record["userId"], slot)
     except Exception:
-        # Where the outcome is not written the lease runs out, and the reconciler takes the job back.
+        # If the outcome is not written, the lease expires and the reconciler reclaims the job.
         log.exception("attempt left behind")
 
 
 async def before_process(bench: Bench, *, job: str, claim: int) -> Job | None:
-    """The record with our claim on it, or None where there is nothing to do."""
+    """Claim the attempt and return its record, or None if there is nothing to do."""
     mongo, worker = bench.stores.mongo, bench.worker
     record, _ = await _patiently(lambda: store.claim(mongo, job=job, claim=claim, worker=worker, now=store.moment()))
     if record is not None:
@@ -85,10 +91,11 @@ async def before_process(bench: Bench, *, job: str, claim: int) -> Job | None:
 
 
 def _measure_wait(record: Job) -> None:
+    """Observe the time between due and started; an attempt without a known due time is not measured."""
     due = record["runAt"] or (record["createdAt"] if record["claim"] == 1 else None)
     if due is not None:
-        waited = (record["startedAt"] - due).total_seconds()
-        metrics.JOB_WAIT.labels(record["type"]).observe(max(0.0, waited))
+        seconds = (record["startedAt"] - due).total_seconds()
+        metrics.JOB_WAIT.labels(record["type"]).observe(max(0.0, seconds))
 
 
 async def after_process(
@@ -99,7 +106,7 @@ async def after_process(
     error: dict[str, Any] | None = None,
     final: bool = True,
 ) -> None:
-    """Write the outcome; a failure that is not final is tried again after a pause."""
+    """Write the outcome; schedule a retry with backoff after a failure that is not final."""
     mongo, now = bench.stores.mongo, store.moment()
     if error is None:
         assert result is not None
@@ -118,8 +125,8 @@ async def after_process(
 
 
 async def hand_back(bench: Bench, record: Job) -> None:
-    """This worker stops: the job goes back, and the attempt does not count."""
-    error = {"code": "handed_back", "message": "the worker stopped"}
+    """Requeue the job because this worker shuts down; the attempt does not count."""
+    error = {"code": "handed_back", "message": "Worker shut down during the attempt"}
     mongo, now = bench.stores.mongo, store.moment()
     written = await _write(
         bench, record, store.PENDING, lambda: store.hand_back(mongo, job=record, error=error, now=now)
@@ -128,7 +135,7 @@ async def hand_back(bench: Bench, record: Job) -> None:
 
 
 def pause_after(attempts: int, *, chance: float | None = None) -> timedelta:
-    """1 s · 2^(n−1) after attempt n, at most 60 s, ± 20 %."""
+    """Return the backoff with jitter after attempt n: 1 s · 2^(n−1), at most 60 s, ± 20 %."""
     chance = random.random() if chance is None else chance  # noqa: S311 - jitter
     seconds = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** (attempts - 1))
     return timedelta(seconds=seconds * (1 - JITTER + 2 * JITTER * chance))
@@ -155,12 +162,17 @@ async def _run_and_write(bench: Bench, record: Job, held: Held) -> None:
         except (DocumentTooLarge, InvalidDocument, OverflowError) as error:
             log.warning("result cannot be stored", error=str(error))
             await after_process(
-                bench, record, error={"code": "result_too_large", "message": "the result cannot be stored"}
+                bench,
+                record,
+                error={
+                    "code": "result_too_large",
+                    "message": "Result exceeds 16 MiB or contains values that cannot be stored",
+                },
             )
 
 
 async def _run_in_span(bench: Bench, record: Job) -> dict[str, Any]:
-    """In the trace of the request that asked for the job."""
+    """Run the attempt in the trace of the request that created the job."""
     with tracing.span(
         f"attempt {record['type']}",
         SpanKind.CONSUMER,
@@ -186,10 +198,10 @@ async def _run(bench: Bench, record: Job) -> dict[str, Any]:
 
 
 async def _check_access(bench: Bench, record: Job) -> None:
-    """They may have lost their role while the job waited.
+    """Check that the user still has the role in the project: it may have changed while the job waited.
 
     Raises:
-        NotFound, Forbidden: they have.
+        NotFound, Forbidden: the user has lost the role.
     """
     if record["projectId"]:
         user, project = UUID(record["userId"]), UUID(record["projectId"])
@@ -198,44 +210,44 @@ async def _check_access(bench: Bench, record: Job) -> None:
 
 @asynccontextmanager
 async def _output(bench: Bench, record: Job) -> AsyncIterator[Output]:
-    """Kept while the block runs, and what is left of it afterwards, however the block ends."""
+    """Store the output while the block runs, and the rest afterwards, even if the block fails."""
     mongo, job, claim = bench.stores.mongo, record["_id"], record["claim"]
-    # Only a first attempt can be sure that nothing is there.
+    # Only a first attempt knows that no output is stored.
     start = await output.end_of(mongo, job=job) if claim > 1 else 0
 
-    async def tell(chunks: Any) -> None:
+    async def announce(chunks: Any) -> None:
         await bench.announcements.output(record, chunks)
 
-    writer = Output(mongo, job=job, claim=claim, start=start, tell=tell, now=store.moment)
-    keeping, patience = asyncio.ensure_future(writer.keep()), PATIENCE_SECONDS
+    writer = Output(mongo, job=job, claim=claim, start=start, tell=announce, now=store.moment)
+    flushing, timeout = asyncio.ensure_future(writer.keep()), PATIENCE_SECONDS
     try:
         yield writer
     except asyncio.CancelledError:
-        patience = 0  # the worker stops, or the job is not ours any more
+        timeout = 0  # the worker shuts down, or another attempt holds the job
         raise
     finally:
         try:
-            await _patiently(writer.flush, seconds=patience)
+            await _patiently(writer.flush, seconds=timeout)
         except PyMongoError as error:
             log.warning("output not kept", error=str(error)[:200])
         finally:
-            await loop.end([keeping])
+            await loop.end([flushing])
 
 
 async def _progress(bench: Bench, record: Job, percent: float) -> None:
     try:
-        held = await store.set_progress(bench.stores.mongo, job=record, progress=percent, now=store.moment())
+        holds_claim = await store.set_progress(bench.stores.mongo, job=record, progress=percent, now=store.moment())
     except PyMongoError as error:
         log.warning("progress not kept", error=str(error)[:200])
     else:
-        if held:
+        if holds_claim:
             await bench.announcements.changed(record)
 
 
 async def _tell_end(bench: Bench, record: Job, outcome: str, *, written: bool) -> None:
     metrics.JOBS_FINISHED.labels(record["type"], outcome if written else "superseded").inc()
-    ran = (store.moment() - record["startedAt"]).total_seconds()
-    metrics.JOB_DURATION.labels(record["type"]).observe(max(0.0, ran))
+    duration = (store.moment() - record["startedAt"]).total_seconds()
+    metrics.JOB_DURATION.labels(record["type"]).observe(max(0.0, duration))
     log.info("attempt ended", outcome=outcome, written=written)
     if written:
         await bench.announcements.moved(record)
@@ -246,32 +258,32 @@ async def _tell_end(bench: Bench, record: Job, outcome: str, *, written: bool) -
 async def _discard(bench: Bench, record: Job) -> None:
     try:
         await artifacts.discard(bench.stores.mongo, job=record["_id"], claim=record["claim"])
-    except PyMongoError as error:  # it is found by the housekeeping
+    except PyMongoError as error:  # the clean-up deletes them later
         log.warning("artifacts not discarded yet", error=str(error)[:200])
 
 
-async def _write(bench: Bench, record: Job, status: str, move: Callable[[], Awaitable[bool]]) -> bool:
-    """Whether the outcome is written, also where MongoDB's answer to it was lost."""
-    written, repeated = await _patiently(move)
+async def _write(bench: Bench, record: Job, status: str, transition: Callable[[], Awaitable[bool]]) -> bool:
+    """Write the outcome; return whether it is written, even if MongoDB's response to the write was lost."""
+    written, repeated = await _patiently(transition)
     if written or not repeated:
         return written
-    found = await store.read(bench.stores.mongo, job=record["_id"])
-    if found is None or (found["claim"], found["status"]) != (record["claim"], status):
+    current = await store.read(bench.stores.mongo, job=record["_id"])
+    if current is None or (current["claim"], current["status"]) != (record["claim"], status):
         return False
-    record |= found
+    record |= current
     return True
 
 
-async def _patiently(ask: Callable[[], Awaitable[T]], *, seconds: float = PATIENCE_SECONDS) -> tuple[T, bool]:
-    """The answer, once MongoDB gives one, and whether it was asked more than once.
+async def _patiently(operation: Callable[[], Awaitable[T]], *, seconds: float = PATIENCE_SECONDS) -> tuple[T, bool]:
+    """Retry an operation until MongoDB responds; return the result, and whether it took more than one try.
 
     Raises:
-        PyMongoError: MongoDB has been away or too slow for that long, or refuses.
+        PyMongoError: MongoDB was unavailable or too slow until the deadline, or rejects the operation.
     """
     deadline, repeated = time.monotonic() + seconds, False
     while True:
         try:
-            return await ask(), repeated
+            return await operation(), repeated
         except PyMongoError as error:
             if not (isinstance(error, ConnectionFailure) or error.timeout) or time.monotonic() > deadline:
                 raise

@@ -1,9 +1,9 @@
-"""What a program prints, as it prints it: kept in MongoDB in bounded chunks, and told live.
+"""The output of a program: stored in MongoDB in bounded chunks, and published live.
 
-An offset is a position in all the output of a job, in characters, over both streams and all attempts. A chunk's
-``_id`` is the job and its offset, so that chunks stand in order and each place is taken once. Of two attempts that
-want the same place, because one is the other's successor, the later one goes behind what the earlier one has written,
-and the earlier one keeps silent from then on.
+An offset is a position in the whole output of a job, in characters, over both streams and all attempts. A chunk's
+``_id`` is the job and the offset, so that chunks are ordered and each offset is taken once. If two attempts write at
+the same offset, because one supersedes the other, the later attempt continues after what the earlier one has stored,
+and the earlier attempt stores nothing more.
 """
 
 import asyncio
@@ -18,11 +18,11 @@ from pymongo.errors import BulkWriteError, PyMongoError
 log = structlog.get_logger()
 
 CHUNK_CHARACTERS = 16_384
-JOB_CHARACTERS = 8 << 20  # over all attempts; more is not kept
+JOB_CHARACTERS = 8 << 20  # over all attempts; the rest is not stored
 FLUSH_SECONDS = 0.1
-LIVE_CHUNKS = 4  # told at once; who is interested in a flood reads it
+LIVE_CHUNKS = 4  # published per flush; clients read the rest over REST
 DUPLICATE = 11000
-MARKER = "\n[more than that is not kept]\n"
+MARKER = "\n[output truncated at 8 Mi characters]\n"
 _DIGITS = 10
 
 Chunk = dict[str, Any]
@@ -35,7 +35,10 @@ async def prepare(mongo: Any) -> None:
 
 
 class Output:
-    """The writer of one attempt. ``add`` is for the sandbox; ``keep`` writes until it is cancelled."""
+    """The output writer of one attempt.
+
+    The sandbox calls ``add``; ``flush_forever`` stores until it is cancelled.
+    """
 
     def __init__(self, mongo: Any, *, job: str, claim: int, start: int, tell: Tell, now: Now) -> None:
         self._mongo = mongo
@@ -50,7 +53,7 @@ class Output:
         self._writing = asyncio.Lock()
 
     def add(self, stream: str, _: int, text: str) -> None:
-        """More of a stream. Bounded by what the sandbox passes on."""
+        """Add text of a stream. The sandbox bounds how much it passes on."""
         self._pieces.append((stream, text))
         self._come.set()
 
@@ -64,10 +67,10 @@ class Output:
             await asyncio.sleep(FLUSH_SECONDS)
 
     async def flush(self) -> None:
-        """Returns when all that was added is kept; what could not be written is kept for another time.
+        """Store all that was added; keep what could not be stored for the next flush.
 
         Raises:
-            PyMongoError: MongoDB is away.
+            PyMongoError: MongoDB is unavailable.
         """
         async with self._writing:
             self._come.clear()
@@ -79,23 +82,23 @@ class Output:
             await self._tell(written[:LIVE_CHUNKS])
 
     async def _write(self) -> list[Chunk]:
-        """What is kept now; the rest has another place, or none."""
+        """Insert chunks and return those stored; those that remain have new offsets."""
         try:
-            # Ordered: behind a place that is taken none is ours.
+            # Ordered: after an offset that is taken, no later offset belongs to this attempt.
             await self._mongo.logs.insert_many(self._unwritten, ordered=True)
         except BulkWriteError as error:
-            if any(each["code"] != DUPLICATE for each in error.details["writeErrors"]):
+            if any(failure["code"] != DUPLICATE for failure in error.details["writeErrors"]):
                 raise
             return await self._move_on()
         written, self._unwritten = self._unwritten, []
         return written
 
     async def _move_on(self) -> list[Chunk]:
-        """A place is taken: by ourselves, when an answer was lost, or by another attempt."""
+        """Resolve a taken offset: this attempt took it and lost the response, or another attempt did."""
         ids = [chunk["_id"] for chunk in self._unwritten]
-        there = self._mongo.logs.find({"_id": {"$in": ids}}, {"claim": 1})
-        claims = {each["_id"]: each.get("claim", 0) async for each in there}  # absent in what older versions wrote
-        kept = [chunk for chunk in self._unwritten if claims.get(chunk["_id"]) == self._claim]
+        taken = self._mongo.logs.find({"_id": {"$in": ids}}, {"claim": 1})
+        claims = {chunk["_id"]: chunk.get("claim", 0) async for chunk in taken}  # absent in chunks of older versions
+        stored = [chunk for chunk in self._unwritten if claims.get(chunk["_id"]) == self._claim]
         rest = [chunk for chunk in self._unwritten if claims.get(chunk["_id"]) != self._claim]
         if any(claim > self._claim for claim in claims.values()):
             self._end, rest = JOB_CHARACTERS, []
@@ -103,7 +106,7 @@ class Output:
             self._end = await end_of(self._mongo, job=self._job)
             rest = list(self._chunks([(chunk["stream"], chunk["text"]) for chunk in rest]))
         self._unwritten = rest
-        return kept
+        return stored
 
     def _chunks(self, pieces: Sequence[tuple[str, str]]) -> Iterator[Chunk]:
         time = self._now()
@@ -128,30 +131,30 @@ class Output:
 
 
 def _merged(pieces: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """Neighbours of one stream as one."""
-    stream, texts = "", list[str]()
-    for each, text in pieces:
-        if each != stream and texts:
-            yield stream, "".join(texts)
+    """Merge adjacent pieces of the same stream."""
+    current, texts = "", list[str]()
+    for stream, text in pieces:
+        if stream != current and texts:
+            yield current, "".join(texts)
             texts = []
-        stream = each
+        current = stream
         texts.append(text)
     if texts:
-        yield stream, "".join(texts)
+        yield current, "".join(texts)
 
 
 async def end_of(mongo: Any, *, job: str) -> int:
-    """Where the output kept so far ends."""
+    """Return the offset at which the stored output ends."""
     last = await mongo.logs.find_one(_range(job), sort=[("_id", -1)])
     return last["offset"] + len(last["text"]) if last else 0
 
 
 async def read(mongo: Any, *, job: str, after: int, limit: int) -> tuple[list[Chunk], int]:
-    """The output behind its first ``after`` characters, and the position behind what is returned."""
-    begun = await mongo.logs.find_one({"_id": {"$gte": _id(job, 0), "$lte": _id(job, after)}}, sort=[("_id", -1)])
-    found = mongo.logs.find(_range(job, begun["offset"] if begun else 0), sort=[("_id", ASCENDING)], limit=limit + 1)
+    """Return the output after its first ``after`` characters, and the offset at which the returned part ends."""
+    first = await mongo.logs.find_one({"_id": {"$gte": _id(job, 0), "$lte": _id(job, after)}}, sort=[("_id", -1)])
+    chunks = mongo.logs.find(_range(job, first["offset"] if first else 0), sort=[("_id", ASCENDING)], limit=limit + 1)
     items: list[Chunk] = []
-    async for chunk in found:
+    async for chunk in chunks:
         skipped = max(0, after - chunk["offset"])
         if text := chunk["text"][skipped:]:
             offset = chunk["offset"] + skipped

@@ -1,4 +1,4 @@
-"""What is run: a program in one of the languages that this machine has, within limits."""
+"""Programs, their languages and their limits; the languages are those installed on this machine."""
 
 import os
 import shutil
@@ -15,25 +15,25 @@ class Limits:
     processes: int = 32
     file_mb: int = 16
     disk_mb: int = 64
-    open_files: int = 64  # each may be a pipe or a socket, full
+    open_files: int = 64  # each may be a full pipe or socket, which holds kernel memory
 
 
 @dataclass(frozen=True)
 class Language:
-    """How a language's programs are started; ``file`` is what the code is called."""
+    """A language and its start command; ``file`` is the name of the file with the code."""
 
     name: str
     file: str
     command: tuple[str, ...]
-    # A runtime that reserves address space cannot be held by it; the watcher of resident memory does that.
+    # Address space cannot limit a runtime that reserves a lot of it; the watchdog limits its resident memory.
     address_space_mb: Callable[[int], int] = lambda memory: memory + 64
     options: Callable[[int], tuple[str, ...]] = lambda _: ()
-    exhausted: str = "MemoryError"  # what it says when an allocation fails
+    exhausted: str = "MemoryError"  # printed when an allocation fails
 
 
 @dataclass(frozen=True)
 class Program:
-    """What is to run."""
+    """A program to run."""
 
     language: Language
     code: str
@@ -44,15 +44,15 @@ class Program:
 
 
 def installed() -> tuple[Language, ...]:
-    """The languages that this machine has; one that cannot be confined is dropped by the self-test."""
+    """Return the languages installed on this machine; the self-test drops those that cannot be confined."""
     pythons = ("/usr/bin/python3", "/usr/local/bin/python3", os.path.realpath(sys.executable))
-    found = [
+    languages = [
         Language("python", "main.py", (python, "-E", "-s", "-B", "-u"))
         for python in pythons
         if os.access(python, os.X_OK)
     ]
     if node := shutil.which("node", path="/usr/local/bin:/usr/bin"):
-        found.append(
+        languages.append(
             Language(
                 "javascript",
                 "main.js",
@@ -63,5 +63,5 @@ def installed() -> tuple[Language, ...]:
             )
         )
     if Path("/bin/bash").exists():
-        found.append(Language("bash", "main.sh", ("/bin/bash",), exhausted="cannot allocate"))
-    return tuple(found)
+        languages.append(Language("bash", "main.sh", ("/bin/bash",), exhausted="cannot allocate"))
+    return tuple(languages)

@@ -1,7 +1,7 @@
-"""All that is said to SAQ: one message per attempt, in a queue per priority class.
+"""The interface to SAQ: one message per attempt, in one queue per priority class.
 
-SAQ neither retries nor recovers for us: the record decides, and a message that was lost is sent again. Each class
-has a hash tag of its own, so that a Redis Cluster can spread them; hence no command names two of them.
+SAQ neither retries nor recovers jobs: the record decides, and the reconciler redelivers a lost message. Each class
+has its own hash tag, so that a Redis Cluster can distribute them; hence no command uses keys of two classes.
 """
 
 import asyncio
@@ -21,15 +21,15 @@ from server.jobs.table import JobType
 
 log = structlog.get_logger()
 
-CLASSES = ("high", "normal", "low")  # in the order in which they are drained
+CLASSES = ("high", "normal", "low")  # in descending priority
 UPKEEP = "upkeep"
-MARGIN_SECONDS = 240  # SAQ's own deadline comes after ours, and after all our patience with MongoDB
-FORGET = -1  # what SAQ keeps of a finished message: nothing, the record tells
+MARGIN_SECONDS = 240  # SAQ's deadline comes after that of the job type, and after all retries of MongoDB
+FORGET = -1  # SAQ keeps nothing of a finished message: the record has it
 OPERATIONS = 100
-ABANDONED_MILLISECONDS = 60_000  # a message in hand that was never begun: its worker was killed
-FAR = 500  # messages that a worker may not take are passed over, up to so many
-PAUSE_SECONDS = 0.5  # while Redis is away
-LOOK_SECONDS = 1.0  # a bell that was not heard delays no longer than this
+ABANDONED_MILLISECONDS = 60_000  # an active message that was never started: its worker was killed
+FAR = 500  # messages that a worker scans for one that it may take
+PAUSE_SECONDS = 0.5  # during an outage of Redis
+LOOK_SECONDS = 1.0  # a missed notification delays a message no longer than this
 
 _ENQUEUE = """
 if redis.call('ZSCORE', KEYS[1], KEYS[2]) then return nil end
@@ -40,8 +40,9 @@ redis.call('PUBLISH', ARGV[2], '')
 return 1
 """
 
-# The first message that asks for nothing that the worker has not; what it may not take stays in its place, for others.
-# SAQ gives every message a key of its own in the queue's slot; it is known only here.
+# Takes the first message whose type and language the worker supports; the others keep their places for other workers.
+# SAQ gives each message its own key in the queue's hash slot; the caller cannot name it in KEYS, since only the script
+# finds it.
 _TAKE = """
 local has = {}
 for i = 2, #ARGV do has[ARGV[i]] = true end
@@ -67,11 +68,12 @@ return nil
 
 
 def class_of(priority: int) -> str:
+    """Return the priority class of a job's priority, 1–10."""
     return "high" if priority >= 8 else "normal" if priority >= 4 else "low"
 
 
 class Lane(RedisQueue):
-    """The queue of one class."""
+    """The queue of one priority class."""
 
     def __init__(self, redis: Redis, name: str) -> None:
         super().__init__(
@@ -81,7 +83,7 @@ class Lane(RedisQueue):
         self._take = redis.register_script(_TAKE)
 
     async def take(self, has: Iterable[str] = ()) -> Job | None:
-        """The next message for a worker that has these types and languages, without waiting for one."""
+        """Take the next message for a worker with these types and languages, or return None at once."""
         taken: Any = await self._take(keys=[self._queued, self._active], args=[FAR, *has])
         if taken is None:
             return None
@@ -91,26 +93,26 @@ class Lane(RedisQueue):
         return job
 
     async def waiting(self, keys: Sequence[str]) -> set[str]:
-        """Those of these messages that are there and in nobody's hands."""
+        """Return those of these messages that exist and that no worker has taken."""
         async with self.redis.pipeline(transaction=False) as pipeline:
             pipeline.lrange(self._active, 0, -1)
             for key in keys:
                 pipeline.exists(self.job_id(key))
-            active, *there = await pipeline.execute()
+            active, *existing = await pipeline.execute()
         taken = {self.job_key_from_id(id.decode()) for id in active}
-        return {key for key, exists in zip(keys, there, strict=True) if exists and key not in taken}
+        return {key for key, exists in zip(keys, existing, strict=True) if exists and key not in taken}
 
     async def notify(self, job: Job) -> None:
-        """Nobody listens to SAQ: what people watch is the record."""
+        """Publish nothing: clients follow the record, and SAQ's notifications have no subscriber."""
 
     async def sweep(self, lock: int = 60, abort: float = 5.0) -> list[str]:  # noqa: ARG002 - SAQ's signature
-        """Forget the messages that killed workers had in their hands. Their jobs are the reconciler's business."""
-        redis: Any = self.redis  # typed for its synchronous sibling too
+        """Delete the messages that killed workers had taken; the reconciler repairs their jobs."""
+        redis: Any = self.redis  # its type covers the synchronous client too
         ids: list[bytes] = await redis.lrange(self._active, 0, -1)
         messages = await redis.mget(ids) if ids else []
-        dead = [id for id, message in zip(ids, messages, strict=True) if _is_abandoned(self.deserialize(message))]
-        await self._forget(dead)
-        return [id.decode() for id in dead]
+        abandoned = [id for id, message in zip(ids, messages, strict=True) if _is_abandoned(self.deserialize(message))]
+        await self._forget(abandoned)
+        return [id.decode() for id in abandoned]
 
     async def _forget(self, ids: Sequence[bytes]) -> None:
         async with self.redis.pipeline(transaction=True) as pipeline:
@@ -121,11 +123,13 @@ class Lane(RedisQueue):
             await pipeline.execute()
 
     async def _enqueue(self, job: Job) -> Job | None:
-        """As SAQ does, and ring for whoever waits."""
+        """Enqueue as SAQ does, and notify the waiting workers."""
         if job.scheduled:
             return await super()._enqueue(job)
-        done = await self._enqueue_now(keys=[self._incomplete, job.id, self._queued], args=[self.serialize(job), BELL])
-        return job if done else None
+        enqueued = await self._enqueue_now(
+            keys=[self._incomplete, job.id, self._queued], args=[self.serialize(job), BELL]
+        )
+        return job if enqueued else None
 
 
 def _is_abandoned(job: Job | None) -> bool:
@@ -143,7 +147,7 @@ def lanes(redis: Redis) -> dict[str, Lane]:
 
 
 def message(job: dict[str, Any], type: JobType) -> Job:
-    """The message of a job's next attempt."""
+    """Return the message for a job's next attempt."""
     claim = job["claim"] + 1
     return Job(
         "attempt",
@@ -160,9 +164,9 @@ def key_of(job: dict[str, Any]) -> str:
 
 
 class InOrder(RedisQueue):
-    """Several lanes as one, for a worker: the highest class first, and now and then another, so that none starves.
+    """Several queues as one, for a worker: weighted by priority class, so that none starves.
 
-    ``has`` are the types and languages of this worker; what needs others is left to others.
+    ``capabilities`` are the types and languages of this worker; it leaves other messages to other workers.
     """
 
     def __init__(self, redis: Redis, lanes: Sequence[Lane], bell: Bell, *, has: Iterable[str]) -> None:
@@ -175,7 +179,7 @@ class InOrder(RedisQueue):
         self._closed = False
 
     def close(self) -> None:
-        """No more messages; whoever waits for one is told that there is none."""
+        """Stop taking messages; ``dequeue`` then returns None."""
         self._closed = True
         self._bell.work.set()
 
@@ -195,20 +199,20 @@ class InOrder(RedisQueue):
         return None
 
     async def schedule(self, lock: int = 1) -> list[str]:
-        return [id for lane in self._lanes for id in await lane.schedule(lock)]
+        return [id for queue in self._lanes for id in await queue.schedule(lock)]
 
     async def sweep(self, lock: int = 60, abort: float = 5.0) -> list[str]:
-        return [id for lane in self._lanes for id in await lane.sweep(lock, abort)]
+        return [id for queue in self._lanes for id in await queue.sweep(lock, abort)]
 
     async def worker_info(self, worker_id: str, queue_key: str, metadata: Any = None, ttl: int = 60) -> Any:
-        """For the dashboard: at work on every lane."""
-        for lane in self._lanes:
-            await lane.worker_info(worker_id, queue_key=lane.name, metadata=metadata, ttl=ttl)
+        """Report this worker to the dashboard for each of its queues."""
+        for queue in self._lanes:
+            await queue.worker_info(worker_id, queue_key=queue.name, metadata=metadata, ttl=ttl)
         return await super().worker_info(worker_id, queue_key=queue_key, metadata=metadata, ttl=ttl)
 
     async def _next(self) -> Job | None:
-        for lane in in_turn(self._lanes, self._taken):
-            job = await lane.take(self._has)
+        for queue in in_turn(self._lanes, self._taken):
+            job = await queue.take(self._has)
             if job is not None:
                 self._taken += 1
                 return job
@@ -223,14 +227,14 @@ class InOrder(RedisQueue):
 
 
 def in_turn(lanes: Sequence[Lane], taken: int) -> Iterable[Lane]:
-    """The highest class first; of ten messages one is taken from the lowest first, one from the second."""
+    """Yield the queues in the order to try: of ten turns, one starts with the lowest class, one with the second."""
     first = len(lanes) - 1 if taken % 10 == 9 else min(1, len(lanes) - 1) if taken % 10 == 4 else 0
     yield lanes[first]
-    yield from (lane for lane in lanes if lane is not lanes[first])
+    yield from (queue for queue in lanes if queue is not lanes[first])
 
 
 class UpkeepLane(Lane):
-    """The queue of the workers' own housekeeping."""
+    """The queue of the workers' own periodic tasks."""
 
     def __init__(self, redis: Redis) -> None:
         super().__init__(redis, UPKEEP)

@@ -1,7 +1,7 @@
-"""Where a team's programs run: no network, no sight of the host, bounded in everything, nothing left behind.
+"""The sandbox for users' programs: no network, no access to the host, limits on every resource, no remains.
 
-``launcher.py`` does the confining, in processes of its own; here it is chosen what to confine with, tested once at the
-worker's start, and told of each program. It never falls back to running unconfined.
+``launcher.py`` confines the programs, in its own processes. This module selects the tier, tests it once at the start
+of the worker, and passes each program to the launcher. It never falls back to an unconfined run.
 """
 
 import asyncio
@@ -29,9 +29,14 @@ __all__ = ["FilesRefusedError", "Limits", "Outcome", "Sandbox", "SandboxError"]
 log = structlog.get_logger()
 
 LAUNCHES = 3
-FIRST_UID, UIDS = 1_500_000_000, 1 << 26  # far from any user's
+FIRST_UID, UIDS = 1_500_000_000, 1 << 26  # far from the uids of real users
 MOST_FILES, MOST_FILE_BYTES, LONGEST_PATH = 2_000, 32 << 20, 1024
-IMPOSSIBLE = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)  # with such paths, today and tomorrow
+IMPOSSIBLE = (
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+)  # the path itself is at fault: a retry fails too
 SIGXCPU = 24
 
 
@@ -41,11 +46,13 @@ SELF_TEST_ATTEMPTS = 3
 
 
 class FilesRefusedError(Exception):
-    """The files cannot be laid out: a path leads elsewhere, or they are too many."""
+    """The files cannot be written: a path is invalid, or the files exceed the limits."""
 
 
 @dataclass(frozen=True)
 class Outcome:
+    """The result of a program, as the job's result shows it."""
+
     exit_code: int | None
     signal: int | None
     stdout: str
@@ -60,6 +67,8 @@ class Outcome:
 
 @dataclass
 class Sandbox:
+    """A confinement tier, its launcher, and the languages that run in it."""
+
     tier: Tier
     _launcher: Launcher
     _cgroup: Path | None = None
@@ -73,8 +82,10 @@ class Sandbox:
 
     @classmethod
     async def detect(cls, candidates: Sequence[Tier] | None = None) -> "Sandbox":
-        """The best tier whose self-test holds, with the languages that run in it; a sandbox without languages
-        where none does. To be closed."""
+        """Return a sandbox of the best tier that passes its self-test, with the languages that run in it.
+
+        If no tier passes, the sandbox has no languages. The caller closes it.
+        """
         launcher = await Launcher.start()
         problems: dict[str, str] = {}
         for tier in tiers.ours() if candidates is None else candidates:
@@ -90,18 +101,21 @@ class Sandbox:
         return cls(NO_TIER, launcher)
 
     async def close(self) -> None:
-        """No program is to run any more."""
+        """Stop the launcher; no program may run afterwards."""
         await self._launcher.close()
 
     @contextlib.asynccontextmanager
     async def folder(self) -> AsyncIterator[Path]:
-        """A fresh directory for work of our own, removed afterwards; by the launcher where the worker is killed."""
+        """Create a directory for a helper process, and remove it afterwards.
+
+        The launcher removes it if the worker is killed.
+        """
         launcher = await self._living_launcher()
-        made = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="child-", dir=launcher.directory))
+        directory = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="child-", dir=launcher.directory))
         try:
-            yield made
+            yield directory
         finally:
-            await _in_thread(shutil.rmtree, made, True)
+            await _in_thread(shutil.rmtree, directory, True)
 
     async def run(
         self,
@@ -114,33 +128,35 @@ class Sandbox:
         limits: Limits = USUAL_LIMITS,
         on_output: OnOutput = lambda *_: None,
     ) -> Outcome:
-        """Run a program to its end, or to the limit that ends it. Cancelling the call kills all of it.
+        """Run a program until it ends or exceeds a limit. Cancelling the call kills all its processes.
 
-        ``files`` by their relative paths are there for it to read: in ``../files``, and what stands at their top also
-        under its own name in the program's directory.
+        The program can read ``files``, given by relative path, in ``../files``; those at the top level also appear
+        under their names in the program's directory.
 
         Raises:
-            SandboxError: that language cannot be confined here; nothing ran.
-            FilesRefusedError: the files cannot be laid out.
+            SandboxError: the language cannot be confined here; nothing ran.
+            FilesRejectedError: the files cannot be written.
         """
         if language not in self._languages:
-            raise SandboxError(f"no sandbox for {language} here")
+            raise SandboxError(f"this worker has no sandbox for {language}")
         program = Program(self._languages[language], code, stdin, args, files or {}, limits)
         return await self._run(program, on_output)
 
     async def _prepare(self) -> str | None:
-        """Return why the tier cannot be used here; None where it can, for Python at least."""
-        if lack := tiers.missing(self.tier):
-            return lack
+        """Return why the tier cannot be used here, or None if it can, at least for Python."""
+        if missing_package := tiers.missing(self.tier):
+            return missing_package
         if self.tier.cgroup:
             self._cgroup = cgroups.delegated()
             if self._cgroup is None:
-                return "no control group is delegated to the worker (cgroup v2): Delegate=yes in its systemd unit"
-        return None if await self._learn("python") else f"its self-test fails: {self._problem}"
+                return "no control group is delegated to the worker (cgroup v2): set Delegate=yes in its systemd unit"
+        return None if await self._learn("python") else f"self-test failed: {self._problem}"
 
     async def _learn(self, name: str) -> bool:
-        """Whether it speaks that language, by the first of its interpreters that works. Python comes first: it is
-        around the others."""
+        """Add a language by the first of its interpreters that passes the self-test; return whether one does.
+
+        Python must be added first: its interpreter starts the programs of the other languages.
+        """
         for language in installed():
             if language.name == name and await self._works(language):
                 self._languages = {**self._languages, name: language}
@@ -148,8 +164,10 @@ class Sandbox:
         return False
 
     async def _works(self, language: Language) -> bool:
-        """Whether a program runs in it and, for Python, finds every door shut. A loaded machine may kill or starve
-        one that would: what holds once, holds."""
+        """Return whether a self-test program runs and, for Python, finds every access blocked.
+
+        A single pass suffices: on a loaded machine, a correct sandbox may fail because its program is killed or slow.
+        """
         for _ in range(SELF_TEST_ATTEMPTS):
             problem = await self._problem_of(language)
             if problem is None:
@@ -159,7 +177,7 @@ class Sandbox:
         return False
 
     async def _problem_of(self, language: Language) -> str | None:
-        """Return what a self-test finds open or broken; None where it holds."""
+        """Run the self-test; return what it finds open or broken, or None if it passes."""
         secret, written = self._launcher.directory / "secret", self._launcher.directory / "written"
         secret.write_text("secret")
         args = (str(os.getpid()), str(secret), str(written))
@@ -183,25 +201,25 @@ class Sandbox:
             try:
                 await _in_thread(self._lay_out, root, program)
                 await job.start(launcher)
-                told = await job.until_end()
+                report = await job.until_end()
             except BaseException as error:
                 await _in_thread(shutil.rmtree, root, True)
                 if not isinstance(error, NotLaunchedError):
                     raise
             else:
-                return _outcome(told, job, program.language, self.tier)
-        raise SandboxError("the launcher ends again and again")
+                return _outcome(report, job, program.language, self.tier)
+        raise SandboxError("the sandbox launcher exits repeatedly")
 
     async def _living_launcher(self) -> Launcher:
         async with self._starting:
             if not self._launcher.alive:
                 log.warning("the launcher has ended; another is started")
-                ended, self._launcher = self._launcher, await Launcher.start()
-                await ended.close()
+                exited, self._launcher = self._launcher, await Launcher.start()
+                await exited.close()
             return self._launcher
 
     def _lay_out(self, root: Path, program: Program) -> None:
-        """The job's directory: what the launcher must know, the input, the files, and the program in ``work``."""
+        """Write the job's directory: the launcher's configuration, stdin, the files, and the program in ``work``."""
         uid = _free_uid() if os.geteuid() == 0 else None
         root.chmod(0o711)
         work, files = root / "work", root / "files"
@@ -212,47 +230,47 @@ class Sandbox:
         if uid is not None:
             _show(files)
         code = work / program.language.file
-        code.unlink(missing_ok=True)  # a file of that name is still to be had in ../files
+        code.unlink(missing_ok=True)  # a file of that name is still available in ../files
         code.write_bytes(program.code.encode(errors="replace"))
         stdin = root / "stdin"
         stdin.write_bytes(program.stdin.encode(errors="replace"))
-        for each in (work, code, stdin):
-            os.chown(each, -1 if uid is None else uid, -1 if uid is None else uid)
+        for path in (work, code, stdin):
+            os.chown(path, -1 if uid is None else uid, -1 if uid is None else uid)
         python = self._languages.get("python", program.language)
         config = tiers.config(root, program, self.tier, uid=uid, python=python, cgroup=self._cgroup)
         (root / "config.json").write_text(json.dumps(config))
 
 
 def _log_choice(tier: Tier, problems: Mapping[str, str]) -> None:
-    """Log once which tier was chosen, and what the better ones lack: the nearest first, and each reason once."""
-    nearest = {problem: name for name, problem in problems.items()}
-    better = "; ".join(f"{name}: {problem}" for problem, name in reversed(nearest.items()))
+    """Log the selected tier, and why the better tiers fail: the next better first, each reason once."""
+    tier_by_problem = {problem: name for name, problem in problems.items()}
+    better = "; ".join(f"{name}: {problem}" for problem, name in reversed(tier_by_problem.items()))
     log.info("sandbox chosen", tier=tier.name, better=better or None)
 
 
 async def _in_thread(work: Callable[..., object], *arguments: object) -> None:
-    """To its end, also when we are cancelled: what comes next must not meet it half done."""
-    done = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+    """Run ``work`` in a thread to its end, even if cancelled: the caller must not continue while it is half done."""
+    running = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
     try:
-        await asyncio.shield(done)
+        await asyncio.shield(running)
     except asyncio.CancelledError:
-        await asyncio.wait({done})
+        await asyncio.wait({running})
         raise
 
 
 def _laid_out(files: Mapping[str, bytes], directory: Path) -> set[str]:
-    """Write them; the names at their top.
+    """Write the files below a directory; return the names at its top level.
 
     Raises:
-        FilesRefusedError: a path leads elsewhere, or they are too many.
+        FilesRejectedError: a path is invalid, or the files exceed the limits.
     """
     if len(files) > MOST_FILES or sum(map(len, files.values())) > MOST_FILE_BYTES:
-        raise FilesRefusedError("too many files")
-    top = set()
+        raise FilesRefusedError(f"the maximum is {MOST_FILES} files and {MOST_FILE_BYTES >> 20} MiB")
+    top_names = set()
     for name, content in files.items():
         parts = PurePosixPath(name).parts
         if not parts or parts[0] == "/" or ".." in parts or "\0" in name or len(name.encode()) > LONGEST_PATH:
-            raise FilesRefusedError(f"not a path: {name[:100]!r}")
+            raise FilesRefusedError(f"invalid path: {name[:100]!r}")
         path = directory.joinpath(*parts)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -261,82 +279,82 @@ def _laid_out(files: Mapping[str, bytes], directory: Path) -> set[str]:
             if error.errno not in IMPOSSIBLE:
                 raise
             raise FilesRefusedError(f"{name[:100]!r}: {error.strerror}") from error
-        top.add(parts[0])
-    return top
+        top_names.add(parts[0])
+    return top_names
 
 
 def _show(directory: Path) -> None:
-    """To another user, whatever our umask."""
-    for folder, _, files in os.walk(directory):
-        os.chmod(folder, 0o755)  # noqa: PTH101, S103
+    """Make the tree readable for other users, whatever the umask."""
+    for parent, _, files in os.walk(directory):
+        os.chmod(parent, 0o755)  # noqa: PTH101, S103
         for name in files:
-            os.chmod(os.path.join(folder, name), 0o644)  # noqa: PTH101, PTH118
+            os.chmod(os.path.join(parent, name), 0o644)  # noqa: PTH101, PTH118
 
 
 def _free_uid() -> int:
-    """A user that owns nothing, of those that our user namespace has."""
+    """Return a random uid of this user namespace that owns nothing."""
     lines = Path("/proc/self/uid_map").read_text().splitlines()
     last = max(int(line.split()[0]) + int(line.split()[2]) for line in lines)
     span = min(UIDS, last // 2)
     return min(FIRST_UID, last - span) + secrets.randbelow(span)
 
 
-def _outcome(told: dict[str, Any], job: Job, language: Language, tier: Tier) -> Outcome:
-    if told["why"] == "disk":
-        job.stderr.take("\n[killed: the disk limit was passed]\n")
-    exhausted = told["exitCode"] != 0 and language.exhausted in job.stderr.text[-4096:]
+def _outcome(report: dict[str, Any], job: Job, language: Language, tier: Tier) -> Outcome:
+    if report["why"] == "disk":
+        job.stderr.take("\n[killed: the program exceeded its disk limit]\n")
+    allocation_failed = report["exitCode"] != 0 and language.exhausted in job.stderr.text[-4096:]
     return Outcome(
-        exit_code=told["exitCode"],
-        signal=told["signal"],
+        exit_code=report["exitCode"],
+        signal=report["signal"],
         stdout=job.stdout.text,
         stderr=job.stderr.text,
         truncated=job.stdout.truncated or job.stderr.truncated,
-        timed_out=told["why"] == "time" or told["signal"] == SIGXCPU,  # the same limit, in CPU time
-        out_of_memory=told["why"] == "memory" or exhausted,
-        duration_ms=told["durationMs"],
-        max_rss_kb=told["maxRssKb"],
+        timed_out=report["why"] == "time" or report["signal"] == SIGXCPU,  # the same limit, in CPU time
+        out_of_memory=report["why"] == "memory" or allocation_failed,
+        duration_ms=report["durationMs"],
+        max_rss_kb=report["maxRssKb"],
         sandbox=tier.name,
     )
 
 
-# Each is given the worker's pid, a file of the worker's and one that is not there. It says "confined" when every door
-# is shut, else which one is open. The other languages pass through the same doors.
+# Each program receives the worker's pid, a file of the worker and one that does not exist. It prints "confined" if
+# every access is blocked, else which one is open. The other languages run under the same restrictions as Python.
 SELF_TESTS = {
     "javascript": "console.log('confined')",
     "bash": "echo confined",
     "python": """
 import os, socket, sys, time
 worker, secret, written = sys.argv[1:]
-def shut(what, door):
+def expect_blocked(name, access):
     try:
-        door()
+        access()
     except OSError:
         return
-    raise SystemExit(what + " is open")
+    raise SystemExit(name + " is open")
 def is_open(descriptor):
     try:
         os.fstat(descriptor)
     except OSError:
         return False
     return True
-# Those that were open before the limit of open files was lowered may have any number.
-left = [descriptor for descriptor in range(3, 1 << 16) if is_open(descriptor)]
-if left:
-    raise SystemExit(f"the worker's descriptors are open: {left[:10]}")
-shut("network", lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM))
-shut("unix sockets", lambda: socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-shut("host file", lambda: open("/etc/passwd"))
-shut("the worker's file", lambda: open(secret))
-shut("the worker's directory", lambda: open(written, "w"))
-if int(worker) > 9:  # within a container it may have a number that the program's own processes have
-    shut("the worker's environment", lambda: open(f"/proc/{worker}/environ"))
-    shut("signal to the worker", lambda: os.kill(int(worker), 0))
-shut("the given files", lambda: open("given", "a"))
+# Descriptors opened before the limit of open files was lowered may have any number.
+leaked = [descriptor for descriptor in range(3, 1 << 16) if is_open(descriptor)]
+if leaked:
+    raise SystemExit(f"the worker's descriptors are open: {leaked[:10]}")
+expect_blocked("network", lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+expect_blocked("unix sockets", lambda: socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+expect_blocked("host file", lambda: open("/etc/passwd"))
+expect_blocked("the worker's file", lambda: open(secret))
+expect_blocked("the worker's directory", lambda: open(written, "w"))
+if int(worker) > 9:  # in a container, one of the program's own processes may have the same pid
+    expect_blocked("the worker's environment", lambda: open(f"/proc/{worker}/environ"))
+    expect_blocked("signal to the worker", lambda: os.kill(int(worker), 0))
+expect_blocked("the given files", lambda: open("given", "a"))
 assert open("given").read() == "given" and open("../files/given").read() == "given"
 with open("here", "w") as file:
     file.write("here")
 assert open("here").read() == "here" and not [k for k in os.environ if "SECRET" in k or "URL" in k]
-time.sleep(0.2)  # the watch looks more than once, and must be able to
+time.sleep(0.2)  # the watchdog samples more than once, and must be able to
 print("confined")
 """,
 }

@@ -1,4 +1,4 @@
-"""What jobs look like from outside."""
+"""The schemas of requests and responses about jobs."""
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -13,16 +13,16 @@ from server.jobs.types import JOB_TYPES
 from server.rest.idempotency import KEY
 from server.rest.pages import LARGEST, PageQuery
 
-_RESULT = "by type; where files of a workspace were read, its `warnings` name those that were skipped for their paths"
+_RESULT = "depends on the type; its `warnings` name the workspace files that were skipped because of their paths"
 
 
 class Instant(fields.AwareDateTime):
-    """With an offset; in UTC from then on."""
+    """A time with an offset, converted to UTC."""
 
     def _deserialize(self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **options: Any) -> datetime:
         try:
             return super()._deserialize(value, attr, data, **options).astimezone(UTC)
-        except OverflowError:  # near the ends of time
+        except OverflowError:  # near the minimum and maximum of datetime
             raise self.make_error("invalid", input=value, obj_type=self.OBJ_TYPE) from None
 
 
@@ -36,14 +36,14 @@ class NewJob(Schema):
         load_default=None,
         allow_none=True,
         format="iso",
-        metadata={"description": "not before that time; one in the past is taken as now"},
+        metadata={"description": "the earliest start; a time in the past means now"},
     )
     idempotency_key = fields.String(load_default=None, allow_none=True, validate=validate.Regexp(KEY))
 
 
 class JobsQuery(PageQuery):
-    project_id = Id(load_default=None, metadata={"description": "all of its jobs, not only yours"})
-    workspace_id = Id(load_default=None, metadata={"description": "the same"})
+    project_id = Id(load_default=None, metadata={"description": "lists all jobs of the project, not only yours"})
+    workspace_id = Id(load_default=None, metadata={"description": "lists all jobs of the workspace, not only yours"})
     status = fields.String(load_default=None, validate=validate.OneOf(STATUSES))
     type = fields.String(load_default=None, validate=validate.OneOf(sorted(JOB_TYPES)))
 
@@ -52,10 +52,12 @@ class LogsQuery(Schema):
     after = QueryInteger(
         load_default=0,
         validate=validate.Range(0, MOST_CHARACTERS),
-        metadata={"description": "a position in the output: what comes behind it"},
+        metadata={"description": "a position in the output, in characters; the response begins there"},
     )
     cursor = QueryInteger(
-        load_default=None, validate=validate.Range(0, MOST_CHARACTERS), metadata={"description": "the same"}
+        load_default=None,
+        validate=validate.Range(0, MOST_CHARACTERS),
+        metadata={"description": "the same as `after`, which it overrides"},
     )
     limit = QueryInteger(load_default=LARGEST, validate=validate.Range(1, LARGEST))
 
@@ -69,8 +71,8 @@ class LogItem(Schema):
 
 class Logs(Schema):
     items = fields.List(fields.Nested(LogItem))
-    next_cursor = fields.String(allow_none=True, metadata={"description": "null when this is all there will be"})
-    complete = fields.Boolean(metadata={"description": "the job has ended, and this is the end of its output"})
+    next_cursor = fields.String(allow_none=True, metadata={"description": "null when `complete` is true"})
+    complete = fields.Boolean(metadata={"description": "the job has ended, and its output ends here"})
 
 
 class UserStats(Schema):
@@ -82,7 +84,7 @@ class UserStats(Schema):
 
 
 class QueueStats(Schema):
-    queued = fields.Integer(metadata={"description": "due jobs that wait"})
+    queued = fields.Integer(metadata={"description": "due jobs that wait for a worker"})
     active = fields.Integer()
     scheduled = fields.Integer(metadata={"description": "jobs with a later runAt"})
     workers = fields.Integer()

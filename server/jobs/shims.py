@@ -1,4 +1,4 @@
-"""The launcher and its shims, from the worker's side: one program's start, output, outcome and early end."""
+"""The worker's side of the launcher and its shims: a program's start, output, result and cancellation."""
 
 import asyncio
 import codecs
@@ -31,15 +31,15 @@ OnOutput = Callable[[str, int, str], None]
 
 
 class SandboxError(Exception):
-    """The program could not be confined, so nothing ran."""
+    """The program cannot be confined, so nothing ran."""
 
 
 class NotLaunchedError(Exception):
-    """The launcher has ended; another may run it."""
+    """The launcher has exited before it started the program; another launcher may run it."""
 
 
 class Output:
-    """One stream: the first MiB is kept, the rest is read and dropped."""
+    """The capture of one stream: keeps the first MiB, reads and discards the rest."""
 
     def __init__(self, stream: str, on_output: OnOutput) -> None:
         self.truncated = False
@@ -59,7 +59,7 @@ class Output:
             self._left -= len(kept)
             self.truncated = self.truncated or len(kept) < len(chunk)
             if self.truncated:
-                await asyncio.sleep(DROPPING_PAUSE)  # or what nobody will see would take all of our time
+                await asyncio.sleep(DROPPING_PAUSE)  # else discarding would use the whole CPU
             self.take(self._decoder.decode(kept))
         self.take(self._decoder.decode(b"", final=True))
 
@@ -71,7 +71,7 @@ class Output:
 
 
 class Launcher:
-    """The process that forks a shim for each program, and the directory in which jobs have theirs."""
+    """The process that forks a shim per program, and the directory that holds the directories of jobs."""
 
     def __init__(self, process: asyncio.subprocess.Process, control: socket.socket, directory: Path) -> None:
         self._process, self._control = process, control
@@ -81,43 +81,49 @@ class Launcher:
     @classmethod
     async def start(cls) -> "Launcher":
         directory = Path(tempfile.mkdtemp(prefix="sandbox-"))
-        os.chmod(directory, 0o711)  # noqa: PTH101, S103 - jobs' users must get through; it takes no time
+        os.chmod(directory, 0o711)  # noqa: PTH101, S103 - the users of jobs must traverse it; chmod is fast
         lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(lock, fcntl.LOCK_EX)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.setblocking(False)
+        local, remote = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        local.setblocking(False)
         try:
             process = await child.spawn(
-                *(sys.executable, "-I", "-S", str(LAUNCHER), str(theirs.fileno()), str(lock), str(directory)),
-                stderr=STDERR,  # the launcher's own errors; it closes ours for what it forks
-                inherit=[theirs.fileno(), lock],
+                *(sys.executable, "-I", "-S", str(LAUNCHER), str(remote.fileno()), str(lock), str(directory)),
+                stderr=STDERR,  # for the launcher's own errors; it closes this descriptor in its children
+                inherit=[remote.fileno(), lock],
                 cwd="/",
-                environment={},  # nothing of ours in anybody's /proc/…/environ
+                environment={},  # else other processes could read it in /proc/…/environ
             )
         except BaseException:
-            ours.close()
+            local.close()
             shutil.rmtree(directory, ignore_errors=True)
             raise
         finally:
-            theirs.close()
+            remote.close()
             os.close(lock)
-        return cls(process, ours, directory)
+        return cls(process, local, directory)
 
     @property
     def alive(self) -> bool:
         return self._listens and self._process.returncode is None
 
     def launch(self, config: Path, descriptors: list[int]) -> None:
+        """Send a program to the launcher.
+
+        Raises:
+            NotLaunchedError: the launcher has exited.
+            SandboxError: the launcher does not accept the message.
+        """
         try:
             socket.send_fds(self._control, [str(config).encode()], descriptors)
-        except ConnectionError as error:  # it has ended, which asyncio will know in a moment
+        except ConnectionError as error:  # the launcher has exited; asyncio notices it a moment later
             self._listens = False
             raise NotLaunchedError(str(error)) from error
         except OSError as error:
-            raise SandboxError(f"the launcher does not listen: {error}") from error
+            raise SandboxError(f"the sandbox launcher does not accept programs: {error}") from error
 
     async def close(self) -> None:
-        """Its shims end their programs when their channels close; it waits for them and clears up."""
+        """Close the control socket: the launcher waits for its shims, removes the directory and exits."""
         self._control.close()
         try:
             async with asyncio.timeout(STOP_SECONDS):
@@ -127,7 +133,7 @@ class Launcher:
 
 
 class Job:
-    """One program, from here: its output and the channel to its shim. Closing the channel ends the program."""
+    """A running program: its output and the channel to its shim. Closing the channel ends the program."""
 
     def __init__(self, root: Path, on_output: OnOutput) -> None:
         self.stdout, self.stderr = Output("stdout", on_output), Output("stderr", on_output)
@@ -136,21 +142,21 @@ class Job:
         self._pipes: list[asyncio.BaseTransport] = []
 
     async def start(self, launcher: Launcher) -> None:
-        self._channel, told = socket.socketpair()
+        self._channel, shim_channel = socket.socketpair()
         self._channel.setblocking(False)
-        theirs: list[int] = []
+        write_ends: list[int] = []
         try:
             for output in (self.stdout, self.stderr):
-                ours, descriptor = os.pipe()
-                theirs.append(descriptor)
-                await self._listen(output, ours)
-            launcher.launch(self._config, [*theirs, told.fileno()])
+                read_end, write_end = os.pipe()
+                write_ends.append(write_end)
+                await self._listen(output, read_end)
+            launcher.launch(self._config, [*write_ends, shim_channel.fileno()])
         except BaseException:
             self._close()
             raise
         finally:
-            told.close()
-            for descriptor in theirs:
+            shim_channel.close()
+            for descriptor in write_ends:
                 os.close(descriptor)
 
     async def _listen(self, output: Output, descriptor: int) -> None:
@@ -162,8 +168,11 @@ class Job:
         self._reading.append(asyncio.create_task(output.read(reader)))
 
     async def until_end(self) -> dict[str, Any]:
-        """What the shim tells: first by an empty line that there is one. At its end nothing is left that could
-        write, so the output ends too."""
+        """Wait for the outcome that the shim reports.
+
+        The shim first sends an empty line to confirm its start. When it exits, no process that could write is left, so
+        the output ends too.
+        """
         try:
             raw = await self._told()
             await asyncio.wait(self._reading, timeout=STOP_SECONDS)
@@ -173,13 +182,13 @@ class Job:
         finally:
             self._close()
         if not raw:
-            raise NotLaunchedError("the launcher was killed")
+            raise NotLaunchedError("the sandbox launcher was killed")
         if not raw.strip():
-            raise SandboxError("the shim was killed")
-        told: dict[str, Any] = json.loads(raw)
-        if "error" in told:
-            raise SandboxError(f"{told['error']} {self.stderr.text[-200:]}".strip())
-        return told
+            raise SandboxError("the program's shim was killed")
+        outcome: dict[str, Any] = json.loads(raw)
+        if "error" in outcome:
+            raise SandboxError(f"{outcome['error']} {self.stderr.text[-200:]}".strip())
+        return outcome
 
     async def _told(self) -> bytes:
         raw = b""
@@ -188,7 +197,7 @@ class Job:
         return raw
 
     async def _stop(self) -> None:
-        """The shim sees it, kills all that is below it, removes the directory and ends."""
+        """Shut the channel down: the shim kills all its descendants, removes the directory and exits."""
         self._channel.shutdown(socket.SHUT_WR)
         try:
             async with asyncio.timeout(STOP_SECONDS):

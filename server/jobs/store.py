@@ -1,14 +1,14 @@
-"""Job records in MongoDB: the source of truth. Every move is one conditional write.
+"""Job records in MongoDB: the source of truth. Every state transition is one conditional write.
 
-Keys are those of the JSON, so that a record is shown as it is stored, but for what ``shown`` leaves out:
+The keys are those of the JSON, so that clients see a record as it is stored, except what ``client_view`` omits:
 
-claim   grows with every attempt and with every message that is sent anew; only who holds it may write (the fence)
-lease   until when the holder of a running attempt is believed to live
-slot    one of its user's few, held while an attempt is queued or runs: unique, so that no two processes can give
-        out one slot twice
-sentAt  when the message of a queued attempt was sent
-lost    workers lost in a row
-trace   the traceparent of the request that asked for it
+claim   grows with every attempt and every redelivered message; only its holder may write (the fence)
+lease   the time until which the worker of a running attempt counts as alive
+slot    one of the user's few slots, held while an attempt is queued or runs: unique per user, so that no two processes
+        can assign the same slot
+sentAt  the time at which the message of a queued attempt was sent
+lost    the number of consecutively lost workers
+trace   the traceparent of the request that created the job
 """
 
 import hashlib
@@ -28,18 +28,18 @@ from server.errors import ValidationFailed
 PENDING, PROCESSING, COMPLETED, FAILED, CANCELLED = "pending", "processing", "completed", "failed", "cancelled"
 STATUSES = (PENDING, PROCESSING, COMPLETED, FAILED, CANCELLED)
 MAX_ATTEMPTS = 3
-MOST_LOST = 5  # workers in a row
+MOST_LOST = 5  # consecutive workers
 LEASE = timedelta(seconds=10)
 HISTORY_LENGTH = 50
-LAST_WORDS = timedelta(seconds=3)  # a cancelled job's processes are gone after 2
-PAGE_BYTES = 4 << 20  # a page of jobs with large results ends early
+LAST_WORDS = timedelta(seconds=3)  # the processes of a cancelled job end within 2 s
+PAGE_BYTES = 4 << 20  # a page of jobs with large results is shorter than its limit
 _HIDDEN = ("_id", "claim", "lease", "slot", "sentAt", "lost", "bodyHash", "workerId", "userName", "trace")
 
 Job = dict[str, Any]
 
 
 async def prepare(mongo: Any) -> None:
-    """Create the indexes; safe to call at every start. One that an older version made otherwise is made anew."""
+    """Create the indexes, idempotently; replace those that an older version defined differently."""
     for name, keys, options in _INDEXES:
         try:
             await mongo.jobs.create_index(keys, name=name, **options)
@@ -53,8 +53,8 @@ async def prepare(mongo: Any) -> None:
 _OTHERWISE = (85, 86)  # IndexOptionsConflict, IndexKeySpecsConflict
 
 
-# Filters of partial indexes are comparisons: MongoDB does not see that a value fits {"$type": "string"}, and would
-# not use them.
+# The filters of partial indexes are comparisons: MongoDB does not infer that a value matches {"$type": "string"}, and
+# would not use the index.
 _INDEXES: list[tuple[str, list[tuple[str, int]], dict[str, Any]]] = [
     (
         "keys",
@@ -107,12 +107,12 @@ async def create(
     trace: str | None,
     now: datetime,
 ) -> tuple[Job, bool]:
-    """The job, and whether it was there already under the same key.
+    """Return the job, and whether it existed already under the same idempotency key.
 
-    One that is due takes one of its user's slots by guess; where that is taken it has none, and waits.
+    A job that is due tries one random slot of its user; if that slot is taken, the job has none and waits.
 
     Raises:
-        ValidationFailed: ``idempotency_key_reused``: that key came with another body.
+        ValidationFailed: ``idempotency_key_reused``: the key was used with another body.
     """
     is_due = run_at is None or run_at <= now
     job: Job = {
@@ -149,7 +149,7 @@ async def create(
         try:
             await mongo.jobs.insert_one(job)
         except DuplicateKeyError:
-            # Either index may have refused: the key's is asked, and the slot goes.
+            # Either unique index may have rejected the job: look up the key, else give up the slot.
             if earlier := await under_key(mongo, user=user, key=idempotency_key, body_hash=body_hash):
                 return earlier, True
             if job["slot"] is None:
@@ -160,28 +160,28 @@ async def create(
 
 
 async def under_key(mongo: Any, *, user: UUID, key: str | None, body_hash: str) -> Job | None:
-    """The job that the user asked for under this key.
+    """Return the job that the user created under this idempotency key.
 
     Raises:
-        ValidationFailed: ``idempotency_key_reused``: that key came with another body.
+        ValidationFailed: ``idempotency_key_reused``: the key was used with another body.
     """
     if key is None:
         return None
     earlier: Job | None = await mongo.jobs.find_one({"userId": str(user), "idempotencyKey": key})
     if earlier and earlier["bodyHash"] != body_hash:
-        raise ValidationFailed("That key came with another body", code="idempotency_key_reused")
+        raise ValidationFailed("Idempotency key was used with another request body", code="idempotency_key_reused")
     return earlier
 
 
 def hash_of(body: dict[str, Any]) -> str:
-    """Of what was asked for, in whatever order and under whatever key."""
-    asked = {name: value for name, value in body.items() if name != "idempotency_key"}
-    return hashlib.sha256(json.canonical(asked)).hexdigest()
+    """Return the hash of a request body, independent of the order of its keys and of the idempotency key."""
+    hashed = {name: value for name, value in body.items() if name != "idempotency_key"}
+    return hashlib.sha256(json.canonical(hashed)).hexdigest()
 
 
 async def read(mongo: Any, *, job: str) -> Job | None:
-    found: Job | None = await mongo.jobs.find_one({"_id": job})
-    return found
+    record: Job | None = await mongo.jobs.find_one({"_id": job})
+    return record
 
 
 async def list_jobs(
@@ -197,35 +197,35 @@ async def list_jobs(
 ) -> tuple[list[Job], bool]:
     """Return the jobs of a workspace, else of a project, else of the user, newest first, and whether there are more.
 
-    At least one, then as many as fit.
+    A page has at least one job, then as many as fit into its maximum size.
     """
-    place = {"workspaceId": str(workspace)} if workspace else {"projectId": str(project)} if project else None
-    wanted: dict[str, Any] = place or {"userId": str(user)}
-    wanted |= {key: value for key, value in (("status", status), ("type", type)) if value}
+    scope = {"workspaceId": str(workspace)} if workspace else {"projectId": str(project)} if project else None
+    query: dict[str, Any] = scope or {"userId": str(user)}
+    query |= {key: value for key, value in (("status", status), ("type", type)) if value}
     created, id = after
     if created is not None:
-        wanted["$or"] = [{"createdAt": {"$lt": created}}, {"createdAt": created, "_id": {"$lt": id}}]
+        query["$or"] = [{"createdAt": {"$lt": created}}, {"createdAt": created, "_id": {"$lt": id}}]
     newest = [("createdAt", DESCENDING), ("_id", DESCENDING)]
-    found: list[Job] = []
+    page: list[Job] = []
     size = 0
-    async for job in mongo.jobs.find(wanted, sort=newest, limit=limit + 1, batch_size=10):
+    async for job in mongo.jobs.find(query, sort=newest, limit=limit + 1, batch_size=10):
         size += len(json.dumps(job))
-        if len(found) == limit or (found and size > PAGE_BYTES):
-            return found, True
-        found.append(job)
-    return found, False
+        if len(page) == limit or (page and size > PAGE_BYTES):
+            return page, True
+        page.append(job)
+    return page, False
 
 
 async def count(mongo: Any, *, user: UUID, now: datetime) -> tuple[dict[str, int], dict[str, int]]:
-    """How many of the user's jobs have which status; how many of everybody's wait, run and are scheduled."""
-    mine = dict.fromkeys(STATUSES, 0)
-    grouped = [{"$match": {"userId": str(user)}}, {"$group": {"_id": "$status", "jobs": {"$sum": 1}}}]
-    async for each in mongo.jobs.aggregate(grouped):
-        mine[each["_id"]] = each["jobs"]
+    """Count the user's jobs by status, and all users' jobs that are queued, active and scheduled."""
+    by_status = dict.fromkeys(STATUSES, 0)
+    pipeline = [{"$match": {"userId": str(user)}}, {"$group": {"_id": "$status", "jobs": {"$sum": 1}}}]
+    async for group in mongo.jobs.aggregate(pipeline):
+        by_status[group["_id"]] = group["jobs"]
     queued = await mongo.jobs.count_documents({"status": PENDING, "runAt": {"$not": {"$gt": now}}})
     scheduled = await mongo.jobs.count_documents({"status": PENDING, "runAt": {"$gt": now}})
     active = await mongo.jobs.count_documents({"status": PROCESSING})
-    return mine, {"queued": queued, "active": active, "scheduled": scheduled}
+    return by_status, {"queued": queued, "active": active, "scheduled": scheduled}
 
 
 SCHEDULED, LIMITED = "scheduled", "limited"
@@ -236,8 +236,8 @@ UNFINISHED_STATES = (PENDING, LIMITED, SCHEDULED, PROCESSING)
 class Unfinished:
     """Jobs of one type in one state.
 
-    ``pending``: due, and a worker may take it; ``limited``: due, while its user has as many attempts queued or
-    running as one user may have; ``scheduled``: not due yet; ``processing``.
+    ``pending``: due, and a worker may take it; ``limited``: due, but all slots of its user are taken;
+    ``scheduled``: not due yet; ``processing``: a worker runs it.
     """
 
     type: str
@@ -247,11 +247,11 @@ class Unfinished:
 
 
 async def unfinished(mongo: Any, *, now: datetime) -> list[Unfinished]:
-    """Return all users' jobs that are not finished, and since when the oldest of each kind has been due."""
-    waits = {"$cond": [{"$eq": [{"$ifNull": ["$slot", None]}, None]}, LIMITED, PENDING]}
-    pending = {"$cond": [{"$gt": ["$runAt", now]}, SCHEDULED, waits]}
+    """Count all users' unfinished jobs by type and state, with the seconds since the oldest became due."""
+    due = {"$cond": [{"$eq": [{"$ifNull": ["$slot", None]}, None]}, LIMITED, PENDING]}
+    pending = {"$cond": [{"$gt": ["$runAt", now]}, SCHEDULED, due]}
     state = {"$cond": [{"$eq": ["$status", PENDING]}, pending, PROCESSING]}
-    grouped = [
+    pipeline = [
         {"$match": {"status": {"$in": [PENDING, PROCESSING]}}},
         {
             "$group": {
@@ -263,9 +263,12 @@ async def unfinished(mongo: Any, *, now: datetime) -> list[Unfinished]:
     ]
     return [
         Unfinished(
-            each["_id"]["type"], each["_id"]["state"], each["number"], max(0.0, (now - each["oldest"]).total_seconds())
+            group["_id"]["type"],
+            group["_id"]["state"],
+            group["number"],
+            max(0.0, (now - group["oldest"]).total_seconds()),
         )
-        async for each in mongo.jobs.aggregate(grouped)
+        async for group in mongo.jobs.aggregate(pipeline)
     ]
 
 
@@ -273,29 +276,29 @@ async def unfinished(mongo: Any, *, now: datetime) -> list[Unfinished]:
 
 
 async def free_slots(mongo: Any, *, user: str, slots: int) -> list[int]:
-    held = {each["slot"] async for each in mongo.jobs.find({"userId": user, "slot": {"$gte": 0}}, {"slot": 1})}
+    held = {job["slot"] async for job in mongo.jobs.find({"userId": user, "slot": {"$gte": 0}}, {"slot": 1})}
     return [slot for slot in range(slots) if slot not in held]
 
 
 async def waiting(mongo: Any, *, user: str, types: Collection[str], most: int, now: datetime) -> list[Job]:
-    """The user's due jobs of these types without a slot: by priority, then age."""
-    wanted = {"userId": user, "status": PENDING, "slot": None, "type": {"$in": list(types)}}
-    due = wanted | {"runAt": {"$not": {"$gt": now}}}
+    """Return the user's due jobs of these types without a slot, by priority, then age."""
+    waiting_jobs = {"userId": user, "status": PENDING, "slot": None, "type": {"$in": list(types)}}
+    due = waiting_jobs | {"runAt": {"$not": {"$gt": now}}}
     order = [("priority", DESCENDING), ("createdAt", ASCENDING)]
-    found: list[Job] = await mongo.jobs.find(due, sort=order, limit=most).to_list(None)
-    return found
+    jobs: list[Job] = await mongo.jobs.find(due, sort=order, limit=most).to_list(None)
+    return jobs
 
 
 async def users_waiting(mongo: Any, *, types: Collection[str], now: datetime, scheduled_only: bool) -> list[str]:
-    """Who has due jobs of these types without a slot; on request only those that waited for their time."""
+    """Return the users with due jobs of these types without a slot; optionally count only scheduled jobs."""
     due = {"$lte": now} if scheduled_only else {"$not": {"$gt": now}}
-    wanted = {"status": PENDING, "slot": None, "type": {"$in": list(types)}, "runAt": due}
-    users: list[str] = await mongo.jobs.distinct("userId", wanted)
+    query = {"status": PENDING, "slot": None, "type": {"$in": list(types)}, "runAt": due}
+    users: list[str] = await mongo.jobs.distinct("userId", query)
     return users
 
 
 async def take_slot(mongo: Any, *, job: Job, slot: int, now: datetime) -> bool | None:
-    """Whether the job got the slot; None where the slot was taken."""
+    """Assign a slot to a job; return whether the job was still waiting, or None if the slot was taken."""
     change = {"slot": slot, "sentAt": now}
     try:
         taken = await mongo.jobs.update_one(
@@ -308,14 +311,14 @@ async def take_slot(mongo: Any, *, job: Job, slot: int, now: datetime) -> bool |
 
 
 async def long_sent(mongo: Any, *, types: Collection[str], before: datetime, most: int) -> list[Job]:
-    """Queued attempts of these types whose messages were sent before that."""
-    wanted = {"sentAt": {"$lt": before}, "type": {"$in": list(types)}}
-    found: list[Job] = await mongo.jobs.find(wanted, limit=most).to_list(None)
-    return found
+    """Return queued attempts of these types whose messages were sent before a time."""
+    query = {"sentAt": {"$lt": before}, "type": {"$in": list(types)}}
+    jobs: list[Job] = await mongo.jobs.find(query, limit=most).to_list(None)
+    return jobs
 
 
 async def send_again(mongo: Any, *, job: Job, now: datetime) -> bool:
-    """A new claim for a new message: the old one, should it still come, finds nothing to do."""
+    """Raise the claim for a new message, so that the old message has no effect if it still arrives."""
     change = {"claim": job["claim"] + 1, "sentAt": now}
     changed = await mongo.jobs.update_one(
         {"_id": job["_id"], "status": PENDING, "claim": job["claim"], "sentAt": job["sentAt"]}, {"$set": change}
@@ -325,7 +328,7 @@ async def send_again(mongo: Any, *, job: Job, now: datetime) -> bool:
 
 
 async def note_waiting(mongo: Any, *, jobs: Collection[str], sent_before: datetime, now: datetime) -> None:
-    """Their messages do wait: not to be looked at again soon."""
+    """Mark messages that are still in their queue as sent now, so that the reconciler checks them later."""
     await mongo.jobs.update_many(
         {"_id": {"$in": list(jobs)}, "status": PENDING, "sentAt": {"$lt": sent_before}}, {"$set": {"sentAt": now}}
     )
@@ -335,9 +338,9 @@ async def note_waiting(mongo: Any, *, jobs: Collection[str], sent_before: dateti
 
 
 async def claim(mongo: Any, *, job: str, claim: int, worker: str, now: datetime) -> Job | None:
-    """Take attempt number ``claim``; the record, or None where it is taken or no longer wanted.
+    """Claim attempt number ``claim``; return the record, or None if it is taken or the job is cancelled.
 
-    May be repeated by the same worker where the answer was lost.
+    Idempotent for the same worker, which may repeat the call after a lost response.
     """
     await mongo.jobs.update_one(
         {"_id": job, "status": PENDING, "claim": claim - 1},
@@ -355,25 +358,25 @@ async def claim(mongo: Any, *, job: str, claim: int, worker: str, now: datetime)
             "$inc": {"attempts": 1},
         },
     )
-    found: Job | None = await mongo.jobs.find_one({**_held(job, claim), "workerId": worker})
-    return found
+    record: Job | None = await mongo.jobs.find_one({**_held(job, claim), "workerId": worker})
+    return record
 
 
 async def renew(mongo: Any, *, jobs: Collection[str], worker: str, now: datetime) -> None:
-    """The leases of these attempts, where they are still this worker's, run on."""
+    """Renew the leases of those attempts that this worker still holds."""
     await mongo.jobs.update_many(
         {"_id": {"$in": list(jobs)}, "status": PROCESSING, "workerId": worker}, {"$set": {"lease": now + LEASE}}
     )
 
 
 async def claims(mongo: Any, *, jobs: Collection[str], worker: str) -> dict[str, int]:
-    """The claims that this worker holds on these jobs."""
+    """Return the claims that this worker holds on these jobs, by job."""
     held = mongo.jobs.find({"_id": {"$in": list(jobs)}, "status": PROCESSING, "workerId": worker}, {"claim": 1})
-    return {each["_id"]: each["claim"] async for each in held}
+    return {job["_id"]: job["claim"] async for job in held}
 
 
 async def set_progress(mongo: Any, *, job: Job, progress: float, now: datetime) -> bool:
-    """Whether the claim still held."""
+    """Store the progress; return whether the claim still held."""
     change = {"progress": progress, "updatedAt": now}
     changed = await mongo.jobs.update_one(_held(job["_id"], job["claim"]), {"$set": change})
     job |= change
@@ -381,41 +384,41 @@ async def set_progress(mongo: Any, *, job: Job, progress: float, now: datetime) 
 
 
 async def complete(mongo: Any, *, job: Job, result: dict[str, Any], now: datetime) -> bool:
-    """Store the result; whether the claim still held."""
+    """Complete the job with its result; return whether the claim still held."""
     change = {"status": COMPLETED, "result": result, "error": None, "progress": 100, "completedAt": now}
     return await _end_attempt(mongo, job, change, error=None, now=now)
 
 
 async def fail(mongo: Any, *, job: Job, error: dict[str, Any], now: datetime) -> bool:
-    """Fail for good; whether the claim still held."""
+    """Fail the job without a retry; return whether the claim still held."""
     change = {"status": FAILED, "error": error, "completedAt": now}
     return await _end_attempt(mongo, job, change, error=error, now=now)
 
 
 async def postpone(mongo: Any, *, job: Job, error: dict[str, Any], run_at: datetime, now: datetime) -> bool:
-    """Back to pending, to be tried again at ``run_at``; whether the claim still held."""
+    """Schedule a retry at ``run_at``; return whether the claim still held."""
     change = {"status": PENDING, "error": error, "runAt": run_at, "lost": 0}
     return await _end_attempt(mongo, job, change, error=error, now=now)
 
 
 async def hand_back(mongo: Any, *, job: Job, error: dict[str, Any], now: datetime) -> bool:
-    """Back to pending at once, without counting the attempt; whether the claim still held."""
+    """Return the job to pending without counting the attempt; return whether the claim still held."""
     change = {"status": PENDING, "attempts": job["attempts"] - 1, "lost": 0}
     return await _end_attempt(mongo, job, change, error=error, now=now)
 
 
 async def lost_leases(mongo: Any, *, now: datetime, most: int) -> list[Job]:
-    found: list[Job] = await mongo.jobs.find({"lease": {"$lt": now}}, limit=most).to_list(None)
-    return found
+    jobs: list[Job] = await mongo.jobs.find({"lease": {"$lt": now}}, limit=most).to_list(None)
+    return jobs
 
 
 async def take_back(mongo: Any, *, job: Job, now: datetime) -> bool:
-    """The worker was lost: back to pending without counting the attempt, or failed after too many in a row.
+    """Reclaim a job whose worker is lost; return whether the lease was still the expired one.
 
-    Whether it was still so.
+    The job becomes pending without counting the attempt, or fails after too many consecutive losses.
     """
     lost = job["lost"] + 1
-    error = {"code": "worker_lost", "message": "the worker that ran it was lost"}
+    error = {"code": "worker_lost", "message": "Worker was lost during the attempt"}
     change = {"attempts": job["attempts"] - 1, "lost": lost}
     if lost >= MOST_LOST:
         change |= {"status": FAILED, "error": error, "completedAt": now}
@@ -425,17 +428,21 @@ async def take_back(mongo: Any, *, job: Job, now: datetime) -> bool:
 
 
 async def cancel(mongo: Any, *, job: Job, now: datetime) -> bool:
-    """Cancel a job that is as it was read; whether it still was."""
-    error = {"code": "cancelled", "message": "it was cancelled"}
+    """Cancel a job; return whether it was still as read."""
+    error = {"code": "cancelled", "message": "Job was cancelled"}
     change = {"status": CANCELLED, "completedAt": now}
     if job["status"] == PROCESSING:
         return await _end_attempt(mongo, job, change, error=error, now=now)
-    as_read = {"status": PENDING, "claim": job["claim"], "slot": job["slot"]}  # a slot that it got since is handed on
+    as_read = {
+        "status": PENDING,
+        "claim": job["claim"],
+        "slot": job["slot"],
+    }  # if it got a slot since, the caller reads again and releases it
     return await _change(mongo, job, as_read, {**change, **_RELEASED}, now)
 
 
 async def start_anew(mongo: Any, *, job: Job, now: datetime) -> bool:
-    """A failed or cancelled job waits again, its attempts counted anew; whether it was as it was read."""
+    """Make a failed or cancelled job pending with its attempts reset; return whether it was still as read."""
     change = {
         "status": PENDING,
         "attempts": 0,
@@ -451,7 +458,7 @@ async def start_anew(mongo: Any, *, job: Job, now: datetime) -> bool:
 
 
 async def delete_old(mongo: Any, *, before: datetime) -> None:
-    """Jobs that ended before that."""
+    """Delete the jobs that ended before a time."""
     await mongo.jobs.delete_many({"completedAt": {"$lt": before}})
 
 
@@ -488,7 +495,7 @@ async def _change(
     *,
     attempt: dict[str, Any] | None = None,
 ) -> bool:
-    """One move, if the condition holds; ``job`` follows."""
+    """Write a state transition if the condition holds, and apply it to ``job``; return whether it did."""
     update: dict[str, Any] = {"$set": {**change, "updatedAt": now}}
     if attempt is not None:
         update["$push"] = {"history": {"$each": [attempt], "$slice": -HISTORY_LENGTH}}
@@ -506,18 +513,18 @@ def _held(job: str, claim: int) -> dict[str, Any]:
 
 
 def has_settled(job: Job, *, now: datetime) -> bool:
-    """It has ended, and nothing more will come of it: a cancelled program may still say its last words."""
+    """Return whether a job has ended and its output is complete: a cancelled program may still print for a moment."""
     if job["status"] == CANCELLED and job["startedAt"] is not None:
         return bool(now - job["completedAt"] > LAST_WORDS)
     return job["status"] not in (PENDING, PROCESSING)
 
 
 def shown(job: Job) -> Job:
-    """The record as clients see it."""
+    """Return the record as clients see it."""
     return {"id": job["_id"], **{key: value for key, value in job.items() if key not in _HIDDEN}}
 
 
 def moment() -> datetime:
-    """Now, in the precision that MongoDB keeps."""
+    """Return the current time in the precision of MongoDB (milliseconds)."""
     now = datetime.now(UTC)
     return now.replace(microsecond=now.microsecond // 1000 * 1000)

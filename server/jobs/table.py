@@ -1,7 +1,7 @@
-"""JobTable: the idiom of ``RouteTableDef`` for types of jobs.
+"""The table of job types, in the idiom of aiohttp's ``RouteTableDef``.
 
-``@jobs.on("EXPORT", Export, timeout=300)`` over ``async def export(job, payload) -> result``. What the function
-raises decides what happens: a ``ServiceError`` fails the job, anything else is tried again.
+``@jobs.on("EXPORT", Export, timeout=300)`` decorates ``async def export(attempt, payload) -> result``. The exception
+decides about a retry: a ``ServiceError`` with a status below 500 fails the job, any other exception is retried.
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -18,16 +18,20 @@ Needs = Callable[[dict[str, Any]], str | None]
 
 @dataclass(frozen=True)
 class JobType:
+    """A type of jobs: its schema, function and limits."""
+
     name: str
     schema: Schema
     run: Run
     timeout: int  # seconds for one attempt
     needs: Needs
-    """The language that a worker must have for this payload, as it was sent; None where any worker will do."""
+    """Returns the language that a worker must support for this payload, as the client sent it, or None."""
     summary: str
 
 
 class JobTable:
+    """The job types of one module."""
+
     def __init__(self) -> None:
         self._types: list[JobType] = []
 
@@ -45,5 +49,5 @@ class JobTable:
 
 
 def merge(tables: Iterable[JobTable]) -> dict[str, JobType]:
-    """All types by name."""
-    return {each.name: each for table in tables for each in table}
+    """Return all job types by name."""
+    return {type.name: type for table in tables for type in table}

@@ -1,4 +1,4 @@
-"""Ways to confine a program, from best to worst, and what each tells the launcher to do."""
+"""Tiers: ways to confine a program, from best to worst, and the launcher's configuration for each."""
 
 import os
 from collections.abc import Iterable
@@ -21,10 +21,10 @@ NAMESPACES = ("user", "pid", "net", "ipc", "uts", "cgroup-try")
 
 @dataclass(frozen=True)
 class Tier:
-    """One way to confine. Where the worker is root, each program has a user of its own in every tier."""
+    """A way to confine programs. If the worker is root, each program has its own user in every tier."""
 
     name: str
-    users: tuple[str, ...]  # whose worker may use it
+    users: tuple[str, ...]  # the users whose workers may use it
     bubblewrap: bool = False
     cgroup: bool = False
     namespaces: bool = False
@@ -42,13 +42,13 @@ NO_TIER = Tier("none", ())
 
 
 def ours() -> tuple[Tier, ...]:
-    """Those for our user."""
+    """Return the tiers for the user of this process."""
     user = ROOT if os.geteuid() == 0 else SOMEBODY
     return tuple(tier for tier in TIERS if user in tier.users)
 
 
 def missing(tier: Tier) -> str | None:
-    """Return the package that the machine lacks for a tier, and how to get it; None where it lacks none."""
+    """Return the package that a tier needs and the machine lacks, and how to install it, or None."""
     if tier.bubblewrap and not Path(BWRAP_PROGRAM).exists():
         return "bubblewrap is not installed: apt-get install bubblewrap"
     return None
@@ -57,8 +57,11 @@ def missing(tier: Tier) -> str | None:
 def config(
     root: Path, program: Program, tier: Tier, *, uid: int | None, python: Language, cgroup: Path | None
 ) -> dict[str, Any]:
-    """For the launcher. ``root`` is the job's directory, ``uid`` a user for it alone, ``python`` an interpreter for
-    ``inside.py``, ``cgroup`` the top of the groups that we may make."""
+    """Return the launcher's configuration for a program.
+
+    ``root`` is the job's directory, ``uid`` a user for this job alone, ``python`` the interpreter that runs
+    ``sandbox_child.py``, ``cgroup`` the group below which the launcher creates the program's group.
+    """
     language, limits, work = program.language, program.limits, root / "work"
     home, temporary = (BWRAP_HOME, "/tmp") if tier.bubblewrap else (str(work), str(work))  # noqa: S108 - its own
     return {
@@ -78,7 +81,7 @@ def config(
         "bubblewrap": _bubblewrap(root, {language.command[0], python.command[0]}) if tier.bubblewrap else [],
         "inside": [python.command[0], "-I", "-S", BWRAP_INSIDE],
         "timeout": limits.timeout_seconds,
-        "cpuSeconds": 2 * limits.timeout_seconds + 1,  # of each process; several threads use up more than the clock
+        "cpuSeconds": 2 * limits.timeout_seconds + 1,  # per process; several threads use more CPU time than real time
         "memoryMb": limits.memory_mb,
         "addressSpaceMb": language.address_space_mb(limits.memory_mb),
         "processes": limits.processes,
@@ -92,15 +95,17 @@ def config(
 
 
 def _prefixes(interpreters: Iterable[str]) -> list[str]:
-    """Programs and libraries of interpreters that do not come with the system. Not the whole of where they are: that
-    may be somebody's home."""
-    found = {Path(interpreter).parent.parent for interpreter in interpreters}
-    foreign = sorted(prefix for prefix in found if prefix != Path("/") and not prefix.is_relative_to("/usr"))
+    """Return the program and library directories of interpreters outside the system's directories.
+
+    Not their whole prefix: it may be the home of a user.
+    """
+    prefixes = {Path(interpreter).parent.parent for interpreter in interpreters}
+    foreign = sorted(prefix for prefix in prefixes if prefix != Path("/") and not prefix.is_relative_to("/usr"))
     return [str(prefix / name) for prefix in foreign for name in ("bin", "lib", "lib64")]
 
 
 def _rules(root: Path, language: Language) -> list[tuple[str, str]]:
-    """What may be seen: the system's programs and libraries, harmless devices, and the job's own directory."""
+    """Return the accessible paths: the system's programs and libraries, harmless devices, and the job's directory."""
     return [
         *((path, "read") for path in (*SYSTEM, *READABLE, *_prefixes(language.command[:1]))),
         *((path, "device") for path in DEVICES),
@@ -110,7 +115,7 @@ def _rules(root: Path, language: Language) -> list[tuple[str, str]]:
 
 
 def _bubblewrap(root: Path, interpreters: Iterable[str]) -> list[str]:
-    """The same view as a root directory of its own; the launcher adds the filter and what runs within."""
+    """Return the bubblewrap command for the same paths; the launcher adds the filter and the program."""
     command = [BWRAP_PROGRAM, *(f"--unshare-{space}" for space in NAMESPACES), "--disable-userns"]
     command += ["--die-with-parent", "--new-session", "--as-pid-1", "--cap-drop", "ALL", "--clearenv"]
     command += ["--hostname", "sandbox"]

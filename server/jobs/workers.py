@@ -1,4 +1,4 @@
-"""Which workers there are and what they offer: each reports to Redis, and is forgotten when it does not."""
+"""The registry of workers in Redis: each worker sends heartbeats with its languages, and expires without them."""
 
 import asyncio
 import time
@@ -23,6 +23,8 @@ _INDEX = "{jobs.workers}:index"
 
 @dataclass(frozen=True)
 class Report:
+    """The heartbeat of a worker: its sandbox, languages, queues and concurrency."""
+
     worker: str
     tier: str
     languages: Sequence[str]
@@ -31,17 +33,17 @@ class Report:
 
 
 async def report(redis: Redis, mine: Report) -> None:
-    """That this worker lives, for the next 30 s."""
-    until = time.time() + EXPIRY_SECONDS
+    """Register this worker for the next 30 s."""
+    expires_at = time.time() + EXPIRY_SECONDS
     async with redis.pipeline(transaction=True) as pipeline:
         pipeline.setex(_key(mine.worker), EXPIRY_SECONDS, orjson.dumps(asdict(mine)))
-        pipeline.zadd(_INDEX, {mine.worker: until})
+        pipeline.zadd(_INDEX, {mine.worker: expires_at})
         pipeline.zremrangebyscore(_INDEX, 0, time.time() - EXPIRY_SECONDS)
         await pipeline.execute()
 
 
 async def keep_reporting(redis: Redis, mine: Report) -> None:
-    """For as long as the worker lives."""
+    """Send heartbeats until cancelled."""
     while True:
         try:
             await report(redis, mine)
@@ -51,31 +53,31 @@ async def keep_reporting(redis: Redis, mine: Report) -> None:
 
 
 async def withdraw(redis: Redis, worker: str) -> None:
-    """It stops: nobody should wait for it."""
+    """Remove a worker that shuts down, so that no client waits for it."""
     try:
         async with redis.pipeline(transaction=True) as pipeline:
             pipeline.delete(_key(worker))
             pipeline.zrem(_INDEX, worker)
             await pipeline.execute()
     except (RedisError, OSError):
-        return  # it expires
+        return  # the entry expires
 
 
 async def reported(redis: Redis) -> list[Report]:
-    """The workers that have reported within 30 s.
+    """Return the workers with a heartbeat within the last 30 s.
 
     Raises:
-        RedisError: Redis is away.
+        RedisError: Redis is unavailable.
     """
     workers = await redis.zrange(_INDEX, 0, -1)
     if not workers:
         return []
-    found: list[Any] = await redis.mget([_key(each.decode()) for each in workers])
-    return [Report(**orjson.loads(each)) for each in found if each]
+    heartbeats: list[Any] = await redis.mget([_key(worker.decode()) for worker in workers])
+    return [Report(**orjson.loads(heartbeat)) for heartbeat in heartbeats if heartbeat]
 
 
 class Roster:
-    """The reports, asked for at most once a second."""
+    """The registered workers, read from Redis at most once a second."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
@@ -89,22 +91,26 @@ class Roster:
         return self._known
 
     async def demand(self, language: str) -> None:
-        """Whether somebody could run it; where nobody has reported it is not known, and it may wait. So may a job whose
-        queue nobody serves at the moment: its workers may be about to come back.
+        """Require that a registered worker supports the language.
+
+        Without registered workers, or in an outage of Redis, the job may wait. So may a job whose queue no worker
+        serves at the moment: its workers may be restarting.
 
         Raises:
-            ValidationFailed: ``language_unavailable``.
+            ValidationFailed: ``language_unavailable``: no worker supports the language.
             Unavailable: ``sandbox_unavailable``: no worker has a sandbox.
         """
         try:
-            known = await self.workers()
+            workers = await self.workers()
         except (RedisError, OSError) as error:
             log.warning("workers not known", error=str(error))
             return
-        if known and not any(each.languages for each in known):
-            raise Unavailable("No worker has a sandbox", code="sandbox_unavailable", retry_after=EXPIRY_SECONDS)
-        if known and not any(language in each.languages for each in known):
-            raise ValidationFailed(f"No worker offers {language}", code="language_unavailable")
+        if workers and not any(worker.languages for worker in workers):
+            raise Unavailable(
+                "No worker has a sandbox to run programs", code="sandbox_unavailable", retry_after=EXPIRY_SECONDS
+            )
+        if workers and not any(language in worker.languages for worker in workers):
+            raise ValidationFailed(f"No worker supports {language}", code="language_unavailable")
 
 
 def _key(worker: str) -> str:

@@ -1,13 +1,13 @@
 """Fixtures for jobs.
 
-make_bench  what a worker process works with, in this one: ``bench = await make_bench(run)`` for jobs of a type TEST
-            that does this; ``await ask_for(bench)`` is such a job
-worker      one real worker process for the tests of this folder, on the stores of ``stack``; no injected faults
-runner      runs programs in one tier of the sandbox, in a process of its own; each of its tests runs once for every
-            tier that this machine has, as root and as somebody else
-own_runner  the same, for one test alone, which may kill it
-streams     a terminal, a pipe and a log file, one after the other
-exposed_runner  a runner of one test alone, whose stdin, stdout and stderr are ``streams``
+make_context  the context of a worker, in the test process: ``context = await make_context(run)`` has a job type TEST
+              with this function; ``await create_record(context)`` creates such a job
+worker        a real worker process for the tests of this folder, on the stores of ``stack``, without injected faults
+runner        a process that runs programs in one tier of the sandbox; each of its tests runs once for every tier of
+              this machine, as root and as an unprivileged user
+own_runner    a runner for a single test, which may kill it
+streams       a terminal, a pipe and a log file, in turn
+exposed_runner  a runner for a single test, whose stdin, stdout and stderr are ``streams``
 """
 
 import contextlib
@@ -41,22 +41,22 @@ from tests.processes import Processes, Worker
 
 Run = Callable[[Attempt, dict[str, Any]], Awaitable[dict[str, Any]]]
 MakeBench = Callable[..., Awaitable[Bench]]
-SOMEBODY = 20_000 + os.getpid() % 40_000  # whose processes, and limits, are of this run alone
-TIERS = [tier for tier in tiers.TIERS if not tier.cgroup or cgroups.find()]  # few machines have that one
+SOMEBODY = 20_000 + os.getpid() % 40_000  # only this run of the tests has processes of this user, and their limits
+TIERS = [tier for tier in tiers.TIERS if not tier.cgroup or cgroups.find()]  # few machines have cgroups
 EVERYWHERE = [f"{tier.name} as {user}" for tier in TIERS for user in tier.users]
 HOW_TO_HAVE_IT = {"bwrap": "apt-get install bubblewrap, and user namespaces"}
 
 
 @dataclasses.dataclass
 class Streams:
-    """What a worker's stdin, stdout and stderr are, and what the other side of it has seen."""
+    """The file behind a worker's stdin, stdout and stderr, and its other side."""
 
     kind: str
     descriptor: int
     other_side: int
 
     def written(self) -> bytes:
-        """All that has been written, which is read once."""
+        """Read what has been written since the last call."""
         os.set_blocking(self.other_side, False)
         with contextlib.suppress(BlockingIOError):
             return os.read(self.other_side, 1 << 16)
@@ -84,11 +84,11 @@ async def make_bench(settings: Settings, quiet: dict[str, str]) -> AsyncIterator
     async with AsyncExitStack() as stack:
 
         async def make(run: Run, *, timeout: float = 20, **override: str) -> Bench:
-            chosen = dataclasses.replace(settings, **(quiet | override))
-            stores = await stack.enter_async_context(resources.connect(chosen))
+            replaced = dataclasses.replace(settings, **(quiet | override))
+            stores = await stack.enter_async_context(resources.connect(replaced))
             await collections.prepare(stores.mongo)
             types: Any = {"TEST": JobType("TEST", Schema(), run, timeout, lambda _: None, "")}  # type: ignore[arg-type]
-            bench = worker_process.make_bench(chosen, stores, None)  # type: ignore[arg-type]
+            bench = worker_process.make_bench(replaced, stores, None)  # type: ignore[arg-type]
             dispatcher = Dispatcher(stores.mongo, stores.redis, types=types, slots=4)
             return dataclasses.replace(bench, types=types, dispatcher=dispatcher)
 
@@ -96,7 +96,7 @@ async def make_bench(settings: Settings, quiet: dict[str, str]) -> AsyncIterator
 
 
 async def ask_for(bench: Bench, *, user: UUID | None = None, type: str = "TEST", priority: int = 5) -> Job:
-    """A new record of a job; it is not sent."""
+    """Create the record of a job, without a message."""
     job, _ = await store.create(
         bench.stores.mongo,
         user=user or uuid4(),
@@ -137,20 +137,20 @@ def exposed_runner(request: pytest.FixtureRequest, streams: Streams) -> Iterator
     yield from running(request.param, streams=streams.descriptor)
 
 
-def running(where: str, *, streams: int | None = None) -> Iterator[Runner]:
-    tier, _, user = where.partition(" as ")
+def running(tier_and_user: str, *, streams: int | None = None) -> Iterator[Runner]:
+    tier, _, user = tier_and_user.partition(" as ")
     if user == tiers.ROOT and os.geteuid() != 0:
-        pytest.skip("the tests are not run as root")
+        pytest.skip("needs root")
     uid = SOMEBODY if user == tiers.SOMEBODY and os.geteuid() == 0 else os.geteuid()
-    # Not in pytest's directories, which are closed to other users.
+    # Not in pytest's directories, which other users cannot read.
     folder = Path(tempfile.mkdtemp(prefix="runner-"))
     folder.chmod(0o711)
     os.chown(folder, uid, -1)
-    started = Runner(tier, uid, folder, streams=streams)
+    new_runner = Runner(tier, uid, folder, streams=streams)
     try:
-        if started.tier != tier:
-            pytest.skip(f"this machine does not hold {tier}: it takes {HOW_TO_HAVE_IT.get(tier, 'a kernel with it')}")
-        yield started
+        if new_runner.tier != tier:
+            pytest.skip(f"this machine does not support {tier}: needs {HOW_TO_HAVE_IT.get(tier, 'a kernel with it')}")
+        yield new_runner
     finally:
-        started.close()
+        new_runner.close()
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""A worker of sandboxes only, in a process and with a user of its own: what the tests confine programs with.
+"""A process with only a sandbox, and its own user: the tests run their programs in it.
 
 ``python -m tests.jobs.runner TIER UID CONTROL`` reads requests from the socket CONTROL, an inherited descriptor, and
-answers there, a line of JSON each. Root becomes UID first, so that one run of the tests sees the tiers of root and
-those of everybody.
+sends its responses there, one line of JSON each. As root it first switches to UID, so that one run of the tests covers
+the tiers of root and of other users.
 """
 
 import asyncio
@@ -33,16 +33,16 @@ SYSTEM_PYTHON = "/usr/bin/python3"
 
 
 class Job:
-    """A program that runs, or ran."""
+    """A program that runs, or has run."""
 
     def __init__(self, runner: "Runner", number: int) -> None:
         self._runner, self._number = runner, number
 
     def outcome(self) -> Outcome:
-        """Waits for its end.
+        """Wait for the end of the program and return its result.
 
         Raises:
-            SandboxError: it was not run.
+            SandboxError: the program did not run.
         """
         answer = self._runner.until(self._number, "outcome", "error", "cancelled")
         if "outcome" not in answer:
@@ -50,32 +50,35 @@ class Job:
         return Outcome(**answer["outcome"])
 
     def until_output(self) -> str:
-        """Some output, as it appears."""
+        """Wait for the next output and return it."""
         text: str = self._runner.until(self._number, "text")["text"]
         return text
 
     def cancel(self) -> None:
-        """Returns when the sandbox says that it is over."""
+        """Cancel the program and wait until the sandbox confirms it."""
         self._runner.say(id=self._number, cancel=True)
         self._runner.until(self._number, "cancelled")
 
 
 class Runner:
-    """The process, as its users see it."""
+    """The client of a runner process."""
 
     def __init__(self, tier: str, uid: int, folder: Path, *, streams: int | None = None) -> None:
-        """``streams`` is its stdin, stdout and stderr; without it has ours, and nothing to read."""
+        """Start the process.
+
+        ``streams`` becomes its stdin, stdout and stderr; by default it has those of the tests, without stdin.
+        """
         self.uid, self.folder = uid, folder
         self._numbers = iter(range(1 << 30))
         self._answers: list[dict[str, Any]] = []
-        control, theirs = socket.socketpair()
-        with control, theirs:
+        control, remote = socket.socketpair()
+        with control, remote:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.jobs.runner", tier, str(uid), str(theirs.fileno())],
+                [sys.executable, "-m", "tests.jobs.runner", tier, str(uid), str(remote.fileno())],
                 stdin=subprocess.DEVNULL if streams is None else streams,
                 stdout=streams,
                 stderr=streams,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[remote.fileno()],
                 cwd=ROOT,
                 env={**os.environ, "TMPDIR": str(folder), "WORKER_SECRET": SECRET},
             )
@@ -121,7 +124,7 @@ class Runner:
         return self._process.poll() is None
 
     def kill(self) -> None:
-        """As the kernel would: nothing can be put in order."""
+        """Kill the process, so that it cannot clean up."""
         self._process.kill()
         self._process.wait()
 
@@ -134,7 +137,7 @@ class Runner:
         self._control.flush()
 
     def until(self, number: int, *what: str) -> dict[str, Any]:
-        """The first answer to a request that says one of these."""
+        """Wait for the first response to a request that has one of these keys."""
         seen = 0
         while True:
             for index in range(seen, len(self._answers)):
@@ -147,23 +150,23 @@ class Runner:
     def _hear(self) -> dict[str, Any]:
         line = self._control.readline()
         if not line:
-            raise AssertionError("the runner has ended")
+            raise AssertionError("the runner has exited")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
 
 def processes_with(word: str) -> list[int]:
-    """Processes that have it among their arguments or in their environment."""
-    found = []
+    """Return the processes with this word in their arguments."""
+    pids = []
     for path in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if path.name.isdigit() and word.encode() in (path / "cmdline").read_bytes():
-                found.append(int(path.name))
-    return found
+                pids.append(int(path.name))
+    return pids
 
 
 def leaves_no_process(word: str, *, seconds: float = PATIENCE_SECONDS) -> bool:
-    """The dead are collected by others, who may be slow at it."""
+    """Wait until no process has the word: another process reaps them, which may take a moment."""
     return gone(processes_with(word), seconds=seconds) and not processes_with(word)
 
 
@@ -181,7 +184,7 @@ async def serve(tier: str, control: socket.socket) -> None:
             tell(id=number, cancelled=True)
 
     jobs: dict[int, asyncio.Task[None]] = {}
-    box = await Sandbox.detect([each for each in tiers.TIERS if each.name == tier])
+    box = await Sandbox.detect([candidate for candidate in tiers.TIERS if candidate.name == tier])
     tell(tier=box.tier.name, languages=box.languages)
     async for line in reader:
         request = json.loads(line)
@@ -220,12 +223,12 @@ async def find_nothing() -> None:
 
 
 def become(uid: int) -> None:
-    """Another user, who may be unable to reach our interpreter and our files: it is given others."""
+    """Switch to another user, with copies of files and an interpreter that this user can read."""
     copies = Path(tempfile.mkdtemp(prefix="copies-"))
     copies.chmod(0o755)
     shims.LAUNCHER = Path(shutil.copy(shims.LAUNCHER, copies))
     tiers.INSIDE = Path(shutil.copy(tiers.INSIDE, copies))
-    asyncio.run(asyncio.to_thread(os.getpid))  # imports what it will need, while it may
+    asyncio.run(asyncio.to_thread(os.getpid))  # import what is needed later, before the switch
     loop.run(find_nothing())
     os.setgroups([])
     os.setresgid(uid, uid, uid)

@@ -1,4 +1,4 @@
-"""An attempt from its message to its outcome, in this process: what it says and makes, and what MongoDB does to it."""
+"""An attempt from its message to its outcome, in the test process, also with faults of MongoDB."""
 
 import asyncio
 import dataclasses
@@ -37,9 +37,9 @@ async def said(bench: Bench, job: Job) -> str:
 
 
 async def read(bench: Bench, job: Job) -> Job:
-    found = await store.read(bench.stores.mongo, job=job["_id"])
-    assert found is not None
-    return found
+    record = await store.read(bench.stores.mongo, job=job["_id"])
+    assert record is not None
+    return record
 
 
 async def until(condition: Any, *, seconds: float = PATIENCE_SECONDS) -> None:
@@ -50,14 +50,12 @@ async def until(condition: Any, *, seconds: float = PATIENCE_SECONDS) -> None:
 
 @pytest.fixture
 async def network(quiet: dict[str, str]) -> AsyncIterator[Network]:
-    async with Network.to({"mongodb_uri": quiet["mongodb_uri"]}) as between:
-        yield between
+    async with Network.to({"mongodb_uri": quiet["mongodb_uri"]}) as proxies:
+        yield proxies
 
 
 @pytest.mark.parametrize(("timeout", "fails", "code"), [(5, False, "timeout"), (600, True, "error")])
-async def test_the_last_words_of_an_attempt_that_fails_are_kept(
-    make_bench: MakeBench, timeout: float, fails: bool, code: str
-) -> None:
+async def test_output_before_a_failure_is_stored(make_bench: MakeBench, timeout: float, fails: bool, code: str) -> None:
     async def run(attempt: Attempt, _: Any) -> dict[str, Any]:
         attempt.output.add("stdout", 0, "first\n")
         await asyncio.sleep(0.2)
@@ -74,7 +72,7 @@ async def test_the_last_words_of_an_attempt_that_fails_are_kept(
     assert await said(bench, job) == "first\nlast\n"
 
 
-async def test_the_last_words_of_a_cancelled_job_are_kept_and_waited_for(make_bench: MakeBench) -> None:
+async def test_output_after_a_cancellation_is_stored_and_waited_for(make_bench: MakeBench) -> None:
     async def run(attempt: Attempt, _: Any) -> dict[str, Any]:
         attempt.output.add("stdout", 0, "ready\n")
         try:
@@ -97,7 +95,7 @@ async def test_the_last_words_of_a_cancelled_job_are_kept_and_waited_for(make_be
 
 
 @pytest.mark.hurried("mongodb_uri")
-async def test_progress_that_cannot_be_written_does_no_harm(make_bench: MakeBench, network: Network) -> None:
+async def test_failed_progress_write_does_not_fail_the_attempt(make_bench: MakeBench, network: Network) -> None:
     mongo = network.stores["mongodb_uri"]
 
     async def run(attempt: Attempt, _: Any) -> dict[str, Any]:
@@ -116,26 +114,24 @@ async def test_progress_that_cannot_be_written_does_no_harm(make_bench: MakeBenc
     ("error", "waits"),
     [(ExecutionTimeout("too slow", 50), True), (AutoReconnect("away"), True), (OperationFailure("no", 2), False)],
 )
-async def test_patience_is_for_what_passes(error: PyMongoError, waits: bool) -> None:
+async def test_only_transient_mongodb_errors_are_retried(error: PyMongoError, waits: bool) -> None:
     errors = [error]
 
-    async def ask() -> str:
+    async def operation() -> str:
         if errors:
             raise errors.pop()
         return "answer"
 
     if waits:
-        assert await lifecycle._patiently(ask) == ("answer", True)
+        assert await lifecycle._patiently(operation) == ("answer", True)
     else:
         with pytest.raises(OperationFailure):
-            await lifecycle._patiently(ask)
+            await lifecycle._patiently(operation)
 
 
-async def test_an_attempt_that_is_being_claimed_when_the_worker_stops_is_waited_for_and_handed_back(
-    make_bench: MakeBench, network: Network
-) -> None:
+async def test_attempt_claimed_during_shutdown_is_requeued(make_bench: MakeBench, network: Network) -> None:
     async def run(_: Attempt, __: Any) -> dict[str, Any]:
-        raise AssertionError("it should not be started")
+        raise AssertionError("the attempt must not start")
 
     bench = await make_bench(run, **network.urls)
     job = await ask_for(bench)
@@ -146,11 +142,15 @@ async def test_an_attempt_that_is_being_claimed_when_the_worker_stops_is_waited_
     bench.leases.stop_all()
     await claiming
     assert await bench.leases.until_none(seconds=0)
-    back = await read(bench, job)
-    assert (back["status"], back["attempts"], back["history"][0]["error"]["code"]) == ("pending", 0, "handed_back")
+    requeued = await read(bench, job)
+    assert (requeued["status"], requeued["attempts"], requeued["history"][0]["error"]["code"]) == (
+        "pending",
+        0,
+        "handed_back",
+    )
 
 
-async def test_a_message_that_comes_too_late_or_too_early_does_not_end_what_runs(make_bench: MakeBench) -> None:
+async def test_message_with_a_wrong_claim_does_not_stop_the_running_attempt(make_bench: MakeBench) -> None:
     go = asyncio.Event()
 
     async def run(_: Attempt, __: Any) -> dict[str, Any]:
@@ -175,7 +175,7 @@ async def test_a_message_that_comes_too_late_or_too_early_does_not_end_what_runs
     assert (done["status"], done["attempts"]) == ("completed", 1)
 
 
-async def test_a_superseded_attempts_file_is_discarded_and_the_successors_stays(make_bench: MakeBench) -> None:
+async def test_artifact_of_a_superseded_attempt_is_deleted_and_its_successors_is_kept(make_bench: MakeBench) -> None:
     go = asyncio.Event()
 
     async def run(attempt: Attempt, _: Any) -> dict[str, Any]:
@@ -201,27 +201,27 @@ async def test_a_superseded_attempts_file_is_discarded_and_the_successors_stays(
     await first
     done = await read(bench, job)
     file = await artifacts.find(mongo, job=done, name="a")
-    assert [each async for each in artifacts.chunks(mongo, file=file, start=0, stop=100)] == [b"of claim 2"]
+    assert [chunk async for chunk in artifacts.chunks(mongo, file=file, start=0, stop=100)] == [b"of claim 2"]
     assert await mongo[artifacts.FILES].count_documents({}) == await mongo[artifacts.CHUNKS].count_documents({}) == 1
-    assert [each["error"] and each["error"]["code"] for each in done["history"]] == ["worker_lost", None]
+    assert [attempt["error"] and attempt["error"]["code"] for attempt in done["history"]] == ["worker_lost", None]
 
 
-def test_after_a_break_mongodb_must_answer_for_a_while_before_leases_are_judged() -> None:
-    answers = Answers()
-    assert not answers.are_steady(100)
+def test_leases_are_judged_only_after_mongodb_has_responded_for_a_while() -> None:
+    availability = Answers()
+    assert not availability.are_steady(100)
     for now in range(100, 110):
-        answers.note(now)
-    assert answers.are_steady(109)
-    assert not answers.are_steady(109 + Answers.BREAK_SECONDS + 0.1)
-    answers.note(120)
-    assert not answers.are_steady(124)
+        availability.note(now)
+    assert availability.are_steady(109)
+    assert not availability.are_steady(109 + Answers.BREAK_SECONDS + 0.1)
+    availability.note(120)
+    assert not availability.are_steady(124)
     for now in range(121, 127):
-        answers.note(now)
-    assert answers.are_steady(126)
+        availability.note(now)
+    assert availability.are_steady(126)
 
 
 @pytest.mark.hurried("mongodb_uri")
-async def test_an_attempt_outlives_a_mongodb_that_was_away_for_longer_than_its_lease(
+async def test_attempt_survives_a_mongodb_outage_longer_than_its_lease(
     make_bench: MakeBench, network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "LEASE", timedelta(seconds=2.5))
@@ -235,8 +235,8 @@ async def test_an_attempt_outlives_a_mongodb_that_was_away_for_longer_than_its_l
         return {}
 
     holder, other = [await make_bench(run, **network.urls) for _ in range(2)]
-    beside = await make_bench(run)  # which reaches the store all the time
-    keeping = [asyncio.ensure_future(bench.leases.keep()) for bench in (holder, other)]
+    beside = await make_bench(run)  # reaches MongoDB all the time
+    renewals = [asyncio.ensure_future(bench.leases.keep()) for bench in (holder, other)]
     job = await ask_for(holder)
     running = asyncio.ensure_future(lifecycle.attempt(holder, job=job["_id"], claim=1))
     async with asyncio.timeout(PATIENCE_SECONDS):
@@ -247,7 +247,7 @@ async def test_an_attempt_outlives_a_mongodb_that_was_away_for_longer_than_its_l
     async def has_lapsed() -> bool:
         return bool((await read(beside, job))["lease"] < store.moment())
 
-    await until(has_lapsed)  # it could be taken
+    await until(has_lapsed)  # the job could be reclaimed
     await mongo.turn(Mode.PASS)
     async with asyncio.timeout(PATIENCE_SECONDS):
         while not other.leases.can_judge():
@@ -259,12 +259,12 @@ async def test_an_attempt_outlives_a_mongodb_that_was_away_for_longer_than_its_l
     await running
     done = await read(other, job)
     assert (done["status"], len(done["history"])) == ("completed", 1)
-    for each in keeping:
-        each.cancel()
-    await asyncio.gather(*keeping, return_exceptions=True)
+    for task in renewals:
+        task.cancel()
+    await asyncio.gather(*renewals, return_exceptions=True)
 
 
-async def test_a_lost_workers_attempt_is_taken_back(make_bench: MakeBench) -> None:
+async def test_attempt_of_a_lost_worker_is_reclaimed(make_bench: MakeBench) -> None:
     async def run(_: Attempt, __: Any) -> dict[str, Any]:
         return {}
 
@@ -273,7 +273,7 @@ async def test_a_lost_workers_attempt_is_taken_back(make_bench: MakeBench) -> No
     long_ago = store.moment() - timedelta(seconds=20)
     await store.claim(bench.stores.mongo, job=job["_id"], claim=1, worker="lost", now=long_ago)
     await recovery.take_back_lost(bench)
-    assert (await read(bench, job))["status"] == "processing"  # it has not heard MongoDB for long enough
+    assert (await read(bench, job))["status"] == "processing"  # MongoDB has not responded to it for long enough
     for ago in range(6, -1, -1):
         bench.leases._answers.note(time.monotonic() - ago)
     await recovery.take_back_lost(bench)
@@ -281,13 +281,13 @@ async def test_a_lost_workers_attempt_is_taken_back(make_bench: MakeBench) -> No
 
 
 @pytest.mark.hurried("mongodb_uri")
-async def test_what_is_written_is_answered_and_told_also_when_mongodb_fails_right_after(
+async def test_stored_change_is_acknowledged_and_announced_even_if_mongodb_fails_afterwards(
     settings: Settings, quiet: dict[str, str], network: Network, http: aiohttp.ClientSession
 ) -> None:
-    chosen = dataclasses.replace(settings, **quiet, jobs_per_user=1)
-    async with connect(chosen) as stores, connect(dataclasses.replace(chosen, **network.urls)) as failing:
-        app = create_app(chosen, stores)
-        # What comes after the write goes another way, on which MongoDB fails.
+    replaced = dataclasses.replace(settings, **quiet, jobs_per_user=1)
+    async with connect(replaced) as stores, connect(dataclasses.replace(replaced, **network.urls)) as failing:
+        app = create_app(replaced, stores)
+        # After the write, the dispatcher uses a connection on which MongoDB fails.
         app[DISPATCHER] = Dispatcher(failing.mongo, stores.redis, types=JOB_TYPES, slots=1)
         async with TestServer(app) as server:
             ada = await Actor(http, str(server.make_url("")), "Ada").register()
@@ -296,13 +296,13 @@ async def test_what_is_written_is_answered_and_told_also_when_mongodb_fails_righ
             queued, waiting = [(await ask(ada))["id"] for _ in range(2)]
             assert (await ada.post(f"/jobs/{queued}/cancel")).status == 200
             assert (await ada.post(f"/jobs/{queued}/retry")).status == 202
-            told = [(await socket.assert_push("job:updated"))["job"] for _ in range(4)]
+            announced = [(await socket.assert_push("job:updated"))["job"] for _ in range(4)]
             await socket.close()
     statuses = [(queued, "pending"), (waiting, "pending"), (queued, "cancelled"), (queued, "pending")]
-    assert [(each["id"], each["status"]) for each in told] == statuses
+    assert [(job["id"], job["status"]) for job in announced] == statuses
 
 
-async def test_jobs_of_a_type_that_only_newer_workers_know_are_left_to_them(make_bench: MakeBench) -> None:
+async def test_jobs_of_an_unknown_type_are_left_to_newer_workers(make_bench: MakeBench) -> None:
     async def run(_: Attempt, __: Any) -> dict[str, Any]:
         return {}
 
@@ -321,7 +321,7 @@ async def test_jobs_of_a_type_that_only_newer_workers_know_are_left_to_them(make
     assert (await read(bench, known))["sentAt"] > sent
 
 
-async def test_a_cancel_frees_no_slot_that_it_has_not_seen(make_bench: MakeBench) -> None:
+async def test_cancel_does_not_release_a_slot_assigned_after_the_read(make_bench: MakeBench) -> None:
     async def run(_: Attempt, __: Any) -> dict[str, Any]:
         return {}
 

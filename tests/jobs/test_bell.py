@@ -1,4 +1,4 @@
-"""The bell of the workers, on a network that fails."""
+"""The notifications of workers, on a network that fails."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -12,9 +12,9 @@ from tests.patience import PATIENCE_SECONDS
 
 
 @asynccontextmanager
-async def listening(url: str, heard: list[str]) -> AsyncIterator[Bell]:
+async def listening(url: str, cancelled: list[str]) -> AsyncIterator[Bell]:
     redis = blocking_redis_client(url)
-    bell = Bell(redis, on_cancel=heard.append)
+    bell = Bell(redis, on_cancel=cancelled.append)
     task = asyncio.ensure_future(bell.listen())
     try:
         yield bell
@@ -24,10 +24,10 @@ async def listening(url: str, heard: list[str]) -> AsyncIterator[Bell]:
         await redis.aclose()
 
 
-async def test_a_silent_redis_is_noticed_and_the_bell_heard_again_when_it_speaks(stack: Stack) -> None:
-    heard: list[str] = []
+async def test_listener_reconnects_after_redis_stops_answering(stack: Stack) -> None:
+    cancelled: list[str] = []
     redis = redis_client(stack.valkey.url)
-    async with Network.to({"redis": stack.valkey.url}) as network, listening(network.urls["redis"], heard) as bell:
+    async with Network.to({"redis": stack.valkey.url}) as network, listening(network.urls["redis"], cancelled) as bell:
         proxy = network.stores["redis"]
         await until_heard(redis, bell)
         before = proxy.connections
@@ -35,14 +35,14 @@ async def test_a_silent_redis_is_noticed_and_the_bell_heard_again_when_it_speaks
         assert proxy.connections == before
         await proxy.turn(Mode.BLACK_HOLE)
         async with asyncio.timeout(PATIENCE_SECONDS):
-            while proxy.connections == before:  # it has given the old connection up
+            while proxy.connections == before:  # the listener has closed the old connection
                 await asyncio.sleep(0.05)
         await proxy.turn(Mode.PASS)
         bell.work.clear()
         await until_heard(redis, bell)
         await tell_cancelled(redis, job="a job")
         async with asyncio.timeout(PATIENCE_SECONDS):
-            while heard != ["a job"]:
+            while cancelled != ["a job"]:
                 await asyncio.sleep(0.02)
     await redis.aclose()
 

@@ -1,4 +1,4 @@
-"""A cancel is final: what was acknowledged as cancelled never completes, and nothing of it runs on."""
+"""Cancellation is final: an acknowledged one is never followed by completion, and no process runs on."""
 
 import asyncio
 import random
@@ -21,15 +21,15 @@ pytestmark = pytest.mark.usefixtures("worker")
 
 
 def running(mark: str) -> list[str]:
-    """The processes that bear this mark in their arguments."""
-    found = []
+    """Return the pids of processes with this mark in their arguments."""
+    pids = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             if mark.encode() in path.read_bytes():
-                found.append(path.parent.name)
+                pids.append(path.parent.name)
         except OSError:
-            continue  # it has just ended
-    return found
+            continue  # the process has just exited
+    return pids
 
 
 async def until(condition, *, seconds: float = PATIENCE_SECONDS) -> None:
@@ -38,7 +38,7 @@ async def until(condition, *, seconds: float = PATIENCE_SECONDS) -> None:
             await asyncio.sleep(0.05)
 
 
-async def test_a_running_job_is_cancelled_and_its_processes_are_gone(alice: Actor) -> None:
+async def test_cancelling_a_running_job_ends_its_processes(alice: Actor) -> None:
     mark = uuid4().hex
     code = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'import time; time.sleep(600)', '{mark}'])"
     job = (await ask(alice, program(code, args=[mark], timeoutSeconds=60)))["id"]
@@ -51,14 +51,14 @@ async def test_a_running_job_is_cancelled_and_its_processes_are_gone(alice: Acto
     assert (read["status"], read["history"][-1]["error"]["code"]) == ("cancelled", "cancelled")
 
 
-async def test_a_worker_that_does_not_hear_of_a_cancel_sees_it_by_itself(alice: Actor, settings: Settings) -> None:
+async def test_worker_detects_a_cancellation_without_a_notification(alice: Actor, settings: Settings) -> None:
     mark = uuid4().hex
     job = (await ask(alice, program("import time\ntime.sleep(600)", args=[mark], timeoutSeconds=60)))["id"]
     await until(lambda: running(mark))
     async with connect(settings) as stores:
         record = await store.read(stores.mongo, job=job)
         assert record is not None
-        assert await store.cancel(stores.mongo, job=record, now=store.moment())  # the bell is silent
+        assert await store.cancel(stores.mongo, job=record, now=store.moment())  # without a notification
     await until(lambda: not running(mark))
     assert (await alice.get(f"/jobs/{job}"))["status"] == "cancelled"
 
@@ -89,7 +89,7 @@ async def test_a_finished_job_cannot_be_cancelled(alice: Actor) -> None:
     assert (await alice.get(f"/jobs/{job}"))["status"] == "completed"
 
 
-async def test_a_cancelled_job_can_be_started_anew(alice: Actor) -> None:
+async def test_cancelled_job_can_be_retried(alice: Actor) -> None:
     job = (await ask(alice, program(SLEEPS.format(seconds=0)), runAt="2100-01-01T00:00:00Z"))["id"]
     await alice.post(f"/jobs/{job}/cancel")
     again = await alice.post(f"/jobs/{job}/retry")
@@ -97,7 +97,7 @@ async def test_a_cancelled_job_can_be_started_anew(alice: Actor) -> None:
     assert (await alice.finished_job(job))["status"] == "completed"
 
 
-async def test_whatever_the_moment_no_job_completes_after_its_cancel_was_acknowledged(alice: Actor, full: bool) -> None:
+async def test_no_job_completes_after_its_cancellation_was_acknowledged(alice: Actor, full: bool) -> None:
     mark = uuid4().hex
     acknowledged = [await cancel_after(alice, mark, random.uniform(0, 0.25)) for _ in range(100 if full else 20)]
     await asyncio.sleep(1)
@@ -107,11 +107,11 @@ async def test_whatever_the_moment_no_job_completes_after_its_cancel_was_acknowl
     await until(lambda: not running(mark))
 
 
-async def cancel_after(who: Actor, mark: str, seconds: float) -> tuple[str, str]:
-    """The job, and its status as the answer to its cancel had it; it may have ended before."""
-    job = (await ask(who, program("import time\ntime.sleep(0.05)", args=[mark])))["id"]
+async def cancel_after(actor: Actor, mark: str, seconds: float) -> tuple[str, str]:
+    """Cancel a new job after a delay; return it and its acknowledged status: it may have completed before."""
+    job = (await ask(actor, program("import time\ntime.sleep(0.05)", args=[mark])))["id"]
     await asyncio.sleep(seconds)
-    answer = await who.post(f"/jobs/{job}/cancel")
-    if answer.status == 409:
+    response = await actor.post(f"/jobs/{job}/cancel")
+    if response.status == 409:
         return job, "completed"
-    return job, answer["status"]
+    return job, response["status"]

@@ -1,4 +1,4 @@
-"""CODE_EXECUTION, end to end: a server, a queue, a real worker process and its sandbox."""
+"""CODE_EXECUTION, end to end: with a server, a queue, a real worker process and its sandbox."""
 
 import pytest
 
@@ -27,12 +27,12 @@ async def test_a_program_that_exits_non_zero_is_a_completed_job(alice: Actor) ->
     assert (done["status"], done["result"]["exitCode"]) == ("completed", 3)
 
 
-async def test_a_program_that_takes_too_long_is_a_completed_job_with_its_flag_set(alice: Actor) -> None:
+async def test_program_that_times_out_is_a_completed_job(alice: Actor) -> None:
     done = await run(alice, "print('begun', flush=True)\nwhile True: pass", timeoutSeconds=8)
     assert (done["status"], done["result"]["timedOut"], done["result"]["stdout"]) == ("completed", True, "begun\n")
 
 
-async def test_output_is_cut_at_a_mebibyte(alice: Actor) -> None:
+async def test_output_is_truncated_at_one_mebibyte(alice: Actor) -> None:
     done = await run(alice, "print('x' * (3 << 20))")
     assert (len(done["result"]["stdout"]), done["result"]["truncated"]) == (1 << 20, True)
 
@@ -49,16 +49,16 @@ async def test_output_is_cut_at_a_mebibyte(alice: Actor) -> None:
         ({"language": "python", "code": "x", "args": [1]}, "payload.args.0"),
     ],
 )
-async def test_a_payload_that_does_not_fit_is_refused_at_the_door(alice: Actor, payload: dict, field: str) -> None:
+async def test_invalid_payload_is_rejected_on_submission(alice: Actor, payload: dict, field: str) -> None:
     refused = await alice.post("/jobs", {"type": "CODE_EXECUTION", "payload": payload})
     assert (refused.status, refused.code) == (422, "validation_failed")
-    assert [each["field"] for each in refused["details"]] == [field]
+    assert [detail["field"] for detail in refused["details"]] == [field]
 
 
 @pytest.mark.parametrize(
     "change", [{"type": "MINING"}, {"priority": 0}, {"priority": 11}, {"priority": "5"}, {"runAt": "soon"}, {"more": 1}]
 )
-async def test_a_request_that_does_not_fit_is_refused(alice: Actor, change: dict) -> None:
+async def test_invalid_request_is_rejected(alice: Actor, change: dict) -> None:
     refused = await alice.post("/jobs", program() | change)
     assert (refused.status, refused.code) == (422, "validation_failed")
-    assert [each["field"] for each in refused["details"]] == list(change)
+    assert [detail["field"] for detail in refused["details"]] == list(change)

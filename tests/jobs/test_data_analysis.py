@@ -1,4 +1,4 @@
-"""DATA_ANALYSIS: what is in a table, within bounds."""
+"""DATA_ANALYSIS: the description of a table, within its limits."""
 
 import json
 import os
@@ -22,9 +22,9 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, done.returncode, d
 """
 
 
-async def analysed(who: Actor, format: str, content: str) -> dict[str, Any]:
-    job = await ask(who, {"type": "DATA_ANALYSIS", "payload": {"format": format, "content": content}})
-    done = await who.finished_job(job["id"])
+async def analysed(actor: Actor, format: str, content: str) -> dict[str, Any]:
+    job = await ask(actor, {"type": "DATA_ANALYSIS", "payload": {"format": format, "content": content}})
+    done = await actor.finished_job(job["id"])
     assert done["status"] == "completed", done
     result: dict[str, Any] = done["result"]
     return result
@@ -61,51 +61,51 @@ async def test_a_table_is_described_column_by_column(alice: Actor) -> None:
 )
 async def test_json_is_a_table_too(alice: Actor, format: str, content: str) -> None:
     result = await analysed(alice, format, content)
-    assert [(each["name"], each["type"], each["nulls"]) for each in result["columns"]] == [
+    assert [(column["name"], column["type"], column["nulls"]) for column in result["columns"]] == [
         ("a", "number", 0),
         ("b", "json", 1),
     ]
 
 
-async def test_what_is_not_finite_counts_as_missing(alice: Actor) -> None:
+async def test_non_finite_numbers_count_as_missing(alice: Actor) -> None:
     result = await analysed(alice, "csv", "x,y\n1.5,1\nnan,2\ninf,3\n-inf,4\n2.5,5\n")
     x = result["columns"][0]
     assert (x["nulls"], x["min"], x["max"], x["mean"], x["distinct"]) == (3, 1.5, 2.5, 2.0, 2)
-    assert [each["value"] for each in x["top"]] == [1.5, 2.5]
+    assert [top["value"] for top in x["top"]] == [1.5, 2.5]
     assert result["correlations"] == [{"columns": ["x", "y"], "coefficient": 1.0}]
-    nothing = await analysed(alice, "csv", "x\nnan\nnan\n")
-    assert nothing["insights"] == ["2 rows, 1 columns", "x is empty"]
+    empty = await analysed(alice, "csv", "x\nnan\nnan\n")
+    assert empty["insights"] == ["2 rows, 1 columns", "x is empty"]
 
 
-async def test_an_analysis_tells_how_far_it_is(tmp_path: Path) -> None:
+async def test_analysis_reports_its_progress(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("x,y\n1,2\n3,4\n")
-    told = []
+    reported = []
 
     async def progress(percent: float) -> None:
-        told.append(percent)
+        reported.append(percent)
 
     program = Path(analysis.__file__)
-    answer = await children.run(program, str(tmp_path / "data"), "csv", cwd=tmp_path, progress=progress)
-    assert json.loads(answer)["rows"] == 2
-    assert told == [30, 60, 90]  # read, and a column after the other
+    result = await children.run(program, str(tmp_path / "data"), "csv", cwd=tmp_path, progress=progress)
+    assert json.loads(result)["rows"] == 2
+    assert reported == [30, 60, 90]  # after reading, and after each column
 
 
 async def test_the_data_of_a_document_are_analysed(alice: Actor, bob: Actor) -> None:
     workspace = await alice.make_workspace()
-    made = await alice.post(f"/workspaces/{workspace}/documents", {"path": "data.csv", "content": "x\n1\n2\n"})
-    asked = {"type": "DATA_ANALYSIS", "payload": {"format": "csv", "documentId": made["id"]}}
-    job = await ask(alice, asked)
+    document = await alice.post(f"/workspaces/{workspace}/documents", {"path": "data.csv", "content": "x\n1\n2\n"})
+    request = {"type": "DATA_ANALYSIS", "payload": {"format": "csv", "documentId": document["id"]}}
+    job = await ask(alice, request)
     assert job["workspaceId"] == workspace
     assert (await alice.finished_job(job["id"]))["result"]["columns"][0]["mean"] == 1.5
-    assert (await bob.post("/jobs", asked)).code == "not_found"
+    assert (await bob.post("/jobs", request)).code == "not_found"
 
 
-async def test_what_is_not_what_it_is_said_to_be_fails_for_good(alice: Actor) -> None:
-    asked = {"type": "DATA_ANALYSIS", "payload": {"format": "jsonl", "content": '{"a":'}}
-    done = await alice.finished_job((await ask(alice, asked))["id"])
+async def test_data_of_another_format_fail_without_a_retry(alice: Actor) -> None:
+    request = {"type": "DATA_ANALYSIS", "payload": {"format": "jsonl", "content": '{"a":'}}
+    done = await alice.finished_job((await ask(alice, request))["id"])
     assert (done["status"], done["attempts"], done["error"]["code"]) == ("failed", 1, "validation_failed")
     assert "JSON" in done["error"]["message"]
-    assert "/" not in done["error"]["message"]  # none of our paths
+    assert "/" not in done["error"]["message"]  # no path of the server
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ async def test_what_is_not_what_it_is_said_to_be_fails_for_good(alice: Actor) ->
         {"format": "csv", "content": "x", "documentId": "6f0ffee8-9a3c-4cd9-8ffb-3f7e0f2b7a44"},
     ],
 )
-async def test_a_payload_that_does_not_fit_is_refused(alice: Actor, payload: dict[str, Any]) -> None:
+async def test_invalid_payload_is_rejected(alice: Actor, payload: dict[str, Any]) -> None:
     assert (await alice.post("/jobs", {"type": "DATA_ANALYSIS", "payload": payload})).status == 422
 
 
@@ -136,20 +136,20 @@ def table(path: Path, size: int, row: Any) -> None:
         lambda n: f"{n},name{n % 5000},{random.random() * 100:.3f},{random.choice(['a', 'b'])}\n",
         lambda n: f"{n},{random.randbytes(16).hex()},{random.random()},{random.randbytes(40).hex()}\n",
     ],
-    ids=["few values", "every value its own"],
+    ids=["few values", "all values distinct"],
 )
 def test_ten_megabytes_are_analysed_within_128_mb(tmp_path: Path, row: Any) -> None:
     table(tmp_path / "data", 10 << 20, row)
     command = [sys.executable, "-c", MEASURE, analysis.__file__, str(tmp_path / "data"), "csv"]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n", 2)
-    assert told[1] == "0"
-    assert json.loads(told[2].splitlines()[-1])["columns"][0]["distinct"] > 50_000
-    assert int(told[0]) < 128 * 1024  # kilobytes
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n", 2)
+    assert output[1] == "0"
+    assert json.loads(output[2].splitlines()[-1])["columns"][0]["distinct"] > 50_000
+    assert int(output[0]) < 128 * 1024  # kilobytes
 
 
 def test_the_analysis_does_not_outlive_its_worker(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("x\n1\n")
-    stranger = subprocess.run(
+    orphan = subprocess.run(
         [sys.executable, "-I", analysis.__file__, str(os.getppid()), str(tmp_path / "data"), "csv"], check=False
     )
-    assert stranger.returncode == 1
+    assert orphan.returncode == 1

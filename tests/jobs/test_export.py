@@ -1,4 +1,4 @@
-"""EXPORT: a workspace's or a project's files as one artifact, downloaded in whole or in parts."""
+"""EXPORT: the files of a workspace or project as one artifact, downloaded as a whole or in ranges."""
 
 import asyncio
 import hashlib
@@ -27,24 +27,24 @@ from tests.processes import Processes
 FILES = {"main.py": "print('hé')\n", "docs/read me.md": "# Hello\n", "empty.txt": ""}
 
 
-async def workspace_with(who: Actor, files: dict[str, str], project: str | None = None) -> str:
-    workspace = await who.make_workspace(project)
+async def workspace_with(actor: Actor, files: dict[str, str], project: str | None = None) -> str:
+    workspace = await actor.make_workspace(project)
     for path, content in files.items():
-        made = await who.post(f"/workspaces/{workspace}/documents", {"path": path, "content": content})
-        assert made.status == 201, made
+        response = await actor.post(f"/workspaces/{workspace}/documents", {"path": path, "content": content})
+        assert response.status == 201, response
     return workspace
 
 
-async def exported(who: Actor, **payload: Any) -> dict[str, Any]:
-    """The artifact, as the job's result shows it."""
-    done = await who.finished_job((await ask(who, {"type": "EXPORT", "payload": payload}))["id"], seconds=120)
+async def exported(actor: Actor, **payload: Any) -> dict[str, Any]:
+    """Run an export and return the artifact in its result."""
+    done = await actor.finished_job((await ask(actor, {"type": "EXPORT", "payload": payload}))["id"], seconds=120)
     assert done["status"] == "completed", done
     artifact: dict[str, Any] = done["result"]["artifact"]
     return artifact
 
 
-async def download(who: Actor, artifact: dict[str, Any], **headers: str) -> tuple[int, bytes, Any]:
-    async with who.http.get(who.base + artifact["url"], headers=who.headers | headers) as answer:
+async def download(actor: Actor, artifact: dict[str, Any], **headers: str) -> tuple[int, bytes, Any]:
+    async with actor.http.get(actor.base + artifact["url"], headers=actor.headers | headers) as answer:
         return answer.status, await answer.read(), answer.headers
 
 
@@ -56,16 +56,16 @@ def unzipped(raw: bytes) -> dict[str, str]:
 
 def untarred(raw: bytes) -> dict[str, str]:
     with tarfile.open(fileobj=io.BytesIO(raw), mode="r:gz") as archive:
-        return {each.name: archive.extractfile(each).read().decode() for each in archive}  # type: ignore[union-attr]
+        return {member.name: archive.extractfile(member).read().decode() for member in archive}  # type: ignore[union-attr]
 
 
 def unpacked(raw: bytes) -> dict[str, str]:
-    return {each["path"]: each["content"] for each in json.loads(raw)["documents"]}
+    return {document["path"]: document["content"] for document in json.loads(raw)["documents"]}
 
 
 @pytest.mark.usefixtures("worker")
 @pytest.mark.parametrize(("format", "read"), [("zip", unzipped), ("tar.gz", untarred), ("json", unpacked)])
-async def test_what_is_exported_is_what_was_there(
+async def test_export_contains_all_files_unchanged(
     alice: Actor, format: str, read: Callable[[bytes], dict[str, str]]
 ) -> None:
     workspace = await workspace_with(alice, FILES)
@@ -82,7 +82,7 @@ async def test_what_is_exported_is_what_was_there(
 
 
 @pytest.mark.usefixtures("worker")
-async def test_a_projects_workspaces_are_folders_of_their_own(alice: Actor) -> None:
+async def test_each_workspace_of_a_project_is_its_own_folder(alice: Actor) -> None:
     project = await alice.make_project()
     first = await workspace_with(alice, {"a.txt": "1"}, project)
     second = await workspace_with(alice, {"a.txt": "2"}, project)  # of the same name
@@ -95,12 +95,12 @@ async def test_a_projects_workspaces_are_folders_of_their_own(alice: Actor) -> N
 
 
 @pytest.mark.usefixtures("worker")
-async def test_parts_of_an_artifact_can_be_asked_for(alice: Actor) -> None:
+async def test_artifact_can_be_downloaded_in_ranges(alice: Actor) -> None:
     noise = "".join(random.choices(string.ascii_letters, k=600_000))
     artifact = await exported(alice, workspaceId=await workspace_with(alice, {"noise.txt": noise}), format="zip")
     _, raw, headers = await download(alice, artifact)
     size = len(raw)
-    for asked, expected in (
+    for requested, expected in (
         ("0-9", raw[:10]),
         ("300000-", raw[300_000:]),
         ("-5", raw[-5:]),
@@ -108,20 +108,20 @@ async def test_parts_of_an_artifact_can_be_asked_for(alice: Actor) -> None:
         ("0-", raw),
         (f"-{size * 2}", raw),
     ):
-        status, part, got = await download(alice, artifact, Range=f"bytes={asked}")
+        status, part, response_headers = await download(alice, artifact, Range=f"bytes={requested}")
         assert (status, part == expected) == (206, True)
         start = raw.index(expected)
-        assert got["Content-Range"] == f"bytes {start}-{start + len(part) - 1}/{size}"
-    status, body, got = await download(alice, artifact, Range=f"bytes={size}-")
+        assert response_headers["Content-Range"] == f"bytes {start}-{start + len(part) - 1}/{size}"
+    status, body, response_headers = await download(alice, artifact, Range=f"bytes={size}-")
     assert (status, json.loads(body)["code"]) == (416, "range_not_satisfiable")
-    assert got["Content-Range"] == f"bytes */{size}"
+    assert response_headers["Content-Range"] == f"bytes */{size}"
     for whole in ({"Range": "bytes=0-1,5-6"}, {"Range": "lines=1-2"}, {"Range": "bytes=0-9", "If-Range": '"other"'}):
         assert (await download(alice, artifact, **whole))[:2] == (200, raw)
     assert (await download(alice, artifact, **{"If-None-Match": headers["ETag"]}))[0] == 304
 
 
 @pytest.mark.usefixtures("worker")
-async def test_an_artifact_is_for_those_who_see_its_job(alice: Actor, bob: Actor, carol: Actor) -> None:
+async def test_artifact_is_readable_only_with_access_to_its_job(alice: Actor, bob: Actor, carol: Actor) -> None:
     project = await alice.make_project(bob)
     artifact = await exported(alice, projectId=project, format="json")
     assert (await download(bob, artifact))[0] == 200
@@ -144,8 +144,8 @@ async def test_an_expired_artifact_is_gone(alice: Actor, stack: Stack) -> None:
 async def test_many_documents_are_exported_in_constant_memory(
     processes: Processes, quiet: dict[str, str], http: aiohttp.ClientSession, full: bool
 ) -> None:
-    where = environment(quiet)
-    server, worker = processes.server(**where), processes.worker(**where).ready()
+    variables = environment(quiet)
+    server, worker = processes.server(**variables), processes.worker(**variables).ready()
     ada = await Actor(http, server.base, "Ada").register()
     small = await workspace_with(ada, {"a.txt": "a"})
     await exported(ada, workspaceId=small, format="zip")
@@ -154,18 +154,18 @@ async def test_many_documents_are_exported_in_constant_memory(
     noise = "".join(random.choices(string.ascii_letters, k=200_000))
     count = 1000 if full else 200
     for start in range(0, count, 10):
-        made = [
+        posts = [
             ada.post(f"/workspaces/{workspace}/documents", {"path": f"{n}.txt", "content": f"{n}{noise}"})
             for n in range(start, start + 10)
         ]
-        assert {answer.status for answer in await asyncio.gather(*made)} == {201}
+        assert {answer.status for answer in await asyncio.gather(*posts)} == {201}
     artifact = await exported(ada, workspaceId=workspace, format="tar.gz")
     assert artifact["size"] > count * 100_000
-    assert peak_of(worker.pid) - before < 24_000  # kilobytes, of which there were 40,000 or 200,000
+    assert peak_of(worker.pid) - before < 24_000  # kilobytes; the documents have 40,000 or 200,000
 
 
 def peak_of(pid: int) -> int:
-    """The most resident memory so far, in kilobytes."""
-    found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
-    assert found
-    return int(found.group(1))
+    """Return the peak resident memory of a process, in kilobytes."""
+    match = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    assert match
+    return int(match.group(1))

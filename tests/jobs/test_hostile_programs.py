@@ -1,4 +1,4 @@
-"""Programs that mean harm, in every tier: what they try fails, they end, and nothing of them is left."""
+"""Hostile programs in every tier: their attacks fail, they end, and nothing of them remains."""
 
 import contextlib
 import os
@@ -16,56 +16,56 @@ from tests.devstack.pids import gone
 from tests.jobs.conftest import Streams
 from tests.jobs.runner import SECRET, Runner, leaves_no_process, processes_with
 
-# Prints what could be done, a line each; what fails says nothing.
+# Prints a line per operation that succeeds; failures print nothing.
 TRY = """
 import ctypes, os, sys
 libc = ctypes.CDLL(None, use_errno=True)
-def attempt(name, deed):
+def attempt(name, operation):
     try:
-        result = deed()
+        result = operation()
     except (OSError, ValueError, AttributeError, IndexError, TypeError):
         return
     print(name, repr(result)[:300])
 def call(name, *arguments):
-    def deed():
+    def operation():
         result = getattr(libc, name)(*arguments)
         if result == -1:
             raise OSError(ctypes.get_errno(), name)
         return result
-    attempt(name, deed)
+    attempt(name, operation)
 def syscall(name, *arguments):
-    def deed():
+    def operation():
         result = libc.syscall(*arguments)
         if result == -1:
             raise OSError(ctypes.get_errno(), name)
         return result
-    attempt(name, deed)
+    attempt(name, operation)
 """
 
 
 @pytest.fixture
 def word() -> str:
-    """By which a program's processes are known."""
+    """A word in the arguments of a program's processes, which identifies them."""
     return f"marker-{uuid4().hex}"
 
 
 @pytest.fixture
 def precious(runner: Runner) -> Iterator[Path]:
-    """A file of the worker's user, which that user may change."""
+    """A file that the worker's user may change."""
     folder = runner.folder / f"of-the-worker-{uuid4().hex}"
     folder.mkdir()
     path = folder / "precious"
     path.write_text("gold")
-    for each in (folder, path):
-        os.chown(each, runner.uid, -1)
+    for owned in (folder, path):
+        os.chown(owned, runner.uid, -1)
     yield path
     assert path.read_text() == "gold"
-    assert [each.name for each in folder.iterdir()] == ["precious"]
+    assert [entry.name for entry in folder.iterdir()] == ["precious"]
 
 
 @pytest.fixture
 def bystander(runner: Runner) -> Iterator[int]:
-    """A process of the worker's user that has nothing to do with it."""
+    """An unrelated process of the worker's user."""
     process = subprocess.Popen(["/bin/sleep", "100"], user=runner.uid if os.geteuid() == 0 else None)
     yield process.pid
     assert process.poll() is None
@@ -89,10 +89,10 @@ def test_a_fork_bomb_is_bounded_and_ends(runner: Runner, word: str, language: st
     while not processes_with(word):
         time.sleep(0.01)
     most = 0
-    while found := len(processes_with(word)):
-        most = max(most, found)
+    while count := len(processes_with(word)):
+        most = max(most, count)
     outcome = job.outcome()
-    assert 2 < most <= 32 + 3  # and their guardians, whose arguments name them too
+    assert 2 < most <= 32 + 3  # and their parents, whose arguments contain the word too
     assert outcome.timed_out or outcome.exit_code not in (None, 0) or outcome.signal
     assert leaves_no_process(word)
     assert is_well(runner)
@@ -175,7 +175,7 @@ def test_filling_the_disk_ends_the_program(runner: Runner, filling: str) -> None
         lowest = min(lowest, free_disk(runner))
         time.sleep(0.02)
     outcome = job.outcome()
-    assert "disk limit" in outcome.stderr or outcome.exit_code == 1  # or it ran into an error by itself
+    assert "disk limit" in outcome.stderr or outcome.exit_code == 1  # or the program failed with an error of its own
     assert not outcome.timed_out
     assert before - lowest < 2 << 30
     assert not list(runner.folder.rglob("job-*"))
@@ -242,7 +242,7 @@ kept = list(blocks())
 
 
 @pytest.mark.parametrize("hiding", HIDDEN_BLOCKS.values(), ids=list(HIDDEN_BLOCKS))
-def test_files_without_a_name_count_as_disk(runner: Runner, hiding: str) -> None:
+def test_deleted_files_count_toward_the_disk_limit(runner: Runner, hiding: str) -> None:
     outcome = runner.run(f"{BLOCKS}{hiding}\ntime.sleep(600)", memory_mb=256)
     assert "disk limit" in outcome.stderr, outcome
     assert not outcome.timed_out
@@ -255,7 +255,7 @@ def fork():
     if os.fork() == 0:
         data = os.urandom(1 << 20) * 62
         time.sleep(600)
-    os.wait()  # at its end another thread would inherit them
+    os.wait()  # else another thread would inherit them
 threading.Thread(target=fork).start()
 """,
     "in a process whose first thread has ended": """
@@ -271,10 +271,10 @@ import socket
 for _ in range(12):
     if os.fork() == 0: break
 kept = [socket.socketpair() for _ in range(28)]
-for each in (each for pair in kept for each in pair):
-    each.setblocking(False)
+for end in (end for pair in kept for end in pair):
+    end.setblocking(False)
     try:
-        while True: each.send(bytes(4096))
+        while True: end.send(bytes(4096))
     except OSError: pass
 """,
     "shared, and no longer mapped": """
@@ -291,14 +291,14 @@ for _ in range(4):
 
 
 @pytest.mark.parametrize("hiding", HIDDEN_MEMORY.values(), ids=list(HIDDEN_MEMORY))
-def test_memory_that_is_hidden_counts_all_the_same(runner: Runner, hiding: str) -> None:
+def test_hidden_memory_counts_toward_the_limit(runner: Runner, hiding: str) -> None:
     outcome = runner.run(f"import os, time\n{hiding}\ntime.sleep(600)", memory_mb=64)
     assert outcome.out_of_memory, outcome
-    assert outcome.signal == 9  # it did not see it itself
+    assert outcome.signal == 9  # the program did not notice the limit itself
     assert not outcome.timed_out
 
 
-def test_the_kernels_own_memory_cannot_be_had(runner: Runner) -> None:
+def test_kernel_memory_cannot_be_acquired(runner: Runner) -> None:
     code = f"""{TRY}
 import array, fcntl, mmap, socket
 left, right = socket.socketpair()
@@ -319,7 +319,7 @@ syscall("rules", 444, ctypes.byref((ctypes.c_uint64 * 2)(0, 1)), 16, 0)
     assert nothing_done(runner, code)
 
 
-def test_what_programs_do_with_descriptors_works_all_the_same(runner: Runner) -> None:
+def test_common_uses_of_descriptors_work(runner: Runner) -> None:
     code = """
 import asyncio, multiprocessing, shutil, subprocess
 async def cat():
@@ -339,7 +339,7 @@ process.join()
     assert (outcome.stdout, outcome.stderr) == ("True\nb'piped'\nsent\n", "")
 
 
-def test_what_javascript_does_with_descriptors_works_all_the_same(runner: Runner, node: str) -> None:
+def test_common_uses_of_descriptors_work_in_javascript(runner: Runner, node: str) -> None:
     code = """
 const { execFileSync, fork } = require('child_process'), fs = require('fs')
 if (process.argv[2]) return process.send('from below', () => process.disconnect())
@@ -359,7 +359,7 @@ def test_programs_yield_to_the_worker(runner: Runner) -> None:
     assert outcome.exit_code == 1
 
 
-# Tries to write to, cut off and read from what it finds open beyond its own three.
+# Tries to write, truncate and read every open descriptor above 2.
 DESCRIPTORS = """
 import fcntl, os
 for number in range(3, 1 << 16):
@@ -367,11 +367,11 @@ for number in range(3, 1 << 16):
     except OSError: continue
     print("open:", number, kind)
     fcntl.fcntl(number, fcntl.F_SETFL, os.O_NONBLOCK)
-    for deed in (lambda: os.write(number, b"FORGED"), lambda: os.ftruncate(number, 0), lambda: os.read(number, 100)):
-        try: print("done:", number, deed())
+    for access in (lambda: os.write(number, b"FORGED"), lambda: os.ftruncate(number, 0), lambda: os.read(number, 100)):
+        try: print("done:", number, access())
         except OSError: pass
 """
-# These interpreters have descriptors of their own: which ones tells whether one is the worker's.
+# These interpreters open descriptors of their own; device and inode show whether one is the worker's.
 IDENTITIES = {
     "bash": "exec 3</dev/zero; stat -L -c %d:%i /proc/self/fd/{3..254} 2>/dev/null",
     "javascript": """
@@ -396,9 +396,9 @@ def test_a_program_cannot_reach_the_terminal_the_pipe_or_the_log_of_its_worker(
     before = streams.written()
     assert exposed_runner.run(DESCRIPTORS).stdout == ""
     for language in IDENTITIES.keys() & set(exposed_runner.languages):
-        found = set(exposed_runner.run(IDENTITIES[language], language).stdout.split())
-        assert found
-        assert not found & particular_files_of(exposed_runner.pid)
+        identities = set(exposed_runner.run(IDENTITIES[language], language).stdout.split())
+        assert identities
+        assert not identities & particular_files_of(exposed_runner.pid)
     assert exposed_runner.run(TERMINALS, args=[str(exposed_runner.pid)]).stdout == ""
     assert b"FORGED" not in streams.written()
     if streams.kind == "file":
@@ -407,14 +407,20 @@ def test_a_program_cannot_reach_the_terminal_the_pipe_or_the_log_of_its_worker(
 
 
 def particular_files_of(pid: int) -> set[str]:
-    """Device and inode of what a process has open: of files, terminals, pipes and sockets, which are not shared by
-    chance as an event counter's inode is, or the null device."""
-    found = []
+    """Return device and inode of the open files, terminals, pipes and sockets of a process.
+
+    Event counters and the null device are omitted: unrelated processes share their inodes.
+    """
+    statuses = []
     for path in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # closed since the directory was listed
-            found.append(path.stat())
+            statuses.append(path.stat())
     null = Path(os.devnull).stat().st_rdev
-    return {f"{each.st_dev}:{each.st_ino}" for each in found if stat.S_IFMT(each.st_mode) and each.st_rdev != null}
+    return {
+        f"{status.st_dev}:{status.st_ino}"
+        for status in statuses
+        if stat.S_IFMT(status.st_mode) and status.st_rdev != null
+    }
 
 
 DAEMONS = {
@@ -423,29 +429,29 @@ DAEMONS = {
     "closed descriptors": "os.fork() and os._exit(0); os.setsid(); os.closerange(0, 256)",
     "another name": "os.fork() and os._exit(0); os.setsid();"
     "os.execv('/bin/sleep', ['[kworker/0:0] ' + sys.argv[1], '60'])",
-    "no death signal, a subreaper": "import ctypes; prctl = ctypes.CDLL(None).prctl; prctl(36, 1, 0, 0, 0);"
+    "no parent death signal, a subreaper": "import ctypes; prctl = ctypes.CDLL(None).prctl; prctl(36, 1, 0, 0, 0);"
     "os.fork() and os._exit(0); prctl(1, 0, 0, 0, 0); os.setsid()",
 }
 
 
-@pytest.mark.parametrize("deed", DAEMONS.values(), ids=list(DAEMONS))
-def test_a_daemon_dies_with_its_program(runner: Runner, word: str, deed: str) -> None:
+@pytest.mark.parametrize("detach", DAEMONS.values(), ids=list(DAEMONS))
+def test_daemon_ends_with_its_program(runner: Runner, word: str, detach: str) -> None:
     code = f"""
 import os, signal, sys, time
 for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
     signal.signal(number, signal.SIG_IGN)
 print("begun", flush=True)
-{deed}
+{detach}
 while True: time.sleep(1)
 """
     outcome = runner.run(code, args=[word])
     assert outcome.stdout == "begun\n"
     assert outcome.exit_code == 0
-    assert not outcome.timed_out  # the program itself has ended
+    assert not outcome.timed_out  # the program itself has exited
     assert leaves_no_process(word)
 
 
-def test_links_lead_to_nothing_of_the_host(runner: Runner, precious: Path) -> None:
+def test_links_reach_no_host_files(runner: Runner, precious: Path) -> None:
     code = f"""{TRY}
 for number, path in enumerate(("/etc/passwd", "/etc/shadow", "{precious}", "/proc/{runner.pid}/environ", "/root")):
     attempt("hard link", lambda: os.link(path, f"hard-{{number}}"))
@@ -462,7 +468,7 @@ attempt("out of a folder", lambda: os.rename("folder/precious", "mine"))
     assert nothing_done(runner, code)
 
 
-def test_clearing_up_follows_no_link(runner: Runner, precious: Path) -> None:
+def test_removal_follows_no_links(runner: Runner, precious: Path) -> None:
     code = f"""
 import os
 os.symlink("{precious.parent}", "folder")
@@ -473,7 +479,7 @@ os.mkdir("deep"); os.symlink("{precious.parent}", "deep/folder"); os.symlink("{p
     assert precious.read_text() == "gold"
 
 
-def test_clearing_up_is_stopped_by_no_depth_and_no_rights(runner: Runner) -> None:
+def test_removal_handles_deep_and_unreadable_directories(runner: Runner) -> None:
     code = """
 import os
 os.mkdir("closed"); open("closed/file", "w").close(); os.chmod("closed", 0)
@@ -485,7 +491,7 @@ open("-rf", "w").close(); os.chmod(".", 0)
     assert not list(runner.folder.rglob("job-*"))
 
 
-def test_the_environment_is_not_the_workers(runner: Runner) -> None:
+def test_environment_of_the_worker_is_hidden(runner: Runner) -> None:
     code = f"""
 import glob, os, sys
 seen = [repr(dict(os.environ))]
@@ -519,7 +525,7 @@ for path in ("/proc/sys/kernel/hostname", "/proc/sys/vm/drop_caches", "/proc/sys
     assert nothing_done(runner, code)
 
 
-def test_the_network_is_not_there(runner: Runner) -> None:
+def test_network_is_unavailable(runner: Runner) -> None:
     folder = runner.folder / f"sockets-{uuid4().hex}"
     folder.mkdir(mode=0o777)
     folder.chmod(0o777)
@@ -563,7 +569,7 @@ attempt("pair", lambda: left.sendmsg([b"x"], [], 0, {udp.getsockname()!r}))
                 sock.recv(10)
 
 
-def test_event_loops_work_all_the_same(runner: Runner) -> None:
+def test_event_loops_work(runner: Runner) -> None:
     assert runner.run("import asyncio; asyncio.run(asyncio.sleep(0)); print('looped')").stdout == "looped\n"
 
 
@@ -578,18 +584,18 @@ for path in ("{precious}", "{precious.parent}/other", "/usr/bin/other", "/etc/ot
              "/dev/other", "/dev/shm/other", "/job/other", "../other", "../files/other", "/inside.py"):
     attempt(f"write {{path}}", lambda: open(path, "a"))
     attempt(f"mkdir {{path}}", lambda: os.mkdir(path))
-for deed in (os.unlink, os.rmdir, lambda path: os.truncate(path, 0), lambda path: os.rename(path, "mine")):
-    attempt("{precious}", lambda: deed("{precious}"))
-for deed in (os.utime, lambda path: os.chmod(path, 0o777), lambda path: os.chown(path, os.getuid(), -1)):
-    try: deed("{precious}")
+for change in (os.unlink, os.rmdir, lambda path: os.truncate(path, 0), lambda path: os.rename(path, "mine")):
+    attempt("{precious}", lambda: change("{precious}"))
+for change in (os.utime, lambda path: os.chmod(path, 0o777), lambda path: os.chown(path, os.getuid(), -1)):
+    try: change("{precious}")
     except OSError: pass
 """
     before = precious.stat()
     assert nothing_done(runner, code)
-    assert precious.stat().st_ctime_ns == before.st_ctime_ns  # neither mode nor times nor owner
+    assert precious.stat().st_ctime_ns == before.st_ctime_ns  # mode, times and owner are unchanged
 
 
-def test_what_is_written_to_temporary_directories_is_not_on_the_host(runner: Runner) -> None:
+def test_temporary_files_do_not_reach_the_host(runner: Runner) -> None:
     name = f"left-{uuid4().hex}"
     code = f"{TRY}\nfor at in ('/tmp', '/var/tmp', '/dev/shm'): attempt(at, lambda: open(at + '/{name}', 'w'))"
     runner.run(code)
@@ -609,7 +615,7 @@ print(written <= 16 << 20)
     assert runner.run(code).stdout == "True\n"
 
 
-def test_signals_reach_nobody_outside(runner: Runner, bystander: int) -> None:
+def test_signals_reach_no_process_outside(runner: Runner, bystander: int) -> None:
     code = f"""{TRY}
 import signal
 for pid in ({runner.pid}, {bystander}, {os.getpid()}, 1, os.getppid()):
@@ -632,7 +638,7 @@ os.kill(0, signal.SIGKILL)
     assert is_well(runner)
 
 
-def test_signals_by_other_ways_reach_nobody_outside(runner: Runner, bystander: int) -> None:
+def test_indirect_signals_reach_no_process_outside(runner: Runner, bystander: int) -> None:
     code = f"""{TRY}
 import fcntl, signal
 read, write = os.pipe()
@@ -649,7 +655,9 @@ for pid in ({runner.pid}, {bystander}):
 
 def test_signals_among_its_own_processes_work(runner: Runner) -> None:
     if runner.tier == "landlock-bare" and landlock_abi() < 6:
-        pytest.skip("this kernel's Landlock knows no signals: they are refused but to oneself")
+        pytest.skip(
+            "this kernel's Landlock does not confine signals: the filter allows them only to the process itself"
+        )
     code = "import subprocess; p = subprocess.Popen(['sleep', '9']); p.kill(); print(p.wait())"
     assert runner.run(code).stdout == "-9\n"
 
@@ -660,7 +668,7 @@ def landlock_abi() -> int:
     return launcher.landlock_abi()
 
 
-def test_closed_descriptors_hide_nothing(runner: Runner, word: str) -> None:
+def test_forged_reports_and_closed_descriptors_hide_nothing(runner: Runner, word: str) -> None:
     code = """
 import os, sys, time
 for number in range(3, 256):
@@ -676,7 +684,7 @@ os._exit(3)
     assert is_well(runner)
 
 
-def test_no_descriptor_of_ours_is_inherited(runner: Runner) -> None:
+def test_no_descriptor_of_the_worker_is_inherited(runner: Runner) -> None:
     code = """
 import os
 def is_open(number):
@@ -701,7 +709,7 @@ call("ptrace", 0, 0, None, None)
     assert nothing_done(runner, code)
 
 
-def test_no_namespace_can_be_made_or_entered(runner: Runner) -> None:
+def test_no_namespace_can_be_created_or_entered(runner: Runner) -> None:
     code = f"""{TRY}
 NEW = (0x80, 0x20000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000)
 for flag in NEW:
@@ -727,7 +735,7 @@ syscall("personality", 135, 0x0040000)
     assert nothing_done(runner, code)
 
 
-def test_rights_cannot_be_gained(runner: Runner) -> None:
+def test_privileges_cannot_be_gained(runner: Runner) -> None:
     code = """
 import ctypes, os, resource
 print(ctypes.CDLL(None).prctl(39, 0, 0, 0, 0), end=" ")
@@ -784,7 +792,7 @@ def parent_of(pid: int) -> int:
 
 
 def nothing_done(runner: Runner, code: str) -> bool:
-    """Whether a program of attempts came to its end and none succeeded."""
+    """Run a program of attempts; assert that it ends and that none succeeds."""
     outcome = runner.run(code + "\nprint('that is all')")
     assert outcome.stderr == ""
     assert outcome.stdout == "that is all\n"

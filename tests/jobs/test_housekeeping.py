@@ -1,4 +1,4 @@
-"""What nobody may expect to find any more is deleted; what is young or still waits is kept."""
+"""Clean-up: data beyond their retention are deleted; young data and waiting jobs are kept."""
 
 import asyncio
 import dataclasses
@@ -29,7 +29,7 @@ async def stores(settings: Settings, quiet: dict[str, str]) -> AsyncIterator[Res
 
 
 async def job_of(mongo: Any, *, age: timedelta, status: str = "completed") -> dict[str, Any]:
-    """A job that ended so long ago, with output and an artifact."""
+    """Create a job that ended this long ago, with output and an artifact."""
     now = store.moment()
     job: dict[str, Any] = {"_id": str(uuid4()), "claim": 1, "status": status, "completedAt": now - age}
     if status == "pending":
@@ -43,13 +43,13 @@ async def job_of(mongo: Any, *, age: timedelta, status: str = "completed") -> di
 
 
 async def left(mongo: Any, job: dict[str, Any]) -> tuple[bool, bool, bool]:
-    """Whether record, output and artifact are there."""
+    """Return whether record, output and artifact exist."""
     record = await store.read(mongo, job=job["_id"])
     text, _ = await output.read(mongo, job=job["_id"], after=0, limit=10)
     return record is not None, bool(text), await artifacts.find(mongo, job=job, name="a") is not None
 
 
-async def test_old_things_go_and_young_ones_stay(stores: Resources) -> None:
+async def test_clean_up_deletes_only_what_exceeds_its_retention(stores: Resources) -> None:
     mongo = stores.mongo
     young = await job_of(mongo, age=timedelta(hours=1))
     week = await job_of(mongo, age=timedelta(days=8))
@@ -63,7 +63,7 @@ async def test_old_things_go_and_young_ones_stay(stores: Resources) -> None:
     assert await mongo["artifacts.chunks"].count_documents({}) == 4  # two artifacts, of two chunks each
 
 
-async def test_what_a_killed_upload_left_goes_after_an_hour(stores: Resources) -> None:
+async def test_remains_of_a_killed_upload_are_deleted_after_an_hour(stores: Resources) -> None:
     mongo, now = stores.mongo, store.moment()
     for age in (timedelta(hours=2), timedelta(0)):
         job = {"_id": str(uuid4()), "claim": 1}
@@ -74,7 +74,7 @@ async def test_what_a_killed_upload_left_goes_after_an_hour(stores: Resources) -
     assert await mongo["artifacts.chunks"].count_documents({}) == 1
 
 
-async def test_of_many_attempts_files_only_that_of_the_completed_one_stays(stores: Resources) -> None:
+async def test_only_the_artifact_of_the_completed_attempt_is_kept(stores: Resources) -> None:
     mongo = stores.mongo
     jobs = [await job_of(mongo, age=timedelta(hours=2)) for _ in range(artifacts.AT_ONCE + 1)]
     for job in jobs:
@@ -91,14 +91,14 @@ async def test_of_many_attempts_files_only_that_of_the_completed_one_stays(store
     assert await mongo["artifacts.files"].count_documents({"metadata.unsettledSince": {"$gte": now}}) == 0
 
 
-async def test_a_step_of_the_housekeeping_that_comes_to_no_end_holds_up_none_of_the_others(
+async def test_failing_clean_up_step_does_not_block_the_others(
     stores: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recovery, "STEP_SECONDS", 4.0)
     mongo = stores.mongo
     month = await job_of(mongo, age=timedelta(days=31))
     await mongo["artifacts.files"].rename("artifacts.other")
-    await mongo.command("create", "artifacts.files", viewOn="artifacts.other", pipeline=[])  # it cannot be written
+    await mongo.command("create", "artifacts.files", viewOn="artifacts.other", pipeline=[])  # a view cannot be written
     await recovery.clean_up(cast("Bench", SimpleNamespace(stores=stores)))
     assert await store.read(mongo, job=month["_id"]) is None
 
@@ -117,23 +117,23 @@ async def fail_in_the_middle(mongo: Any, job: dict[str, Any]) -> None:
         raise RuntimeError
 
 
-async def test_the_reconciler_goes_on_while_the_housekeeping_is_long(make_bench: MakeBench) -> None:
-    begun, ticks = asyncio.Event(), 0
+async def test_reconciler_runs_during_a_long_clean_up(make_bench: MakeBench) -> None:
+    started, ticks = asyncio.Event(), 0
 
     class Busy(UpkeepWorker):
         async def clean_up(self, _: Any) -> None:
-            begun.set()
+            started.set()
             await asyncio.Event().wait()
 
         async def reconcile(self, _: Any) -> None:
             nonlocal ticks
-            ticks += begun.is_set()
+            ticks += started.is_set()
 
     bench = await make_bench(None)
-    lane = UpkeepLane(bench.stores.redis)
-    worker = Busy(lane, bench)
+    maintenance_queue = UpkeepLane(bench.stores.redis)
+    worker = Busy(maintenance_queue, bench)
     name = next(name for name in worker.functions if name.endswith("clean_up"))
-    await lane.enqueue(saq.Job(name, key=f"{lane.name}:now", timeout=60))
+    await maintenance_queue.enqueue(saq.Job(name, key=f"{maintenance_queue.name}:now", timeout=60))
     running = asyncio.ensure_future(worker.start())
     async with asyncio.timeout(PATIENCE_SECONDS):
         while ticks < 2:

@@ -1,4 +1,4 @@
-"""One key, one job, however often and wherever it is posted."""
+"""Idempotency keys: one key creates one job, however often and to whichever server it is posted."""
 
 import asyncio
 
@@ -15,17 +15,17 @@ async def test_200_posts_with_one_key_on_two_servers_make_one_job(
 ) -> None:
     first, second = await make_server(**quiet), await make_server(**quiet)
     alice = await make_actor("Alice", first)
-    doors = [alice, alice.at(second)]
-    answers = await asyncio.gather(*(insistently(doors[n % 2], "once") for n in range(200)))
+    actors = [alice, alice.at(second)]
+    answers = await asyncio.gather(*(insistently(actors[n % 2], "once") for n in range(200)))
     assert {answer["job"]["id"] for answer in answers} == {answers[0]["job"]["id"]}
-    # The 201 may have been made for one that was answered 503: then all that ask again hear of a duplicate.
+    # The created job may belong to a request that got 503: then all repeated requests get a duplicate.
     assert sorted(answer.status for answer in answers)[:-1] == [200] * 199
     assert all(answer["duplicate"] == (answer.status == 200) for answer in answers)
 
 
-async def insistently(who: Actor, key: str) -> Answer:
-    """As clients do: a store that is too slow is answered 503, and the same key is posted again."""
-    while (answer := await post_with_key(who, key)).status == 503:
+async def insistently(actor: Actor, key: str) -> Answer:
+    """Post with the key until the response is not 503, which a slow store causes."""
+    while (answer := await post_with_key(actor, key)).status == 503:
         await asyncio.sleep(0.1)
     return answer
 
@@ -38,23 +38,23 @@ async def test_the_same_key_with_another_body_is_refused(alice: Actor) -> None:
         assert (refused.status, refused.code) == (422, "idempotency_key_reused")
 
 
-async def test_the_same_body_in_another_order_is_the_same(alice: Actor) -> None:
+async def test_order_of_keys_in_the_body_does_not_matter(alice: Actor) -> None:
     first = await post_with_key(alice, "order", program(args=["x"], stdin="y"))
     body = program(args=["x"], stdin="y")
-    turned = {"payload": dict(reversed(body["payload"].items())), "priority": 5, "type": body["type"]}
-    again = await post_with_key(alice, "order", turned)
+    reordered = {"payload": dict(reversed(body["payload"].items())), "priority": 5, "type": body["type"]}
+    again = await post_with_key(alice, "order", reordered)
     assert (again.status, again["job"]["id"]) == (200, first["job"]["id"])
 
 
-async def test_who_repeats_is_not_refused_for_what_has_changed_since(
+async def test_repeated_request_succeeds_despite_later_changes(
     make_server: MakeServer, quiet: dict[str, str], make_actor
 ) -> None:
     ada = await make_actor("Ada", await make_server(**quiet))
     workspace = await ada.make_workspace()
-    made = await ada.post(f"/workspaces/{workspace}/documents", {"path": "a.py", "content": "1"})
-    body = {"type": "CODE_EXECUTION", "payload": {"language": "python", "documentId": made["id"]}}
+    document = await ada.post(f"/workspaces/{workspace}/documents", {"path": "a.py", "content": "1"})
+    body = {"type": "CODE_EXECUTION", "payload": {"language": "python", "documentId": document["id"]}}
     first = await post_with_key(ada, "mine", body)
-    await ada.delete(f"/documents/{made['id']}")
+    await ada.delete(f"/documents/{document['id']}")
     async with Redis.from_url(quiet["redis_url"]) as redis:
         await workers.report(redis, workers.Report("other", "landlock", ["bash"], ["high", "normal", "low"], 10))
     await asyncio.sleep(workers.REMEMBERED_SECONDS + 0.1)
@@ -64,7 +64,7 @@ async def test_who_repeats_is_not_refused_for_what_has_changed_since(
     assert (await post_with_key(ada, "other")).code == "language_unavailable"
 
 
-async def test_the_key_may_stand_in_the_body_and_belongs_to_its_user(alice: Actor, bob: Actor) -> None:
+async def test_key_is_accepted_in_the_body_and_scoped_to_its_user(alice: Actor, bob: Actor) -> None:
     job = await ask(alice, idempotencyKey="shared")
     again = await post_with_key(alice, "shared")
     assert (again.status, again["job"]["id"]) == (200, job["id"])

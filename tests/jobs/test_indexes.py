@@ -1,18 +1,18 @@
-"""Indexes of the records: there at every start, and made anew where an older version made them otherwise."""
+"""The indexes of job records: created at every start, and replaced if an older version defined them differently."""
 
 from server.jobs import store
 from server.resources import connect
 from server.settings import Settings
 
 
-async def test_an_index_of_an_older_version_is_made_anew(settings: Settings) -> None:
+async def test_index_of_an_older_version_is_replaced(settings: Settings) -> None:
     async with connect(settings) as stores:
         mongo = stores.mongo.client["indexes_of_old"]
         name, keys, _ = store._INDEXES[-1]
         await mongo.jobs.create_index([("status", 1)], name=name)
         await store.prepare(mongo)
         await store.prepare(mongo)
-        made = await mongo.jobs.index_information()
+        indexes = await mongo.jobs.index_information()
         await stores.mongo.client.drop_database("indexes_of_old")
-    assert [key for key, _ in made[name]["key"]] == [key for key, _ in keys]
-    assert {name for name, _, _ in store._INDEXES} <= made.keys()
+    assert [key for key, _ in indexes[name]["key"]] == [key for key, _ in keys]
+    assert {name for name, _, _ in store._INDEXES} <= indexes.keys()

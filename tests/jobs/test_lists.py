@@ -7,23 +7,23 @@ from tests.jobs.asking import ask, program
 LATER = "2100-01-01T00:00:00Z"
 
 
-async def pages(who: Actor, query: str) -> list[list[str]]:
-    found, cursor = [], ""
+async def pages(actor: Actor, query: str) -> list[list[str]]:
+    listed, cursor = [], ""
     while True:
-        page = await who.get(f"/jobs?{query}{cursor}")
+        page = await actor.get(f"/jobs?{query}{cursor}")
         assert page.status == 200, page
-        found.append([job["id"] for job in page["items"]])
+        listed.append([job["id"] for job in page["items"]])
         if page["nextCursor"] is None:
-            return found
+            return listed
         cursor = f"&cursor={page['nextCursor']}"
 
 
-async def test_ones_own_jobs_newest_first_in_pages(alice: Actor, bob: Actor) -> None:
-    made = [(await ask(alice, runAt=LATER))["id"] for _ in range(5)]
+async def test_own_jobs_are_listed_newest_first_in_pages(alice: Actor, bob: Actor) -> None:
+    created = [(await ask(alice, runAt=LATER))["id"] for _ in range(5)]
     await ask(bob)
-    found = await pages(alice, "limit=2")
-    assert found == [made[:2:-1], made[2:0:-1], made[:1]]
-    assert await pages(alice, "") == [made[::-1]]
+    listed = await pages(alice, "limit=2")
+    assert listed == [created[:2:-1], created[2:0:-1], created[:1]]
+    assert await pages(alice, "") == [created[::-1]]
 
 
 async def test_jobs_are_filtered_by_status_and_type(alice: Actor) -> None:
@@ -36,7 +36,7 @@ async def test_jobs_are_filtered_by_status_and_type(alice: Actor) -> None:
         assert (await alice.get(f"/jobs?{bad}")).status == 422
 
 
-async def test_a_projects_jobs_are_everybodys_in_it(alice: Actor, bob: Actor, carol: Actor) -> None:
+async def test_project_list_contains_the_jobs_of_all_members(alice: Actor, bob: Actor, carol: Actor) -> None:
     project = await alice.make_project(bob)
     mine = (await ask(alice, runAt=LATER, projectId=project))["id"]
     his = (await ask(bob, runAt=LATER, projectId=project))["id"]
@@ -47,17 +47,17 @@ async def test_a_projects_jobs_are_everybodys_in_it(alice: Actor, bob: Actor, ca
 
 async def test_a_page_of_large_jobs_ends_early(alice: Actor) -> None:
     large = program("#" * 250_000, stdin="x" * 250_000)
-    made = [(await ask(alice, large, runAt=LATER))["id"] for _ in range(12)]
-    found = await pages(alice, "limit=100")
-    assert len(found) > 1
-    assert [job for page in found for job in page] == made[::-1]
+    created = [(await ask(alice, large, runAt=LATER))["id"] for _ in range(12)]
+    listed = await pages(alice, "limit=100")
+    assert len(listed) > 1
+    assert [job for page in listed for job in page] == created[::-1]
 
 
-async def test_counts_by_status_and_of_the_queues(
+async def test_stats_count_jobs_by_status_and_in_the_queues(
     make_server: MakeServer, make_actor: MakeActor, quiet: dict[str, str]
 ) -> None:
     alice = await make_actor("Alice", await make_server(**quiet))
-    for _ in range(6):  # more than one user's share, and no worker takes them
+    for _ in range(6):  # more than a user has slots, and without a worker
         await ask(alice)
     late = [(await ask(alice, runAt=LATER))["id"] for _ in range(2)]
     await alice.post(f"/jobs/{late[0]}/cancel")
@@ -67,7 +67,7 @@ async def test_counts_by_status_and_of_the_queues(
     }
 
 
-async def test_a_job_that_did_not_change_need_not_be_sent_again(alice: Actor) -> None:
+async def test_unchanged_job_is_answered_with_304(alice: Actor) -> None:
     job = (await ask(alice, runAt=LATER))["id"]
     tag = (await alice.get(f"/jobs/{job}")).headers["ETag"]
     assert (await alice.get(f"/jobs/{job}", headers={"If-None-Match": tag})).status == 304

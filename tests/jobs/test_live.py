@@ -1,4 +1,4 @@
-"""The owner hears of a job wherever connected; its workspace hears how it goes."""
+"""Live events: the owner of a job receives them on every connection, its workspace receives the status."""
 
 import asyncio
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("worker")
 
 
 async def heard_until(socket: Socket, job: str, status: str) -> tuple[list[str], str]:
-    """Statuses, each once in a row, and the output."""
+    """Receive events until a status; return the distinct statuses in order, and the output."""
     statuses: list[str] = []
     text = ""
     while not statuses or statuses[-1] != status:
@@ -27,13 +27,13 @@ async def heard_until(socket: Socket, job: str, status: str) -> tuple[list[str],
             assert (data["jobId"], data["offset"], data["stream"]) == (job, len(text), "stdout")
             text += data["text"]
         elif frame["event"] == "job:updated":
-            told = frame["data"]["job"]
-            assert told["id"] == job
-            statuses += [told["status"]] if statuses[-1:] != [told["status"]] else []
+            announced = frame["data"]["job"]
+            assert announced["id"] == job
+            statuses += [announced["status"]] if statuses[-1:] != [announced["status"]] else []
     return statuses, text
 
 
-async def test_the_owner_hears_every_move_and_the_output_on_every_connection(
+async def test_owner_receives_every_status_and_the_output_on_every_connection(
     make_server: MakeServer, make_actor: MakeActor
 ) -> None:
     first, second = await make_server(), await make_server()
@@ -45,51 +45,51 @@ async def test_the_owner_hears_every_move_and_the_output_on_every_connection(
         assert await heard_until(socket, job, "completed") == (["pending", "processing", "completed"], "0\n1\n2\n")
 
 
-async def test_pending_is_told_before_a_worker_hears_of_the_job(alice: Actor, settings: Settings) -> None:
+async def test_pending_is_announced_before_workers_are_notified(alice: Actor, settings: Settings) -> None:
     job = (await ask(alice, runAt="2100-01-01T00:00:00Z"))["id"]
     await alice.post(f"/jobs/{job}/cancel")
     async with Redis.from_url(settings.redis_url) as redis, redis.pubsub() as pubsub:
         await pubsub.psubscribe("*")
         await pubsub.get_message(timeout=PATIENCE_SECONDS)
-        for begin in (ask(alice), alice.post(f"/jobs/{job}/retry")):
-            asking = asyncio.ensure_future(begin)
-            told = False
+        for request in (ask(alice), alice.post(f"/jobs/{job}/retry")):
+            sending = asyncio.ensure_future(request)
+            announced = False
             while (
-                heard := await pubsub.get_message(ignore_subscribe_messages=True, timeout=PATIENCE_SECONDS)
+                message := await pubsub.get_message(ignore_subscribe_messages=True, timeout=PATIENCE_SECONDS)
             ) is not None:
-                told = told or (alice.id in heard["channel"].decode() and b"pending" in heard["data"])
-                if heard["channel"].decode() == BELL:
+                announced = announced or (alice.id in message["channel"].decode() and b"pending" in message["data"])
+                if message["channel"].decode() == BELL:
                     break
-            assert told
-            await asking
+            assert announced
+            await sending
 
 
-async def test_the_owner_hears_how_far_a_job_is(alice: Actor) -> None:
+async def test_owner_receives_progress(alice: Actor) -> None:
     workspace = await alice.make_workspace()
     for number in range(4):
         await alice.post(f"/workspaces/{workspace}/documents", {"path": f"{number}.txt", "content": "x" * 100})
     socket = await alice.connect()
-    for asked in (
+    for request in (
         {"type": "EXPORT", "payload": {"workspaceId": workspace, "format": "json"}},
         {"type": "FILE_PROCESSING", "payload": {"workspaceId": workspace}},
     ):
-        await ask(alice, asked)
-        heard = [await socket.assert_push("job:updated")]
-        while heard[-1]["job"]["status"] in ("pending", "processing"):
-            heard.append(await socket.assert_push("job:updated"))
-        told = [each["job"]["progress"] for each in heard if each["job"]["status"] == "processing"]
-        assert told[:2] == [0, 25]  # then at most every half second
-        assert heard[-1]["job"]["progress"] == 100
+        await ask(alice, request)
+        events = [await socket.assert_push("job:updated")]
+        while events[-1]["job"]["status"] in ("pending", "processing"):
+            events.append(await socket.assert_push("job:updated"))
+        progress = [event["job"]["progress"] for event in events if event["job"]["status"] == "processing"]
+        assert progress[:2] == [0, 25]  # then at most twice a second
+        assert events[-1]["job"]["progress"] == 100
 
 
-async def test_others_hear_nothing_of_a_job_without_a_workspace(alice: Actor, bob: Actor) -> None:
+async def test_other_users_receive_nothing_of_a_job_without_a_workspace(alice: Actor, bob: Actor) -> None:
     hers, his = await alice.connect(), await bob.connect()
     job = (await ask(alice))["id"]
     await heard_until(hers, job, "completed")
     await his.refute_push()
 
 
-async def test_those_in_the_workspace_hear_how_it_goes(alice: Actor, bob: Actor) -> None:
+async def test_workspace_members_receive_status_changes(alice: Actor, bob: Actor) -> None:
     workspace = await alice.make_workspace(None, bob)
     his = await bob.connect(workspace)
     job = (await ask(alice, workspaceId=workspace, runAt="2100-01-01T00:00:00Z"))["id"]
@@ -98,8 +98,8 @@ async def test_those_in_the_workspace_hear_how_it_goes(alice: Actor, bob: Actor)
     await his.assert_push("JOB_UPDATED", jobId=job, status="cancelled", jobType="CODE_EXECUTION")
 
 
-async def test_a_job_too_large_for_a_frame_is_told_without_its_payload(alice: Actor) -> None:
+async def test_job_too_large_for_a_frame_is_announced_without_its_payload(alice: Actor) -> None:
     socket = await alice.connect()
     job = (await ask(alice, program("#" * 100_000), runAt="2100-01-01T00:00:00Z"))["id"]
-    told = (await socket.assert_push("job:updated"))["job"]
-    assert (told["id"], told["status"], "payload" in told) == (job, "pending", False)
+    announced = (await socket.assert_push("job:updated"))["job"]
+    assert (announced["id"], announced["status"], "payload" in announced) == (job, "pending", False)

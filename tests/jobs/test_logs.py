@@ -1,4 +1,4 @@
-"""What a program prints can be read while it runs, from any position, and heard live."""
+"""The output of a program: readable while it runs and from any position, and published live."""
 
 import asyncio
 import dataclasses
@@ -25,7 +25,7 @@ print("oh", file=sys.stderr)
 """
 
 
-async def test_the_output_so_far_is_there_while_the_program_runs(alice: Actor) -> None:
+async def test_output_is_readable_while_the_program_runs(alice: Actor) -> None:
     job = (await ask(alice, program(TALKS)))["id"]
     pages, after, text = 0, "0", ""
     async with asyncio.timeout(PATIENCE_SECONDS):
@@ -72,11 +72,11 @@ async def mongo(settings: Settings, quiet: dict[str, str]) -> AsyncIterator[Any]
         yield stores.mongo
 
 
-def writer(mongo: Any, *, claim: int, start: int = 0, told: list[str] | None = None) -> Output:
-    async def tell(chunks: Sequence[dict[str, Any]]) -> None:
-        (told if told is not None else []).extend(chunk["text"] for chunk in chunks)
+def writer(mongo: Any, *, claim: int, start: int = 0, published: list[str] | None = None) -> Output:
+    async def publish(chunks: Sequence[dict[str, Any]]) -> None:
+        (published if published is not None else []).extend(chunk["text"] for chunk in chunks)
 
-    return Output(mongo, job="job", claim=claim, start=start, tell=tell, now=store.moment)
+    return Output(mongo, job="job", claim=claim, start=start, tell=publish, now=store.moment)
 
 
 async def write(to: Output, text: str) -> None:
@@ -85,7 +85,7 @@ async def write(to: Output, text: str) -> None:
 
 
 async def kept(mongo: Any) -> str:
-    """Without holes, and each place once."""
+    """Return the stored output; assert that it has no gaps and no overlaps."""
     items, _ = await output.read(mongo, job="job", after=0, limit=100)
     text = ""
     for item in items:
@@ -94,19 +94,19 @@ async def kept(mongo: Any) -> str:
     return text
 
 
-async def test_a_superseded_attempt_takes_no_place_from_its_successor(mongo: Any) -> None:
-    told: list[str] = []
-    zombie, successor = writer(mongo, claim=1), writer(mongo, claim=2, told=told)
+async def test_superseded_attempt_does_not_overwrite_its_successors_output(mongo: Any) -> None:
+    published: list[str] = []
+    zombie, successor = writer(mongo, claim=1), writer(mongo, claim=2, published=published)
     await write(zombie, "first of the zombie, ")
-    await write(successor, "its successor, ")  # the place that it wanted is taken
+    await write(successor, "its successor, ")  # its offset is taken
     await write(zombie, "x" * 2 * CHUNK_CHARACTERS)
     await write(zombie, "nothing of this")
     await write(successor, "and all of it")
     assert await kept(mongo) == "first of the zombie, its successor, and all of it"
-    assert told == ["its successor, ", "and all of it"]
+    assert published == ["its successor, ", "and all of it"]
 
 
-async def test_a_successor_that_is_first_silences_the_superseded_attempt(mongo: Any) -> None:
+async def test_superseded_attempt_stores_nothing_after_its_successor(mongo: Any) -> None:
     zombie, successor = writer(mongo, claim=1), writer(mongo, claim=2)
     await write(successor, "mine")
     await write(zombie, "x" * 2 * CHUNK_CHARACTERS)
@@ -114,15 +114,17 @@ async def test_a_successor_that_is_first_silences_the_superseded_attempt(mongo: 
     assert await kept(mongo) == "mine, too"
 
 
-async def test_output_whose_answer_was_lost_is_kept_once(mongo: Any) -> None:
-    told: list[str] = []
-    await write(writer(mongo, claim=1), "x" * CHUNK_CHARACTERS)  # as if: the same attempt, and the same places
-    await write(writer(mongo, claim=1, told=told), "x" * CHUNK_CHARACTERS + "y")
+async def test_output_is_stored_once_after_a_lost_response(mongo: Any) -> None:
+    published: list[str] = []
+    await write(
+        writer(mongo, claim=1), "x" * CHUNK_CHARACTERS
+    )  # simulates a lost response: the same attempt and offsets
+    await write(writer(mongo, claim=1, published=published), "x" * CHUNK_CHARACTERS + "y")
     assert await kept(mongo) == "x" * CHUNK_CHARACTERS + "y"
-    assert told == ["x" * CHUNK_CHARACTERS, "y"]
+    assert published == ["x" * CHUNK_CHARACTERS, "y"]
 
 
-async def test_what_is_beyond_the_bound_is_said_to_be_missing(mongo: Any) -> None:
+async def test_output_beyond_the_limit_ends_with_a_truncation_marker(mongo: Any) -> None:
     start = output.JOB_CHARACTERS - 1000
     full = writer(mongo, claim=1, start=start)
     for text in ("x" * 900, "y" * 5000, "z"):
@@ -133,6 +135,6 @@ async def test_what_is_beyond_the_bound_is_said_to_be_missing(mongo: Any) -> Non
     assert end == output.JOB_CHARACTERS
 
 
-async def test_strangers_read_no_logs(alice: Actor, bob: Actor) -> None:
+async def test_logs_are_hidden_from_users_without_access(alice: Actor, bob: Actor) -> None:
     job = (await ask(alice))["id"]
     assert (await bob.get(f"/jobs/{job}/logs")).status == 404

@@ -1,4 +1,4 @@
-"""POST refuses a language only when workers have said that none of them offers it."""
+"""The worker registry: POST rejects a language only if registered workers exist and none supports it."""
 
 import asyncio
 from collections.abc import Sequence
@@ -26,12 +26,12 @@ async def redis(quiet: dict[str, str]):
     await client.aclose()
 
 
-async def test_what_no_worker_offers_is_refused_and_what_one_does_is_not(
+async def test_language_is_rejected_only_if_no_worker_supports_it(
     make_server: MakeServer, make_actor: MakeActor, quiet: dict[str, str], redis: Redis
 ) -> None:
     ada = await make_actor("Ada", await make_server(**quiet))
     javascript = program("1", language="javascript")
-    await ask(ada, javascript)  # nobody has reported: it waits
+    await ask(ada, javascript)  # without registered workers the job waits
     await workers.report(redis, report("first"))
     await asyncio.sleep(workers.REMEMBERED_SECONDS + 0.1)
     refused = await ada.post("/jobs", javascript)
@@ -51,28 +51,28 @@ async def test_what_no_worker_offers_is_refused_and_what_one_does_is_not(
     assert (await ada.post("/jobs", javascript)).code == "language_unavailable"
     await workers.report(redis, report("fourth", "javascript", queues=["high"]))
     await asyncio.sleep(workers.REMEMBERED_SECONDS + 0.1)
-    await ask(ada, javascript)  # those of its queue may be about to come back
+    await ask(ada, javascript)  # the workers of its queue may be restarting
 
 
-async def test_a_report_is_forgotten_after_30_s(redis: Redis) -> None:
+async def test_worker_heartbeat_expires_after_30_s(redis: Redis) -> None:
     await workers.report(redis, report("first", "python"))
-    assert [each.worker for each in await workers.reported(redis)] == ["first"]
+    assert [heartbeat.worker for heartbeat in await workers.reported(redis)] == ["first"]
     [key] = [key async for key in redis.scan_iter("{jobs.workers}:first")]
     assert 25 < await redis.ttl(key) <= 30
     await redis.delete(key)
     assert await workers.reported(redis) == []
 
 
-async def test_a_worker_says_what_it_offers(
+async def test_worker_registers_its_languages(
     make_server: MakeServer, make_actor: MakeActor, quiet: dict[str, str], processes: Processes
 ) -> None:
     ada = await make_actor("Ada", await make_server(**quiet))
     worker = processes.worker(**environment(quiet)).ready()
     async with asyncio.timeout(PATIENCE_SECONDS):
-        while not (told := (await ada.get("/health/ready"))["workers"]):
+        while not (registered := (await ada.get("/health/ready"))["workers"]):
             await asyncio.sleep(0.1)
-    assert "python" in told[0]["languages"]
-    assert told[0]["sandbox"] in worker.output
+    assert "python" in registered[0]["languages"]
+    assert registered[0]["sandbox"] in worker.output
     assert await asyncio.to_thread(worker.terminate) == 0
     await asyncio.sleep(workers.REMEMBERED_SECONDS + 0.1)
     assert (await ada.get("/health/ready"))["workers"] == []

@@ -1,4 +1,4 @@
-"""Queues by class: the highest first, none starves, and each worker takes what it is for."""
+"""Queues by priority class: the highest first, none starves, and each worker takes what it supports."""
 
 import asyncio
 
@@ -20,15 +20,15 @@ from tests.processes import Processes
     ("priority", "name"),
     [(10, "high"), (8, "high"), (7, "normal"), (5, "normal"), (4, "normal"), (3, "low"), (1, "low")],
 )
-def test_the_class_of_a_priority(priority: int, name: str) -> None:
+def test_priority_maps_to_its_class(priority: int, name: str) -> None:
     assert class_of(priority) == name
 
 
 def test_the_highest_class_comes_first_but_none_starves() -> None:
-    lanes = ["high", "normal", "low"]
-    firsts = [next(iter(in_turn(lanes, taken))) for taken in range(100)]  # type: ignore[arg-type]
-    assert {name: firsts.count(name) for name in lanes} == {"high": 80, "normal": 10, "low": 10}
-    assert [list(in_turn(lanes, 0)), list(in_turn(lanes, 9))] == [lanes, ["low", "high", "normal"]]  # type: ignore[arg-type]
+    names = ["high", "normal", "low"]
+    firsts = [next(iter(in_turn(names, taken))) for taken in range(100)]  # type: ignore[arg-type]
+    assert {name: firsts.count(name) for name in names} == {"high": 80, "normal": 10, "low": 10}
+    assert [list(in_turn(names, 0)), list(in_turn(names, 9))] == [names, ["low", "high", "normal"]]  # type: ignore[arg-type]
     assert list(in_turn(["low"], 4)) == ["low"]  # type: ignore[arg-type]
 
 
@@ -46,16 +46,16 @@ async def send(redis: Redis, number: int, language: str, type: str = "CODE_EXECU
     await queue.lanes(redis)["normal"].enqueue(message)
 
 
-async def taken(redis: Redis, *has: str) -> list[str]:
-    """What such a worker takes at once, one message after the other."""
-    messages = InOrder(redis, list(queue.lanes(redis).values()), Bell(redis, on_cancel=print), has=has)
+async def taken(redis: Redis, *capabilities: str) -> list[str]:
+    """Take messages as a worker with these capabilities until none is left; return their jobs."""
+    job_queue = InOrder(redis, list(queue.lanes(redis).values()), Bell(redis, on_cancel=print), has=capabilities)
     jobs = []
-    while message := await messages._next():
+    while message := await job_queue._next():
         jobs.append(message.kwargs["job"])
     return jobs
 
 
-async def test_what_a_worker_cannot_run_keeps_its_place_and_holds_up_nobody(redis: Redis) -> None:
+async def test_message_a_worker_cannot_run_keeps_its_place_and_blocks_no_other(redis: Redis) -> None:
     for number in range(45):
         await send(redis, number, "python" if number in (20, 43) else "javascript")
     assert await taken(redis, "CODE_EXECUTION", "python", "bash") == ["job-20", "job-43"]
@@ -65,14 +65,14 @@ async def test_what_a_worker_cannot_run_keeps_its_place_and_holds_up_nobody(redi
     assert await taken(redis, "CODE_EXECUTION", "javascript") == others
 
 
-async def test_a_type_that_only_newer_workers_know_is_left_to_them(redis: Redis) -> None:
+async def test_message_of_an_unknown_type_is_left_to_newer_workers(redis: Redis) -> None:
     await send(redis, 1, "python", type="NEWER")
     await send(redis, 2, "python")
     assert await taken(redis, "CODE_EXECUTION", "python") == ["job-2"]
     assert await taken(redis, "CODE_EXECUTION", "NEWER", "python") == ["job-1"]
 
 
-async def test_a_message_whose_text_is_lost_is_forgotten(redis: Redis) -> None:
+async def test_message_without_a_body_is_dropped(redis: Redis) -> None:
     await send(redis, 1, "python")
     await send(redis, 2, "python")
     await redis.delete("saq:job:{jobs.normal}:{jobs.normal}:job-1:1")
@@ -80,37 +80,39 @@ async def test_a_message_whose_text_is_lost_is_forgotten(redis: Redis) -> None:
     assert await taken(redis, "CODE_EXECUTION", "python") == ["job-2"]
 
 
-def test_saqs_deadline_comes_after_all_patience_with_mongodb() -> None:
+def test_saq_deadline_exceeds_all_mongodb_retries() -> None:
     assert queue.MARGIN_SECONDS > 3 * lifecycle.PATIENCE_SECONDS  # for the claim, the output and the outcome
 
 
-async def test_urgent_jobs_overtake(processes: Processes, quiet: dict[str, str], http: aiohttp.ClientSession) -> None:
-    where = environment(quiet) | {"JOBS_PER_USER": "100", "WORKER_CONCURRENCY": "1"}
-    server = processes.server(**where)
+async def test_urgent_jobs_overtake_others(
+    processes: Processes, quiet: dict[str, str], http: aiohttp.ClientSession
+) -> None:
+    variables = environment(quiet) | {"JOBS_PER_USER": "100", "WORKER_CONCURRENCY": "1"}
+    server = processes.server(**variables)
     ada = await Actor(http, server.base, "Ada").register()
     late = [(await ask(ada, priority=1))["id"] for _ in range(6)]
     urgent = [(await ask(ada, priority=10))["id"] for _ in range(6)]
-    processes.worker(**where).ready()
+    processes.worker(**variables).ready()
     started = {job: (await ada.finished_job(job))["startedAt"] for job in late + urgent}
     assert sorted(started, key=started.__getitem__) == urgent + late
 
 
-async def test_a_worker_takes_only_from_the_queues_that_it_is_for(
+async def test_worker_takes_only_from_its_queues(
     processes: Processes, quiet: dict[str, str], http: aiohttp.ClientSession
 ) -> None:
-    where = environment(quiet)
-    server = processes.server(**where)
+    variables = environment(quiet)
+    server = processes.server(**variables)
     ada = await Actor(http, server.base, "Ada").register()
-    processes.worker("--queues", "high,low", **where).ready()
+    processes.worker("--queues", "high,low", **variables).ready()
     normal, low = (await ask(ada))["id"], (await ask(ada, priority=1))["id"]
     assert (await ada.finished_job(low))["status"] == "completed"
     await asyncio.sleep(0.5)
     assert (await ada.get(f"/jobs/{normal}"))["status"] == "pending"
-    processes.worker("--queues", "normal", **where).ready()
+    processes.worker("--queues", "normal", **variables).ready()
     assert (await ada.finished_job(normal))["status"] == "completed"
 
 
-def test_an_unknown_queue_is_named(processes: Processes) -> None:
+def test_unknown_queue_is_rejected_with_the_valid_names(processes: Processes) -> None:
     refused = processes.worker("--queues", "urgent")
     assert refused.wait() == 2
     assert "choose from high, normal, low" in refused.output

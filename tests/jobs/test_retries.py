@@ -1,4 +1,4 @@
-"""Attempts that fail are made again, after growing pauses; a failed or cancelled job can be started anew."""
+"""Retries: failed attempts are repeated with growing backoff; a failed or cancelled job can be retried."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -17,27 +17,29 @@ def seconds_between(first: str, second: str) -> float:
 
 
 @pytest.mark.parametrize(("attempts", "seconds"), [(1, 1), (2, 2), (3, 4), (6, 32), (7, 60), (1000, 60)])
-def test_the_pause_doubles_up_to_a_minute_give_or_take_a_fifth(attempts: int, seconds: float) -> None:
+def test_backoff_doubles_up_to_a_minute_with_jitter(attempts: int, seconds: float) -> None:
     assert pause_after(attempts, chance=0.5) == timedelta(seconds=seconds)
     assert pause_after(attempts, chance=0) == timedelta(seconds=seconds * 0.8)
     assert pause_after(attempts, chance=1) == timedelta(seconds=seconds * 1.2)
 
 
-async def test_a_job_whose_attempts_all_fail_has_had_three_with_growing_pauses_and_can_be_started_anew(
+async def test_job_fails_after_three_attempts_with_growing_backoff_and_can_be_retried(
     processes: Processes, quiet: dict[str, str], http: aiohttp.ClientSession
 ) -> None:
-    where = environment(quiet)
-    server, faulty = processes.server(**where), processes.worker(**where, JOB_FAULT_RATE="1").ready()
+    variables = environment(quiet)
+    server, faulty = processes.server(**variables), processes.worker(**variables, JOB_FAULT_RATE="1").ready()
     ada = await Actor(http, server.base, "Ada").register()
     failed = await ada.finished_job((await ask(ada))["id"])
     assert (failed["status"], failed["attempts"], failed["error"]["code"]) == ("failed", 3, "fault")
-    assert [(each["attempt"], each["error"]["code"]) for each in failed["history"]] == [(n, "fault") for n in (1, 2, 3)]
+    assert [(attempt["attempt"], attempt["error"]["code"]) for attempt in failed["history"]] == [
+        (n, "fault") for n in (1, 2, 3)
+    ]
     first, second, third = failed["history"]
     assert seconds_between(first["finishedAt"], second["startedAt"]) >= 0.8
     assert seconds_between(second["finishedAt"], third["startedAt"]) >= 1.6
 
     faulty.kill()
-    processes.worker(**where).ready()
+    processes.worker(**variables).ready()
     again = await ada.post(f"/jobs/{failed['id']}/retry")
     assert (again.status, again["status"], again["attempts"], again["error"]) == (202, "pending", 0, None)
     done = await ada.finished_job(failed["id"])
@@ -46,7 +48,7 @@ async def test_a_job_whose_attempts_all_fail_has_had_three_with_growing_pauses_a
 
 
 @pytest.mark.usefixtures("worker")
-async def test_only_a_failed_or_cancelled_job_can_be_started_anew(alice: Actor) -> None:
+async def test_only_a_failed_or_cancelled_job_can_be_retried(alice: Actor) -> None:
     job = (await ask(alice))["id"]
     await alice.finished_job(job)
     refused = await alice.post(f"/jobs/{job}/retry")
@@ -64,13 +66,13 @@ async def test_a_scheduled_job_runs_at_its_time(alice: Actor) -> None:
 
 
 @pytest.mark.usefixtures("worker")
-async def test_a_time_that_has_passed_means_now(alice: Actor) -> None:
+async def test_past_run_time_means_now(alice: Actor) -> None:
     job = await ask(alice, runAt="2020-01-01T00:00:00Z")
     assert (await alice.finished_job(job["id"]))["status"] == "completed"
 
 
 @pytest.mark.parametrize("sign", ["+", "-"])
-async def test_a_time_at_either_end_of_time_is_refused_or_kept(alice: Actor, sign: str) -> None:
+async def test_run_time_at_the_limits_of_datetime_is_rejected_or_stored(alice: Actor, sign: str) -> None:
     first, last = f"0001-01-01T00:00:00{sign}12:00", f"9999-12-31T23:59:59{sign}12:00"
     refused, kept = (first, last) if sign == "+" else (last, first)
     answer = await alice.post("/jobs", program() | {"runAt": refused})
@@ -79,14 +81,12 @@ async def test_a_time_at_either_end_of_time_is_refused_or_kept(alice: Actor, sig
     assert (await ask(alice, runAt=kept))["runAt"] == at
 
 
-async def test_who_sees_a_job_but_is_a_viewer_can_neither_cancel_it_nor_start_it_anew(
-    alice: Actor, bob: Actor, carol: Actor
-) -> None:
+async def test_viewer_can_neither_cancel_nor_retry_a_visible_job(alice: Actor, bob: Actor, carol: Actor) -> None:
     project = await alice.make_project()
     await alice.add(bob, project, role="VIEWER")
     job = (await ask(alice, program(), projectId=project, runAt="2100-01-01T00:00:00Z"))["id"]
-    for move in ("cancel", "retry"):
-        assert (await bob.post(f"/jobs/{job}/{move}")).code == "forbidden"
-        assert (await carol.post(f"/jobs/{job}/{move}")).code == "not_found"
+    for action in ("cancel", "retry"):
+        assert (await bob.post(f"/jobs/{job}/{action}")).code == "forbidden"
+        assert (await carol.post(f"/jobs/{job}/{action}")).code == "not_found"
     await alice.add(carol, project)
     assert (await carol.post(f"/jobs/{job}/cancel"))["status"] == "cancelled"

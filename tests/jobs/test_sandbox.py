@@ -1,4 +1,4 @@
-"""What a program sees of its run, in every tier: its input, its end, its limits, and that it can be stopped."""
+"""A program in every tier of the sandbox: its input, exit, limits and cancellation."""
 
 import time
 from collections.abc import Callable
@@ -16,7 +16,7 @@ HELLO = {
     "javascript": "console.log('hello')",
     "bash": "echo hello",
 }
-# What each says of its input, its arguments, and how it exits.
+# Prints its input and its arguments, and exits with 7.
 TALK = {
     "python": "import sys; print(sys.stdin.read(), sys.argv[1:]); print('oh', file=sys.stderr); sys.exit(7)",
     "javascript": "console.log(require('fs').readFileSync(0, 'utf8'), process.argv.slice(2));"
@@ -34,7 +34,7 @@ def language(request: pytest.FixtureRequest, runner: Runner) -> str:
     return name
 
 
-def test_a_program_says_hello(runner: Runner, language: str) -> None:
+def test_program_runs_in_every_language(runner: Runner, language: str) -> None:
     outcome = runner.run(HELLO[language], language)
     assert (outcome.stdout, outcome.stderr) == ("hello\n", "")
     assert (outcome.exit_code, outcome.signal) == (0, None)
@@ -44,7 +44,7 @@ def test_a_program_says_hello(runner: Runner, language: str) -> None:
     assert outcome.max_rss_kb > 500
 
 
-def test_a_program_reads_its_input_and_its_arguments_and_says_how_it_ended(runner: Runner, language: str) -> None:
+def test_program_receives_stdin_and_arguments_and_returns_its_exit_code(runner: Runner, language: str) -> None:
     outcome = runner.run(TALK[language], language, stdin="grüß\n", args=["a b", "-c"])
     assert "".join(outcome.stdout.split()) == "grüß['ab','-c']"
     assert outcome.stderr == "oh\n"
@@ -52,13 +52,13 @@ def test_a_program_reads_its_input_and_its_arguments_and_says_how_it_ended(runne
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 125, 126, 127, 128, 130, 137, 143, 255])
-def test_every_exit_code_is_told_as_it_is(runner: Runner, code: int) -> None:
+def test_exit_code_is_reported_unchanged(runner: Runner, code: int) -> None:
     outcome = runner.run(f"exit {code}", "bash")
     assert (outcome.exit_code, outcome.signal) == (code, None)
 
 
 @pytest.mark.parametrize("number", [6, 9, 11, 15])
-def test_a_program_that_dies_by_a_signal_has_no_exit_code(runner: Runner, number: int) -> None:
+def test_program_killed_by_a_signal_has_no_exit_code(runner: Runner, number: int) -> None:
     outcome = runner.run(f"import os; os.kill(os.getpid(), {number})")
     assert (outcome.exit_code, outcome.signal) == (None, number)
     assert not outcome.timed_out
@@ -69,22 +69,22 @@ def test_abort_is_a_signal(runner: Runner) -> None:
     assert runner.run("import os; os.abort()").signal == 6
 
 
-def test_a_program_that_does_not_start_says_why(runner: Runner) -> None:
+def test_syntax_error_is_printed_to_stderr(runner: Runner) -> None:
     outcome = runner.run("this is no python")
     assert outcome.exit_code == 1
     assert "SyntaxError" in outcome.stderr
 
 
 @pytest.mark.parametrize("code", ["while True: pass", "import time; time.sleep(600)"], ids=["busy", "idle"])
-def test_the_time_limit_ends_it(runner: Runner, code: str) -> None:
+def test_time_limit_ends_the_program(runner: Runner, code: str) -> None:
     outcome = runner.run(f"print('here', flush=True)\n{code}", timeout_seconds=3)
     assert outcome.timed_out
     assert not outcome.out_of_memory
-    assert outcome.stdout == "here\n"  # what was said before is kept
+    assert outcome.stdout == "here\n"  # output before the limit is kept
     assert outcome.duration_ms >= 2950
 
 
-def test_a_program_within_its_memory_is_left_alone(runner: Runner) -> None:
+def test_program_within_its_memory_limit_completes(runner: Runner) -> None:
     outcome = runner.run("data = bytearray(70 << 20); print(len(data))", memory_mb=128)
     assert outcome.stdout == f"{70 << 20}\n"
     assert not outcome.out_of_memory
@@ -106,7 +106,7 @@ time.sleep(600)
 
 
 @pytest.mark.parametrize("code", ALLOCATIONS.values(), ids=list(ALLOCATIONS))
-def test_the_memory_limit_ends_it(runner: Runner, code: str) -> None:
+def test_memory_limit_ends_the_program(runner: Runner, code: str) -> None:
     outcome = runner.run(code, memory_mb=128)
     assert outcome.out_of_memory
     assert not outcome.timed_out
@@ -122,11 +122,11 @@ def test_the_memory_limit_of_javascript_is_not_its_address_space(runner: Runner,
     assert not outcome.timed_out
 
 
-def test_output_is_cut_at_a_mebibyte_each_and_says_so(runner: Runner) -> None:
+def test_each_stream_is_truncated_at_one_mebibyte(runner: Runner) -> None:
     code = "import sys\nfor _ in range(3 << 10): sys.stdout.write('o' * 1024); sys.stderr.write('e' * 1024)"
     outcome = runner.run(code)
     assert outcome.truncated
-    assert outcome.exit_code == 0  # nobody stopped it for that
+    assert outcome.exit_code == 0  # truncation does not stop the program
     assert (outcome.stdout, outcome.stderr) == ("o" * MIB, "e" * MIB)
 
 
@@ -140,13 +140,13 @@ def test_output_that_is_not_utf8_becomes_text(runner: Runner) -> None:
     assert outcome.stdout == "a\ufffd\ufffdé \ufffd"
 
 
-def test_output_appears_while_it_runs(runner: Runner) -> None:
+def test_output_is_passed_on_while_the_program_runs(runner: Runner) -> None:
     job = runner.start("import time; print('early', flush=True); time.sleep(600)")
     assert job.until_output().startswith("early")
     job.cancel()
 
 
-def test_input_that_nobody_reads_does_no_harm(runner: Runner) -> None:
+def test_unread_stdin_does_not_block_the_program(runner: Runner) -> None:
     outcome = runner.run("print('done')", stdin="x" * (4 * MIB))
     assert (outcome.stdout, outcome.exit_code) == ("done\n", 0)
 
@@ -156,23 +156,23 @@ def test_closed_output_does_not_end_the_program(runner: Runner) -> None:
     assert runner.run(code).stderr == "still here"
 
 
-def test_programs_run_side_by_side(runner: Runner) -> None:
+def test_programs_run_concurrently(runner: Runner) -> None:
     jobs = [runner.start(f"print({number})") for number in range(8)]
     assert [job.outcome().stdout for job in jobs] == [f"{number}\n" for number in range(8)]
 
 
 def test_each_program_begins_in_an_empty_directory_that_is_removed(runner: Runner) -> None:
-    look = "import os; print(os.listdir('.')); open('left', 'w').write('x')"
-    assert [runner.run(look).stdout for _ in range(2)] == ["['main.py']\n"] * 2
+    list_directory = "import os; print(os.listdir('.')); open('left', 'w').write('x')"
+    assert [runner.run(list_directory).stdout for _ in range(2)] == ["['main.py']\n"] * 2
     assert jobs_of(runner) == []
 
 
-def test_a_language_that_is_not_there_is_refused(runner: Runner) -> None:
+def test_unknown_language_is_rejected(runner: Runner) -> None:
     with pytest.raises(SandboxError):
         runner.run("x", "cobol")
 
 
-def test_a_cancel_ends_all_of_it(runner: Runner) -> None:
+def test_cancel_ends_all_processes(runner: Runner) -> None:
     word = f"marker-{uuid4().hex}"
     code = "import os, time; [os.fork() for _ in range(3)]; print('up', flush=True); time.sleep(600)"
     job = runner.start(code, args=[word], timeout_seconds=60)
@@ -204,13 +204,13 @@ def test_a_killed_worker_leaves_no_process_and_no_directory(own_runner: Runner) 
     until(lambda: not list(own_runner.folder.glob("sandbox-*")))
 
 
-def until(holds: Callable[[], bool], *, seconds: float = PATIENCE_SECONDS) -> None:
+def until(condition: Callable[[], bool], *, seconds: float = PATIENCE_SECONDS) -> None:
     deadline = time.monotonic() + seconds
-    while not holds():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
 def jobs_of(runner: Runner) -> list[Path]:
-    """The directories of its jobs that are there."""
+    """Return the directories of the runner's jobs."""
     return [path for path in runner.folder.rglob("job-*") if path.is_dir()]

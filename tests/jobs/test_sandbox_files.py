@@ -1,4 +1,4 @@
-"""The workspace's files beside a program: there to read, and only that."""
+"""The workspace files beside a program: readable, but not writable."""
 
 import pytest
 
@@ -13,12 +13,12 @@ FILES = {
 }
 
 
-def test_a_program_reads_them_by_their_paths(runner: Runner) -> None:
+def test_program_reads_files_by_their_paths(runner: Runner) -> None:
     code = "for name in ('data.csv', 'lib/deep/er.txt', 'ünï.txt'): print(open(name).read())"
     assert runner.run(code, files=FILES).stdout == "a,b\n1,2\n\ndown here\né\n"
 
 
-def test_a_program_imports_them(runner: Runner) -> None:
+def test_program_imports_files(runner: Runner) -> None:
     outcome = runner.run(
         "import helper; from lib import shapes; print(helper.name, shapes.area())",
         files={
@@ -29,20 +29,20 @@ def test_a_program_imports_them(runner: Runner) -> None:
     assert (outcome.stdout, outcome.stderr) == ("helper 42\n", "")
 
 
-def test_javascript_requires_them(runner: Runner, node: str) -> None:
+def test_javascript_requires_files(runner: Runner, node: str) -> None:
     files = {"helper.js": "module.exports = 42"}
     assert runner.run("console.log(require('./helper'))", "javascript", files=files).stdout == "42\n"
 
 
-def test_bash_reads_them(runner: Runner) -> None:
+def test_bash_reads_files(runner: Runner) -> None:
     assert runner.run("cat data.csv; ls", "bash", files=FILES).stdout == "a,b\n1,2\ndata.csv\nlib\nmain.sh\nünï.txt\n"
 
 
-def test_they_cannot_be_changed(runner: Runner) -> None:
+def test_files_cannot_be_changed(runner: Runner) -> None:
     code = """
 import os
-def attempt(name, deed):
-    try: deed()
+def attempt(name, operation):
+    try: operation()
     except OSError: return
     print(name)
 for path in ("data.csv", "../files/data.csv", "lib/shapes.py"):
@@ -61,7 +61,7 @@ print(open("data.csv").read() == "a,b\\n1,2\\n", sorted(os.listdir("../files")))
     assert runner.run(code, files=FILES).stdout == "True ['data.csv', 'lib', 'ünï.txt']\n"
 
 
-def test_a_program_may_have_its_own_by_the_same_name(runner: Runner) -> None:
+def test_program_may_replace_a_file_in_its_own_directory(runner: Runner) -> None:
     code = """
 import os
 os.unlink("data.csv")
@@ -71,7 +71,7 @@ print(open("data.csv").read(), open("../files/data.csv").read())
     assert runner.run(code, files=FILES).stdout == "mine a,b\n1,2\n\n"
 
 
-def test_the_program_itself_comes_before_a_file_of_its_name(runner: Runner) -> None:
+def test_program_takes_precedence_over_a_file_of_its_name(runner: Runner) -> None:
     outcome = runner.run("print(open('../files/main.py').read())", files={"main.py": "of the workspace"})
     assert outcome.stdout == "of the workspace\n"
 
@@ -79,26 +79,26 @@ def test_the_program_itself_comes_before_a_file_of_its_name(runner: Runner) -> N
 @pytest.mark.parametrize(
     "path", ["/etc/evil", "../evil", "a/../../evil", "", ".", "x\0y", "a" * 300, "a/" * 600 + "b", ".."]
 )
-def test_a_path_that_leads_elsewhere_is_refused(runner: Runner, path: str) -> None:
+def test_path_outside_the_directory_is_rejected(runner: Runner, path: str) -> None:
     with pytest.raises(SandboxError, match="FilesRefused"):
         runner.run("print(1)", files={path: "x"})
     assert not list(runner.folder.rglob("job-*"))
     assert not list(runner.folder.rglob("evil"))
 
 
-def test_files_that_contradict_each_other_are_refused(runner: Runner) -> None:
+def test_conflicting_paths_are_rejected(runner: Runner) -> None:
     with pytest.raises(SandboxError, match="FilesRefused"):
         runner.run("print(1)", files={"a": "x", "a/b": "x"})
 
 
-def test_too_many_files_are_refused(runner: Runner) -> None:
+def test_too_many_files_are_rejected(runner: Runner) -> None:
     most = {f"{number}": "" for number in range(sandbox.MOST_FILES)}
     assert runner.run("import os; print(len(os.listdir('../files')))", files=most).stdout == f"{len(most)}\n"
     with pytest.raises(SandboxError, match="FilesRefused"):
         runner.run("print(1)", files={**most, "one more": ""})
 
 
-def test_too_much_in_files_is_refused(runner: Runner) -> None:
+def test_too_many_bytes_of_files_are_rejected(runner: Runner) -> None:
     with pytest.raises(SandboxError, match="FilesRefused"):
         runner.run("print(1)", files={str(n): "x" * (sandbox.MOST_FILE_BYTES // 8 + 1) for n in range(8)})
 

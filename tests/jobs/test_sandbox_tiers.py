@@ -1,4 +1,4 @@
-"""Which tier a worker gets: the best that holds, never none that lets a program out; and what a tier is made of."""
+"""The selection of a tier: the best that works, never one that exposes the host; and the parts of a tier."""
 
 import asyncio
 import fcntl
@@ -35,7 +35,7 @@ async def best() -> AsyncIterator[Sandbox]:
     await box.close()
 
 
-async def test_the_best_tier_that_holds_is_taken(best: Sandbox) -> None:
+async def test_best_working_tier_is_selected(best: Sandbox) -> None:
     assert best.tier in tiers.ours()
     for better in tiers.ours()[: tiers.ours().index(best.tier)]:
         box = await Sandbox.detect([better])
@@ -43,7 +43,7 @@ async def test_the_best_tier_that_holds_is_taken(best: Sandbox) -> None:
         await box.close()
 
 
-async def test_a_tier_that_does_not_hold_falls_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_next_tier_is_selected_if_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiers, "BWRAP_PROGRAM", "/nowhere/bwrap")
     box = await Sandbox.detect()
     assert box.tier in tiers.ours()
@@ -52,15 +52,15 @@ async def test_a_tier_that_does_not_hold_falls_to_the_next(monkeypatch: pytest.M
     await box.close()
 
 
-async def test_a_tier_with_a_door_open_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiers, "SYSTEM", (*tiers.SYSTEM, "/etc"))  # a view of too much
+async def test_tier_that_exposes_a_host_directory_is_not_selected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiers, "SYSTEM", (*tiers.SYSTEM, "/etc"))  # exposes host files
     box = await Sandbox.detect()
     assert box.tier.name == "none"
     await box.close()
 
 
 @pytest.mark.parametrize("tier", tiers.ours(), ids=lambda tier: tier.name)
-async def test_a_tier_that_lets_a_descriptor_through_is_not_taken(
+async def test_tier_that_leaks_a_descriptor_is_not_selected(
     tier: tiers.Tier, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     source, leak = shims.LAUNCHER.read_text(), "            os.dup2(1, 9)\n            become(config, report)"
@@ -72,11 +72,11 @@ async def test_a_tier_that_lets_a_descriptor_through_is_not_taken(
         box = await Sandbox.detect([tier])
     await box.close()
     assert box.languages == ()
-    if not (tier.cgroup and cgroups.find() is None):  # else it was not even tried
-        assert "the worker's descriptors are open: [9]" in {each.get("problem") for each in logs}
+    if not (tier.cgroup and cgroups.find() is None):  # else the tier was not tried
+        assert "the worker's descriptors are open: [9]" in {entry.get("problem") for entry in logs}
 
 
-async def test_without_a_tier_nothing_runs() -> None:
+async def test_nothing_runs_without_a_tier() -> None:
     box = await Sandbox.detect([])
     assert box.languages == ()
     with pytest.raises(SandboxError):
@@ -84,7 +84,7 @@ async def test_without_a_tier_nothing_runs() -> None:
     await box.close()
 
 
-async def test_a_tier_that_fails_later_refuses_and_does_not_run_unconfined(
+async def test_tier_that_fails_later_does_not_run_programs_unconfined(
     best: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     proof = tmp_path / "ran"
@@ -105,21 +105,21 @@ async def test_a_closed_sandbox_leaves_no_process_and_no_directory() -> None:
     assert not Path(f"/proc/{pid}").exists()
 
 
-async def test_where_python_does_not_hold_no_other_language_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_other_language_is_tried_if_python_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiers, "BWRAP_PROGRAM", "/bin/false")
     with structlog.testing.capture_logs() as logs:
         box = await Sandbox.detect([tiers.BWRAP])
-    assert {each["language"] for each in logs if each["event"] == "sandbox self-test"} == {"python"}
-    [told] = [each for each in logs if each["log_level"] != "debug"]
-    assert told["log_level"] == "warning"
-    assert told["problems"].keys() == {"bwrap"}
+    assert {entry["language"] for entry in logs if entry["event"] == "sandbox self-test"} == {"python"}
+    [entry] = [entry for entry in logs if entry["log_level"] != "debug"]
+    assert entry["log_level"] == "warning"
+    assert entry["problems"].keys() == {"bwrap"}
     await box.close()
 
 
-async def test_what_keeps_a_program_from_its_start_is_told_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_error_of_a_failed_start_states_only_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     box = await Sandbox.detect([tiers.LANDLOCK_UID if os.geteuid() == 0 else tiers.LANDLOCK])
     if not box.languages:
-        pytest.skip("this machine does not hold Landlock")
+        pytest.skip("this machine does not support Landlock")
     monkeypatch.setattr(tiers, "_rules", lambda *_: [("/proc/self/mem", "nonsense")])
     with pytest.raises(SandboxError) as refused:
         await box.run("python", "print()")
@@ -128,20 +128,20 @@ async def test_what_keeps_a_program_from_its_start_is_told_and_nothing_else(monk
 
 
 @pytest.mark.parametrize("tier", tiers.ours(), ids=lambda tier: tier.name)
-async def test_a_careful_umask_of_the_workers_hides_nothing(tier: tiers.Tier) -> None:
-    usual = await Sandbox.detect([tier])
-    await usual.close()
+async def test_restrictive_umask_of_the_worker_hides_no_files(tier: tiers.Tier) -> None:
+    default = await Sandbox.detect([tier])
+    await default.close()
     before = os.umask(0o077)
     try:
-        careful = await Sandbox.detect([tier])
-        assert careful.languages == usual.languages
-        if careful.languages:
+        restricted = await Sandbox.detect([tier])
+        assert restricted.languages == default.languages
+        if restricted.languages:
             code = "print(open('a/b/deep').read(), open('top').read())"
-            outcome = await careful.run("python", code, files={"a/b/deep": b"down", "top": b"up"})
+            outcome = await restricted.run("python", code, files={"a/b/deep": b"down", "top": b"up"})
             assert outcome.stdout == "down up\n"
     finally:
         os.umask(before)
-    await careful.close()
+    await restricted.close()
 
 
 WORK = """
@@ -157,7 +157,7 @@ asyncio.run(work())
 """
 
 
-def test_what_a_killed_worker_worked_on_is_removed(tmp_path: Path) -> None:
+def test_temporary_directory_of_a_killed_worker_is_removed(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", WORK], stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)}
     ) as worker:
@@ -172,26 +172,29 @@ def test_what_a_killed_worker_worked_on_is_removed(tmp_path: Path) -> None:
         time.sleep(0.02)
 
 
-async def test_what_killed_workers_left_is_cleared_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_next_worker_removes_the_directories_of_killed_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     with tempfile.TemporaryDirectory() as folder:
         monkeypatch.setattr(tempfile, "tempdir", folder)
         monkeypatch.setattr(shims, "LAUNCHER", impatient_launcher(Path(folder)))
         Path(folder).chmod(0o755)
-        left, in_use, foreign = (Path(folder, name) for name in ("sandbox-left", "sandbox-used", "precious"))
-        for each in (left, in_use, foreign):
-            (each / "job-1" / "work").mkdir(parents=True)
+        stale, in_use, foreign = (Path(folder, name) for name in ("sandbox-left", "sandbox-used", "precious"))
+        for directory in (stale, in_use, foreign):
+            (directory / "job-1" / "work").mkdir(parents=True)
         lock = os.open(in_use, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX)
         await asyncio.sleep(0.1)
         box = await Sandbox.detect()
         assert box.languages
         os.close(lock)
-        assert [each.exists() for each in (left, in_use, foreign)] == [False, True, True]
+        assert [directory.exists() for directory in (stale, in_use, foreign)] == [False, True, True]
         await box.close()
 
 
 def impatient_launcher(folder: Path) -> Path:
-    """What is left must be old, or it might be somebody's who has not locked it yet."""
+    """Return a launcher with a short stale age.
+
+    The age matters: a young directory may belong to a worker that has not locked it yet.
+    """
     source = shims.LAUNCHER.read_text()
     assert "STALE_SECONDS = 60.0" in source
     path = folder / "launcher.py"
@@ -201,18 +204,18 @@ def impatient_launcher(folder: Path) -> Path:
 
 @pytest.fixture
 def group() -> Iterator[Path]:
-    """A control group that is ours, on any machine that has version 2 at all: with or without its controllers."""
+    """Create a control group, on any machine with cgroup v2, with or without its controllers."""
     tree = cgroups.mount()
     if tree is None or not os.access(tree, os.W_OK):
-        pytest.skip("no cgroup v2 that may be written: it takes root outside of a container")
+        pytest.skip("no writable cgroup v2: needs root outside of a container")
     top = tree / f"test-{uuid4().hex}"
     top.mkdir()
     yield top
-    assert [each for each in top.iterdir() if each.is_dir()] == []
+    assert [path for path in top.iterdir() if path.is_dir()] == []
     top.rmdir()
 
 
-async def test_a_programs_control_group_holds_all_of_it_and_ends_with_it(
+async def test_control_group_contains_all_processes_of_a_program_and_is_removed_with_it(
     group: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cgroups, "delegated", lambda: group)
@@ -222,60 +225,66 @@ async def test_a_programs_control_group_holds_all_of_it_and_ends_with_it(
         (group / "cgroup.subtree_control").write_text("+memory +pids")
     box = await Sandbox.detect([tiers.BWRAP_CGROUP])
     assert box.tier.name == "bwrap-cgroup"
-    said = asyncio.Event()
+    started = asyncio.Event()
     code = "import os, time; os.fork() or os.setsid(); os.fork(); print('up', flush=True); time.sleep(60)"
-    job = asyncio.create_task(box.run("python", code, on_output=lambda *_: said.set()))
-    await said.wait()
-    [made] = [each for each in group.iterdir() if each.is_dir()]
-    processes = (made / "cgroup.procs").read_text().split()
-    assert len(processes) >= 4  # the program's, and what is around it
+    job = asyncio.create_task(box.run("python", code, on_output=lambda *_: started.set()))
+    await started.wait()
+    [program_group] = [path for path in group.iterdir() if path.is_dir()]
+    processes = (program_group / "cgroup.procs").read_text().split()
+    assert len(processes) >= 4  # those of the program, and those around it
     assert str(os.getpid()) not in processes
     job.cancel()
     await asyncio.wait([job])
-    assert not made.exists()
+    assert not program_group.exists()
     assert gone(map(int, processes), seconds=PATIENCE_SECONDS)
     await box.close()
 
 
-def test_a_control_group_that_nobody_delegated_is_left_alone() -> None:
-    found = cgroups.find()
-    assert found is None or cgroups.delegated() == found
+def test_control_group_that_is_not_delegated_is_left_unchanged() -> None:
+    delegated_group = cgroups.find()
+    assert delegated_group is None or cgroups.delegated() == delegated_group
 
 
 @pytest.mark.parametrize("machine", HEADERS)
-def test_the_numbers_of_system_calls_are_the_kernels(machine: str) -> None:
+def test_system_call_numbers_match_the_kernel_headers(machine: str) -> None:
     header = Path(HEADERS[machine])
     if not header.exists():
         pytest.skip("the kernel's headers are missing: apt-get install linux-libc-dev")
     text = re.sub(r"__NR3264_", "__NR_", header.read_text())
-    theirs = {name: int(number) for name, number in re.findall(r"#define __NR_(\w+)\s+(\d+)", text)}
+    kernel_numbers = {name: int(number) for name, number in re.findall(r"#define __NR_(\w+)\s+(\d+)", text)}
     column = launcher.MACHINES.index(machine)
     groups = (launcher.FORBIDDEN, launcher.PRETENDED, launcher.ABOUT_A_PROCESS, launcher.SIGNALS)
-    ours = {name: numbers[column] for group in groups for name, numbers in group.items()}
-    ours |= {
+    numbers_here = {name: numbers[column] for group in groups for name, numbers in group.items()}
+    numbers_here |= {
         name: getattr(launcher, name.upper())[column] for name in ("clone", "clone3", "socketpair", "ioctl", "mmap")
     }
-    ours |= {name: getattr(launcher, name.upper())[column] for name in ("fcntl", "prctl", "setpriority", "ioprio_set")}
-    assert {name: theirs.get(name) for name in ours if name in theirs or ours[name] is None} == {
-        name: number for name, number in ours.items() if name in theirs or number is None
+    numbers_here |= {
+        name: getattr(launcher, name.upper())[column] for name in ("fcntl", "prctl", "setpriority", "ioprio_set")
     }
+    assert {
+        name: kernel_numbers.get(name) for name in numbers_here if name in kernel_numbers or numbers_here[name] is None
+    } == {name: number for name, number in numbers_here.items() if name in kernel_numbers or number is None}
 
 
-def test_the_filter_fits_and_its_jumps_lead_somewhere() -> None:
+def test_filter_is_within_its_size_limit_and_its_jumps_are_valid() -> None:
     code = launcher.filter_program(truncate=False, others=launcher.among_others(signals=False))
     steps = list(struct.iter_unpack("=HBBI", code))
     assert len(steps) < 4096
     assert steps[-1][0] == launcher.RETURN
-    jumps = [(at, max(held, failed)) for at, (kind, held, failed, _) in enumerate(steps) if kind & 7 == BPF_JUMP]
+    jumps = [
+        (index, max(if_true, if_false))
+        for index, (kind, if_true, if_false, _) in enumerate(steps)
+        if kind & 7 == BPF_JUMP
+    ]
     assert len(jumps) > 100
-    assert all(at + 1 + far < len(steps) for at, far in jumps)
+    assert all(index + 1 + distance < len(steps) for index, distance in jumps)
 
 
-def test_the_launcher_needs_no_package() -> None:
+def test_launcher_imports_only_the_standard_library() -> None:
     for program in (shims.LAUNCHER, tiers.INSIDE):
         check = (
             f"import ast, sys; compile(open({str(program)!r}).read(), 'x', 'exec'); exec('import ' + ', '.join(sorted("
-            f"{{n.name for each in ast.walk(ast.parse(open({str(program)!r}).read())) if isinstance(each, ast.Import) "
-            "for n in each.names})))"
+            f"{{n.name for node in ast.walk(ast.parse(open({str(program)!r}).read())) if isinstance(node, ast.Import) "
+            "for n in node.names})))"
         )
         subprocess.run(["/usr/bin/env", "-i", os.path.realpath("/proc/self/exe"), "-I", "-S", "-c", check], check=True)

@@ -1,4 +1,4 @@
-"""A job is seen by its owner, and by the members of its project where it has one."""
+"""Visibility: the owner sees a job, and so do the members of its project."""
 
 from uuid import uuid4
 
@@ -6,14 +6,14 @@ from tests.actors import Actor
 from tests.jobs.asking import ask, program
 
 
-async def test_a_job_without_a_project_is_its_owners_alone(alice: Actor, bob: Actor) -> None:
+async def test_job_without_a_project_is_visible_only_to_its_owner(alice: Actor, bob: Actor) -> None:
     job = (await ask(alice))["id"]
     assert (await alice.get(f"/jobs/{job}"))["id"] == job
     refused = await bob.get(f"/jobs/{job}")
     assert (refused.status, refused.code) == (404, "not_found")
 
 
-async def test_members_of_its_project_see_a_job_and_strangers_do_not(alice: Actor, bob: Actor, carol: Actor) -> None:
+async def test_job_of_a_project_is_visible_only_to_its_members(alice: Actor, bob: Actor, carol: Actor) -> None:
     project = await alice.make_project()
     await alice.add(bob, project, role="VIEWER")
     job = await ask(alice, projectId=project)
@@ -21,14 +21,16 @@ async def test_members_of_its_project_see_a_job_and_strangers_do_not(alice: Acto
     assert (await carol.get(f"/jobs/{job['id']}")).status == 404
 
 
-async def test_a_job_in_a_project_needs_the_collaborators_role(alice: Actor, bob: Actor, carol: Actor) -> None:
+async def test_submitting_a_job_to_a_project_requires_the_collaborator_role(
+    alice: Actor, bob: Actor, carol: Actor
+) -> None:
     project = await alice.make_project()
     await alice.add(bob, project, role="VIEWER")
     workspace = await alice.make_workspace(project)
-    for place in ({"projectId": project}, {"workspaceId": workspace}):
-        assert (await bob.post("/jobs", program() | place)).code == "forbidden"
-        assert (await carol.post("/jobs", program() | place)).code == "not_found"
-        assert (await alice.post("/jobs", program() | place))["job"]["projectId"] == project
+    for scope in ({"projectId": project}, {"workspaceId": workspace}):
+        assert (await bob.post("/jobs", program() | scope)).code == "forbidden"
+        assert (await carol.post("/jobs", program() | scope)).code == "not_found"
+        assert (await alice.post("/jobs", program() | scope))["job"]["projectId"] == project
 
 
 async def test_a_viewer_neither_cancels_nor_retries_the_jobs_of_others(alice: Actor, bob: Actor, carol: Actor) -> None:
@@ -44,7 +46,7 @@ async def test_a_viewer_neither_cancels_nor_retries_the_jobs_of_others(alice: Ac
     assert (await alice.get(f"/jobs/{job}"))["status"] == "cancelled"
 
 
-async def test_who_became_a_viewer_still_cancels_their_own_job(alice: Actor, bob: Actor) -> None:
+async def test_owner_who_became_a_viewer_can_cancel_their_job(alice: Actor, bob: Actor) -> None:
     project = await alice.make_project()
     member = await alice.add(bob, project)
     job = (await ask(bob, projectId=project, runAt="2100-01-01T00:00:00Z"))["id"]
@@ -52,7 +54,7 @@ async def test_who_became_a_viewer_still_cancels_their_own_job(alice: Actor, bob
     assert (await bob.post(f"/jobs/{job}/cancel"))["status"] == "cancelled"
 
 
-async def test_a_workspace_of_another_project_is_a_contradiction(alice: Actor) -> None:
+async def test_workspace_of_another_project_is_rejected(alice: Actor) -> None:
     workspace, other = await alice.make_workspace(), await alice.make_project()
     refused = await alice.post("/jobs", program() | {"workspaceId": workspace, "projectId": other})
     assert (refused.status, refused.code) == (422, "validation_failed")

@@ -1,4 +1,4 @@
-"""CODE_EXECUTION: a team's program, in the sandbox."""
+"""CODE_EXECUTION: runs a user's program in the sandbox."""
 
 import dataclasses
 from typing import Any
@@ -37,12 +37,12 @@ class CodeExecution(Schema):
     @validates_schema
     def has_one_program(self, data: dict[str, Any], **_: Any) -> None:
         if len({"document_id", "code"} & data.keys()) != 1:
-            raise ValidationError("Give either code or documentId.", "code")
+            raise ValidationError("Exactly one of code and documentId is required.", "code")
 
 
 @jobs.on("CODE_EXECUTION", CodeExecution, timeout=90, needs=lambda payload: payload["language"])
 async def execute(attempt: Attempt, payload: dict[str, Any]) -> dict[str, Any]:
-    """Run a program. One that exits non-zero, or hits a limit, is a completed job that says so."""
+    """Run a program. A non-zero exit status or an exceeded limit is part of the result of a completed job."""
     code, workspace = payload.get("code"), attempt.record["workspaceId"]
     if code is None:
         code = await attempt.files.text(payload["document_id"])
@@ -61,10 +61,10 @@ async def execute(attempt: Attempt, payload: dict[str, Any]) -> dict[str, Any]:
                 on_output=attempt.output.add,
             )
         except FilesRefusedError as error:
-            raise ValidationFailed(f"The workspace's files cannot be laid out beside the program: {error}") from error
+            raise ValidationFailed(f"Workspace files cannot be placed in the sandbox: {error}") from error
     metrics.SANDBOX_RUNS.labels(outcome.sandbox, language, _ending(outcome)).inc()
-    shown = {camel(name): value for name, value in dataclasses.asdict(outcome).items()}
-    return {**shown, "warnings": skipped.warnings}
+    result = {camel(name): value for name, value in dataclasses.asdict(outcome).items()}
+    return {**result, "warnings": skipped.warnings}
 
 
 def _ending(outcome: Outcome) -> str:

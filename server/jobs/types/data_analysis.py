@@ -1,4 +1,4 @@
-"""DATA_ANALYSIS: what is in a table."""
+"""DATA_ANALYSIS: describes a table, in a helper process."""
 
 import asyncio
 from pathlib import Path
@@ -25,12 +25,12 @@ class DataAnalysis(Schema):
     @validates_schema
     def has_one_source(self, data: dict[str, Any], **_: Any) -> None:
         if len({"document_id", "content"} & data.keys()) != 1:
-            raise ValidationError("Give either documentId or content.", "documentId")
+            raise ValidationError("Exactly one of documentId and content is required.", "documentId")
 
 
 @jobs.on("DATA_ANALYSIS", DataAnalysis, timeout=120)
 async def analyse(attempt: Attempt, payload: dict[str, Any]) -> dict[str, Any]:
-    """Describe a table: its columns, how they hang together, what stands out."""
+    """Describe a table: its columns, their correlations and remarkable values."""
     content = payload.get("content")
     if content is None:
         content = await attempt.files.text(payload["document_id"])
@@ -38,8 +38,8 @@ async def analyse(attempt: Attempt, payload: dict[str, Any]) -> dict[str, Any]:
         path = folder / "data"
         await asyncio.to_thread(path.write_text, content, encoding="utf-8", errors="replace")
         del content
-        answer = await children.run(PROGRAM, str(path), payload["format"], cwd=folder, progress=attempt.progress)
-    told: dict[str, Any] = orjson.loads(answer)
-    if "refused" in told:
-        raise ValidationFailed(told["refused"])
-    return told
+        output = await children.run(PROGRAM, str(path), payload["format"], cwd=folder, progress=attempt.progress)
+    result: dict[str, Any] = orjson.loads(output)
+    if "refused" in result:
+        raise ValidationFailed(result["refused"])
+    return result

@@ -22,9 +22,9 @@ from server.jobs.files import File, Skip, Skipped
 from server.jobs.table import JobTable
 
 jobs = JobTable()
-FOLDER_BYTES = 200  # with an id behind it, it is a name on every usual file system
-DRIVE = re.compile("[A-Za-z]:")  # extractors that join such a path to their folder leave it
-GZIP = 31  # zlib's word for a gzip header and the largest window
+FOLDER_BYTES = 200  # followed by an id, it is still a valid name on every common file system
+DRIVE = re.compile("[A-Za-z]:")  # extractors that join such a path to their folder write outside of it
+GZIP = 31  # zlib's value for a gzip header and the largest window
 Member = tuple[str, File, bytes]
 
 
@@ -36,12 +36,12 @@ class Export(Schema):
     @validates_schema
     def has_one_subject(self, data: dict[str, Any], **_: Any) -> None:
         if len({"project_id", "workspace_id"} & data.keys()) != 1:
-            raise ValidationError("Give either projectId or workspaceId.", "projectId")
+            raise ValidationError("Exactly one of projectId and workspaceId is required.", "projectId")
 
 
 @jobs.on("EXPORT", Export, timeout=300)
 async def export(attempt: Attempt, payload: dict[str, Any]) -> dict[str, Any]:
-    """Pack all files of a project or a workspace into one that can be downloaded for a week."""
+    """Pack all files of a project or a workspace into one archive, available for 7 days."""
     pack, content_type = PACKERS[payload["format"]]
     name, now = f"export.{payload['format']}", store.moment()
     job, mongo = attempt.record, attempt.stores.mongo
@@ -53,7 +53,7 @@ async def export(attempt: Attempt, payload: dict[str, Any]) -> dict[str, Any]:
 
 
 async def members(attempt: Attempt, payload: dict[str, Any], skip: Skip) -> AsyncIterator[Member]:
-    """Path in the archive, file and content of every file."""
+    """Yield the path in the archive, the file and the content of every file."""
     total = done = 0
     async for _, file in listed(attempt, payload, lambda *_: None):
         total += file.size
@@ -66,13 +66,13 @@ async def members(attempt: Attempt, payload: dict[str, Any], skip: Skip) -> Asyn
 
 
 async def listed(attempt: Attempt, payload: dict[str, Any], skip: Skip) -> AsyncIterator[tuple[str, File]]:
-    """Path in the archive and file; in a project's, paths begin with the workspace's name."""
+    """Yield the path in the archive and the file; in a project's archive, paths begin with the workspace's name."""
     taken: set[str] = set()
     async for folder, workspace in folders(attempt, payload, taken):
         async for file in attempt.files.of_workspace(workspace, partial(skip_in, folder, skip)):
             path = folder + file.path
             if DRIVE.match(path):
-                skip(path, "Windows would take it for a path on a drive.")
+                skip(path, "Windows treats it as a path on a drive.")
             else:
                 yield path, file
 
@@ -90,7 +90,7 @@ async def folders(attempt: Attempt, payload: dict[str, Any], taken: set[str]) ->
 
 
 def folder_for(name: str, id: UUID, taken: set[str]) -> str:
-    """The workspace's name as a directory: none that leads elsewhere, and each its own."""
+    """Return a directory name for the workspace: safe as a single path segment, and unique in the archive."""
     safe = "".join(c if c.isprintable() and c not in '/\\:*?"<>|' else "_" for c in normalize(name))
     safe = safe.encode()[:FOLDER_BYTES].decode(errors="ignore").strip(" .") or "workspace"
     folder = safe if safe.casefold() not in taken else f"{safe} ({id})"

@@ -1,4 +1,4 @@
-"""FILE_PROCESSING: what a workspace's files are."""
+"""FILE_PROCESSING: describes the files of a workspace."""
 
 import asyncio
 import hashlib
@@ -29,40 +29,40 @@ class FileProcessing(Schema):
 
 @jobs.on("FILE_PROCESSING", FileProcessing, timeout=300)
 async def process(attempt: Attempt, payload: dict[str, Any]) -> dict[str, Any]:
-    """Measure and recognise the files of a workspace, or those at some paths."""
+    """Describe the files of a workspace, or those at given paths: size, hash, type, language and counts."""
     skipped = Skipped()
     files = await chosen(attempt, payload, skipped)
-    found = []
+    described = []
     for number, file in enumerate(files):
         content = await attempt.files.content(file)
         if content is not None:
-            found.append(await asyncio.to_thread(describe, file, content))
+            described.append(await asyncio.to_thread(describe, file, content))
         await attempt.progress(100 * (number + 1) / len(files))
-    return {"files": found, "totals": totals(found), "warnings": skipped.warnings}
+    return {"files": described, "totals": totals(described), "warnings": skipped.warnings}
 
 
 async def chosen(attempt: Attempt, payload: dict[str, Any], skipped: Skipped) -> list[File]:
-    wanted = {normalize(path) for path in payload["paths"]} if "paths" in payload else None
+    paths = {normalize(path) for path in payload["paths"]} if "paths" in payload else None
     files: list[File] = []
-    left_out: set[str] = set()
+    skipped_paths: set[str] = set()
 
     def skip(path: str, problem: str) -> None:
-        if wanted is None or normalize(path) in wanted:
-            left_out.add(normalize(path))
+        if paths is None or normalize(path) in paths:
+            skipped_paths.add(normalize(path))
             skipped.add(path, problem)
 
     async for file in attempt.files.of_workspace(payload["workspace_id"], skip):
-        if wanted is None or file.path in wanted:
+        if paths is None or file.path in paths:
             files.append(file)
         if len(files) > MOST_FILES:
-            raise TooLarge(f"The workspace has more than {MOST_FILES} files")
-    if missing := (wanted or set()) - {file.path for file in files} - left_out:
-        raise NotFound(f"No such file: {min(missing)}")
+            raise TooLarge(f"Workspace exceeds the maximum of {MOST_FILES} files")
+    if missing := (paths or set()) - {file.path for file in files} - skipped_paths:
+        raise NotFound(f"File not found: {min(missing)}")
     return files
 
 
 def describe(file: File, content: bytes) -> dict[str, Any]:
-    text = content.decode()  # of documents, which are text
+    text = content.decode()  # documents are text
     return {
         "path": file.path,
         "size": len(content),
@@ -76,7 +76,7 @@ def describe(file: File, content: bytes) -> dict[str, Any]:
 
 
 def language_of(path: str) -> str | None:
-    """By the file's name: to guess from its text takes a second for a megabyte."""
+    """Return the programming language by the file's name: guessing from the text takes a second per megabyte."""
     try:
         name: str = get_lexer_for_filename(path).name
     except ClassNotFound:
@@ -84,12 +84,12 @@ def language_of(path: str) -> str | None:
     return name
 
 
-def totals(found: list[dict[str, Any]]) -> dict[str, Any]:
-    languages = Counter(each["language"] for each in found if each["language"])
+def totals(files: list[dict[str, Any]]) -> dict[str, Any]:
+    languages = Counter(file["language"] for file in files if file["language"])
     return {
-        "files": len(found),
-        "size": sum(each["size"] for each in found),
-        "lines": sum(each["lines"] for each in found),
-        "words": sum(each["words"] for each in found),
+        "files": len(files),
+        "size": sum(file["size"] for file in files),
+        "lines": sum(file["lines"] for file in files),
+        "words": sum(file["words"] for file in files),
         "languages": [{"language": name, "files": count} for name, count in sorted(languages.items())],
     }
