@@ -102,7 +102,7 @@ def test_a_damaged_backup_is_refused(make_database: Callable[[], str], tools: st
     dump.write_bytes(dump.read_bytes()[:-1])
     refused = run("restore", tmp_path / "saved", make_database(), tools)
     assert refused.returncode == 1
-    assert "not what was saved" in refused.stderr
+    assert "does not match its MANIFEST" in refused.stderr
 
 
 def test_a_backup_that_fails_leaves_nothing_that_looks_like_one(tools: str, tmp_path: Path) -> None:
