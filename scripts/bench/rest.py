@@ -343,7 +343,7 @@ def aims(rows: list[Row], least: Row) -> Iterator[str]:
             yield f"{_met(row.median('cores') >= target)} {name}: {row.median('cores'):.2f} cores, target {target:.1f}"
         if row.half is not None:
             tail = row.half.p99 / row.half.p50
-            yield f"{_met(tail <= MOST_TAIL)} {name}: p99 is {tail:.1f} × p50 at half load, target {MOST_TAIL:g} at most"
+            yield f"{_met(tail <= MOST_TAIL)} {name}: p99 is {tail:.1f} × p50 at half load, target ≤ {MOST_TAIL:g}"
 
 
 def _met(is_met: bool) -> str:

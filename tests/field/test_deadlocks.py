@@ -1,4 +1,4 @@
-"""Writes on one project at once: each is answered for what it is. None ends as an outage of PostgreSQL."""
+"""Concurrent writes on one project: each gets its own response, and none fails as an outage of PostgreSQL."""
 
 import ast
 import asyncio
@@ -45,9 +45,9 @@ async def db(database_url: str) -> AsyncIterator[asyncpg.Connection]:
 
 @pytest.fixture
 async def pool(database_url: str) -> AsyncIterator[Database]:
-    made = await postgres.connect(database_url)
-    yield made
-    await made.close()
+    database = await postgres.connect(database_url)
+    yield database
+    await database.close()
 
 
 @pytest.fixture
@@ -55,22 +55,24 @@ async def worlds(db: asyncpg.Connection, settings: Settings, http: aiohttp.Clien
     return await Worlds.at(server, db=db, settings=settings, http=http)
 
 
-@pytest.mark.timeout(4 * 3600)  # the full form: 40 minutes of an idle core
+@pytest.mark.timeout(4 * 3600)  # the full form takes 40 minutes on an idle core
 @pytest.mark.parametrize("moves", [ON_A_PROJECT, ON_AN_ACCOUNT], ids=["on_a_project", "on_an_account"])
-async def test_no_two_writes_at_once_end_as_an_outage(moves: tuple[Move, ...], worlds: Worlds, full: bool) -> None:
+async def test_two_concurrent_writes_never_fail_as_an_outage(
+    moves: tuple[Move, ...], worlds: Worlds, full: bool
+) -> None:
     pairs = [*itertools.combinations_with_replacement(moves, 2)] * (FULL_RACES if full else 1)
-    places, turns = asyncio.Semaphore(AT_ONCE), asyncio.Lock()
+    slots, creation = asyncio.Semaphore(AT_ONCE), asyncio.Lock()
     failures: Counter[str] = Counter()
 
     async def race(pair: tuple[Move, Move]) -> None:
-        async with places:
-            async with turns:
+        async with slots:
+            async with creation:
                 world = await worlds.make()
             await world.prepare(pair)
             answers = await asyncio.gather(*(move(world) for move in pair))
         for move, answer in zip(pair, answers, strict=True):
             if answer.status >= 500:
-                names = [each.__name__ for each in pair]
+                names = [write.__name__ for write in pair]
                 failures[f"{move.__name__} of {names}: {answer.status} {answer.body}"] += 1
 
     with capture_logs() as logged:
@@ -82,7 +84,7 @@ async def test_no_two_writes_at_once_end_as_an_outage(moves: tuple[Move, ...], w
 # The lock order
 
 APART = {World.edit, World.write_document, World.restore_document, World.delete_invited}
-UNSEEN = {  # in what the project shows
+UNSEEN = {  # these writes do not change the response for the project
     World.invite,
     World.withdraw_invitation,
     World.create_document,
@@ -101,13 +103,13 @@ DOCUMENTS = "SELECT FROM documents WHERE id = ANY ($1)"
 
 
 class Held:
-    """A row that another session has locked, and what others lock while they wait for it."""
+    """A row that another session has locked, with queries for the locks of those who wait for it."""
 
     def __init__(self, holder: asyncpg.Connection, watcher: asyncpg.Connection) -> None:
         self.holder, self._watcher = holder, watcher
 
     async def waited_for(self, work: "asyncio.Future[Any]") -> None:
-        """Returns when the work waits for the row."""
+        """Return when the work waits for the row."""
         waiting = (
             "SELECT true FROM pg_locks WHERE NOT granted AND pg_backend_pid() = ANY (pg_blocking_pids(pid)) LIMIT 1"
         )
@@ -117,9 +119,9 @@ class Held:
                 await asyncio.sleep(0.005)
 
     async def locked(self, query: str, *values: Any) -> int:
-        """How many of these rows are locked."""
-        every, free = await self._watcher.fetch(query, *values), f"{query} FOR UPDATE SKIP LOCKED"
-        return len(every) - len(await self._watcher.fetch(free, *values))
+        """Return how many of these rows are locked."""
+        rows, unlocked = await self._watcher.fetch(query, *values), f"{query} FOR UPDATE SKIP LOCKED"
+        return len(rows) - len(await self._watcher.fetch(unlocked, *values))
 
 
 Hold = Callable[..., AbstractAsyncContextManager[Held]]
@@ -127,7 +129,7 @@ Hold = Callable[..., AbstractAsyncContextManager[Held]]
 
 @pytest.fixture
 async def hold(database_url: str) -> Hold:
-    """``hold("projects", id)`` locks a row until it is left."""
+    """Return ``hold("projects", id)``, a context manager that locks a row."""
 
     @contextlib.asynccontextmanager
     async def held(table: str, key: object, *, column: str = "id", strength: str = "UPDATE") -> AsyncIterator[Held]:
@@ -145,8 +147,10 @@ async def hold(database_url: str) -> Hold:
 
 @pytest.mark.parametrize("move", [move for move in ON_A_PROJECT if move not in APART], ids=lambda move: move.__name__)
 async def test_a_write_locks_the_project_before_anything_in_it(move: Move, worlds: Worlds, hold: Hold) -> None:
-    """And at once as strongly as it will need: two that raise a lock, and a deletion that waits for both, would wait
-    for each other."""
+    """It takes the strongest lock that it needs at once.
+
+    Otherwise two writes that upgrade their locks, and a deletion that waits for both, would deadlock.
+    """
     world = await worlds.make()
     async with hold("projects", world.project, strength="UPDATE" if move in UNSEEN else "NO KEY UPDATE") as held:
         lockers = partial(held.holder.fetchval, "SELECT xmax FROM projects WHERE id = $1", world.project)
@@ -160,7 +164,7 @@ async def test_a_write_locks_the_project_before_anything_in_it(move: Move, world
 
 
 @pytest.mark.parametrize("move", [World.edit, World.write_document, World.restore_document], ids=lambda m: m.__name__)
-async def test_a_commit_of_an_edit_waits_for_no_project(move: Move, worlds: Worlds, hold: Hold) -> None:
+async def test_a_commit_of_an_edit_does_not_wait_for_the_project(move: Move, worlds: Worlds, hold: Hold) -> None:
     world = await worlds.make()
     await world.prepare([move])
     async with hold("projects", world.project):
@@ -174,7 +178,7 @@ async def test_a_deletion_locks_documents_in_the_order_of_edits(
     move: Move, worlds: Worlds, hold: Hold, db: asyncpg.Connection
 ) -> None:
     world, other = await worlds.make(), await worlds.make()
-    # Both projects are the owner's alone now, who may delete the account.
+    # The owner is now the only member of both projects, and may delete the account.
     actor = world.member if move is World.delete_workspace else world.owner
     await db.execute("DELETE FROM members WHERE role <> 'OWNER' AND user_id <> $1", actor.id)
     await db.execute("UPDATE members SET user_id = $1 WHERE project_id = $2", world.owner.id, other.project)
@@ -197,7 +201,7 @@ async def test_renames_that_swap_two_paths_do_not_wait_for_each_other(worlds: Wo
 
 
 async def test_a_refresh_locks_its_session_before_its_token(worlds: Worlds, hold: Hold) -> None:
-    """As the deletion of the account does."""
+    """The deletion of an account takes the locks in the same order."""
     world = await worlds.make()
     async with hold("sessions", UUID(world.member.id), column="user_id") as held:
         refreshing = asyncio.ensure_future(world.refresh_member())
@@ -208,7 +212,7 @@ async def test_a_refresh_locks_its_session_before_its_token(worlds: Worlds, hold
 
 
 async def test_a_log_is_shortened_after_its_document_is_locked(worlds: Worlds, hold: Hold, pool: Database) -> None:
-    """As the deletion of the document does."""
+    """The deletion of a document takes the locks in the same order."""
     world = await worlds.make()
     document = world.documents[0]
     async with hold("documents", document) as held:
@@ -243,22 +247,22 @@ FIRST = re.compile(
     r"\s*WITH (?:joiner AS MATERIALIZED \(\s*SELECT \w+ FROM users WHERE id = \$\d FOR SHARE\s*\), )?"
     r"project AS MATERIALIZED \(\s*SELECT (?:p\.)?id FROM [^()]*FOR (NO KEY UPDATE|KEY SHARE)(?: OF p)?\s*\)"
 )
-SHOWN = {"members", "workspaces"}  # their triggers change the project
+SHOWN = {"members", "workspaces"}  # their triggers update the project
 EXPLAINED = {
     "create_workspace": "its rows are new; a trigger locks the project before the foreign key does",
-    "step_up": "in the transaction of step_down, which has locked the project",
-    "forget": "skips what is locked",
-    "append": "documents only, in the order of their ids",
-    "append_named": "one document only",
-    "correct_size": "one document only",
-    "keep_snapshot": "one document only",
-    "give_key": "one invitation only",
-    "name_pauses": "documents only, and skips what is locked",
+    "step_up": "runs in the transaction of step_down, which has locked the project",
+    "forget": "skips locked rows",
+    "append": "locks documents only, in the order of their ids",
+    "append_named": "locks one document only",
+    "correct_size": "locks one document only",
+    "keep_snapshot": "locks one document only",
+    "give_key": "locks one invitation only",
+    "name_pauses": "locks documents only, and skips locked rows",
 }
 
 
 def writes() -> Iterator[tuple[str, str, list[str]]]:
-    """Name, text and tables of each statement that writes what belongs to a project."""
+    """Yield function name, text and tables of each statement that writes to a table of projects."""
     for path in STORES:
         for function in ast.parse(path.read_text()).body:
             for node in ast.walk(function):
@@ -269,22 +273,22 @@ def writes() -> Iterator[tuple[str, str, list[str]]]:
 
 
 def lock_of(query: str, tables: list[str]) -> str | None:
-    """The lock that it takes on the project first; None where it takes another lock before, or none."""
+    """Return the lock that a statement takes on the project first, or None if it takes none or another one before."""
     if tables[0] == "projects":
         return "NO KEY UPDATE"
-    found = FIRST.match(query)
-    return found and found.group(1)
+    match = FIRST.match(query)
+    return match and match.group(1)
 
 
 def test_every_statement_takes_the_locks_in_order() -> None:
-    found = {name: (lock_of(query, tables), tables) for name, query, tables in writes()}
-    assert {name for name, (lock, _) in found.items() if lock is None} == set(EXPLAINED)
-    weak = {name for name, (lock, tables) in found.items() if lock == "KEY SHARE" and SHOWN & set(tables)}
-    assert not weak, "a stronger lock would be taken later"
-    assert len(found) > 2 * len(EXPLAINED)
+    locks = {name: (lock_of(query, tables), tables) for name, query, tables in writes()}
+    assert {name for name, (lock, _) in locks.items() if lock is None} == set(EXPLAINED)
+    weak = {name for name, (lock, tables) in locks.items() if lock == "KEY SHARE" and SHOWN & set(tables)}
+    assert not weak, "they take a stronger lock later"
+    assert len(locks) > 2 * len(EXPLAINED)
 
 
-def test_the_check_sees_a_statement_that_locks_something_else_first() -> None:
+def test_the_check_detects_a_statement_that_locks_another_row_first() -> None:
     for query in (
         "UPDATE members SET role = 'VIEWER' WHERE id = $1",
         "WITH gone AS (DELETE FROM documents WHERE id = $1), project AS MATERIALIZED (SELECT id FROM projects WHERE"
@@ -299,7 +303,7 @@ def test_the_check_sees_a_statement_that_locks_something_else_first() -> None:
 
 @pytest.fixture
 async def alert(make_database: Callable[[], str]) -> str:
-    """A migrated database in which PostgreSQL looks for deadlocks at once, not after a second."""
+    """Return a migrated database whose deadlock timeout is 50 ms instead of 1 s."""
     url = make_database()
     migrations.apply(url)
     connection = await asyncpg.connect(url)
@@ -312,7 +316,7 @@ async def alert(make_database: Callable[[], str]) -> str:
 
 @dataclass
 class Rival:
-    """A session that locks rows in an order of its own; of a deadlock the server is the victim."""
+    """A session that locks rows in another order; PostgreSQL cancels the server's side of a deadlock."""
 
     connection: asyncpg.Connection
     world: World
@@ -342,7 +346,7 @@ class Rival:
     ],
     ids=["a_statement", "a_transaction"],
 )
-async def test_a_deadlock_with_another_session_is_retried_inside(
+async def test_a_server_retries_a_write_after_a_deadlock_with_another_session(
     move: Move,
     first: str,
     then: str,
@@ -358,11 +362,11 @@ async def test_a_deadlock_with_another_session_is_retried_inside(
             await rival.connection.execute(first, rival.world.project)
             writing = asyncio.ensure_future(move(rival.world))
             await Held(rival.connection, rival.connection).waited_for(writing)
-            await rival.connection.execute(then, rival.world.project)  # returns: the server was rolled back
+            await rival.connection.execute(then, rival.world.project)  # returns, because the server was rolled back
         assert (await writing).status == 200
 
 
-async def test_a_second_collision_is_reported_as_one(pool: Database) -> None:
+async def test_a_second_collision_is_reported_as_a_collision(pool: Database) -> None:
     for error in ("serialization_failure", "deadlock_detected"):
         with pytest.raises(Unavailable) as raised:
             await pool.execute(f"DO $$ BEGIN RAISE {error}; END $$")
@@ -370,7 +374,7 @@ async def test_a_second_collision_is_reported_as_one(pool: Database) -> None:
         assert raised.value.retry_after
 
 
-async def test_a_transaction_that_collides_runs_again_from_its_beginning_once(pool: Database) -> None:
+async def test_a_transaction_that_collides_is_retried_once_from_its_start(pool: Database) -> None:
     attempts = 0
 
     async def work(transaction: Executor, *, collisions: int) -> int:
@@ -393,7 +397,7 @@ async def test_a_transaction_that_collides_runs_again_from_its_beginning_once(po
 
 @pytest.mark.hurried("database_url")
 async def test_a_slow_write_is_not_reported_as_an_outage(worlds: Worlds, hold: Hold) -> None:
-    """A statement, and a transaction."""
+    """Neither a slow statement nor a slow transaction is reported as an outage."""
     world = await worlds.make()
     async with hold("projects", world.project):
         answers = await asyncio.gather(world.rename_project(), world.transfer())
@@ -402,7 +406,7 @@ async def test_a_slow_write_is_not_reported_as_an_outage(worlds: Worlds, hold: H
         assert int(answer.headers["Retry-After"]) > 0
 
 
-async def test_every_timeout_of_a_statement_is_reported_as_slowness(pool: Database) -> None:
+async def test_every_timeout_of_a_statement_is_reported_as_a_timeout(pool: Database) -> None:
     for error in ("query_canceled", "lock_not_available"):
         with pytest.raises(Unavailable) as raised:
             await pool.execute(f"DO $$ BEGIN RAISE {error}; END $$")
