@@ -55,7 +55,7 @@ quietly() {
     if [ -t 2 ]; then printf '\r\033[K' >&2; fi
     if [ -n "$failed" ]; then
         tail -n 40 "$output" >&2
-        say "all of it is in $output"
+        say "the full output is in $output"
         return 1
     fi
     rm -f "$output"
@@ -141,7 +141,7 @@ put_aside() {
     if [ -e "$VENV" ] && [ ! -e "$VENV/made-at" ]; then
         aside=$VENV.$(date +%Y%m%d-%H%M%S)
         mv "$VENV" "$aside"
-        say "the .venv that was here is now $aside"
+        say "moved the existing .venv to $aside"
     fi
     rm -rf "$VENV"
 }

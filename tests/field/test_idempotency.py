@@ -104,8 +104,8 @@ async def test_another_body_under_the_same_key_is_refused(alice: Actor, bob: Act
 async def test_a_key_belongs_to_its_user_and_route(alice: Actor, bob: Actor) -> None:
     project = await endpoint_for("project", alice, bob)
     assert (await project.post(alice)).status == 201
-    bobs = await project.post(bob)
-    assert (bobs.status, "Idempotent-Replayed" in bobs.headers) == (201, False)
+    response = await project.post(bob)
+    assert (response.status, "Idempotent-Replayed" in response.headers) == (201, False)
     workspace = await endpoint_for("workspace", alice, bob)
     assert (await workspace.post(alice)).status == 201  # the same key on another route
 
