@@ -276,11 +276,11 @@ async def until_ready(address: Callable[[], str | None], lives: Callable[[], boo
     raise DemoError(f"the server was not ready within {START_SECONDS} s")
 
 
-def address_of(wanted: StackSettings) -> str | None:
+def address_of(settings: StackSettings) -> str | None:
     """Return the address that stack.env names: where the stack of the data directory serves, or last served."""
     try:
-        environment = read_env(wanted.data_dir / "stack.env")
-        return base_url(dataclasses.replace(wanted, host=environment["HOST"], port=int(environment["PORT"])))
+        environment = read_env(settings.data_dir / "stack.env")
+        return base_url(dataclasses.replace(settings, host=environment["HOST"], port=int(environment["PORT"])))
     except (OSError, KeyError, ValueError):
         return None
 

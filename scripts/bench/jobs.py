@@ -104,7 +104,7 @@ def address(stack: Stack) -> dict[str, str]:
 
 
 async def each_at_once(count: int, do: Callable[[int], Awaitable[Any]]) -> float:
-    """Make ``count`` calls, AT_ONCE at a time, and return the calls per second."""
+    """Make ``count`` calls, ``CONCURRENCY`` at a time, and return the calls per second."""
     numbers = iter(range(count))
 
     async def call_in_sequence() -> None:

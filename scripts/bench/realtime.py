@@ -153,7 +153,7 @@ def change(target: Target, room: int) -> dict[str, Any]:
 
 
 async def fanout(target: Target, seconds: float) -> dict[str, float]:
-    """Measure the fan-out in one room of READERS readers: WINDOW writers take turns as fast as the room delivers."""
+    """Measure the fan-out to READERS readers; ``MAX_IN_FLIGHT`` writers take turns as fast as the room delivers."""
     sizes: list[int] = []
     readers = [await target.join(0, number) for number in range(READERS - 1)]
     sampled = await target.join(0, 1, lambda frame: sizes.append(len(websocket_frame(frame))))
@@ -216,7 +216,7 @@ async def rooms(target: Target, seconds: float) -> dict[str, float]:
         return {**change(target, room), "change": {"insert": "x" * 40, "sent": time.perf_counter()}}
 
     def member(room: int) -> Callable[[bytes], None]:
-        def hear(frame: bytes) -> None:
+        def receive(frame: bytes) -> None:
             if b'"ack"' in frame[:20]:
                 counts["messages"] += 1
                 if running:
@@ -227,14 +227,14 @@ async def rooms(target: Target, seconds: float) -> dict[str, float]:
                     times.append(time.perf_counter() - float(frame.partition(b'"sent":')[2].partition(b"}")[0]))
 
         clients: list[Client] = []
-        hear.clients = clients  # type: ignore[attr-defined]
-        return hear
+        receive.clients = clients  # type: ignore[attr-defined]
+        return receive
 
     for room in range(ROOMS):
         for number in range(WRITERS):
-            hear = member(room)
-            client = await target.join(room, room * WRITERS + number, hear)
-            hear.clients.append(client)  # type: ignore[attr-defined]
+            receive = member(room)
+            client = await target.join(room, room * WRITERS + number, receive)
+            receive.clients.append(client)  # type: ignore[attr-defined]
             writers.append(client)
     await asyncio.sleep(1)
     counts.update(deliveries=0, messages=0)
@@ -271,7 +271,7 @@ async def connect(target: Target, _: float) -> dict[str, float]:
 
 
 async def memory(target: Target, _: float) -> dict[str, float]:
-    """Measure the memory of an idle connection: the growth of resident memory between the two numbers in IDLE."""
+    """Measure the memory of an idle connection: the growth of resident memory between the two ``IDLE_CONNECTIONS``."""
     clients: list[Client] = []
     sizes = []
     for count in IDLE:
@@ -335,14 +335,14 @@ def ours(folder: Path) -> Iterator[Target]:
 
 def until(log: Path, pattern: str) -> str:
     for _ in range(300):
-        if found := re.search(pattern, log.read_text()):
-            return next(group for group in found.groups() if group)
+        if match := re.search(pattern, log.read_text()):
+            return next(group for group in match.groups() if group)
         time.sleep(0.1)
     raise SystemExit(log.read_text())
 
 
 def people_and_rooms(url: str, secret: str) -> tuple[list[str], list[str]]:
-    """Create PEOPLE users who are members of one project; return their access tokens and the ids of its workspaces."""
+    """Create ``USERS`` members of one project; return their access tokens and the ids of its workspaces."""
     with psycopg.connect(url, autocommit=True) as connection:
         sessions = connection.execute(
             """

@@ -42,7 +42,7 @@ class Machine:
         )
 
     @property
-    def as_root(self) -> list[str]:
+    def sudo_commands(self) -> list[str]:
         """The commands that sudo received."""
         log = self.folder / "sudo.log"
         return log.read_text().splitlines() if log.exists() else []
@@ -74,21 +74,21 @@ def test_the_script_is_executable() -> None:
 def test_a_complete_machine_is_not_changed_and_runs_the_checks(machine: Machine) -> None:
     machine.has(*WANTED)
     result = machine.ci("-k", "deploy")
-    assert (result.returncode, machine.as_root) == (0, [])
+    assert (result.returncode, machine.sudo_commands) == (0, [])
     assert result.stdout.endswith("checked: CI=true -k deploy\n")
 
 
 def test_only_missing_packages_are_installed(machine: Machine) -> None:
     machine.has(*(command for command in WANTED if command not in ("bwrap", "chromedriver")))
     result = machine.ci()
-    installed = [line for line in machine.as_root if "install" in line]
+    installed = [line for line in machine.sudo_commands if "install" in line]
     assert len(installed) == 1
     packages = set(installed[0].partition("--no-install-recommends ")[2].split())
     assert packages - {"ca-certificates", "linux-libc-dev"} == {
         "bubblewrap",
         "chromium-driver",
     }  # the other two depend on files of this machine
-    assert [line for line in machine.as_root if "update" in line] == ["apt-get update -qq"]
+    assert [line for line in machine.sudo_commands if "update" in line] == ["apt-get update -qq"]
     # The package did not install the command: CI fails instead of skipping its tests.
     assert result.returncode == 1
     assert "bwrap is still missing" in result.stderr

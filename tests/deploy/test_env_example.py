@@ -11,7 +11,7 @@ from server import settings
 from tests.processes import ROOT
 
 FILE = ROOT / ".env.example"
-ENTRY = re.compile(r"# (?P<help>.+) \((?P<told>[^()]*)\)\n#(?P<name>[A-Z_]+)=(?P<value>.*)$", re.MULTILINE)
+ENTRY = re.compile(r"# (?P<help>.+) \((?P<note>[^()]*)\)\n#(?P<name>[A-Z_]+)=(?P<value>.*)$", re.MULTILINE)
 ENTRIES = {entry["name"]: entry for entry in ENTRY.finditer(FILE.read_text())}
 SETTINGS = {name: (default, help) for name, default, help in settings.table()}
 
@@ -30,7 +30,7 @@ def test_docker_compose_reads_all_other_variables_of_the_file() -> None:
 def test_each_setting_is_listed_with_its_help_and_default(name: str) -> None:
     default, help = SETTINGS[name]
     expected = default if default.startswith("required") else f"default: {default}"
-    assert (ENTRIES[name]["help"], ENTRIES[name]["told"]) == (help, expected)
+    assert (ENTRIES[name]["help"], ENTRIES[name]["note"]) == (help, expected)
     if literal := re.fullmatch(r"`([^`]*)`", default):
         assert ENTRIES[name]["value"] == literal[1]
 

@@ -26,13 +26,13 @@ def manifests() -> list[dict[str, Any]]:
     return [document for path in files for document in yaml.safe_load_all(path.read_text())]
 
 
-def named(manifest: dict[str, Any]) -> str:
+def title(manifest: dict[str, Any]) -> str:
     return f"{manifest['kind']} {manifest['metadata']['name']}"
 
 
 def pods() -> list[tuple[str, dict[str, Any]]]:
     return [
-        (named(manifest), manifest["spec"]["template"]["spec"])
+        (title(manifest), manifest["spec"]["template"]["spec"])
         for manifest in manifests()
         if "template" in manifest.get("spec", {})
     ]
@@ -42,8 +42,8 @@ def containers(pod: dict[str, Any]) -> list[dict[str, Any]]:
     return [*pod["containers"], *pod.get("initContainers", [])]
 
 
-def find(kind: str, name: str) -> dict[str, Any]:
-    return next(manifest for manifest in manifests() if named(manifest) == f"{kind} {name}")
+def find_manifest(kind: str, name: str) -> dict[str, Any]:
+    return next(manifest for manifest in manifests() if title(manifest) == f"{kind} {name}")
 
 
 def variables(name: str) -> dict[str, str]:
@@ -52,13 +52,13 @@ def variables(name: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("manifest", manifests(), ids=named)
+@pytest.mark.parametrize("manifest", manifests(), ids=title)
 def test_a_manifest_is_valid_by_the_published_schemas(manifest: dict[str, Any], version: str) -> None:
     kubernetes_validate.validate(manifest, version, strict=True)
 
 
 def test_the_schemas_detect_a_misspelt_field() -> None:
-    broken = find("Deployment", "server")
+    broken = find_manifest("Deployment", "server")
     broken["spec"]["template"]["spec"]["terminationGraceSeconds"] = 1
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(broken, VERSIONS[-1], strict=True)
@@ -113,28 +113,28 @@ def test_the_commands_of_pods_exist(name: str, pod: dict[str, Any], monkeypatch:
 
 
 def test_the_termination_grace_period_is_enough_for_a_graceful_shutdown(settings: Settings) -> None:
-    pod = find("Deployment", "server")["spec"]["template"]["spec"]
+    pod = find_manifest("Deployment", "server")["spec"]["template"]["spec"]
     pause = int(pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][1])
     configured = dataclasses.replace(settings, drain_seconds=float(variables("settings.env")["DRAIN_SECONDS"]))
     assert pod["terminationGracePeriodSeconds"] >= pause + server_seconds(configured)
-    worker = find("Deployment", "worker")["spec"]["template"]["spec"]
+    worker = find_manifest("Deployment", "worker")["spec"]["template"]["spec"]
     assert worker["terminationGracePeriodSeconds"] >= worker_seconds()
 
 
 def test_prometheus_can_find_and_scrape_the_workers() -> None:
-    template = find("Deployment", "worker")["spec"]["template"]
+    template = find_manifest("Deployment", "worker")["spec"]["template"]
     [container] = template["spec"]["containers"]
     [port] = [variable["value"] for variable in container["env"] if variable["name"] == "METRICS_PORT"]
     assert template["metadata"]["annotations"]["prometheus.io/port"] == port
     assert [declared["containerPort"] for declared in container["ports"]] == [int(port)]
     assert template["spec"]["containers"][0]["livenessProbe"]["httpGet"]["port"] == container["ports"][0]["name"]
-    [ingress] = find("NetworkPolicy", "worker")["spec"]["ingress"]
+    [ingress] = find_manifest("NetworkPolicy", "worker")["spec"]["ingress"]
     assert [allowed["port"] for allowed in ingress["ports"]] == [int(port)]
     assert {"OPS_USERNAME", "OPS_PASSWORD"} <= variables("secrets.env.example").keys()
 
 
 def test_the_autoscaler_reads_one_recorded_series() -> None:
-    metrics = find("HorizontalPodAutoscaler", "worker")["spec"]["metrics"]
+    metrics = find_manifest("HorizontalPodAutoscaler", "worker")["spec"]["metrics"]
     [external] = [metric["external"] for metric in metrics if metric["type"] == "External"]
     [recorded] = [rule for rule in rules("record") if rule["record"] == external["metric"]["name"]]
     assert re.match(r"sum ?\(|max ?\(", recorded["expr"]), "it must have no labels"
@@ -150,7 +150,7 @@ def default_of(setting: str) -> Any:
 
 @pytest.mark.parametrize("name", ["server", "worker"])
 def test_probes_use_existing_ports_and_paths(name: str) -> None:
-    [container] = find("Deployment", name)["spec"]["template"]["spec"]["containers"]
+    [container] = find_manifest("Deployment", name)["spec"]["template"]["spec"]["containers"]
     probes = {kind: probe for kind, probe in container.items() if kind.endswith("Probe")}
     assert {"livenessProbe", "startupProbe"} <= set(probes)
     assert {probe["httpGet"]["port"] for probe in probes.values()} == {port["name"] for port in container["ports"]}
@@ -161,10 +161,10 @@ def test_probes_use_existing_ports_and_paths(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["server", "worker"])
 def test_the_disruption_budget_and_the_autoscaler_refer_to_their_deployment(name: str) -> None:
-    labels = find("Deployment", name)["spec"]["template"]["metadata"]["labels"]
-    assert find("PodDisruptionBudget", name)["spec"]["selector"]["matchLabels"].items() <= labels.items()
-    assert find("HorizontalPodAutoscaler", name)["spec"]["scaleTargetRef"]["name"] == name
-    assert "replicas" not in find("Deployment", name)["spec"]
+    labels = find_manifest("Deployment", name)["spec"]["template"]["metadata"]["labels"]
+    assert find_manifest("PodDisruptionBudget", name)["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    assert find_manifest("HorizontalPodAutoscaler", name)["spec"]["scaleTargetRef"]["name"] == name
+    assert "replicas" not in find_manifest("Deployment", name)["spec"]
 
 
 def test_every_configured_setting_exists() -> None:

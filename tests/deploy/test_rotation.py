@@ -45,7 +45,7 @@ async def test_a_rotation_in_three_restarts_logs_no_user_out(
     assert after.terminate() == 0
 
 
-async def test_without_the_first_step_servers_refuse_each_others_tokens(
+async def test_servers_refuse_each_others_tokens_without_the_first_step(
     processes: Processes, stack: Stack, http: aiohttp.ClientSession
 ) -> None:
     before = processes.server()

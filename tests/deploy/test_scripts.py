@@ -82,7 +82,7 @@ class Machine:
 INSTALL = (
     "-m pip install --quiet --disable-pip-version-check --constraint ROOT/constraints.txt --editable ROOT[{extra}]"
 )
-SHARED_OUT = "-m pytest -n {processes} --dist worksteal"
+DISTRIBUTED = "-m pytest -n {processes} --dist worksteal"
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_a_whole_run_is_distributed_over_processes(machine: Machine, processors:
     nproc.chmod(0o755)
     for arguments in ((), ("-x",), ("--full",)):
         machine.run("test", *arguments)
-        assert machine.asked()[-1] == " ".join((SHARED_OUT.format(processes=processes), *arguments))
+        assert machine.asked()[-1] == " ".join((DISTRIBUTED.format(processes=processes), *arguments))
 
 
 @pytest.mark.parametrize("choice", ["-n0", "-k name", "--lf", "ROOT/tests/test_one.py"])

@@ -33,7 +33,7 @@ from tests.test_sql import STORES
 FULL_RACES = 200  # of each pair
 AT_ONCE = 8
 COLLIDED = "Concurrent writes collided; try again"
-SLOW = "PostgreSQL did not answer in time"
+TIMED_OUT = "PostgreSQL did not answer in time"
 
 
 @pytest.fixture
@@ -83,8 +83,8 @@ async def test_two_concurrent_writes_never_fail_as_an_outage(
 
 # The lock order
 
-APART = {World.edit, World.write_document, World.restore_document, World.delete_invited}
-UNSEEN = {  # these writes do not change the response for the project
+WITHOUT_PROJECT_LOCK = {World.edit, World.write_document, World.restore_document, World.delete_invited}
+WEAK_LOCK_WRITES = {  # KEY SHARE is enough, because the response for the project does not include their rows
     World.invite,
     World.withdraw_invitation,
     World.create_document,
@@ -92,17 +92,17 @@ UNSEEN = {  # these writes do not change the response for the project
     World.rename_document,
     World.rename_other_document,
 }
-IN_A_PROJECT = {
+PROJECT_ROWS = {
     "members": "SELECT FROM members WHERE project_id = $1",
     "invitations": "SELECT FROM invitations WHERE project_id = $1",
     "workspaces": "SELECT FROM workspaces WHERE project_id = $1",
     "documents": "SELECT FROM documents WHERE workspace_id IN (SELECT id FROM workspaces WHERE project_id = $1)",
     "activity": "SELECT FROM activity WHERE project_id = $1",
 }
-DOCUMENTS = "SELECT FROM documents WHERE id = ANY ($1)"
+DOCUMENT_ROWS = "SELECT FROM documents WHERE id = ANY ($1)"
 
 
-class Held:
+class LockedRow:
     """A row that another session has locked, with queries for the locks of those who wait for it."""
 
     def __init__(self, holder: asyncpg.Connection, watcher: asyncpg.Connection) -> None:
@@ -124,47 +124,53 @@ class Held:
         return len(rows) - len(await self._watcher.fetch(unlocked, *values))
 
 
-Hold = Callable[..., AbstractAsyncContextManager[Held]]
+LockRow = Callable[..., AbstractAsyncContextManager[LockedRow]]
 
 
 @pytest.fixture
-async def hold(database_url: str) -> Hold:
+async def hold(database_url: str) -> LockRow:
     """Return ``hold("projects", id)``, a context manager that locks a row."""
 
     @contextlib.asynccontextmanager
-    async def held(table: str, key: object, *, column: str = "id", strength: str = "UPDATE") -> AsyncIterator[Held]:
+    async def lock(
+        table: str, key: object, *, column: str = "id", strength: str = "UPDATE"
+    ) -> AsyncIterator[LockedRow]:
         holder, watcher = await asyncpg.connect(database_url), await asyncpg.connect(database_url)
         try:
             async with holder.transaction():
                 assert await holder.fetch(f"SELECT FROM {table} WHERE {column} = $1 FOR {strength}", key)
-                yield Held(holder, watcher)
+                yield LockedRow(holder, watcher)
         finally:
             await watcher.close()
             await holder.close()
 
-    return held
+    return lock
 
 
-@pytest.mark.parametrize("move", [move for move in ON_A_PROJECT if move not in APART], ids=lambda move: move.__name__)
-async def test_a_write_locks_the_project_before_anything_in_it(move: Move, worlds: Worlds, hold: Hold) -> None:
+@pytest.mark.parametrize(
+    "move", [move for move in ON_A_PROJECT if move not in WITHOUT_PROJECT_LOCK], ids=lambda move: move.__name__
+)
+async def test_a_write_locks_the_project_before_anything_in_it(move: Move, worlds: Worlds, hold: LockRow) -> None:
     """It takes the strongest lock that it needs at once.
 
     Otherwise two writes that upgrade their locks, and a deletion that waits for both, would deadlock.
     """
     world = await worlds.make()
-    async with hold("projects", world.project, strength="UPDATE" if move in UNSEEN else "NO KEY UPDATE") as held:
-        lockers = partial(held.holder.fetchval, "SELECT xmax FROM projects WHERE id = $1", world.project)
+    async with hold(
+        "projects", world.project, strength="UPDATE" if move in WEAK_LOCK_WRITES else "NO KEY UPDATE"
+    ) as row:
+        lockers = partial(row.holder.fetchval, "SELECT xmax FROM projects WHERE id = $1", world.project)
         holder = await lockers()
         writing = asyncio.ensure_future(move(world))
-        await held.waited_for(writing)
+        await row.waited_for(writing)
         assert await lockers() == holder
-        locked = {table: await held.locked(rows, world.project) for table, rows in IN_A_PROJECT.items()}
+        locked = {table: await row.locked(rows, world.project) for table, rows in PROJECT_ROWS.items()}
         assert not any(locked.values()), locked
     assert (await writing).status < 500
 
 
 @pytest.mark.parametrize("move", [World.edit, World.write_document, World.restore_document], ids=lambda m: m.__name__)
-async def test_a_commit_of_an_edit_does_not_wait_for_the_project(move: Move, worlds: Worlds, hold: Hold) -> None:
+async def test_a_commit_of_an_edit_does_not_wait_for_the_project(move: Move, worlds: Worlds, hold: LockRow) -> None:
     world = await worlds.make()
     await world.prepare([move])
     async with hold("projects", world.project):
@@ -175,7 +181,7 @@ async def test_a_commit_of_an_edit_does_not_wait_for_the_project(move: Move, wor
     "move", [World.delete_workspace, World.delete_project, World.delete_owner], ids=lambda move: move.__name__
 )
 async def test_a_deletion_locks_documents_in_the_order_of_edits(
-    move: Move, worlds: Worlds, hold: Hold, db: asyncpg.Connection
+    move: Move, worlds: Worlds, hold: LockRow, db: asyncpg.Connection
 ) -> None:
     world, other = await worlds.make(), await worlds.make()
     # The owner is now the only member of both projects, and may delete the account.
@@ -183,49 +189,49 @@ async def test_a_deletion_locks_documents_in_the_order_of_edits(
     await db.execute("DELETE FROM members WHERE role <> 'OWNER' AND user_id <> $1", actor.id)
     await db.execute("UPDATE members SET user_id = $1 WHERE project_id = $2", world.owner.id, other.project)
     documents = sorted(world.documents + (other.documents if move is World.delete_owner else []))
-    async with hold("documents", documents[0]) as held:
+    async with hold("documents", documents[0]) as row:
         deleting = asyncio.ensure_future(move(world))
-        await held.waited_for(deleting)
-        assert await held.locked(DOCUMENTS, documents) == 1
+        await row.waited_for(deleting)
+        assert await row.locked(DOCUMENT_ROWS, documents) == 1
     assert (await deleting).status == 204
 
 
-async def test_renames_that_swap_two_paths_do_not_wait_for_each_other(worlds: Worlds, hold: Hold) -> None:
+async def test_renames_that_swap_two_paths_do_not_wait_for_each_other(worlds: Worlds, hold: LockRow) -> None:
     world = await worlds.make()
-    async with hold("workspaces", world.workspace) as held:
+    async with hold("workspaces", world.workspace) as row:
         renames = [asyncio.ensure_future(move(world)) for move in (World.rename_document, World.rename_other_document)]
         for rename in renames:
-            await held.waited_for(rename)
-        assert await held.locked(DOCUMENTS, world.documents) == 0
+            await row.waited_for(rename)
+        assert await row.locked(DOCUMENT_ROWS, world.documents) == 0
     assert [(await rename).status for rename in renames] == [409, 409]
 
 
-async def test_a_refresh_locks_its_session_before_its_token(worlds: Worlds, hold: Hold) -> None:
+async def test_a_refresh_locks_its_session_before_its_token(worlds: Worlds, hold: LockRow) -> None:
     """The deletion of an account takes the locks in the same order."""
     world = await worlds.make()
-    async with hold("sessions", UUID(world.member.id), column="user_id") as held:
+    async with hold("sessions", UUID(world.member.id), column="user_id") as row:
         refreshing = asyncio.ensure_future(world.refresh_member())
-        await held.waited_for(refreshing)
+        await row.waited_for(refreshing)
         tokens = "SELECT FROM refresh_tokens WHERE session_id IN (SELECT id FROM sessions WHERE user_id = $1)"
-        assert await held.locked(tokens, UUID(world.member.id)) == 0
+        assert await row.locked(tokens, UUID(world.member.id)) == 0
     assert (await refreshing).status == 200
 
 
-async def test_a_log_is_shortened_after_its_document_is_locked(worlds: Worlds, hold: Hold, pool: Database) -> None:
+async def test_a_log_is_shortened_after_its_document_is_locked(worlds: Worlds, hold: LockRow, pool: Database) -> None:
     """The deletion of a document takes the locks in the same order."""
     world = await worlds.make()
     document = world.documents[0]
-    async with hold("documents", document) as held:
+    async with hold("documents", document) as row:
         shortening = asyncio.ensure_future(
             documents_store.shorten_log(pool, document=document, version=1, grace_seconds=0)
         )
-        await held.waited_for(shortening)
-        assert await held.locked("SELECT FROM document_updates WHERE document_id = $1", document) == 0
+        await row.waited_for(shortening)
+        assert await row.locked("SELECT FROM document_updates WHERE document_id = $1", document) == 0
     await shortening
 
 
 async def test_housekeeping_skips_locked_rows(
-    worlds: Worlds, hold: Hold, pool: Database, db: asyncpg.Connection
+    worlds: Worlds, hold: LockRow, pool: Database, db: asyncpg.Connection
 ) -> None:
     world = await worlds.make()
     users = [UUID(actor.id) for actor in (world.member, world.owner)]
@@ -243,12 +249,12 @@ async def test_housekeeping_skips_locked_rows(
 WRITE = re.compile(
     r"\b(?:INSERT INTO|UPDATE|DELETE FROM) (projects|members|invitations|activity|workspaces|documents)\b"
 )
-FIRST = re.compile(
+PROJECT_LOCK = re.compile(
     r"\s*WITH (?:joiner AS MATERIALIZED \(\s*SELECT \w+ FROM users WHERE id = \$\d FOR SHARE\s*\), )?"
     r"project AS MATERIALIZED \(\s*SELECT (?:p\.)?id FROM [^()]*FOR (NO KEY UPDATE|KEY SHARE)(?: OF p)?\s*\)"
 )
-SHOWN = {"members", "workspaces"}  # their triggers update the project
-EXPLAINED = {
+TABLES_WITH_PROJECT_TRIGGER = {"members", "workspaces"}  # their triggers update the project
+EXCEPTIONS = {
     "create_workspace": "its rows are new; a trigger locks the project before the foreign key does",
     "step_up": "runs in the transaction of step_down, which has locked the project",
     "forget": "skips locked rows",
@@ -276,16 +282,20 @@ def lock_of(query: str, tables: list[str]) -> str | None:
     """Return the lock that a statement takes on the project first, or None if it takes none or another one before."""
     if tables[0] == "projects":
         return "NO KEY UPDATE"
-    match = FIRST.match(query)
+    match = PROJECT_LOCK.match(query)
     return match and match.group(1)
 
 
 def test_every_statement_takes_the_locks_in_order() -> None:
     locks = {name: (lock_of(query, tables), tables) for name, query, tables in writes()}
-    assert {name for name, (lock, _) in locks.items() if lock is None} == set(EXPLAINED)
-    weak = {name for name, (lock, tables) in locks.items() if lock == "KEY SHARE" and SHOWN & set(tables)}
+    assert {name for name, (lock, _) in locks.items() if lock is None} == set(EXCEPTIONS)
+    weak = {
+        name
+        for name, (lock, tables) in locks.items()
+        if lock == "KEY SHARE" and TABLES_WITH_PROJECT_TRIGGER & set(tables)
+    }
     assert not weak, "they take a stronger lock later"
-    assert len(locks) > 2 * len(EXPLAINED)
+    assert len(locks) > 2 * len(EXCEPTIONS)
 
 
 def test_the_check_detects_a_statement_that_locks_another_row_first() -> None:
@@ -302,7 +312,7 @@ def test_the_check_detects_a_statement_that_locks_another_row_first() -> None:
 
 
 @pytest.fixture
-async def alert(make_database: Callable[[], str]) -> str:
+async def fast_deadlock_url(make_database: Callable[[], str]) -> str:
     """Return a migrated database whose deadlock timeout is 50 ms instead of 1 s."""
     url = make_database()
     migrations.apply(url)
@@ -315,7 +325,7 @@ async def alert(make_database: Callable[[], str]) -> str:
 
 
 @dataclass
-class Rival:
+class ConflictingSession:
     """A session that locks rows in another order; PostgreSQL cancels the server's side of a deadlock."""
 
     connection: asyncpg.Connection
@@ -323,7 +333,9 @@ class Rival:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def at(cls, url: str, server: str, settings: Settings, http: aiohttp.ClientSession) -> AsyncIterator["Rival"]:
+    async def at(
+        cls, url: str, server: str, settings: Settings, http: aiohttp.ClientSession
+    ) -> AsyncIterator["ConflictingSession"]:
         connection = await asyncpg.connect(url, server_settings={"deadlock_timeout": "1min"})
         world = await (await Worlds.at(server, db=connection, settings=settings, http=http)).make()
         yield cls(connection, world)
@@ -350,19 +362,19 @@ async def test_a_server_retries_a_write_after_a_deadlock_with_another_session(
     move: Move,
     first: str,
     then: str,
-    alert: str,
+    fast_deadlock_url: str,
     make_server: MakeServer,
     quiet: dict[str, str],
     settings: Settings,
     http: aiohttp.ClientSession,
 ) -> None:
-    server = await make_server(database_url=alert, **quiet)
-    async with Rival.at(alert, server, settings, http) as rival:
-        async with rival.connection.transaction():
-            await rival.connection.execute(first, rival.world.project)
-            writing = asyncio.ensure_future(move(rival.world))
-            await Held(rival.connection, rival.connection).waited_for(writing)
-            await rival.connection.execute(then, rival.world.project)  # returns, because the server was rolled back
+    server = await make_server(database_url=fast_deadlock_url, **quiet)
+    async with ConflictingSession.at(fast_deadlock_url, server, settings, http) as conflicting:
+        async with conflicting.connection.transaction():
+            await conflicting.connection.execute(first, conflicting.world.project)
+            writing = asyncio.ensure_future(move(conflicting.world))
+            await LockedRow(conflicting.connection, conflicting.connection).waited_for(writing)
+            await conflicting.connection.execute(then, conflicting.world.project)  # returns: the server was rolled back
         assert (await writing).status == 200
 
 
@@ -396,13 +408,13 @@ async def test_a_transaction_that_collides_is_retried_once_from_its_start(pool: 
 
 
 @pytest.mark.hurried("database_url")
-async def test_a_slow_write_is_not_reported_as_an_outage(worlds: Worlds, hold: Hold) -> None:
+async def test_a_slow_write_is_not_reported_as_an_outage(worlds: Worlds, hold: LockRow) -> None:
     """Neither a slow statement nor a slow transaction is reported as an outage."""
     world = await worlds.make()
     async with hold("projects", world.project):
         answers = await asyncio.gather(world.rename_project(), world.transfer())
     for answer in answers:
-        assert (answer.status, answer.code, answer["detail"]) == (503, "unavailable", SLOW)
+        assert (answer.status, answer.code, answer["detail"]) == (503, "unavailable", TIMED_OUT)
         assert int(answer.headers["Retry-After"]) > 0
 
 
@@ -410,4 +422,4 @@ async def test_every_timeout_of_a_statement_is_reported_as_a_timeout(pool: Datab
     for error in ("query_canceled", "lock_not_available"):
         with pytest.raises(Unavailable) as raised:
             await pool.execute(f"DO $$ BEGIN RAISE {error}; END $$")
-        assert raised.value.detail == SLOW
+        assert raised.value.detail == TIMED_OUT

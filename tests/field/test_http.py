@@ -220,14 +220,14 @@ async def test_a_head_within_the_limits_is_accepted(server: str) -> None:
     assert (await answer_to(server, request_line + headers + cookie + HEAD_END))[0] == 200
 
 
-OURS, THEIRS = "https://app.example.org", "https://evil.example.org"
+OUR_ORIGIN, FOREIGN_ORIGIN = "https://app.example.org", "https://evil.example.org"
 
 
 async def test_a_browser_could_not_read_error_responses_of_the_api(
     make_server: MakeServer, make_actor: MakeActor
 ) -> None:
     limited = await make_server(
-        cors_origin=(OURS, "https://other.example.org"), rate_limit_default=limits.parse("8/15minutes")
+        cors_origin=(OUR_ORIGIN, "https://other.example.org"), rate_limit_default=limits.parse("8/15minutes")
     )
     page = await make_actor("Page", limited)
     for method, path, status in (
@@ -242,23 +242,27 @@ async def test_a_browser_could_not_read_error_responses_of_the_api(
         ("GET", "/projects", 200),
         ("GET", "/projects", 429),
     ):
-        answer = await page.call(method, path, headers={"Origin": OURS})
+        answer = await page.call(method, path, headers={"Origin": OUR_ORIGIN})
         assert answer.status == status, (method, path)
-        assert answer.headers["Access-Control-Allow-Origin"] == OURS, (method, path)
+        assert answer.headers["Access-Control-Allow-Origin"] == OUR_ORIGIN, (method, path)
         assert "X-Request-Id" in answer.headers["Access-Control-Expose-Headers"]
-        foreign = await page.call(method, path, headers={"Origin": THEIRS})
+        foreign = await page.call(method, path, headers={"Origin": FOREIGN_ORIGIN})
         assert "Access-Control-Allow-Origin" not in foreign.headers, (method, path)
 
 
 async def test_a_browser_could_not_read_that_its_uri_was_too_long(make_server: MakeServer) -> None:
     async def headers(server: str) -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", int(server.rpartition(":")[2]))
-        writer.write(b"GET /api/v1/projects?q=" + b"a" * 9000 + b" HTTP/1.1\r\nOrigin: " + OURS.encode() + HEAD_END)
+        writer.write(
+            b"GET /api/v1/projects?q=" + b"a" * 9000 + b" HTTP/1.1\r\nOrigin: " + OUR_ORIGIN.encode() + HEAD_END
+        )
         head = await reader.readuntil(b"\r\n\r\n")
         writer.close()
         return head
 
-    assert f"Access-Control-Allow-Origin: {OURS}".encode() in await headers(await make_server(cors_origin=(OURS,)))
+    assert f"Access-Control-Allow-Origin: {OUR_ORIGIN}".encode() in await headers(
+        await make_server(cors_origin=(OUR_ORIGIN,))
+    )
     assert b"Access-Control-Allow-Origin: *" in await headers(await make_server(cors_origin=("*",)))
 
 
@@ -277,13 +281,13 @@ async def test_options_without_an_origin_was_forbidden(alice: Actor, http: aioht
 
 
 async def test_an_options_request_that_is_no_preflight_was_forbidden(make_server: MakeServer, http) -> None:
-    page = Actor(http, await make_server(cors_origin=(OURS,)), "Page")
-    answer = await page.call("OPTIONS", "/projects", headers={"Origin": OURS})
-    assert (answer.status, answer.headers["Access-Control-Allow-Origin"]) == (204, OURS)
+    page = Actor(http, await make_server(cors_origin=(OUR_ORIGIN,)), "Page")
+    answer = await page.call("OPTIONS", "/projects", headers={"Origin": OUR_ORIGIN})
+    assert (answer.status, answer.headers["Access-Control-Allow-Origin"]) == (204, OUR_ORIGIN)
     assert "POST" in answer.headers["Allow"]
 
 
-NO_NUMBERS = ("1_0", "+1", " 1", "1 ", "-1", "\u0663", "1e1", "1.0", "0x1", "", "1" * 20)
+INVALID_NUMBERS = ("1_0", "+1", " 1", "1 ", "-1", "\u0663", "1e1", "1.0", "0x1", "", "1" * 20)
 
 
 async def test_numbers_in_queries_were_read_as_python_reads_them(alice: Actor) -> None:
@@ -299,7 +303,7 @@ async def test_numbers_in_queries_were_read_as_python_reads_them(alice: Actor) -
         (f"/jobs/{job}/logs", "after"),
         (f"/jobs/{job}/logs", "cursor"),
     ):
-        for text in NO_NUMBERS:
+        for text in INVALID_NUMBERS:
             refused = await alice.get(path, params={name: text})
             assert (refused.status, refused.code) == (422, "validation_failed"), (path, name, text)
             assert refused["details"][0]["field"] == name
@@ -383,26 +387,26 @@ async def test_a_job_with_a_run_time_in_the_past_runs_at_once_and_the_openapi_do
     assert (after["queued"], after["scheduled"]) == (before["queued"] + 1, before["scheduled"])
 
 
-BEYOND = 9223372036854775808  # 2**63
+ABOVE_INT64 = 9223372036854775808  # 2**63
 
 
 async def test_large_integers_became_other_numbers(alice: Actor, bob: Actor) -> None:
     workspace = await alice.make_workspace(None, bob)
     project = (await alice.get(f"/workspaces/{workspace}"))["projectId"]
-    analysis = {"type": "DATA_ANALYSIS", "payload": {"format": "csv", "content": "a", "n": BEYOND}}
+    analysis = {"type": "DATA_ANALYSIS", "payload": {"format": "csv", "content": "a", "n": ABOVE_INT64}}
     for method, path, body, field in (
-        ("POST", "/projects", {"name": "x", "settings": {"n": BEYOND}}, "settings.n"),
-        ("PATCH", f"/projects/{project}", {"settings": {"deep": [{"n": -BEYOND - 1}]}}, "settings.deep.0.n"),
+        ("POST", "/projects", {"name": "x", "settings": {"n": ABOVE_INT64}}, "settings.n"),
+        ("PATCH", f"/projects/{project}", {"settings": {"deep": [{"n": -ABOVE_INT64 - 1}]}}, "settings.deep.0.n"),
         ("POST", "/workspaces", {"projectId": project, "name": "x", "meta": {"n": 10**30}}, "meta.n"),
         ("PATCH", f"/workspaces/{workspace}", {"meta": {"n": 10**400}}, "meta.n"),
         ("POST", "/jobs", analysis, "payload.n"),
-        ("POST", "/auth/logout", {"refreshToken": BEYOND}, "refreshToken"),
+        ("POST", "/auth/logout", {"refreshToken": ABOVE_INT64}, "refreshToken"),
     ):
         refused = await alice.call(method, path, data=json.dumps(body), headers={"Content-Type": "application/json"})
         assert (refused.status, refused.code) == (422, "validation_failed"), (path, refused)
         assert refused["details"][0]["field"] == field
         assert "64-bit" in refused["details"][0]["message"]
-    exact = {"n": [BEYOND - 1, -BEYOND, 0.1000000000000000055511151231257827, 1e22, str(BEYOND)]}
+    exact = {"n": [ABOVE_INT64 - 1, -ABOVE_INT64, 0.1000000000000000055511151231257827, 1e22, str(ABOVE_INT64)]}
     raw = json.dumps({"name": "x", "settings": exact})
     created = await alice.post("/projects", data=raw, headers={"Content-Type": "application/json"})
     assert (created.status, created["settings"]) == (201, exact)
@@ -411,17 +415,17 @@ async def test_large_integers_became_other_numbers(alice: Actor, bob: Actor) -> 
 async def test_large_integers_in_frames_became_other_numbers(alice: Actor, bob: Actor) -> None:
     workspace = await alice.make_workspace(None, bob)
     hers, his = await alice.connect(workspace), await bob.connect(workspace)
-    frame = {"event": "file:change", "data": {"workspaceId": workspace, "change": {"at": BEYOND}}, "id": 1}
+    frame = {"event": "file:change", "data": {"workspaceId": workspace, "change": {"at": ABOVE_INT64}}, "id": 1}
     await hers.raw.send_str(json.dumps(frame))
     await hers.assert_push("USER_JOIN")
     refused = await hers.next()
     assert (refused["event"], refused["id"], refused["data"]["code"]) == ("error", 1, "validation_failed")
     assert refused["data"]["details"][0]["field"] == "change.at"
-    await hers.raw.send_str(json.dumps({"event": "ping", "id": BEYOND}))
+    await hers.raw.send_str(json.dumps({"event": "ping", "id": ABOVE_INT64}))
     refused = await hers.next()
     assert (refused["event"], refused.get("id"), refused["data"]["code"]) == ("error", None, "validation_failed")
-    await hers.push("file:change", workspaceId=workspace, change={"at": BEYOND - 1})
-    assert (await his.assert_push("FILE_CHANGE"))["change"] == {"at": BEYOND - 1}
+    await hers.push("file:change", workspaceId=workspace, change={"at": ABOVE_INT64 - 1})
+    assert (await his.assert_push("FILE_CHANGE"))["change"] == {"at": ABOVE_INT64 - 1}
 
 
 def test_generated_clients_sent_the_word_null_as_a_key() -> None:

@@ -40,7 +40,7 @@ class CreateEndpoint:
         return answer
 
 
-def counting(path: str) -> Callable[[Actor], Awaitable[int]]:
+def count_items(path: str) -> Callable[[Actor], Awaitable[int]]:
     async def count(actor: Actor) -> int:
         return len((await actor.get(path, params={"limit": "100"}))["items"])
 
@@ -52,21 +52,21 @@ KINDS = ("project", "workspace", "document", "collaborator", "invitation", "job"
 
 async def endpoint_for(kind: str, alice: Actor, bob: Actor) -> CreateEndpoint:
     if kind == "project":
-        return CreateEndpoint("/projects", {"name": "Engine"}, counting("/projects"))
+        return CreateEndpoint("/projects", {"name": "Engine"}, count_items("/projects"))
     if kind == "job":
-        return CreateEndpoint("/jobs", {**program(), "runAt": "2100-01-01T00:00:00Z"}, counting("/jobs"))
+        return CreateEndpoint("/jobs", {**program(), "runAt": "2100-01-01T00:00:00Z"}, count_items("/jobs"))
     project = await alice.make_project()
     if kind == "workspace":
         return CreateEndpoint(
-            "/workspaces", {"projectId": project, "name": "W"}, counting(f"/workspaces/project/{project}")
+            "/workspaces", {"projectId": project, "name": "W"}, count_items(f"/workspaces/project/{project}")
         )
     if kind == "document":
         path = f"/workspaces/{await alice.make_workspace(project)}/documents"
-        return CreateEndpoint(path, {"path": "main.py", "content": "1"}, counting(path))
+        return CreateEndpoint(path, {"path": "main.py", "content": "1"}, count_items(path))
     collaborators = f"/projects/{project}/collaborators"
     if kind == "collaborator":
-        return CreateEndpoint(collaborators, {"email": bob.email}, counting(collaborators))
-    return CreateEndpoint(collaborators, {"email": f"new-{bob.email}"}, counting(f"/projects/{project}/invitations"))
+        return CreateEndpoint(collaborators, {"email": bob.email}, count_items(collaborators))
+    return CreateEndpoint(collaborators, {"email": f"new-{bob.email}"}, count_items(f"/projects/{project}/invitations"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -129,7 +129,7 @@ async def test_a_repeated_post_is_authorized_like_a_first_one(alice: Actor, bob:
     project = await alice.make_project()
     member = await alice.add(bob, project)
     endpoint = CreateEndpoint(
-        "/workspaces", {"projectId": project, "name": "W"}, counting(f"/workspaces/project/{project}")
+        "/workspaces", {"projectId": project, "name": "W"}, count_items(f"/workspaces/project/{project}")
     )
     assert (await endpoint.post(bob)).status == 201
     await alice.patch(f"/projects/{project}/collaborators/{member}", {"role": "VIEWER"})
@@ -211,7 +211,7 @@ def check_answers(kind: str, answers: list[Answer]) -> None:
 
 
 @asynccontextmanager
-async def locked(database_url: str, actor: Actor) -> AsyncIterator[None]:
+async def locked_user(database_url: str, actor: Actor) -> AsyncIterator[None]:
     """Lock the row of a user, which blocks the user from becoming the owner of a project."""
     connection = await asyncpg.connect(database_url)
     try:
@@ -226,7 +226,7 @@ async def test_a_repeat_waits_for_the_first_request_and_gets_its_response(
     alice: Actor, bob: Actor, make_server: MakeServer, database_url: str
 ) -> None:
     endpoint, there = await endpoint_for("project", alice, bob), alice.at(await make_server())
-    async with locked(database_url, alice):
+    async with locked_user(database_url, alice):
         requests = [asyncio.ensure_future(endpoint.post(alice))]
         await until_blocked(database_url, statements=1)
         requests.append(asyncio.ensure_future(endpoint.post(there)))
@@ -274,10 +274,10 @@ async def test_a_request_whose_response_cannot_be_stored_has_no_effect(
     assert (await endpoint.post(alice)).status == 201
 
 
-DIE = "__import__('os').kill(__import__('os').getpid(), 9)"
+KILL = "__import__('os').kill(__import__('os').getpid(), 9)"
 MOMENTS = {
-    "before the commit": f"server.rest.idempotency._bytes=lambda answer: {DIE}",
-    "after the commit": f"server.rest.middlewares._record=lambda request, *_: request.path.endswith('s') and {DIE}",
+    "before the commit": f"server.rest.idempotency._bytes=lambda answer: {KILL}",
+    "after the commit": f"server.rest.middlewares._record=lambda request, *_: request.path.endswith('s') and {KILL}",
 }
 
 

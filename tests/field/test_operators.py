@@ -261,13 +261,13 @@ async def test_the_log_of_nginx_contains_the_requested_path_without_its_query(
     writer.write(f"GET {target} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode())
     assert (await reader.read()).startswith(f"HTTP/1.1 {status} ".encode())
     writer.close()
-    log = (await shown(tmp_path / "log", r".*\n")).string
+    log = (await wait_for_match(tmp_path / "log", r".*\n")).string
     [line] = map(json.loads, log.splitlines())
     assert (line["path"], line["status"]) == (path, status)
     assert "hidden" not in log + "".join(capfd.readouterr())
 
 
-async def shown(file: Path, pattern: str) -> re.Match[str]:
+async def wait_for_match(file: Path, pattern: str) -> re.Match[str]:
     """Wait for a match in a file that a process writes, and return it."""
     async with asyncio.timeout(PATIENCE_SECONDS):
         while not (file.exists() and (match := re.search(pattern, file.read_text()))):

@@ -19,8 +19,8 @@ from tests.jobs.asking import ask, program
 from tests.jobs.conftest import worker  # noqa: F401 - a fixture
 
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "caf\u00e9/\u1e69.py") for form in ("NFC", "NFD"))
-HOSTILE = ("a\nb", "a\x1bb", "..\\..\\..\\evil.bat", "x" * 256, DECOMPOSED, "src")
-SOUND = {"main.py": "print(1)", "src/deep/er.py": "print(2)", "src-x": "3", COMPOSED: "4"}
+INVALID_PATHS = ("a\nb", "a\x1bb", "..\\..\\..\\evil.bat", "x" * 256, DECOMPOSED, "src")
+VALID_PATHS = {"main.py": "print(1)", "src/deep/er.py": "print(2)", "src-x": "3", COMPOSED: "4"}
 
 
 async def post(actor: Actor, workspace: str, path: str) -> Answer:
@@ -109,7 +109,7 @@ async def test_a_document_and_a_folder_with_one_name_were_created_at_once(
         assert sorted(answer.status for answer in renamed) == [200, 409]
 
 
-async def inserted(database_url: str, actor: Actor, workspace: str, path: str) -> str:
+async def insert_document(database_url: str, actor: Actor, workspace: str, path: str) -> str:
     """Create a document with a path that only an older version accepted; return its id."""
     document = await make_document(actor, workspace, path=f"old{abs(hash(path))}", content=path[:9])
     connection = await asyncpg.connect(database_url)
@@ -125,37 +125,39 @@ async def inserted(database_url: str, actor: Actor, workspace: str, path: str) -
 async def old_workspace(alice: Actor, database_url: str) -> str:
     """Create a workspace with valid paths and with paths that are no longer accepted; return its id."""
     workspace = await alice.make_workspace()
-    for path, content in SOUND.items():
+    for path, content in VALID_PATHS.items():
         await make_document(alice, workspace, path=path, content=content)
-    for path in HOSTILE:
-        await inserted(database_url, alice, workspace, path)
+    for path in INVALID_PATHS:
+        await insert_document(database_url, alice, workspace, path)
     return workspace
 
 
 async def test_old_paths_stay_readable_and_can_be_renamed(alice: Actor, old_workspace: str) -> None:
     listed = (await alice.get(f"/workspaces/{old_workspace}/documents"))["items"]
-    assert {document["path"] for document in listed} == {*SOUND, *HOSTILE}
+    assert {document["path"] for document in listed} == {*VALID_PATHS, *INVALID_PATHS}
     for document in listed:
         assert (await alice.get(f"/documents/{document['id']}"))["path"] == document["path"]
         assert (await alice.get(f"/documents/{document['id']}/content")).status == 200
-    hostile = [document["id"] for document in listed if document["path"] in HOSTILE]
+    hostile = [document["id"] for document in listed if document["path"] in INVALID_PATHS]
     for number, document in enumerate(hostile):
         assert (await alice.patch(f"/documents/{document}", {"path": f"new/{number}"})).status == 200
 
 
-async def finished(actor: Actor, body: dict[str, Any]) -> dict[str, Any]:
+async def run_to_completion(actor: Actor, body: dict[str, Any]) -> dict[str, Any]:
     job = await actor.finished_job((await ask(actor, body))["id"])
     assert job["status"] == "completed", job
     result: dict[str, Any] = job["result"]
     return result
 
 
-def names(warnings: list[str], path: str = "") -> list[str]:
+def skipped_paths(warnings: list[str], path: str = "") -> list[str]:
     """Return the skipped paths of these warnings, sorted, without the prefix ``path``."""
     return sorted(warning.removeprefix('Skipped "').partition('": ')[0].removeprefix(path) for warning in warnings)
 
 
-SHOWN = sorted(path.replace("\\", "\\\\").replace("\n", "\\n").replace("\x1b", "\\u001b") for path in HOSTILE)
+ESCAPED_INVALID_PATHS = sorted(
+    path.replace("\\", "\\\\").replace("\n", "\\n").replace("\x1b", "\\u001b") for path in INVALID_PATHS
+)
 WALK = """
 import os, json
 paths = (os.path.join(folder, name) for folder, _, names in os.walk("../files") for name in names)
@@ -165,23 +167,23 @@ print(json.dumps(sorted(os.path.relpath(path, "../files") for path in paths)))
 
 @pytest.mark.usefixtures("worker")
 async def test_a_program_did_not_run_in_a_workspace_with_such_a_path(alice: Actor, old_workspace: str) -> None:
-    result = await finished(alice, program(WALK, workspaceId=old_workspace))
-    assert (result["exitCode"], result["stdout"]) == (0, f"{json.dumps(sorted(SOUND))}\n")
-    assert names(result["warnings"]) == SHOWN
+    result = await run_to_completion(alice, program(WALK, workspaceId=old_workspace))
+    assert (result["exitCode"], result["stdout"]) == (0, f"{json.dumps(sorted(VALID_PATHS))}\n")
+    assert skipped_paths(result["warnings"]) == ESCAPED_INVALID_PATHS
     assert "control characters" in "".join(result["warnings"])
-    assert (await finished(alice, program("print(1)")))["warnings"] == []
+    assert (await run_to_completion(alice, program("print(1)")))["warnings"] == []
 
 
 @pytest.mark.usefixtures("worker")
 async def test_files_of_such_a_workspace_were_not_processed(alice: Actor, old_workspace: str) -> None:
     body = {"type": "FILE_PROCESSING", "payload": {"workspaceId": old_workspace}}
-    result = await finished(alice, body)
-    assert {file["path"] for file in result["files"]} == SOUND.keys()
-    assert names(result["warnings"]) == SHOWN
+    result = await run_to_completion(alice, body)
+    assert {file["path"] for file in result["files"]} == VALID_PATHS.keys()
+    assert skipped_paths(result["warnings"]) == ESCAPED_INVALID_PATHS
     body["payload"]["paths"] = ["main.py", DECOMPOSED, "a\nb"]
-    result = await finished(alice, body)
+    result = await run_to_completion(alice, body)
     assert {file["path"] for file in result["files"]} == {"main.py", COMPOSED}
-    assert names(result["warnings"]) == sorted(["a\\nb", DECOMPOSED])
+    assert skipped_paths(result["warnings"]) == sorted(["a\\nb", DECOMPOSED])
 
 
 @pytest.mark.usefixtures("worker")
@@ -191,20 +193,20 @@ async def test_archives_of_such_a_workspace_could_not_be_unpacked(
 ) -> None:
     await make_document(alice, old_workspace, path="C:/Windows/evil.dll")
     payload = {"workspaceId": old_workspace, "format": format}
-    result = await finished(alice, {"type": "EXPORT", "payload": payload})
-    assert await packed(alice, result["artifact"]["url"]) == SOUND.keys()
-    assert names(result["warnings"]) == sorted([*SHOWN, "C:/Windows/evil.dll"])
+    result = await run_to_completion(alice, {"type": "EXPORT", "payload": payload})
+    assert await archive_names(alice, result["artifact"]["url"]) == VALID_PATHS.keys()
+    assert skipped_paths(result["warnings"]) == sorted([*ESCAPED_INVALID_PATHS, "C:/Windows/evil.dll"])
     project = (await alice.get(f"/workspaces/{old_workspace}"))["projectId"]
     await alice.patch(f"/workspaces/{old_workspace}", {"name": "\U0001f469" * 100})
-    result = await finished(alice, {"type": "EXPORT", "payload": {"projectId": project, "format": format}})
+    result = await run_to_completion(alice, {"type": "EXPORT", "payload": {"projectId": project, "format": format}})
     folder = "\U0001f469" * 50
-    assert await packed(alice, result["artifact"]["url"]) == {
-        f"{folder}/{path}" for path in [*SOUND, "C:/Windows/evil.dll"]
+    assert await archive_names(alice, result["artifact"]["url"]) == {
+        f"{folder}/{path}" for path in [*VALID_PATHS, "C:/Windows/evil.dll"]
     }
-    assert names(result["warnings"], f"{folder}/") == SHOWN
+    assert skipped_paths(result["warnings"], f"{folder}/") == ESCAPED_INVALID_PATHS
 
 
-async def packed(actor: Actor, url: str) -> set[str]:
+async def archive_names(actor: Actor, url: str) -> set[str]:
     async with actor.http.get(actor.base + url, headers=actor.headers) as answer:
         raw = await answer.read()
     if url.endswith(".zip"):
@@ -216,7 +218,7 @@ async def packed(actor: Actor, url: str) -> set[str]:
 @pytest.mark.usefixtures("worker")
 async def test_thousands_of_such_paths_produce_a_short_warning(alice: Actor, database_url: str) -> None:
     workspace = await alice.make_workspace()
-    await inserted(database_url, alice, workspace, "a\nb")
+    await insert_document(database_url, alice, workspace, "a\nb")
     connection = await asyncpg.connect(database_url)
     try:
         await connection.execute(
@@ -228,6 +230,6 @@ async def test_thousands_of_such_paths_produce_a_short_warning(alice: Actor, dat
         )
     finally:
         await connection.close()
-    warnings = (await finished(alice, program("print(1)", workspaceId=workspace)))["warnings"]
+    warnings = (await run_to_completion(alice, program("print(1)", workspaceId=workspace)))["warnings"]
     assert len(warnings) == 21
     assert warnings[-1] == "Skipped 2481 more files."

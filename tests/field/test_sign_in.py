@@ -45,11 +45,11 @@ from tests.test_ratelimit import from_address, shown
 BEHIND_PROXY = {"trusted_proxies": (ip_network("127.0.0.1"),)}
 TEN, SIXTY = limits.parse("10/15minutes"), limits.parse("60/15minutes")
 WRONG = "Wrong12345"
-ON_ANY_MACHINE = hypothesis_settings(deadline=None)
+NO_DEADLINE = hypothesis_settings(deadline=None)
 
 
 @pytest.fixture(autouse=True)
-def _patient_limiter(monkeypatch: pytest.MonkeyPatch) -> None:
+def _long_limiter_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Raise the limiter's timeouts.
 
     On a busy machine Redis may respond late. The local fallback of a process would then allow more requests.
@@ -107,7 +107,7 @@ async def refresh(actor: Actor, token: str = "", *, address: str = "") -> Answer
     return await actor.post("/auth/refresh", {"refreshToken": token or actor.refresh_token}, headers=headers)
 
 
-async def guess(actor: Actor, times: int, *, address: str = "") -> list[int]:
+async def guess_passwords(actor: Actor, times: int, *, address: str = "") -> list[int]:
     """Log in with wrong passwords, each from another network unless one is given; return the statuses."""
     return [(await log_in(actor, WRONG, address=address or fresh_address())).status for _ in range(times)]
 
@@ -119,7 +119,7 @@ async def test_an_office_behind_one_address_is_not_signed_out(office: str, http:
     colleagues = [await register(user(http, office), address=fresh_address()) for _ in range(15)]
     address = fresh_address()
     attacker = user(http, office)
-    assert (await guess(attacker, 11, address=address))[-1] == 429  # the quota of that address is used up
+    assert (await guess_passwords(attacker, 11, address=address))[-1] == 429  # the quota of that address is used up
     answers = [await refresh(colleague, address=address) for colleague in colleagues]
     assert [answer.status for answer in answers] == [200] * 15
     assert {shown(answer)[:2] for answer in answers} == {("refresh", 59)}
@@ -226,11 +226,11 @@ async def test_a_stranger_cannot_lock_out_the_owner_of_an_account(guarded: str, 
     home, work = fresh_address(), "198.51.100.200"
     ada = await register(user(http, guarded), address=home)
     assert (await log_in(ada, address=work)).status == 200
-    assert await guess(ada, 11) == [401] * 10 + [429]
+    assert await guess_passwords(ada, 11) == [401] * 10 + [429]
     assert (await log_in(ada, address=fresh_address())).status == 429
     for known in (home, work, str(IPv6Address(home) + 7), f"::ffff:{work}"):
         assert (await log_in(ada, address=known)).status == 200, known
-    assert await guess(ada, 11, address=home) == [401] * 10 + [429]  # each known network has its own limit
+    assert await guess_passwords(ada, 11, address=home) == [401] * 10 + [429]  # each known network has its own limit
     assert (await log_in(ada, address=home)).status == 429
     assert (await log_in(ada, address=work)).status == 200
 
@@ -240,7 +240,7 @@ async def test_a_network_is_known_for_thirty_days_after_a_sign_in(
 ) -> None:
     home = fresh_address()
     ada = await register(user(http, guarded), address=home)
-    await guess(ada, 10)
+    await guess_passwords(ada, 10)
     age = "UPDATE known_networks SET last_sign_in_at = now() - make_interval(hours => $2) WHERE user_id = $1"
     await db.execute(age, ada.id, 30 * 24 - 1)
     assert (await log_in(ada, address=home)).status == 200
@@ -256,7 +256,7 @@ async def test_only_a_sign_in_makes_a_network_known(
 ) -> None:
     home = fresh_address()
     ada = await register(user(http, guarded), address=home)
-    assert await guess(ada, 1) == [401]
+    assert await guess_passwords(ada, 1) == [401]
     assert (await refresh(ada, address=fresh_address())).status == 200
     assert (await ada.get("/auth/profile", headers=from_address(fresh_address()))).status == 200
     assert await networks_of(ada, db) == [str(ip_network((home, 64), strict=False))]
@@ -292,13 +292,13 @@ async def test_sign_ins_that_forget_each_others_networks_do_not_deadlock(
                 ada.id,
                 networks,
             )
-            await asyncio.gather(*(start(*sign_in, ada) for sign_in in zip(connections, networks, strict=True)))
+            await asyncio.gather(*(start_session(*sign_in, ada) for sign_in in zip(connections, networks, strict=True)))
     finally:
         for connection in connections:
             await connection.close()
 
 
-async def start(connection: asyncpg.Connection, network: IPv4Network | None, actor: Actor) -> None:
+async def start_session(connection: asyncpg.Connection, network: IPv4Network | None, actor: Actor) -> None:
     password_hash = await connection.fetchval("SELECT password_hash FROM users WHERE id = $1", actor.id)
     started = await store.start_session(
         connection,
@@ -320,7 +320,7 @@ async def test_a_client_without_an_address_can_sign_in_without_a_known_network(
     assert ratelimit.client_subnet("unknown") is None
     ada = await user(http, server).register()
     known = await networks_of(ada, db)
-    await start(db, None, ada)
+    await start_session(db, None, ada)
     assert await networks_of(ada, db) == known
     account = await store.user_by_email(db, email=ada.email, email_key=ada.email.lower(), network=None)
     assert account
@@ -335,10 +335,10 @@ async def networks_of(actor: Actor, db: asyncpg.Connection) -> list[str]:
 async def test_right_passwords_do_not_count(guarded: str, http: aiohttp.ClientSession) -> None:
     """They do not count from unknown networks either."""
     ada = await register(user(http, guarded), address=fresh_address())
-    assert await guess(ada, 9) == [401] * 9
+    assert await guess_passwords(ada, 9) == [401] * 9
     for _ in range(12):
         assert (await log_in(ada, address=fresh_address())).status == 200
-    assert await guess(ada, 2) == [401, 429]
+    assert await guess_passwords(ada, 2) == [401, 429]
 
 
 async def test_a_refused_check_does_not_count(guarded: str, http: aiohttp.ClientSession) -> None:
@@ -346,7 +346,7 @@ async def test_a_refused_check_does_not_count(guarded: str, http: aiohttp.Client
     ada = await register(user(http, guarded), address=fresh_address())
     answers = await asyncio.gather(*(log_in(ada, address=fresh_address()) for _ in range(40)))
     assert {answer.status for answer in answers} <= {200, 429, 503}
-    assert await guess(ada, 11) == [401] * 10 + [429]
+    assert await guess_passwords(ada, 11) == [401] * 10 + [429]
 
 
 async def test_unknown_addresses_behave_like_known_ones(guarded: str, http: aiohttp.ClientSession) -> None:
@@ -375,7 +375,7 @@ async def test_a_password_beyond_the_limit_is_not_checked(
         return await verify(self, password, hashed)
 
     monkeypatch.setattr(Hasher, "verify", counting_verify)
-    await guess(ada, 15)
+    await guess_passwords(ada, 15)
     assert len(verified_hashes) == 10
 
 
@@ -383,7 +383,7 @@ async def test_keys_of_redis_contain_neither_addresses_nor_passwords(
     guarded: str, http: aiohttp.ClientSession, settings: Settings
 ) -> None:
     ada = await register(user(http, guarded), address=fresh_address())
-    await guess(ada, 1)
+    await guess_passwords(ada, 1)
     async with Redis.from_url(settings.redis_url) as redis:
         keys = [key.decode() async for key in redis.scan_iter(match="limit:*", count=1000)]
     assert any("/account/account:" in key for key in keys), keys
@@ -398,7 +398,7 @@ async def test_password_guesses_are_limited_while_redis_is_down(
         home = fresh_address()
         ada = await register(user(http, base), address=home)
         await network.stores["redis_url"].turn(Mode.STOPPED)
-        assert await guess(ada, 12) == [401] * 10 + [429] * 2
+        assert await guess_passwords(ada, 12) == [401] * 10 + [429] * 2
         assert (await log_in(ada, address=home)).status == 200
 
 
@@ -419,7 +419,7 @@ async def test_password_guesses_of_a_signed_in_session_are_limited_and_block_no_
     right = await ada.delete("/auth/profile", {"password": PASSWORD})
     assert (right.status, right.code) == (429, "rate_limited")
     assert (await log_in(ada, address=fresh_address())).status == 200  # also from an unknown network
-    assert await guess(ada, 11) == [401] * 10 + [429]  # sign-ins have their own limit
+    assert await guess_passwords(ada, 11) == [401] * 10 + [429]  # sign-ins have their own limit
     assert (await phone.delete("/auth/profile", {"password": PASSWORD})).status == 204
 
 
@@ -461,16 +461,16 @@ async def test_networks_of_active_sessions_are_known_after_the_migration(empty_d
 
 
 async def children_of(token: str, settings: Settings, db: asyncpg.Connection) -> list[asyncpg.Record]:
-    return await db.fetch("SELECT * FROM refresh_tokens WHERE parent = $1", stored(token, settings))
+    return await db.fetch("SELECT * FROM refresh_tokens WHERE parent = $1", stored_hash(token, settings))
 
 
-def stored(token: str, settings: Settings) -> bytes:
+def stored_hash(token: str, settings: Settings) -> bytes:
     """Return the stored hash of a refresh token."""
     return hmac.digest(settings.jwt_refresh_secret.encode(), token.encode(), hashlib.sha256)
 
 
 async def row_of(token: str, settings: Settings, db: asyncpg.Connection) -> asyncpg.Record:
-    row = await db.fetchrow("SELECT * FROM refresh_tokens WHERE hash = $1", stored(token, settings))
+    row = await db.fetchrow("SELECT * FROM refresh_tokens WHERE hash = $1", stored_hash(token, settings))
     assert row is not None
     return row
 
@@ -478,7 +478,7 @@ async def row_of(token: str, settings: Settings, db: asyncpg.Connection) -> asyn
 async def spend_earlier(token: str, settings: Settings, db: asyncpg.Connection, *, seconds: float) -> None:
     await db.execute(
         "UPDATE refresh_tokens SET spent_at = spent_at - make_interval(secs => $2) WHERE hash = $1",
-        stored(token, settings),
+        stored_hash(token, settings),
         seconds,
     )
 
@@ -496,7 +496,7 @@ async def test_a_token_used_fifty_times_at_once_has_one_successor(
     assert len({answer["refreshToken"] for answer in successes}) == 1
     assert len({answer["accessToken"] for answer in successes}) == len(successes)
     children = await children_of(ada.refresh_token, settings, db)
-    assert [child["hash"] for child in children] == [stored(successes[0]["refreshToken"], settings)]
+    assert [child["hash"] for child in children] == [stored_hash(successes[0]["refreshToken"], settings)]
 
 
 async def test_a_thief_and_the_owner_of_a_token_cannot_both_stay_signed_in(
@@ -603,7 +603,7 @@ async def test_a_token_that_an_older_version_has_just_spent_is_refused_and_its_s
     ada = await user(http, server).register()
     fresh = await refresh(ada)
     await db.execute(
-        "UPDATE refresh_tokens SET salt = NULL, key_id = NULL WHERE hash = $1", stored(ada.refresh_token, settings)
+        "UPDATE refresh_tokens SET salt = NULL, key_id = NULL WHERE hash = $1", stored_hash(ada.refresh_token, settings)
     )
     raced = await refresh(ada)
     assert (raced.status, raced.code) == (401, "unauthenticated")
@@ -690,7 +690,7 @@ def test_an_entry_is_an_address_with_or_without_a_port_or_invalid(entry: str, ad
     assert (parsed and str(parsed)) == address
 
 
-@ON_ANY_MACHINE
+@NO_DEADLINE
 @given(st.text(max_size=80))
 def test_no_entry_breaks_a_server(entry: str) -> None:
     forwarded.parse(entry)
@@ -704,7 +704,7 @@ def test_an_entry_that_is_no_address_is_counted_and_logged_once_a_minute(monkeyp
     def seen(header: str, peer: str = "127.0.0.1") -> str:
         return addresses.of(make_mocked_request("GET", "/", headers={"X-Forwarded-For": header}).clone(remote=peer))
 
-    before = malformed()
+    before = malformed_entries()
     with capture_logs() as logs:
         assert seen("203.0.113.7, unknown") == "127.0.0.1"
         assert seen("203.0.113.7, _hidden, 10.1.2.3") == "10.1.2.3"  # the address of the proxy that added it
@@ -712,13 +712,13 @@ def test_an_entry_that_is_no_address_is_counted_and_logged_once_a_minute(monkeyp
         assert seen("unknown", "198.51.100.1") == "198.51.100.1"
         clock[0] += 61
         assert seen("\u00ff" * 100) == "127.0.0.1"
-    assert malformed() == before + 3
+    assert malformed_entries() == before + 3
     assert [(log["event"], log["log_level"]) for log in logs] == [("forwarded address malformed", "warning")] * 2
     assert (logs[0]["entry"], logs[0]["proxy"]) == ("'unknown'", "127.0.0.1")
     assert logs[1]["entry"].isascii()
 
 
-def malformed() -> float:
+def malformed_entries() -> float:
     return REGISTRY.get_sample_value("forwarded_malformed_total") or 0.0
 
 
@@ -729,7 +729,7 @@ HUGE = [10**15, 10**17, 10**18, 10**19, 10**30, 1e17, 1e308]
 ABSURD = [*HUGE, *(-number for number in HUGE), -1, 0.5, float("inf"), float("nan"), "x", "1", "", None, True, [], {}]
 
 
-def signed(claims: Any, key: str, **header: Any) -> str:
+def sign_token(claims: Any, key: str, **header: Any) -> str:
     """Return a token with any claims and header, because libraries refuse to sign most of these."""
     parts = [{"alg": "HS256", "typ": "JWT", "kid": Keys.of(key).signing_id, **header}, claims]
     text = ".".join(base64.urlsafe_b64encode(json.dumps(part).encode()).decode().rstrip("=") for part in parts)
@@ -769,7 +769,7 @@ async def test_a_signed_token_with_an_absurd_id_is_refused(
 
 async def all_refused(actor: Actor, claim: str, values: list[Any], settings: Settings) -> None:
     for value in values:
-        actor.access_token = signed(claims() | {claim: value}, settings.jwt_secret)
+        actor.access_token = sign_token(claims() | {claim: value}, settings.jwt_secret)
         refused = await actor.get("/auth/profile")
         assert (refused.status, refused.code) == (401, "unauthenticated"), value
 
@@ -782,23 +782,23 @@ JSON = st.recursive(
 NAMES = st.sampled_from([*claims(), "nbf", "x"])
 
 
-@ON_ANY_MACHINE
+@NO_DEADLINE
 @given(st.dictionaries(NAMES, JSON, max_size=4), st.dictionaries(st.sampled_from(["kid", "typ", "crit", "b64"]), JSON))
 def test_no_signed_token_breaks_a_server(changes: dict[str, Any], header: dict[str, Any]) -> None:
     verifier = Verifier(Keys.of(KEY), ttl=900)
     try:
-        verified = verifier.verify(signed(claims() | changes, KEY, **header), now=datetime.now(UTC))
+        verified = verifier.verify(sign_token(claims() | changes, KEY, **header), now=datetime.now(UTC))
     except Unauthenticated:
         return
     assert len(verified.token) == 32
     assert verified.expires_at <= datetime.fromtimestamp(time.time() + 905, UTC)
 
 
-@ON_ANY_MACHINE
+@NO_DEADLINE
 @given(JSON)
 def test_no_signed_payload_breaks_a_server(payload: Any) -> None:
     with pytest.raises(Unauthenticated):
-        Verifier(Keys.of(KEY), ttl=900).verify(signed(payload, KEY), now=datetime.now(UTC))
+        Verifier(Keys.of(KEY), ttl=900).verify(sign_token(payload, KEY), now=datetime.now(UTC))
 
 
 async def test_no_ticket_breaks_a_server(settings: Settings) -> None:
