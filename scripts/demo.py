@@ -1,4 +1,4 @@
-"""A short real session, played against a running server and shown as it happens."""
+"""Run a short real session against a running server and print it as it happens."""
 
 import argparse
 import asyncio
@@ -40,18 +40,18 @@ COLOURS = {"Ada": "36", "Bob": "33", "job": "32", "": "2"}
 
 
 class DemoError(Exception):
-    """Something did not go as it should; one line."""
+    """A failure of the demo, described in one line."""
 
 
-def tell(who: str, what: str) -> None:
-    label = f"{who:>4}"
+def tell(speaker: str, text: str) -> None:
+    label = f"{speaker:>4}"
     if sys.stdout.isatty():
-        label = f"\033[{COLOURS.get(who, '0')}m{label}\033[0m"
-    print(f"{label}  {what}", flush=True)
+        label = f"\033[{COLOURS.get(speaker, '0')}m{label}\033[0m"
+    print(f"{label}  {text}", flush=True)
 
 
 class Person:
-    """A user with a REST session and a socket."""
+    """A user of the demo, with a REST session and a socket."""
 
     def __init__(self, base: str, http: aiohttp.ClientSession, name: str) -> None:
         self.base, self.http, self.name = base, http, name
@@ -79,7 +79,7 @@ class Person:
         await self.hear("welcome")
 
     async def say(self, event: str, **data: Any) -> Any:
-        """Send a frame and wait for its ack; what comes before it is shown."""
+        """Send a frame and return the data of its ack; skip the frames before it."""
         id = uuid4().hex
         await self.socket.send_json({"event": event, "data": data, "id": id})
         return (await self.hear("ack", id=id))["data"]
@@ -130,7 +130,7 @@ async def meet(ada: Person, bob: Person, workspace: str) -> None:
 
 
 class Editor:
-    """A person's copy of the document, in step with everybody else's."""
+    """A user's copy of a document, synchronized with the other copies."""
 
     def __init__(self, person: Person, document: str) -> None:
         self.person, self.document = person, document
@@ -149,22 +149,22 @@ class Editor:
         await self.person.say("document:update", documentId=self.document, update=update)
 
     async def hear(self) -> None:
-        heard = await self.person.hear("document:update")
-        self.doc.apply_update(b64decode(heard["data"]["update"]))
+        frame = await self.person.hear("document:update")
+        self.doc.apply_update(b64decode(frame["data"]["update"]))
 
 
 async def edit(ada: Person, bob: Person, workspace: str) -> str:
-    """The document that both have written."""
+    """Let both users write a document, and return its id."""
     body = {"path": "main.py"}
     document = (await ada.call("POST", f"/workspaces/{workspace}/documents", body))["id"]
     tell("Ada", "creates main.py; both open it")
     editors = {"Ada": await Editor(ada, document).open(), "Bob": await Editor(bob, document).open()}
     for name, line in PROGRAM:
         reader = editors["Bob" if name == "Ada" else "Ada"]
-        began = time.perf_counter()
+        started = time.perf_counter()
         await editors[name].type(line)
         await reader.hear()
-        seen = (time.perf_counter() - began) * 1000
+        seen = (time.perf_counter() - started) * 1000
         tell(name, f"types {line.splitlines()[0]!r}; {reader.person.name} sees it after {seen:.1f} ms")
     assert str(editors["Ada"].text) == str(editors["Bob"].text) == "".join(line for _, line in PROGRAM)
     return document
@@ -172,10 +172,10 @@ async def edit(ada: Person, bob: Person, workspace: str) -> str:
 
 async def run_program(bob: Person, document: str) -> None:
     payload = {"language": "python", "documentId": document}
-    asked = (await bob.call("POST", "/jobs", {"type": "CODE_EXECUTION", "payload": payload}))["job"]
-    tell("Bob", f"runs main.py: job {asked['id']}")
+    submitted = (await bob.call("POST", "/jobs", {"type": "CODE_EXECUTION", "payload": payload}))["job"]
+    tell("Bob", f"runs main.py: job {submitted['id']}")
     async with asyncio.timeout(JOB_SECONDS):
-        job = await follow(bob, asked["id"])
+        job = await follow(bob, submitted["id"])
     if job["status"] != "completed":
         raise DemoError(f"the job {job['status']}: {job['error']}")
     result = job["result"]
@@ -183,17 +183,17 @@ async def run_program(bob: Person, document: str) -> None:
 
 
 async def follow(owner: Person, id: str) -> Any:
-    """What a job's owner hears of it, until it has ended; the job."""
-    shown, printed = "", ""
+    """Print the output and the states of a job until it ends, and return it."""
+    shown, partial_line = "", ""
     while True:
         frame = await owner.socket.receive_json()
-        told = frame["data"]
-        if frame["event"] == "job:output" and told["jobId"] == id:
-            *lines, printed = (printed + told["text"]).split("\n")
+        data = frame["data"]
+        if frame["event"] == "job:output" and data["jobId"] == id:
+            *lines, partial_line = (partial_line + data["text"]).split("\n")
             for line in lines:
                 tell("job", f"│ {line}")
-        elif frame["event"] == "job:updated" and told["job"]["id"] == id:
-            job = told["job"]
+        elif frame["event"] == "job:updated" and data["job"]["id"] == id:
+            job = data["job"]
             if job["status"] in ("completed", "failed", "cancelled"):
                 return job
             if (state := state_of(job)) != shown:
@@ -217,24 +217,24 @@ async def is_ready(base: str) -> bool:
 
 @contextlib.asynccontextmanager
 async def running(base: str | None) -> AsyncIterator[str]:
-    """The address of a running server: the given one, the stack's, or that of a stack started for the demo."""
-    wanted = load_stack()
-    found = base or address_of(wanted)
-    if found and await is_ready(found):
-        yield found
+    """Yield the address of a running server: the given one, that of scripts/dev, or that of a stack for the demo."""
+    settings = load_stack()
+    address = base or address_of(settings)
+    if address and await is_ready(address):
+        yield address
     elif base:
         raise DemoError(f"no server is ready at {base}")
-    elif await is_starting(wanted.data_dir):
+    elif await is_starting(settings.data_dir):
         tell("", "scripts/dev is starting: waiting for it")
-        yield await until_ready(lambda: address_of(wanted), lambda: is_in_use(wanted.data_dir))
+        yield await until_ready(lambda: address_of(settings), lambda: is_in_use(settings.data_dir))
     else:
         tell("", "no server is running: starting one for the demo")
         with own_stack() as dev:
-            yield await until_ready(lambda: address_of(wanted), lambda: dev.alive)
+            yield await until_ready(lambda: address_of(settings), lambda: dev.alive)
 
 
 async def is_starting(data_dir: Path) -> bool:
-    """Whether scripts/dev uses it; one that was called a moment ago may not have come so far."""
+    """Return whether scripts/dev uses the directory; retry for 2 s, because it may have been started just now."""
     for _ in range(10):
         if is_in_use(data_dir):
             return True
@@ -244,7 +244,10 @@ async def is_starting(data_dir: Path) -> bool:
 
 @contextlib.contextmanager
 def own_stack() -> Iterator[Child]:
-    """``run.py dev`` for as long as the demo lasts; if that is killed, it ends too. Its log is kept where it fails."""
+    """Run ``run.py dev`` during the demo.
+
+    It stops when the demo is killed. If the demo fails, the log of the server stays.
+    """
     with tempfile.NamedTemporaryFile(prefix="demo-", suffix=".log", delete=False) as file:
         log = Path(file.name)
     dev = Child("dev", [sys.executable, str(ROOT / "run.py"), "dev"], log=log, orphaned=signal.SIGTERM)
@@ -252,7 +255,7 @@ def own_stack() -> Iterator[Child]:
     try:
         yield dev
     except Exception:
-        tell("", f"what the server said is in {log}")
+        tell("", f"the log of the server is {log}")
         raise
     else:
         log.unlink()
@@ -264,27 +267,27 @@ def own_stack() -> Iterator[Child]:
 async def until_ready(address: Callable[[], str | None], lives: Callable[[], bool]) -> str:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
-        found = address()
-        if found and await is_ready(found):
-            return found
+        base = address()
+        if base and await is_ready(base):
+            return base
         if not lives():
-            raise DemoError("the server ended at its start")
+            raise DemoError("the server exited during its start")
         await asyncio.sleep(0.2)
     raise DemoError(f"the server was not ready within {START_SECONDS} s")
 
 
-def address_of(wanted: StackSettings) -> str | None:
-    """Where the stack of this data directory serves, or last served, from its stack.env."""
+def address_of(settings: StackSettings) -> str | None:
+    """Return the address that stack.env names: where the stack of the data directory serves, or last served."""
     try:
-        served = read_env(wanted.data_dir / "stack.env")
-        return base_url(dataclasses.replace(wanted, host=served["HOST"], port=int(served["PORT"])))
+        environment = read_env(settings.data_dir / "stack.env")
+        return base_url(dataclasses.replace(settings, host=environment["HOST"], port=int(environment["PORT"])))
     except (OSError, KeyError, ValueError):
         return None
 
 
 async def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
-    parser.add_argument("--url", help="the server's address; without it: the stack of scripts/dev, or one of its own")
+    parser.add_argument("--url", help="address of the server; default: the stack of scripts/dev, or one for the demo")
     async with running(parser.parse_args().url) as base:
         tell("", f"playing against {base}")
         started_at = time.perf_counter()
@@ -293,10 +296,10 @@ async def main() -> None:
 
 
 async def until_told_to_stop() -> None:
-    """SIGTERM ends the demo as Ctrl-C does: with the stack that it has started."""
-    playing = asyncio.current_task()
-    assert playing is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, playing.cancel)
+    """Run the demo until SIGTERM, which stops it and its stack as Ctrl-C does."""
+    session = asyncio.current_task()
+    assert session is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, session.cancel)
     await main()
 
 
@@ -304,7 +307,7 @@ if __name__ == "__main__":
     try:
         asyncio.run(until_told_to_stop())
     except (DemoError, StartError, TimeoutError, aiohttp.ClientError) as error:
-        sys.exit(f"demo: {str(error) or 'no answer in time'}")
+        sys.exit(f"demo: {str(error) or 'timed out'}")
     except KeyboardInterrupt:
         sys.exit(130)
     except asyncio.CancelledError:

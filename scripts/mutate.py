@@ -1,7 +1,7 @@
-"""Mutation testing of the modules that decide about access: see scripts/mutate.
+"""Run mutation tests of the modules that decide about access: see scripts/mutate.
 
-cosmic-ray makes the changes and runs the tests, in copies of the checkout: one for each processor, with stores that
-outlive the many short runs.
+cosmic-ray makes the mutants and runs the tests in copies of the checkout: one copy for each processor. The stores of a
+copy run until the end, because there are many short test runs.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from server import migrations  # noqa: E402
 from server.devstack.stack import Stack  # noqa: E402
 
 WHOLE_RUN_SECONDS = 3600
-TIMEOUT_SECONDS = 120.0  # of the tests of one change; one that hangs is noticed too
+TIMEOUT_SECONDS = 120.0  # of the tests of one mutant; a mutant that hangs counts as detected
 CONFIG = """
 [cosmic-ray]
 module-path = "{module}"
@@ -45,7 +45,7 @@ SKIPPED = WorkResult(worker_outcome=WorkerOutcome.SKIPPED)
 
 @dataclass(frozen=True)
 class Target:
-    """A module with its narrow tests; ``functions`` are those to change, all where there are none."""
+    """A module with its narrow tests. ``functions`` limits the mutants to these functions; empty means all."""
 
     module: str
     tests: tuple[str, ...]
@@ -54,7 +54,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Change:
-    """What a survivor changed: the lines that it took away and put in."""
+    """A mutant that survived: the lines that it removed and added."""
 
     module: str
     lines: str
@@ -69,7 +69,7 @@ class Change:
 @dataclass
 class Report:
     tried: int = 0
-    left_out: int = 0  # for want of time
+    left_out: int = 0  # because the time was over
     survivors: tuple[Change, ...] = ()
 
 
@@ -77,15 +77,19 @@ def main() -> int:
     options = arguments()
     plan = tomllib.loads((ROOT / "scripts/mutate.toml").read_text())
     targets = [
-        Target(each["module"], tuple(each["tests"]), tuple(each.get("functions", ()))) for each in plan["target"]
+        Target(target["module"], tuple(target["tests"]), tuple(target.get("functions", ())))
+        for target in plan["target"]
     ]
-    known = {Change(each["module"], each["change"].strip()): each["reason"] for each in plan.get("survivor", ())}
-    chosen = [target for target in targets if not options.modules or target.module in options.modules]
-    if len(chosen) < len(options.modules):
+    known = {
+        Change(survivor["module"], survivor["change"].strip()): survivor["reason"]
+        for survivor in plan.get("survivor", ())
+    }
+    selected = [target for target in targets if not options.modules or target.module in options.modules]
+    if len(selected) < len(options.modules):
         sys.exit(f"choose from: {' '.join(target.module for target in targets)}")
     deadline = time.monotonic() + options.seconds
-    reports = run_all(chosen, deadline)
-    return tell(chosen, reports, known)
+    reports = run_all(selected, deadline)
+    return tell(selected, reports, known)
 
 
 def arguments() -> argparse.Namespace:
@@ -96,19 +100,19 @@ def arguments() -> argparse.Namespace:
 
 
 def run_all(targets: Sequence[Target], deadline: float) -> list[Report]:
-    """Each target on a copy of its own of the checkout, as many at once as there are processors."""
+    """Run each target on its own copy of the checkout, as many at once as there are processors."""
     workers = min(len(targets), os.cpu_count() or 1)
-    with contextlib.ExitStack() as held:
-        places: Queue[Path] = Queue()
-        for _ in range(workers):  # stores are started by the main thread only
-            places.put(held.enter_context(workplace()))
+    with contextlib.ExitStack() as stack:
+        copies: Queue[Path] = Queue()
+        for _ in range(workers):  # only the main thread starts stores
+            copies.put(stack.enter_context(workplace()))
 
         def run(target: Target) -> Report:
-            place = places.get()
+            copy = copies.get()
             try:
-                return run_one(target, place, deadline)
+                return run_one(target, copy, deadline)
             finally:
-                places.put(place)
+                copies.put(copy)
 
         with ThreadPoolExecutor(workers) as pool:
             return list(pool.map(run, targets))
@@ -116,10 +120,10 @@ def run_all(targets: Sequence[Target], deadline: float) -> list[Report]:
 
 @contextlib.contextmanager
 def workplace() -> Iterator[Path]:
-    """A copy of the checkout without what git ignores, beside stores that run."""
+    """Yield a directory with a copy of the checkout, without files that git ignores, and its running stores."""
     with tempfile.TemporaryDirectory(prefix="mutate-", ignore_cleanup_errors=True) as folder:
-        place = Path(folder)
-        place.chmod(0o711)  # PostgreSQL of root runs as another user
+        directory = Path(folder)
+        directory.chmod(0o711)  # PostgreSQL of root runs as another user, who must reach its files
         files = subprocess.run(
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
             cwd=ROOT,
@@ -127,48 +131,51 @@ def workplace() -> Iterator[Path]:
             check=True,
         ).stdout
         for name in filter(None, files.decode().split("\0")):
-            (place / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, place / "copy" / name)
-        with Stack(place / "data") as stack:
+            (directory / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, directory / "copy" / name)
+        with Stack(directory / "data") as stack:
             migrations.apply(stack.postgres.url)
-            yield place
+            yield directory
 
 
-def run_one(target: Target, place: Path, deadline: float) -> Report:
-    copy = place / "copy"
-    session, config = place / "session.sqlite", place / "config.toml"
+def run_one(target: Target, directory: Path, deadline: float) -> Report:
+    copy = directory / "copy"
+    session, config = directory / "session.sqlite", directory / "config.toml"
     tests = f"{sys.executable} -m pytest -x -q -p no:cacheprovider -p no:xdist {' '.join(target.tests)}"
     config.write_text(CONFIG.format(module=target.module, timeout=TIMEOUT_SECONDS, command=tests))
     session.unlink(missing_ok=True)
-    environment = {**os.environ, "TEST_STACK": str(place / "data"), "PYTHONPATH": str(copy)}
-    say(f"{target.module}: its tests as they are")
-    began = time.monotonic()
+    environment = {**os.environ, "TEST_STACK": str(directory / "data"), "PYTHONPATH": str(copy)}
+    say(f"{target.module}: run the tests without a change")
+    started = time.monotonic()
     subprocess.run(tests.split(), cwd=copy, env=environment, stdout=subprocess.DEVNULL, check=True)
-    say(f"{target.module}: {time.monotonic() - began:.1f} s")
+    say(f"{target.module}: {time.monotonic() - started:.1f} s")
     cosmic_ray = [sys.executable, "-m", "cosmic_ray.cli"]
     subprocess.run([*cosmic_ray, "init", str(config), str(session)], cwd=copy, check=True, capture_output=True)
     with use_db(session, WorkDB.Mode.open) as db:
         skip_what_changes_nothing(db, target, (copy / target.module).read_text())
         todo = len(db.pending_work_items)
     say(f"{target.module}: {todo} changes")
-    running = subprocess.Popen([*cosmic_ray, "exec", str(config), str(session)], cwd=copy, env=environment)
+    process = subprocess.Popen([*cosmic_ray, "exec", str(config), str(session)], cwd=copy, env=environment)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        running.wait(timeout=max(1.0, deadline - time.monotonic()))
-    running.terminate()
-    running.wait()
+        process.wait(timeout=max(1.0, deadline - time.monotonic()))
+    process.terminate()
+    process.wait()
     return read(target, session, todo)
 
 
 def read(target: Target, session: Path, todo: int) -> Report:
     with use_db(session, WorkDB.Mode.open) as db:
         results = [result for _, result in db.results if result.worker_outcome is not WorkerOutcome.SKIPPED]
-    survivors = {Change.of(target, each) for each in results if each.test_outcome is TestOutcome.SURVIVED}
+    survivors = {Change.of(target, result) for result in results if result.test_outcome is TestOutcome.SURVIVED}
     ordered = tuple(sorted(survivors, key=lambda change: change.lines))
     return Report(tried=len(results), left_out=todo - len(results), survivors=ordered)
 
 
 def skip_what_changes_nothing(db: WorkDB, target: Target, source: str) -> None:
-    """Annotations, the star of keyword-only parameters and ``__all__`` look like operators and values to cosmic-ray."""
+    """Skip the mutants that cannot change the behaviour, and those outside the target's functions.
+
+    cosmic-ray takes annotations, the star of keyword-only parameters and ``__all__`` for operators and values.
+    """
     tree = ast.parse(source)
     annotations = [span for node in ast.walk(tree) for span in annotations_of(node)]
     operators = {
@@ -189,38 +196,41 @@ Span = tuple[tuple[int, int], tuple[int, int]]
 
 
 def annotations_of(node: ast.AST) -> Iterator[Span]:
-    found = [getattr(node, "annotation", None), getattr(node, "returns", None)]
-    for each in found:
-        if isinstance(each, ast.expr):
-            yield (each.lineno, each.col_offset), (each.end_lineno or 0, each.end_col_offset or 0)
+    annotations = [getattr(node, "annotation", None), getattr(node, "returns", None)]
+    for annotation in annotations:
+        if isinstance(annotation, ast.expr):
+            yield (
+                (annotation.lineno, annotation.col_offset),
+                (annotation.end_lineno or 0, annotation.end_col_offset or 0),
+            )
 
 
 def follows_an_operand(mutation: MutationSpec, operands: set[tuple[int | None, int | None]]) -> bool:
-    """The operator stands behind the end of a left operand, by white space and brackets at most."""
+    """Return whether only white space and brackets are between a left operand and the operator."""
     line, column = mutation.start_pos
-    return any(at[0] == line and at[1] is not None and 0 <= column - at[1] <= 2 for at in operands) or any(
-        at[0] == line - 1 for at in operands
+    return any(end[0] == line and end[1] is not None and 0 <= column - end[1] <= 2 for end in operands) or any(
+        end[0] == line - 1 for end in operands
     )
 
 
 def is_of(mutation: MutationSpec, functions: Sequence[str], source: str) -> bool:
-    """Whether it changes one of these functions, or takes away a mark of who may call one."""
+    """Return whether the mutant changes one of these functions, or removes a decorator that restricts its callers."""
     if mutation.definition_name is None:
         return source.splitlines()[mutation.start_pos[0] - 1].startswith("@requires")
     return mutation.definition_name.rpartition(".")[2] in functions
 
 
 def tell(targets: Sequence[Target], reports: Sequence[Report], known: dict[Change, str]) -> int:
-    """Print what survived; 1 where a survivor is not known, or a known one is noticed by now."""
+    """Print the survivors. Return 1 if a survivor is not known, or if a test detects a known one now; else 0."""
     failed = False
     for target, report in zip(targets, reports, strict=True):
-        new = [change for change in report.survivors if change not in known]
-        gone = [change for change in known if change.module == target.module and change not in report.survivors]
-        print(f"{target.module}: {report.tried} changes, {len(report.survivors)} survived, {len(new)} of them unknown")
+        unknown = [change for change in report.survivors if change not in known]
+        detected = [change for change in known if change.module == target.module and change not in report.survivors]
+        print(f"{target.module}: {report.tried} changes, {len(report.survivors)} survived, {len(unknown)} are unknown")
         if report.left_out:
-            print(f"  {report.left_out} not tried for want of time")
-            gone = []
-        for title, changes in (("survived", new), ("known as a survivor, noticed by now", gone)):
+            print(f"  {report.left_out} not tested: the time was over")
+            detected = []
+        for title, changes in (("survived", unknown), ("known survivor that a test detects now", detected)):
             for change in changes:
                 failed = True
                 print(f"  {title}:\n    " + change.lines.replace("\n", "\n    "))

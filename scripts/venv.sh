@@ -1,5 +1,5 @@
-# Sourced by the scripts beside it: `prepare_venv EXTRA` makes $ROOT/.venv with the package and that extra.
-# Sets ROOT and PYTHON. Needs Python and nothing else; prefers uv where there is one.
+# Sourced by the other scripts: `prepare_venv EXTRA` creates $ROOT/.venv with the package and that extra.
+# Sets ROOT and PYTHON. Needs Python only; prefers uv if it is installed.
 
 ROOT=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd -P)
 VENV=$ROOT/.venv
@@ -26,7 +26,7 @@ help_if_asked() {
     esac
 }
 
-# Python 3.14 waits for wheels of the MongoDB stand-in.
+# Python 3.14 is excluded until the MongoDB stand-in has wheels for it.
 suits() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; }
 
 find_python() {
@@ -39,7 +39,7 @@ find_python() {
     fail "no Python 3.11, 3.12 or 3.13 found; install one of them, or uv (https://docs.astral.sh/uv)"
 }
 
-# quietly WHAT COMMAND...: one line, signs of life while it lasts, and the end of its output only when it fails.
+# quietly TITLE COMMAND...: print the title, show the progress, and print the end of the output only on failure.
 quietly() {
     say "$1"
     shift
@@ -48,21 +48,21 @@ quietly() {
     failed=
     show_progress "$output" 9<&- &
     showing=$!
-    # Makes up for --quiet, so that there are steps to be shown.
+    # Cancels --quiet, so that pip prints the steps for show_progress.
     PIP_VERBOSE=1 "$@" >"$output" 2>&1 || failed=yes
     kill "$showing" 2>/dev/null || :
     wait "$showing" 2>/dev/null || :
     if [ -t 2 ]; then printf '\r\033[K' >&2; fi
     if [ -n "$failed" ]; then
         tail -n 40 "$output" >&2
-        say "all of it is in $output"
+        say "the full output is in $output"
         return 1
     fi
     rm -f "$output"
 }
 
-# show_progress OUTPUT: how long a command has run, and at which step its output says that it is. On a terminal one
-# line that changes every second, else a line every PROGRESS_SECONDS. Ends with the script, too.
+# show_progress OUTPUT: print the elapsed time and the current step of a command. On a terminal it is one line that
+# changes every second, otherwise one line every PROGRESS_SECONDS. Ends when the script ends.
 show_progress() {
     seconds=0
     while sleep 1 >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do
@@ -75,7 +75,7 @@ show_progress() {
     done
 }
 
-# current_step OUTPUT: the last step that pip has told, such as "downloading duckdb-2.0.1 (20.1 MB)".
+# current_step OUTPUT: print the last step that pip reported, such as "downloading duckdb-2.0.1 (20.1 MB)".
 current_step() {
     sed -n \
         -e 's/^ *Collecting \([A-Za-z0-9._-]*\).*/looking for \1/p' \
@@ -115,7 +115,7 @@ sys.exit(code)
 PYTHON
 }
 
-# uv does not read pip's configuration (mirrors, certificates): where it fails, pip may not.
+# uv does not read pip's configuration (mirrors, certificates), so pip may succeed where uv fails.
 install() {
     if have_uv && quietly "installing the package and its extra '$1' with uv" \
         uv pip install --quiet --python "$PYTHON" --constraint "$ROOT/constraints.txt" --editable "$ROOT[$1]"; then return; fi
@@ -125,23 +125,23 @@ install() {
         fail "the installation failed"
 }
 
-# What an installation depends on. A venv does not survive being moved, hence the path.
+# Checksum of everything that an installation depends on. It includes the path, because a moved venv does not work.
 fingerprint() { { printf '%s\n' "$VENV" && cat "$ROOT/setup.cfg" "$ROOT/pyproject.toml" "$ROOT/constraints.txt"; } | cksum; }
 
 # is_installed EXTRA: the extra 'test' contains 'embedded'.
 is_installed() {
     for extra in "$1" test; do
-        if [ "$(cat "$VENV/installed-$extra" 2>/dev/null)" = "$wanted" ]; then return 0; fi
+        if [ "$(cat "$VENV/installed-$extra" 2>/dev/null)" = "$current" ]; then return 0; fi
     done
     return 1
 }
 
-# What these scripts have not finished or made is somebody's: it stays, under another name.
+# Keep a .venv that these scripts did not make or finish, under another name: it may belong to a user.
 put_aside() {
     if [ -e "$VENV" ] && [ ! -e "$VENV/made-at" ]; then
         aside=$VENV.$(date +%Y%m%d-%H%M%S)
         mv "$VENV" "$aside"
-        say "the .venv that was here is now $aside"
+        say "moved the existing .venv to $aside"
     fi
     rm -rf "$VENV"
 }
@@ -149,20 +149,20 @@ put_aside() {
 is_ours() { [ "$(cat "$VENV/made-at" 2>/dev/null)" = "$VENV" ] && suits "$PYTHON"; }
 
 prepare_venv() {
-    wanted=$(fingerprint)
+    current=$(fingerprint)
     if is_ours && is_installed "$1"; then return; fi
     (
-        # Two scripts at once on a fresh checkout: the second waits.
+        # If two scripts run at once on a fresh checkout, the second one waits.
         exec 9<"$ROOT/scripts"
         if command -v flock >/dev/null 2>&1; then flock 9; fi
         if is_ours && is_installed "$1"; then exit; fi
-        umask 022 # root's PostgreSQL runs as another user, who must be able to read it
+        umask 022 # PostgreSQL of root runs as another user, who must be able to read .venv
         if ! is_ours; then
             put_aside
             make_venv
             printf '%s\n' "$VENV" >"$VENV/made-at"
         fi
         install "$1"
-        printf '%s\n' "$wanted" >"$VENV/installed-$1"
+        printf '%s\n' "$current" >"$VENV/installed-$1"
     ) || exit 1
 }

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Measure documents: updates/s accepted durably, propagation, and what opening a large one costs.
+"""Measure documents: durable updates/s, propagation, and the cost of opening a large document.
 
 Usage: python scripts/bench/documents.py [--seconds N]
 
-Starts its own stores and servers; the clients run in this process, on a core of their own where there is one.
+Starts its own stores and servers. The clients run in this process, on their own core if the machine has one.
 """
 
 import argparse
@@ -40,7 +40,10 @@ CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Typist:
-    """Sends small insertions, as a keyboard would: each of them new, since what is known costs the server nothing."""
+    """A client that sends small insertions, as a keyboard does.
+
+    Every insertion is new, because an update that the server already has costs it nothing.
+    """
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse, document: str) -> None:
         self.socket, self.document = socket, document
@@ -57,7 +60,7 @@ class Typist:
         return orjson.dumps({"event": "document:update", "data": data, "id": id}).decode()
 
     async def type(self, until: float) -> int:
-        """How many were acknowledged."""
+        """Type until the given time, and return the number of acknowledged updates."""
         for count in itertools.count():
             if time.perf_counter() >= until:
                 return count
@@ -86,23 +89,23 @@ async def throughput(
 ) -> None:
     ids = [await make(actor, workspace) for _ in range(documents)]
     sockets = [await opened(actor, ids[n % documents]) for n in range(typists)]
-    people = [Typist(socket, ids[n % documents]) for n, socket in enumerate(sockets)]
+    writers = [Typist(socket, ids[n % documents]) for n, socket in enumerate(sockets)]
     cpu, started = cpu_seconds(server.pid), time.perf_counter()
-    counts = await asyncio.gather(*(each.type(started + seconds) for each in people))
-    spent, cpu = time.perf_counter() - started, cpu_seconds(server.pid) - cpu
-    rate = sum(counts) / spent
+    counts = await asyncio.gather(*(writer.type(started + seconds) for writer in writers))
+    elapsed, cpu = time.perf_counter() - started, cpu_seconds(server.pid) - cpu
+    rate = sum(counts) / elapsed
     print(
         f"{documents:4} documents, {typists:4} typists: {rate:7.0f} durable updates/s, "
-        f"{sum(counts) / cpu:7.0f} per second of the server's processor ({cpu / spent:.0%} of a core)"
+        f"{sum(counts) / cpu:7.0f} per second of the server's processor ({cpu / elapsed:.0%} of a core)"
     )
     for socket in sockets:
         await socket.close()
     versions = [(await actor.get(f"/documents/{id}"))["version"] for id in ids]
-    assert sum(versions) == sum(counts) + documents, "what was acknowledged was not new"
+    assert sum(versions) == sum(counts) + documents, "an acknowledged update was not new"
 
 
 async def propagation(actors: list[Actor], workspace: str, *, editors: int, seconds: float) -> None:
-    """One types 20 times a second; the others, on both servers, look at their clocks."""
+    """Measure the delay from one editor, who types 20 times a second, to all others, on both servers."""
     document = await make(actors[0], workspace)
     typist = Typist(await opened(actors[0], document), document)
     listeners = [await opened(actors[n % len(actors)], document) for n in range(editors - 1)]
@@ -127,36 +130,36 @@ async def propagation(actors: list[Actor], workspace: str, *, editors: int, seco
     cuts = statistics.quantiles(delays, n=100)
     print(
         f"{editors:4} editors on {len(actors)} servers: p50 {cuts[49] * 1000:.1f} ms, p99 {cuts[98] * 1000:.1f} ms, "
-        f"{len(delays)} of {(editors - 1) * int(seconds * 20)} heard"
+        f"{len(delays)} of {(editors - 1) * int(seconds * 20)} received"
     )
     for socket in (typist.socket, *listeners):
         await socket.close()
 
 
 def scattered(editors: int, edits: int) -> bytes:
-    """A text of this many insertions of ten characters at random places, by several people."""
-    whole, chance = Doc(), random.Random(1)
+    """Return one update with ``edits`` insertions of ten characters at random positions, by several editors."""
+    merged, generator = Doc(), random.Random(1)
     for _ in range(editors):
         doc: Doc[Text] = Doc()
         content = doc.get("content", type=Text)
         with doc.transaction():
             for _ in range(edits // editors):
-                content.insert(chance.randrange(len(content) + 1), "0123456789")
-        whole.apply_update(doc.get_update())
-    return whole.get_update()
+                content.insert(generator.randrange(len(content) + 1), "0123456789")
+        merged.apply_update(doc.get_update())
+    return merged.get_update()
 
 
 async def opening(actor: Actor, workspace: str) -> None:
-    """1 MB of text, made of 100,000 scattered insertions."""
+    """Measure the opening of 1 MB of text that consists of 100,000 scattered insertions."""
     document, update = await make(actor, workspace), scattered(20, 100_000)
     protocols = ("collab.v1", f"bearer.{actor.access_token}")
     async with actor.http.ws_connect(f"{actor.base}/yjs/{document}", protocols=protocols, max_msg_size=0) as socket:
         await socket.receive()
         await socket.send_bytes(wire.sync(wire.UPDATE, update))
-        await socket.send_bytes(wire.sync(wire.STEP_1, b"\x00"))  # what is answered is durable
+        await socket.send_bytes(wire.sync(wire.STEP_1, b"\x00"))  # the server responds after the update is durable
         while (await socket.receive()).data[:2] != bytes([wire.SYNC, wire.STEP_2]):
             continue
-    await asyncio.sleep(0.5)  # it leaves memory
+    await asyncio.sleep(0.5)  # until the server unloads the document
     sockets = []
     for state in ("cold", "warm"):
         started = time.perf_counter()
@@ -168,8 +171,8 @@ async def opening(actor: Actor, workspace: str) -> None:
 
 
 async def make(actor: Actor, workspace: str) -> str:
-    made = await actor.post(f"/workspaces/{workspace}/documents", {"path": f"{time.perf_counter_ns()}.txt"})
-    return made["id"]
+    document = await actor.post(f"/workspaces/{workspace}/documents", {"path": f"{time.perf_counter_ns()}.txt"})
+    return document["id"]
 
 
 @contextlib.asynccontextmanager

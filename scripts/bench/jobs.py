@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Measure jobs: POST rate, jobs/s through one worker process, idle pick-up, sandboxed programs; beside bare SAQ.
+"""Measure jobs: POST rate, jobs/s of one worker process, idle pick-up, sandboxed programs, compared with bare SAQ.
 
 Usage: python scripts/bench/jobs.py [--jobs N]
 
-Starts its own stores, a server and a worker that also knows a type NOOP. What the embedded MongoDB stand-in can do at
-most is measured too: the same writes, without anything around them.
+Starts its own stores, a server and a worker with an additional job type NOOP. It also measures the maximum of the
+embedded MongoDB stand-in: the same writes without any other work.
 """
 
 import argparse
@@ -53,7 +53,7 @@ async def noop(*_: Any) -> dict[str, Any]:
 
 
 def know_noop() -> None:
-    """Before the schemas look at the types."""
+    """Register the job type NOOP and add it to the schema of new jobs."""
     JOB_TYPES["NOOP"] = JobType("NOOP", Schema(), noop, 60, lambda _: None, "Nothing.")
     from server.jobs.schemas import NewJob
 
@@ -66,16 +66,16 @@ async def bare(_: Any) -> None:
 
 
 async def drain_bare(url: str, jobs: int, concurrency: int) -> None:
-    """SAQ as it comes: prints the jobs/s of one worker process."""
+    """Measure one worker process of unmodified SAQ, and print enqueues/s and jobs/s."""
     queue = RedisQueue(Redis.from_url(url), name=f"bare-{concurrency}")
-    began = time.perf_counter()
+    started = time.perf_counter()
     for start in range(0, jobs, 50):
         await asyncio.gather(*(queue.enqueue("bare") for _ in range(start, min(jobs, start + 50))))
     enqueued = time.perf_counter()
-    running = Worker(queue, [bare], concurrency=concurrency, burst=True, dequeue_timeout=0.1)
-    await running.start()
+    saq_worker = Worker(queue, [bare], concurrency=concurrency, burst=True, dequeue_timeout=0.1)
+    await saq_worker.start()
     seconds = time.perf_counter() - enqueued - 0.1
-    print(f"{jobs / (enqueued - began):.0f} {jobs / seconds:.0f}")
+    print(f"{jobs / (enqueued - started):.0f} {jobs / seconds:.0f}")
 
 
 def role(name: str, *arguments: str) -> list[str]:
@@ -84,36 +84,36 @@ def role(name: str, *arguments: str) -> list[str]:
 
 @contextlib.contextmanager
 def process(name: str, environment: dict[str, str]) -> Iterator[None]:
-    """One of our own, once it says that it is ready."""
+    """Start a process of this script, wait until it logs that it is ready, and stop it at the end."""
     with tempfile.NamedTemporaryFile(prefix="bench-") as log:
-        started = subprocess.Popen(role(name), env={**os.environ, **environment}, stdout=log, cwd="/")
+        running = subprocess.Popen(role(name), env={**os.environ, **environment}, stdout=log, cwd="/")
         try:
             while b" ready" not in Path(log.name).read_bytes():
-                assert started.poll() is None, f"the {name} ended"
+                assert running.poll() is None, f"the {name} exited"
                 time.sleep(0.02)
             yield
         finally:
-            started.terminate()
-            started.wait()
+            running.terminate()
+            running.wait()
 
 
 def address(stack: Stack) -> dict[str, str]:
-    """Records and queues of their own on these stores."""
+    """Return settings for these stores with a MongoDB database that no other measurement uses."""
     mongo = stack.mongo.url.replace("/workspace?", f"/bench_{uuid4().hex[:8]}?")
     return TEST_SETTINGS | stack.environment | {"MONGODB_URI": mongo, "LOG_LEVEL": "info", "LOG_FORMAT": "json"}
 
 
 async def each_at_once(count: int, do: Callable[[int], Awaitable[Any]]) -> float:
-    """Calls per second, so many at a time."""
+    """Make ``count`` calls, ``CONCURRENCY`` at a time, and return the calls per second."""
     numbers = iter(range(count))
 
-    async def one_after_another() -> None:
+    async def call_in_sequence() -> None:
         for number in numbers:
             await do(number)
 
-    began = time.perf_counter()
-    await asyncio.gather(*(one_after_another() for _ in range(AT_ONCE)))
-    return count / (time.perf_counter() - began)
+    started = time.perf_counter()
+    await asyncio.gather(*(call_in_sequence() for _ in range(AT_ONCE)))
+    return count / (time.perf_counter() - started)
 
 
 @contextlib.asynccontextmanager
@@ -124,56 +124,63 @@ async def people(port: str) -> AsyncIterator[list[Actor]]:
 
 
 async def drained(jobs: Any, count: int) -> float:
-    """Jobs per second, from the first that was begun to the last that ended."""
+    """Return the jobs per second, from the start of the first job to the end of the last one."""
     while jobs.count_documents({"status": "completed"}) < count:
         await asyncio.sleep(0.2)
-    times = list(jobs.find({}, {"startedAt": 1, "completedAt": 1}))
-    first, last = min(each["startedAt"] for each in times), max(each["completedAt"] for each in times)
+    records = list(jobs.find({}, {"startedAt": 1, "completedAt": 1}))
+    first, last = min(record["startedAt"] for record in records), max(record["completedAt"] for record in records)
     return count / (last - first).total_seconds()
 
 
 async def measure_rates(stack: Stack, count: int, concurrency: int, body: dict[str, Any]) -> tuple[float, float]:
-    """Posts per second while no worker runs, then jobs per second through one."""
-    where = address(stack) | {"PORT": str(free_port()), "JOBS_PER_USER": "999", "WORKER_CONCURRENCY": str(concurrency)}
-    with process("server", where):
-        async with people(where["PORT"]) as users:
-            posted = await each_at_once(count, lambda n: users[n % USERS].post("/jobs", body))
-            with pymongo.MongoClient[dict[str, Any]](where["MONGODB_URI"]) as client, process("worker", where):
-                return posted, await drained(client.get_default_database()["jobs"], count)
+    """Return the posts per second while no worker runs, then the jobs per second of one worker."""
+    environment = address(stack) | {
+        "PORT": str(free_port()),
+        "JOBS_PER_USER": "999",
+        "WORKER_CONCURRENCY": str(concurrency),
+    }
+    with process("server", environment):
+        async with people(environment["PORT"]) as users:
+            posts_per_second = await each_at_once(count, lambda n: users[n % USERS].post("/jobs", body))
+            with (
+                pymongo.MongoClient[dict[str, Any]](environment["MONGODB_URI"]) as client,
+                process("worker", environment),
+            ):
+                return posts_per_second, await drained(client.get_default_database()["jobs"], count)
 
 
 async def measure_pick_up(stack: Stack, count: int) -> list[float]:
-    """Milliseconds from a record's creation to its beginning, with nothing else to do."""
-    where = address(stack) | {"PORT": str(free_port())}
+    """Return the sorted milliseconds from the creation of a job to its start, on idle processes."""
+    environment = address(stack) | {"PORT": str(free_port())}
     waited = []
-    with process("server", where), process("worker", where):
-        async with people(where["PORT"]) as users:
+    with process("server", environment), process("worker", environment):
+        async with people(environment["PORT"]) as users:
             await asyncio.sleep(1)
             for _ in range(count):
                 job = (await users[0].post("/jobs", NOOP))["job"]["id"]
-                while (read := await users[0].get(f"/jobs/{job}"))["status"] != "completed":
+                while (job_record := await users[0].get(f"/jobs/{job}"))["status"] != "completed":
                     await asyncio.sleep(0.005)
-                begun, made = (datetime.fromisoformat(read[key]) for key in ("startedAt", "createdAt"))
-                waited.append((begun - made).total_seconds() * 1000)
+                started, created = (datetime.fromisoformat(job_record[key]) for key in ("startedAt", "createdAt"))
+                waited.append((started - created).total_seconds() * 1000)
                 await asyncio.sleep(0.02)
     return sorted(waited)
 
 
 async def measure_store(stack: Stack, count: int) -> tuple[float, float]:
-    """The same writes and reads without anything around them: creates/s and attempts/s."""
+    """Return creates/s and attempts/s of the store: the writes and reads of jobs without any other work."""
     mongo = resources.mongo_client(address(stack)["MONGODB_URI"]).get_default_database()
     await collections.prepare(mongo)
-    made: list[store.Job] = []
+    jobs: list[store.Job] = []
 
     async def create(_: int) -> None:
-        more = {"user": uuid4(), "user_name": "", "type": "NOOP", "payload": {}, "priority": 5, "slots": 1}
-        empty = {"project": None, "workspace": None, "run_at": None, "idempotency_key": None, "trace": None}
-        job, _ = await store.create(mongo, **more, **empty, body_hash="", now=store.moment())
-        made.append(job)
+        fields = {"user": uuid4(), "user_name": "", "type": "NOOP", "payload": {}, "priority": 5, "slots": 1}
+        defaults = {"project": None, "workspace": None, "run_at": None, "idempotency_key": None, "trace": None}
+        job, _ = await store.create(mongo, **fields, **defaults, body_hash="", now=store.moment())
+        jobs.append(job)
 
     async def attempt(number: int) -> None:
         now = store.moment()
-        job = await store.claim(mongo, job=made[number]["_id"], claim=1, worker="bench", now=now)
+        job = await store.claim(mongo, job=jobs[number]["_id"], claim=1, worker="bench", now=now)
         assert job
         await store.complete(mongo, job=job, result={}, now=now)
         await store.waiting(mongo, user=job["userId"], types=["NOOP"], most=1, now=now)
@@ -192,11 +199,11 @@ async def measure(stack: Stack, count: int) -> None:
     print(f"MongoDB stand-in alone      {created:6.0f} creates/s  {attempts:6.0f} attempts/s")
     for concurrency in (10, 50):
         command = role("bare", stack.valkey.url, str(count), str(concurrency))
-        done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=True)
-        told = done.stdout.split()
-        print(f"bare SAQ, concurrency {concurrency:2}     {told[0]:>6} enqueues/s {told[1]:>6} jobs/s")
+        completed = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=True)
+        rates = completed.stdout.split()
+        print(f"bare SAQ, concurrency {concurrency:2}     {rates[0]:>6} enqueues/s {rates[1]:>6} jobs/s")
         posted, ran = await measure_rates(stack, count, concurrency, NOOP)
-        share, limit = 100 * ran / float(told[1]), 100 * ran / attempts
+        share, limit = 100 * ran / float(rates[1]), 100 * ran / attempts
         print(
             f"ours, concurrency {concurrency:2}         {posted:6.0f} posts/s    {ran:6.0f} jobs/s: "
             f"{share:.0f} % of bare SAQ, {limit:.0f} % of what the store can"

@@ -1,10 +1,10 @@
-"""How fast the socket is, beside the floor: a bare aiohttp handler that broadcasts to as many, in the same run.
+"""Measure the socket against a baseline in the same run: a bare aiohttp handler with the same broadcast.
 
     .venv/bin/python scripts/bench/realtime.py [--seconds 5] [--only fanout,latency,rooms,connect,memory]
 
-Starts its own stores and one server process with the default settings, but for the limits. Every connection is
-another user's. Deliveries are counted at the clients; the rate per second of the server's processor time says more
-where the machine has other work. The waits in ``rooms`` are those of writers who never pause: nearly all is queueing.
+Starts its own stores and one server process with the default settings, except for the limits. Every connection belongs
+to another user. The clients count the deliveries. On a busy machine, the rate per second of the server's processor time
+is more reliable. The latencies in ``rooms`` come from writers who never pause, so nearly all of it is queueing.
 """
 
 import argparse
@@ -42,14 +42,14 @@ from server.realtime.protocol import websocket_frame  # noqa: E402
 PEOPLE = 6100
 READERS = 500
 ROOMS, WRITERS = 100, 5
-WINDOW = 8  # messages under way in the busy room
+WINDOW = 8  # messages in flight in the busy room
 IDLE = (2000, 6000)
 PAYLOAD = {"path": "src/engine.py", "change": {"insert": "x" * 40, "at": 1234}}
 WELCOME = {"event": "welcome", "data": {"connectionId": "0" * 32, "userId": "0" * 36, "userName": "Somebody"}}
 
 
 class Client(asyncio.Protocol):
-    """A raw socket: hands over frames where asked to, and counts bytes where not."""
+    """A raw socket that passes its frames to ``on_frame``, or only counts bytes without it."""
 
     def __init__(self, token: str, on_frame: Callable[[bytes], None] | None = None) -> None:
         self.token = token
@@ -75,8 +75,8 @@ class Client(asyncio.Protocol):
             return
         self._buffer += data
         if not self._shaken:
-            head, found, rest = self._buffer.partition(b"\r\n\r\n")
-            if not found:
+            head, separator, rest = self._buffer.partition(b"\r\n\r\n")
+            if not separator:
                 return
             if b" 101 " not in head.split(b"\r\n")[0]:
                 raise SystemExit(head.decode())
@@ -84,24 +84,24 @@ class Client(asyncio.Protocol):
         self._parse()
 
     def _parse(self) -> None:
-        buffer, at = self._buffer, 0
-        while len(buffer) - at >= 2:
-            size, head = buffer[at + 1], 2
+        buffer, position = self._buffer, 0
+        while len(buffer) - position >= 2:
+            size, head = buffer[position + 1], 2
             if size == 126:
-                size, head = int.from_bytes(buffer[at + 2 : at + 4], "big"), 4
+                size, head = int.from_bytes(buffer[position + 2 : position + 4], "big"), 4
             elif size == 127:
-                size, head = int.from_bytes(buffer[at + 2 : at + 10], "big"), 10
-            if len(buffer) - at < head + size or (size == 0 and len(buffer) - at < head):
+                size, head = int.from_bytes(buffer[position + 2 : position + 10], "big"), 10
+            if len(buffer) - position < head + size or (size == 0 and len(buffer) - position < head):
                 break
-            payload = buffer[at + head : at + head + size]
-            at += head + size
+            payload = buffer[position + head : position + head + size]
+            position += head + size
             if not self.opened.done():
                 self.opened.set_result(None)
             elif self.on_frame is not None:
                 self.on_frame(payload)
             else:
                 self._answers.put_nowait(payload)
-        self._buffer = buffer[at:]
+        self._buffer = buffer[position:]
 
     def send(self, event: str, data: Any, *, id: int) -> None:
         payload = orjson.dumps({"event": event, "data": data, "id": id})
@@ -111,7 +111,7 @@ class Client(asyncio.Protocol):
 
 
 class Target:
-    """A server under test: where it is, who may connect, and what it uses."""
+    """A server under test: its address, the tokens of its users, and its use of processor and memory."""
 
     def __init__(self, name: str, port: int, pid: int, tokens: list[str], rooms: list[str]) -> None:
         self.name, self.port, self.pid, self.tokens, self.rooms = name, port, pid, tokens, rooms
@@ -153,7 +153,7 @@ def change(target: Target, room: int) -> dict[str, Any]:
 
 
 async def fanout(target: Target, seconds: float) -> dict[str, float]:
-    """One room of READERS readers, and WINDOW writers who take turns as fast as the room goes."""
+    """Measure the fan-out to READERS readers; ``MAX_IN_FLIGHT`` writers take turns as fast as the room delivers."""
     sizes: list[int] = []
     readers = [await target.join(0, number) for number in range(READERS - 1)]
     sampled = await target.join(0, 1, lambda frame: sizes.append(len(websocket_frame(frame))))
@@ -161,35 +161,38 @@ async def fanout(target: Target, seconds: float) -> dict[str, float]:
     writers = [await target.join(0, READERS + number, ignore) for number in range(WINDOW)]
     await asyncio.sleep(1)
     sizes.clear()
-    before, began, cpu = sum(reader.bytes for reader in readers), time.perf_counter(), target.cpu()
-    while time.perf_counter() - began < seconds:
+    received_before, started, cpu_before = sum(reader.bytes for reader in readers), time.perf_counter(), target.cpu()
+    while time.perf_counter() - started < seconds:
         while sent < len(sizes) + WINDOW:
             writers[sent % WINDOW].send("file:change", change(target, 0), id=sent)
             sent += 1
         await asyncio.sleep(0)
-    elapsed, used = time.perf_counter() - began, target.cpu() - cpu
-    received = sum(reader.bytes for reader in readers) - before + sum(sizes)
+    elapsed, cpu_used = time.perf_counter() - started, target.cpu() - cpu_before
+    received = sum(reader.bytes for reader in readers) - received_before + sum(sizes)
     deliveries = received / statistics.mean(sizes)
     await close([*readers, sampled, *writers])
-    return {"deliveries/s": deliveries / elapsed, "deliveries/cpu s": deliveries / used}
+    return {"deliveries/s": deliveries / elapsed, "deliveries/cpu s": deliveries / cpu_used}
 
 
 async def latency(target: Target, seconds: float) -> dict[str, float]:
-    """5,000 deliveries a second to READERS readers: from the writer's send to the frame at every twentieth of them."""
+    """Measure the latency of 5,000 deliveries a second to READERS readers.
+
+    It is the time from the writer's send to the frame at every twentieth reader.
+    """
     times: list[float] = []
-    began = 0.0
+    sent_at = 0.0
 
     def note(_: bytes) -> None:
-        times.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - sent_at)
 
     readers = [await target.join(0, number, None if number % 20 else note) for number in range(READERS)]
     writer = await target.join(0, READERS, ignore)
     await asyncio.sleep(1)
     times.clear()
     for number in range(int(seconds * 10)):
-        began = time.perf_counter()
+        sent_at = time.perf_counter()
         writer.send("file:change", change(target, 0), id=number)
-        await asyncio.sleep(max(0.0, began + READERS / 5000 - time.perf_counter()))
+        await asyncio.sleep(max(0.0, sent_at + READERS / 5000 - time.perf_counter()))
     await close([*readers, writer])
     return percentiles(times)
 
@@ -200,7 +203,10 @@ def percentiles(times: list[float]) -> dict[str, float]:
 
 
 async def rooms(target: Target, seconds: float) -> dict[str, float]:
-    """ROOMS rooms of WRITERS members who all write, each a message at a time; in every tenth room the waits, too."""
+    """Measure ROOMS rooms of WRITERS members who all write, each one message at a time.
+
+    Every tenth room also measures the latency.
+    """
     counts = {"deliveries": 0, "messages": 0}
     times: list[float] = []
     writers: list[Client] = []
@@ -210,7 +216,7 @@ async def rooms(target: Target, seconds: float) -> dict[str, float]:
         return {**change(target, room), "change": {"insert": "x" * 40, "sent": time.perf_counter()}}
 
     def member(room: int) -> Callable[[bytes], None]:
-        def hear(frame: bytes) -> None:
+        def receive(frame: bytes) -> None:
             if b'"ack"' in frame[:20]:
                 counts["messages"] += 1
                 if running:
@@ -221,56 +227,56 @@ async def rooms(target: Target, seconds: float) -> dict[str, float]:
                     times.append(time.perf_counter() - float(frame.partition(b'"sent":')[2].partition(b"}")[0]))
 
         clients: list[Client] = []
-        hear.clients = clients  # type: ignore[attr-defined]
-        return hear
+        receive.clients = clients  # type: ignore[attr-defined]
+        return receive
 
     for room in range(ROOMS):
         for number in range(WRITERS):
-            hear = member(room)
-            client = await target.join(room, room * WRITERS + number, hear)
-            hear.clients.append(client)  # type: ignore[attr-defined]
+            receive = member(room)
+            client = await target.join(room, room * WRITERS + number, receive)
+            receive.clients.append(client)  # type: ignore[attr-defined]
             writers.append(client)
     await asyncio.sleep(1)
     counts.update(deliveries=0, messages=0)
     times.clear()
-    began, cpu = time.perf_counter(), target.cpu()
+    started, cpu_before = time.perf_counter(), target.cpu()
     for number, client in enumerate(writers):
         client.send("file:change", stamped(number // WRITERS), id=1)
     await asyncio.sleep(seconds)
-    elapsed, used = time.perf_counter() - began, target.cpu() - cpu
-    made, waits = dict(counts), percentiles(times)
+    elapsed, cpu_used = time.perf_counter() - started, target.cpu() - cpu_before
+    counted, waits = dict(counts), percentiles(times)
     running = False
     await close(writers)
     return {
-        "messages/s": made["messages"] / elapsed,
-        "deliveries/s": made["deliveries"] / elapsed,
-        "deliveries/cpu s": made["deliveries"] / used,
+        "messages/s": counted["messages"] / elapsed,
+        "deliveries/s": counted["deliveries"] / elapsed,
+        "deliveries/cpu s": counted["deliveries"] / cpu_used,
         **waits,
     }
 
 
 async def connect(target: Target, _: float) -> dict[str, float]:
-    """Authenticated connections, 32 at a time, until each has its welcome."""
+    """Measure authenticated connections, 32 at a time, until each has received its welcome."""
     count, slots = 3000, asyncio.Semaphore(32)
 
     async def one(number: int) -> Client:
         async with slots:
             return await target.connect(number)
 
-    began, cpu = time.perf_counter(), target.cpu()
+    started, cpu_before = time.perf_counter(), target.cpu()
     clients = await asyncio.gather(*map(one, range(count)))
-    elapsed, used = time.perf_counter() - began, target.cpu() - cpu
+    elapsed, cpu_used = time.perf_counter() - started, target.cpu() - cpu_before
     await close(clients)
-    return {"connections/s": count / elapsed, "connections/cpu s": count / used}
+    return {"connections/s": count / elapsed, "connections/cpu s": count / cpu_used}
 
 
 async def memory(target: Target, _: float) -> dict[str, float]:
-    """Of an idle connection: the slope of resident memory from the first number of them to the second."""
+    """Measure the memory of an idle connection: the growth of resident memory between the two ``IDLE_CONNECTIONS``."""
     clients: list[Client] = []
     sizes = []
-    for goal in IDLE:
-        while len(clients) < goal:
-            batch = range(len(clients), min(goal, len(clients) + 100))
+    for count in IDLE:
+        while len(clients) < count:
+            batch = range(len(clients), min(count, len(clients) + 100))
             clients += await asyncio.gather(*map(target.connect, batch))
         await asyncio.sleep(2)
         sizes.append(target.memory())
@@ -319,8 +325,8 @@ def ours(folder: Path) -> Iterator[Target]:
             )
         try:
             port = int(until(log, r"address\s*=\s*http://127.0.0.1:(\d+)|\"address\":\"http://127.0.0.1:(\d+)"))
-            signed_in, made = people_and_rooms(stack.postgres.url, settings["JWT_SECRET"])
-            yield Target("ours", port, process.pid, signed_in, made)
+            access_tokens, workspaces = people_and_rooms(stack.postgres.url, settings["JWT_SECRET"])
+            yield Target("ours", port, process.pid, access_tokens, workspaces)
         finally:
             process.send_signal(signal.SIGKILL)
             process.wait()
@@ -329,14 +335,14 @@ def ours(folder: Path) -> Iterator[Target]:
 
 def until(log: Path, pattern: str) -> str:
     for _ in range(300):
-        if found := re.search(pattern, log.read_text()):
-            return next(group for group in found.groups() if group)
+        if match := re.search(pattern, log.read_text()):
+            return next(group for group in match.groups() if group)
         time.sleep(0.1)
     raise SystemExit(log.read_text())
 
 
 def people_and_rooms(url: str, secret: str) -> tuple[list[str], list[str]]:
-    """Access tokens of PEOPLE users, and the workspaces of a project that all of them are in."""
+    """Create ``USERS`` members of one project; return their access tokens and the ids of its workspaces."""
     with psycopg.connect(url, autocommit=True) as connection:
         sessions = connection.execute(
             """
@@ -363,8 +369,8 @@ def people_and_rooms(url: str, secret: str) -> tuple[list[str], list[str]]:
         ).fetchall()
         connection.execute("ANALYZE")
     keys, now = tokens.Keys.of(secret), datetime.now(UTC)
-    signed_in = [tokens.issue(user=user, session=id, keys=keys, now=now, ttl=86400) for user, id in sessions]
-    return signed_in, [str(id) for (id,) in workspaces]
+    access_tokens = [tokens.issue(user=user, session=id, keys=keys, now=now, ttl=86400) for user, id in sessions]
+    return access_tokens, [str(id) for (id,) in workspaces]
 
 
 @contextlib.contextmanager
@@ -379,7 +385,10 @@ def floor() -> Iterator[Target]:
 
 
 async def serve_floor() -> None:
-    """A bare aiohttp handler: no identity, no access, no history, no other process; one prebuilt frame for all."""
+    """Serve the baseline: a bare aiohttp handler without authentication, authorization, history or pub/sub.
+
+    It builds each frame once for all members.
+    """
     members: dict[str, set[asyncio.Transport]] = {}
 
     async def handler(request: web.Request) -> web.WebSocketResponse:
@@ -406,10 +415,10 @@ async def serve_floor() -> None:
                             "timestamp": "2026-01-01T00:00:00.000Z",
                         },
                     }
-                    built = websocket_frame(orjson.dumps(event))
-                    for each in room:
-                        if each is not transport and not each.is_closing():
-                            each.write(built)
+                    frame_bytes = websocket_frame(orjson.dumps(event))
+                    for member in room:
+                        if member is not transport and not member.is_closing():
+                            member.write(frame_bytes)
                 transport.write(websocket_frame(orjson.dumps({"event": "ack", "data": {}, "id": frame["id"]})))
         finally:
             for room in members.values():
@@ -435,16 +444,23 @@ def main() -> None:
     if arguments.serve_floor:
         uvloop.run(serve_floor())
         return
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    chosen = [name for name in SCENARIOS if name in arguments.only.split(",")]
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, ours(Path(folder)) as one, floor() as other:
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
+    scenarios = [name for name in SCENARIOS if name in arguments.only.split(",")]
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        ours(Path(folder)) as server,
+        floor() as other,
+    ):
         print(f"{'':10} {'':18} {'ours':>12} {'floor':>12} {'ratio':>7}")
-        for name in chosen:
-            mine = uvloop.run(SCENARIOS[name](one, arguments.seconds))
-            bare = uvloop.run(SCENARIOS[name](other, arguments.seconds))
-            for what, value in mine.items():
-                print(f"{name:10} {what:18} {value:12,.1f} {bare[what]:12,.1f} {value / bare[what]:7.2f}", flush=True)
+        for name in scenarios:
+            result = uvloop.run(SCENARIOS[name](server, arguments.seconds))
+            baseline = uvloop.run(SCENARIOS[name](other, arguments.seconds))
+            for figure, value in result.items():
+                print(
+                    f"{name:10} {figure:18} {value:12,.1f} {baseline[figure]:12,.1f} {value / baseline[figure]:7.2f}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -1,25 +1,26 @@
-"""How fast one server process answers REST, beside two floors in the same run.
+"""Measure the REST throughput of one server process against three baselines in the same run.
 
     .venv/bin/python scripts/bench/rest.py [--seconds 3] [--repeats 3] [--only project,profile] [--no-half-load]
 
-needs wrk (`apt-get install wrk`) and nothing else: it starts its own stores, fills them, and starts five processes:
+The only requirement is wrk (`apt-get install wrk`). The program starts its own stores, creates data, and starts five
+processes:
 
-    bare     an aiohttp handler on uvloop that answers a small JSON object: what the framework costs
-    select   the same handler after one SELECT by primary key, from asyncpg's pool as it comes, of the server's size
-    unreset  the same with the server's own pool, which leaves out the round trip that undoes SET and LISTEN
+    bare     an aiohttp handler on uvloop that responds with a small JSON object: the cost of the framework
+    select   the same handler after one SELECT by primary key, with asyncpg's default pool, as large as the server's
+    unreset  the same with the server's own pool, which omits the round trip that resets SET and LISTEN
     off      `run.py server` with RATE_LIMIT_DEFAULT=off
-    limited  the same with a limit that nobody reaches, so that every request is counted in Redis
+    limited  the same with a rate limit that is never reached, so that Redis counts every request
 
-One of them is loaded at a time, by wrk with one thread and 32 open connections that always have a request under way,
-after a second of warming up. Every round measures all of them once; the figures are the medians of the rounds, and
-`of select` and `of unreset` are medians of the ratios within a round, so that a machine with other work to do is at
-least unfair to all. The aims, each told as met or missed, are about `select`. `cpu ratio` is the same by the process's
-own processor time, which other work disturbs less. Login is bound by bcrypt, which runs on every core: its row tells
-how many cores it kept busy with two connections for each.
+wrk loads one process at a time, with one thread and 32 open connections that always have a request in flight, after a
+warm-up of 1 s. Every round measures each process once. The figures are the medians of the rounds; `of select` and `of
+unreset` are medians of the ratios within a round, so that other work on the machine affects all alike. The targets,
+each printed as met or missed, are relative to `select`. `cpu ratio` is the same ratio by the process's own processor
+time, which other work disturbs less. bcrypt limits login and runs on every core: its row prints the number of busy
+cores, with two connections for each core.
 
-Half load is the same 32 connections, each waiting between two requests so that at most half of that throughput
-comes; the tail of the latency means something only there, for at full load every request stands in a queue of 32. It
-is measured once a round, too, and the round with the median tail is shown.
+Half load uses the same 32 connections with pauses between requests, so that they send at most half of that throughput.
+The tail of the latency is meaningful only there, because at full load every request waits in a queue of 32. Half load
+is also measured once a round, and the printed round is the one with the median tail.
 """
 
 import argparse
@@ -57,7 +58,7 @@ WARM_SECONDS = 1
 LOGINS, LOGIN_SECONDS = 2 * (os.cpu_count() or 1), 10.0  # each takes a core for 0.3 s
 PROJECTS = 20
 BCRYPT_ROUNDS = 12  # the default
-# The least ratio to `select`, by target and endpoint; the most that the tail may be of the median, at half load.
+# The minimum ratio to `select`, by target and endpoint. Below it: the maximum ratio of p99 to p50 at half load.
 AIMS = {
     ("off", "profile"): 0.50,
     ("off", "project"): 0.50,
@@ -129,22 +130,22 @@ class Row:
     halves: list[Measured] = field(default_factory=list)
 
     def median(self, name: str) -> float:
-        return statistics.median(getattr(each, name) for each in self.rounds)
+        return statistics.median(getattr(measured, name) for measured in self.rounds)
 
     @property
     def half(self) -> Measured | None:
-        """At half load: the round whose tail is the median."""
+        """Return the measurement at half load with the median ratio of p99 to p50, or None."""
         if not self.halves:
             return None
-        return sorted(self.halves, key=lambda each: each.p99 / each.p50)[len(self.halves) // 2]
+        return sorted(self.halves, key=lambda measured: measured.p99 / measured.p50)[len(self.halves) // 2]
 
     def ratio(self, floor: "Row", name: str) -> float:
         pairs = zip(self.rounds, floor.rounds, strict=True)
-        return statistics.median(getattr(mine, name) / getattr(least, name) for mine, least in pairs)
+        return statistics.median(getattr(own, name) / getattr(reference, name) for own, reference in pairs)
 
 
 def load(target: Target, endpoint: Endpoint, seconds: float, *, rate: float | None = None) -> Measured:
-    """wrk's figures; with ``rate`` the connections pause so that about as many requests a second come."""
+    """Load an endpoint with wrk; ``rate`` limits the requests per second by pauses of the connections."""
     cycle = 1000 * endpoint.connections / rate if rate else 0.0
     text = SCRIPT % {
         "method": endpoint.method,
@@ -157,21 +158,21 @@ def load(target: Target, endpoint: Endpoint, seconds: float, *, rate: float | No
         script.flush()
         command = ["wrk", "-t1", f"-c{endpoint.connections}", "--timeout", "30s", "-s", script.name]
         url = f"http://127.0.0.1:{target.port}{endpoint.path}"
-        before = target.cpu()
+        cpu_before = target.cpu()
         command += [f"-d{max(seconds, endpoint.least_seconds):g}s", url]
-        ran = subprocess.run(command, capture_output=True, text=True, check=True)
-        used = target.cpu() - before
-    found = re.search(r"measured (\d+) (\d+) (\d+) (\d+) (\d+)", ran.stdout)
-    assert found is not None, ran.stdout
-    requests, duration, failed, p50, p99 = map(int, found.groups())
+        completed = subprocess.run(command, capture_output=True, text=True, check=True)
+        cpu_used = target.cpu() - cpu_before
+    match = re.search(r"measured (\d+) (\d+) (\d+) (\d+) (\d+)", completed.stdout)
+    assert match is not None, completed.stdout
+    requests, duration, failed, p50, p99 = map(int, match.groups())
     if failed or not requests:
-        raise SystemExit(f"{target.name} {endpoint.name}: {failed} of {requests} failed\n{ran.stdout}")
+        raise SystemExit(f"{target.name} {endpoint.name}: {failed} of {requests} failed\n{completed.stdout}")
     elapsed = duration / 1e6
-    return Measured(requests / elapsed, requests / max(used, 0.01), used / elapsed, p50 / 1000, p99 / 1000)
+    return Measured(requests / elapsed, requests / max(cpu_used, 0.01), cpu_used / elapsed, p50 / 1000, p99 / 1000)
 
 
 async def fill(base: str) -> list[Endpoint]:
-    """A user with PROJECTS projects and a workspace; another one for what is created. What is asked of the server."""
+    """Create a user with PROJECTS projects and a workspace, and one who creates projects; return the endpoints."""
     api = "/api/v1"
     async with aiohttp.ClientSession(base) as http:
 
@@ -182,27 +183,27 @@ async def fill(base: str) -> list[Endpoint]:
                 return await answer.json()
 
         token = (await post("/auth/register", PERSON))["accessToken"]
-        maker = (await post("/auth/register", {**PERSON, "email": "maker@example.org"}))["accessToken"]
-        # Of a user with many sessions the oldest ends: who signs in all the time is nobody else.
+        creator = (await post("/auth/register", {**PERSON, "email": "maker@example.org"}))["accessToken"]
+        # A separate user for logins, because a login of a user with many sessions ends the oldest one.
         credentials = {"email": "often@example.org", "password": PERSON["password"]}
         await post("/auth/register", {**PERSON, **credentials})
-        made = [await post("/projects", {"name": f"Project {number}"}, token) for number in range(PROJECTS)]
-        project = made[0]["id"]
+        projects = [await post("/projects", {"name": f"Project {number}"}, token) for number in range(PROJECTS)]
+        project = projects[0]["id"]
         workspace = (await post("/workspaces", {"projectId": project, "name": "Room"}, token))["id"]
-    new = {"name": "Made", "description": "by the bench"}
+    new_project = {"name": "Made", "description": "by the bench"}
     return [
         Endpoint("health", "/health"),
         Endpoint("login", f"{api}/auth/login", "POST", credentials, "", LOGINS, LOGIN_SECONDS),
         Endpoint("profile", f"{api}/auth/profile", token=token),
         Endpoint("project", f"{api}/projects/{project}", token=token),
         Endpoint("list of 20", f"{api}/projects?limit={PROJECTS}", token=token),
-        Endpoint("new project", f"{api}/projects", "POST", new, maker),
+        Endpoint("new project", f"{api}/projects", "POST", new_project, creator),
         Endpoint("workspace", f"{api}/workspaces/{workspace}", token=token),
     ]
 
 
 async def remember(redis_url: str) -> None:
-    """Let Redis look as if it had run for long; until then every request asks the session's row as well."""
+    """Make Redis look long-running, because a server reads the session's row on every request until then."""
     redis = Redis.from_url(redis_url)
     await redis.set("{auth}:remembers-since", 1)
     await redis.aclose()
@@ -211,7 +212,7 @@ async def remember(redis_url: str) -> None:
 @contextlib.contextmanager
 def server(name: str, stack: Stack, folder: Path, **settings: str) -> Iterator[Target]:
     log = folder / f"{name}.log"
-    chosen = {
+    overrides = {
         "APP_ENV": "test",
         "HOST": "127.0.0.1",
         "PORT": "0",
@@ -224,7 +225,7 @@ def server(name: str, stack: Stack, folder: Path, **settings: str) -> Iterator[T
         "RATE_LIMIT_ACCOUNT": "off",
         **settings,
     }
-    environment = {**os.environ, **stack.environment, **chosen}
+    environment = {**os.environ, **stack.environment, **overrides}
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "run.py"), "server"], env=environment, stdout=output, stderr=output
@@ -238,8 +239,8 @@ def server(name: str, stack: Stack, folder: Path, **settings: str) -> Iterator[T
 
 def until(log: Path, pattern: str) -> str:
     for _ in range(300):
-        if found := re.search(pattern, log.read_text()):
-            return found.group(1)
+        if match := re.search(pattern, log.read_text()):
+            return match.group(1)
         time.sleep(0.1)
     raise SystemExit(log.read_text())
 
@@ -305,7 +306,7 @@ def say(text: str) -> None:
 
 def show(rows: list[Row]) -> None:
     say("")
-    least, unreset = (next(row for row in rows if row.target.name == name) for name in ("select", "unreset"))
+    select, unreset = (next(row for row in rows if row.target.name == name) for name in ("select", "unreset"))
     print(f"login with BCRYPT_ROUNDS={BCRYPT_ROUNDS}, on {os.cpu_count()} cores")
     heads = ("answers/s", "of select", "of unreset", "cpu ratio", "cores")
     tails = ("p50 ms", "p99 ms", "half: /s", "p50", "p99", "×")
@@ -315,9 +316,9 @@ def show(rows: list[Row]) -> None:
         tail = (f"{half.rate:,.0f}", f"{half.p50:.1f}", f"{half.p99:.1f}", f"{half.p99 / half.p50:.1f}") if half else ()
         cells = (
             f"{row.median('rate'):,.0f}",
-            f"{row.ratio(least, 'rate'):.0%}",
+            f"{row.ratio(select, 'rate'):.0%}",
             f"{row.ratio(unreset, 'rate'):.0%}",
-            f"{row.ratio(least, 'per_cpu'):.0%}",
+            f"{row.ratio(select, 'per_cpu'):.0%}",
             f"{row.median('cores'):.2f}",
             f"{row.median('p50'):.1f}",
             f"{row.median('p99'):.1f}",
@@ -326,35 +327,35 @@ def show(rows: list[Row]) -> None:
         text = f"{row.target.name:8} {row.endpoint.name:12}"
         text += "".join(f" {cell:>10}" for cell in cells[:5]) + "".join(f" {cell:>8}" for cell in cells[5:])
         print(text)
-    for aim in aims(rows, least):
+    for aim in aims(rows, select):
         print(aim)
 
 
 def aims(rows: list[Row], least: Row) -> Iterator[str]:
-    """What was to be reached, and whether it was."""
+    """Yield one line for each target: met or missed, the measured value, and the target."""
     for row in rows:
         name = f"{row.target.name} {row.endpoint.name}"
-        if (wanted := AIMS.get((row.target.name, row.endpoint.name))) is not None:
-            reached = row.ratio(least, "rate")
-            yield f"{_met(reached >= wanted)} {name}: {reached:.0%} of select, aim {wanted:.0%}"
+        if (target := AIMS.get((row.target.name, row.endpoint.name))) is not None:
+            ratio = row.ratio(least, "rate")
+            yield f"{_met(ratio >= target)} {name}: {ratio:.0%} of select, target {target:.0%}"
         if row.endpoint.name == "login":
-            wanted = LEAST_CORES * (os.cpu_count() or 1)
-            yield f"{_met(row.median('cores') >= wanted)} {name}: {row.median('cores'):.2f} cores, aim {wanted:.1f}"
+            target = LEAST_CORES * (os.cpu_count() or 1)
+            yield f"{_met(row.median('cores') >= target)} {name}: {row.median('cores'):.2f} cores, target {target:.1f}"
         if row.half is not None:
             tail = row.half.p99 / row.half.p50
-            yield f"{_met(tail <= MOST_TAIL)} {name}: p99 is {tail:.1f} × p50 at half load, aim {MOST_TAIL:g} at most"
+            yield f"{_met(tail <= MOST_TAIL)} {name}: p99 is {tail:.1f} × p50 at half load, target ≤ {MOST_TAIL:g}"
 
 
-def _met(reached: bool) -> str:
-    return "met   " if reached else "missed"
+def _met(is_met: bool) -> str:
+    return "met   " if is_met else "missed"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=3, help="of one measurement")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds; the medians are shown")
+    parser.add_argument("--seconds", type=int, default=3, help="seconds of one measurement")
+    parser.add_argument("--repeats", type=int, default=3, help="number of rounds; the medians are printed")
     parser.add_argument("--only", default="", help="comma list of words in the names of endpoints")
-    parser.add_argument("--no-half-load", dest="half_load", action="store_false", help="leave out the latency at half")
+    parser.add_argument("--no-half-load", dest="half_load", action="store_false", help="skip the latency at half load")
     parser.add_argument("--serve-floor", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve_floor:
@@ -382,17 +383,17 @@ def bench(options: argparse.Namespace) -> None:
         ):
             endpoints = asyncio.run(fill(f"http://127.0.0.1:{off.port}"))
             asyncio.run(remember(stack.valkey.url))
-            chosen = [each for each in endpoints if any(word in each.name for word in words)]
+            selected = [endpoint for endpoint in endpoints if any(word in endpoint.name for word in words)]
             selecting = Endpoint("floor", f"/select/{asyncio.run(somebody(stack.postgres.url))}")
             rows = [
                 Row(bare, Endpoint("floor", "/bare")),
                 Row(select, selecting),
                 Row(unreset, selecting),
-                *(Row(target, each) for target in (off, limited) for each in chosen),
+                *(Row(target, endpoint) for target in (off, limited) for endpoint in selected),
             ]
             measure(rows, options)
             show(rows)
-        stack.mongo.kill()  # it would take 2 s to stop
+        stack.mongo.kill()  # a graceful stop would take 2 s
 
 
 if __name__ == "__main__":

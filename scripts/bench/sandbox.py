@@ -1,8 +1,8 @@
-"""What confinement costs: a hello in each tier beside the bare interpreter, in the same run.
+"""Measure the overhead of the sandbox: a hello program in each tier against the bare interpreter.
 
-``.venv/bin/python scripts/bench/sandbox.py [--runs N] [--at-once N]``. The two are timed in turns, so that a busy
-machine slows both; medians. Run it as root and as somebody else: the tiers differ. It exits 1 when a tier costs more
-than OVERHEAD_MS.
+``.venv/bin/python scripts/bench/sandbox.py [--runs N] [--at-once N]``. Sandboxed and bare runs alternate, so that a
+busy machine slows down both; the figures are medians. Run it as root and as another user, because the tiers differ. It
+exits with 1 if Python in a tier costs more than ``MAX_OVERHEAD_MS``.
 """
 
 import argparse
@@ -29,25 +29,25 @@ OVERHEAD_MS = 30.0
 
 async def main() -> int:
     options = arguments()
-    os.nice(launcher.NICE)  # as all programs in the sandbox, or a busy machine would slow these only
+    os.nice(launcher.NICE)  # as programs in the sandbox run; else a busy machine would slow down only those
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     commands = {language.name: language.command for language in reversed(installed())}
     print(f"{os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}, uid {os.geteuid()}, {options.runs} runs each")
     print(f"{'tier':14} {'language':11} {'bare':>8} {'confined':>9} {'overhead':>9} {'hello/s':>8} {'at once':>8}")
-    dear = False
+    is_over_limit = False
     for tier in tiers.ours():
-        box = await Sandbox.detect([tier])
-        if not box.languages:
-            print(f"{tier.name:14} does not hold here")
-        for language in box.languages:
-            overhead = await compare(box, language, commands[language], runs=options.runs, at_once=options.at_once)
-            dear = dear or (language == "python" and overhead > OVERHEAD_MS)
-        await box.close()
-    return int(dear)
+        sandbox = await Sandbox.detect([tier])
+        if not sandbox.languages:
+            print(f"{tier.name:14} is not available here")
+        for language in sandbox.languages:
+            overhead = await compare(sandbox, language, commands[language], runs=options.runs, at_once=options.at_once)
+            is_over_limit = is_over_limit or (language == "python" and overhead > OVERHEAD_MS)
+        await sandbox.close()
+    return int(is_over_limit)
 
 
-async def compare(box: Sandbox, language: str, command: tuple[str, ...], *, runs: int, at_once: int) -> float:
-    """Milliseconds that the confinement adds."""
+async def compare(sandbox: Sandbox, language: str, command: tuple[str, ...], *, runs: int, at_once: int) -> float:
+    """Print the figures of a language in a sandbox, and return the overhead in milliseconds."""
     code = HELLO[language]
     flag = "-e" if language == "javascript" else "-c"
 
@@ -58,36 +58,37 @@ async def compare(box: Sandbox, language: str, command: tuple[str, ...], *, runs
         assert await process.communicate() == (b"hello\n", None)
 
     async def confined() -> None:
-        assert (await box.run(language, code)).stdout == "hello\n"
+        assert (await sandbox.run(language, code)).stdout == "hello\n"
 
-    without, within = [], []
+    bare_times, confined_times = [], []
     for _ in range(runs):
-        without.append(await milliseconds(bare))
-        within.append(await milliseconds(confined))
+        bare_times.append(await milliseconds(bare))
+        confined_times.append(await milliseconds(confined))
 
-    async def one_after_the_other() -> None:
+    async def run_in_sequence() -> None:
         for _ in range(runs // at_once):
             await confined()
 
-    together = await milliseconds(lambda: asyncio.gather(*(one_after_the_other() for _ in range(at_once))))
-    usual, dearer = statistics.median(without), statistics.median(within)
+    total_time = await milliseconds(lambda: asyncio.gather(*(run_in_sequence() for _ in range(at_once))))
+    bare_median, confined_median = statistics.median(bare_times), statistics.median(confined_times)
     print(
-        f"{box.tier.name:14} {language:11} {usual:5.1f} ms {dearer:6.1f} ms {dearer - usual:6.1f} ms"
-        f" {1000 / dearer:8.0f} {runs // at_once * at_once / together * 1000:8.0f}"
+        f"{sandbox.tier.name:14} {language:11} {bare_median:5.1f} ms {confined_median:6.1f} ms"
+        f" {confined_median - bare_median:6.1f} ms"
+        f" {1000 / confined_median:8.0f} {runs // at_once * at_once / total_time * 1000:8.0f}"
     )
-    return dearer - usual
+    return confined_median - bare_median
 
 
 async def milliseconds(work: Callable[[], Awaitable[object]]) -> float:
-    began = time.perf_counter()
+    started = time.perf_counter()
     await work()
-    return (time.perf_counter() - began) * 1000
+    return (time.perf_counter() - started) * 1000
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=60, help="hellos of each kind (60)")
-    parser.add_argument("--at-once", type=int, default=4, help="programs side by side, for the last column (4)")
+    parser.add_argument("--runs", type=int, default=60, help="runs of each kind (60)")
+    parser.add_argument("--at-once", type=int, default=4, help="concurrent programs in the last column (4)")
     return parser.parse_args()
 
 

@@ -1,6 +1,9 @@
-"""Tells parts of MONGODB_URI: ``uri``, all of it; ``database``, its name; ``server``, the address without the name, so
-that another database's archive can go there; ``collections``, how many there are already (with PyMongo, which the
-service brings).
+"""Print one part of MONGODB_URI.
+
+- ``uri``: the whole address
+- ``database``: the name of the database
+- ``server``: the address without the database, so that mongorestore takes an archive of another database
+- ``collections``: the number of collections in the database; needs PyMongo, a dependency of the service
 """
 
 import os
@@ -13,7 +16,10 @@ def database(uri: str) -> str:
 
 
 def server(uri: str) -> str:
-    """Without the name, which is also where a user without ``authSource`` is looked up."""
+    """Return the address without the database.
+
+    The database is also the default of ``authSource``, so the result sets ``authSource`` for a user.
+    """
     parts = urlsplit(uri)
     options = dict(parse_qsl(parts.query))
     if parts.username:
@@ -29,5 +35,5 @@ def collections(uri: str) -> int:
 
 
 if __name__ == "__main__":
-    ask = {"uri": str, "database": database, "server": server, "collections": collections}[sys.argv[1]]
-    print(ask(os.environ["MONGODB_URI"]))
+    part = {"uri": str, "database": database, "server": server, "collections": collections}[sys.argv[1]]
+    print(part(os.environ["MONGODB_URI"]))

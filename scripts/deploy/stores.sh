@@ -1,11 +1,11 @@
-# Sourced by backup and restore: how they reach PostgreSQL and MongoDB. Without --compose by DATABASE_URL and
-# MONGODB_URI, with tools of this machine; with it in the containers of docker-compose.yml, which bring the tools.
+# Sourced by backup and restore: connects them to PostgreSQL and MongoDB. Without --compose it uses DATABASE_URL and
+# Sourced by backup and restore: connects them to PostgreSQL and MongoDB. Without --compose it uses DATABASE_URL and
+# MONGODB_URI with the tools of this machine; with --compose the containers of docker-compose.yml and their tools.
+#   in_postgres TOOL ARGUMENT...       run a tool of PostgreSQL on the database; --dbname= is completed with its name
+#   in_mongo PART TOOL ARGUMENT...     run a tool of MongoDB on the PART `uri` or `server` of the address
+#   of_mongo PART                      print a part of the address with mongo_address.py
 #
-#   in_postgres TOOL ARGUMENT...       a tool of PostgreSQL on our database; --dbname= becomes its name
-#   in_mongo PART TOOL ARGUMENT...     a tool of MongoDB, whose address is the PART `uri` or `server`
-#   of_mongo PART                      what mongo_address.py tells of the address
-#
-# Addresses are never among the arguments of a process, where all users of the machine can read them.
+# Addresses are never arguments of a process, because all users of the machine can read those.
 
 root=$(cd -- "$here/../.." && pwd)
 
@@ -23,7 +23,7 @@ if [[ $compose ]]; then
       exec "$@"' sh "$@"
   }
 
-  # The first line of what the container reads is the address, the rest is the tool's.
+  # The first line on the container's stdin is the address, the rest is the tool's input.
   in_mongo() {
     local part=$1
     shift
@@ -62,10 +62,10 @@ mongo_config() {
   address=$(of_mongo "$1") && printf 'uri: "%s"\n' "$address"
 }
 
-# require_tools PROBLEM... : each is a tool and what to do where it is missing, as "tool: what to do".
+# require_tools TOOL_AND_HINT... : fail if a tool is missing; each argument is "tool: how to install it".
 require_tools() {
-  local each
-  for each; do
-    command -v "${each%%:*}" >/dev/null || fail "${each%%:*} is missing${each#"${each%%:*}"}"
+  local entry
+  for entry; do
+    command -v "${entry%%:*}" >/dev/null || fail "${entry%%:*} is missing${entry#"${entry%%:*}"}"
   done
 }

@@ -1,4 +1,4 @@
-// A y-websocket client, unmodified, that does what it is told: one JSON line in, one JSON line out.
+// An unmodified y-websocket client that is controlled over stdin: one JSON command per line, one JSON result per line.
 //
 // Usage: node editor.mjs WS_URL DOCUMENT TOKEN
 import readline from "node:readline";

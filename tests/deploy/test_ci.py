@@ -1,4 +1,4 @@
-"""What .ci/run does on a machine of any kind; the machine is played by a PATH of our own."""
+"""Test .ci/run on different machines; a PATH with stand-ins simulates a machine."""
 
 import shutil
 import subprocess
@@ -10,7 +10,15 @@ import pytest
 from tests.processes import ROOT
 
 TOOLS = ("bash", "sh", "cat", "chmod", "dirname", "env", "head", "nproc", "uname")
-WANTED = ("python3", "bwrap", "node", "npm", "chromium", "chromedriver", "wrk")  # nginx is where PATH is added to
+WANTED = (
+    "python3",
+    "bwrap",
+    "node",
+    "npm",
+    "chromium",
+    "chromedriver",
+    "wrk",
+)  # not nginx: it may be in /usr/sbin, which .ci/run adds to PATH
 
 
 @dataclass(frozen=True)
@@ -34,63 +42,63 @@ class Machine:
         )
 
     @property
-    def as_root(self) -> list[str]:
-        """What was done by sudo."""
+    def sudo_commands(self) -> list[str]:
+        """The commands that sudo received."""
         log = self.folder / "sudo.log"
         return log.read_text().splitlines() if log.exists() else []
 
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
-    """One whose sudo notes what it is asked and does nothing."""
+    """Return a machine whose sudo only logs its commands."""
     for folder in (".ci", "bin", "scripts"):
         (tmp_path / folder).mkdir()
     shutil.copy(ROOT / ".ci/run", tmp_path / ".ci")
     for tool in TOOLS:
-        found = shutil.which(tool)
-        assert found
-        (tmp_path / "bin" / tool).symlink_to(found)
+        path = shutil.which(tool)
+        assert path
+        (tmp_path / "bin" / tool).symlink_to(path)
     (tmp_path / "scripts/check").write_text('#!/bin/sh\necho "checked: CI=$CI $*"\n')
     (tmp_path / "scripts/check").chmod(0o755)
-    made = Machine(tmp_path)
-    made.has("id", script="echo 1000")
-    made.has("sudo", script=f'shift; cat >/dev/null; echo "$*" >>{tmp_path}/sudo.log')
-    made.has("nginx")
-    return made
+    fake = Machine(tmp_path)
+    fake.has("id", script="echo 1000")
+    fake.has("sudo", script=f'shift; cat >/dev/null; echo "$*" >>{tmp_path}/sudo.log')
+    fake.has("nginx")
+    return fake
 
 
-def test_it_can_be_run_as_it_is() -> None:
+def test_the_script_is_executable() -> None:
     assert (ROOT / ".ci/run").stat().st_mode & 0o111 == 0o111
 
 
-def test_a_complete_machine_is_left_alone_and_checked(machine: Machine) -> None:
+def test_a_complete_machine_is_not_changed_and_runs_the_checks(machine: Machine) -> None:
     machine.has(*WANTED)
-    ran = machine.ci("-k", "deploy")
-    assert (ran.returncode, machine.as_root) == (0, [])
-    assert ran.stdout.endswith("checked: CI=true -k deploy\n")
+    result = machine.ci("-k", "deploy")
+    assert (result.returncode, machine.sudo_commands) == (0, [])
+    assert result.stdout.endswith("checked: CI=true -k deploy\n")
 
 
-def test_only_what_is_missing_is_installed(machine: Machine) -> None:
+def test_only_missing_packages_are_installed(machine: Machine) -> None:
     machine.has(*(command for command in WANTED if command not in ("bwrap", "chromedriver")))
-    ran = machine.ci()
-    installed = [line for line in machine.as_root if "install" in line]
+    result = machine.ci()
+    installed = [line for line in machine.sudo_commands if "install" in line]
     assert len(installed) == 1
     packages = set(installed[0].partition("--no-install-recommends ")[2].split())
     assert packages - {"ca-certificates", "linux-libc-dev"} == {
         "bubblewrap",
         "chromium-driver",
-    }  # files of this machine
-    assert [line for line in machine.as_root if "update" in line] == ["apt-get update -qq"]
-    # The package did not bring it: better no answer than one that skipped its tests.
-    assert ran.returncode == 1
-    assert "bwrap is still missing" in ran.stderr
-    assert "checked" not in ran.stdout
+    }  # the other two depend on files of this machine
+    assert [line for line in machine.sudo_commands if "update" in line] == ["apt-get update -qq"]
+    # The package did not install the command: CI fails instead of skipping its tests.
+    assert result.returncode == 1
+    assert "bwrap is still missing" in result.stderr
+    assert "checked" not in result.stdout
 
 
-def test_it_says_why_an_installation_failed(machine: Machine) -> None:
+def test_the_error_of_a_failed_installation_is_printed(machine: Machine) -> None:
     machine.has(*WANTED[1:])
     machine.has("sudo", script="cat >/dev/null; echo 'E: no network' >&2; exit 100")
-    ran = machine.ci()
-    assert ran.returncode != 0
-    assert "E: no network" in ran.stderr
-    assert "checked" not in ran.stdout
+    result = machine.ci()
+    assert result.returncode != 0
+    assert "E: no network" in result.stderr
+    assert "checked" not in result.stdout

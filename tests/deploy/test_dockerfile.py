@@ -1,4 +1,4 @@
-"""What the image promises, as far as it can be told without Docker."""
+"""Test the image as far as possible without Docker."""
 
 import asyncio
 import json
@@ -35,41 +35,41 @@ def instructions(text: str) -> list[Instruction]:
 
 
 FILE = instructions((ROOT / "Dockerfile").read_text())
-LAST_STAGE = FILE[max(place for place, each in enumerate(FILE) if each.name == "FROM") :]
+LAST_STAGE = FILE[max(index for index, instruction in enumerate(FILE) if instruction.name == "FROM") :]
 COPIED = [
     source
-    for each in FILE
-    if each.name == "COPY" and "--from=" not in each.rest
-    for source in each.words[:-1]
+    for instruction in FILE
+    if instruction.name == "COPY" and "--from=" not in instruction.rest
+    for source in instruction.words[:-1]
 ]  # fmt: skip
 IGNORED = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
 
 
 def only(name: str) -> Instruction:
-    (found,) = (each for each in LAST_STAGE if each.name == name)
-    return found
+    (match,) = (instruction for instruction in LAST_STAGE if instruction.name == name)
+    return match
 
 
 def is_ignored(path: str) -> bool:
-    """As Docker has it: the last pattern that fits the path or a directory above it decides."""
-    above = [path, *map(str, Path(path).parents)][:-1]
+    """Return whether Docker ignores a path: the last pattern that matches it or a parent directory decides."""
+    candidates = [path, *map(str, Path(path).parents)][:-1]
     ignored = False
     for line in IGNORED:
         pattern = line.removeprefix("!")
         patterns = {pattern, pattern.removeprefix("**/")}
-        if any(fnmatch(each, one) for each in above for one in patterns):
+        if any(fnmatch(candidate, glob) for candidate in candidates for glob in patterns):
             ignored = not line.startswith("!")
     return ignored
 
 
-def test_an_older_engine_fetches_the_syntax_that_it_does_not_know() -> None:
-    """A parser directive counts in the first line only. HEALTHCHECK --start-interval came with Docker 25."""
+def test_an_older_engine_fetches_the_current_syntax() -> None:
+    """A parser directive is effective in the first line only. HEALTHCHECK --start-interval needs Docker 25."""
     assert (ROOT / "Dockerfile").read_text().splitlines()[0] == "# syntax=docker/dockerfile:1"
     assert "--start-interval" in only("HEALTHCHECK").rest
 
 
 @pytest.mark.parametrize("source", COPIED)
-def test_what_is_copied_exists_and_is_not_ignored(source: str) -> None:
+def test_a_copied_path_exists_and_is_not_ignored(source: str) -> None:
     assert (ROOT / source).exists()
     assert not is_ignored(source)
 
@@ -85,23 +85,23 @@ def test_what_is_copied_exists_and_is_not_ignored(source: str) -> None:
         "server/__pycache__/app.pyc",
     ],
 )
-def test_secrets_data_and_tests_stay_out(path: str) -> None:
+def test_secrets_data_and_tests_are_ignored(path: str) -> None:
     assert is_ignored(path)
 
 
-def test_what_is_built_with_and_what_runs_is_the_same_python() -> None:
-    bases = [each.words[0] for each in FILE if each.name == "FROM"]
+def test_the_builder_and_the_image_use_the_same_python() -> None:
+    bases = [instruction.words[0] for instruction in FILE if instruction.name == "FROM"]
     assert len(bases) == 2
     assert set(bases) == {"python:3.11-slim-bookworm"}
 
 
-def test_it_does_not_run_as_root() -> None:
+def test_the_image_does_not_run_as_root() -> None:
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", only("USER").rest)
-    after = LAST_STAGE[LAST_STAGE.index(only("USER")) :]
-    assert not {"RUN", "COPY"} & {each.name for each in after}
+    later = LAST_STAGE[LAST_STAGE.index(only("USER")) :]
+    assert not {"RUN", "COPY"} & {instruction.name for instruction in later}
 
 
-def test_it_is_production_unless_told_otherwise() -> None:
+def test_the_image_runs_as_production_by_default() -> None:
     assert "APP_ENV=production" in only("ENV").words
 
 
@@ -140,7 +140,7 @@ def test_the_copied_files_are_enough_to_migrate_and_describe(tmp_path: Path, emp
 
 
 def health_check(port: int, **settings: str) -> int:
-    """The exit code of the image's own check where a server should listen on that port."""
+    """Return the exit code of the image's health check for this port."""
     command = json.loads(only("HEALTHCHECK").rest.partition("CMD")[2])
     assert command[0] == "python"
     environment = {**os.environ, "PORT": str(port), **settings}
@@ -158,5 +158,5 @@ async def test_a_server_that_answers_on_ipv6_only_is_healthy(processes: Processe
     assert await asyncio.to_thread(health_check, urlsplit(server.base).port, HOST=host) == 0
 
 
-def test_a_server_that_does_not_is_not(unused_tcp_port: int) -> None:
+def test_a_server_that_does_not_answer_is_unhealthy(unused_tcp_port: int) -> None:
     assert health_check(unused_tcp_port) == 1

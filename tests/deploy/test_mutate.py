@@ -1,4 +1,4 @@
-"""scripts/mutate.toml names what is there, and gives a reason for each survivor."""
+"""scripts/mutate.toml names existing code, and gives a reason for each survivor."""
 
 import tomllib
 from typing import Any
@@ -11,7 +11,7 @@ PLAN: dict[str, Any] = tomllib.loads((ROOT / "scripts/mutate.toml").read_text())
 
 
 @pytest.mark.parametrize("target", PLAN["target"], ids=lambda target: target["module"])
-def test_a_module_that_is_mutated_and_its_tests_are_there(target: dict[str, Any]) -> None:
+def test_a_mutated_module_and_its_tests_exist(target: dict[str, Any]) -> None:
     source = (ROOT / target["module"]).read_text()
     for test in target["tests"]:
         assert (ROOT / test.partition("::")[0]).exists()
@@ -19,7 +19,7 @@ def test_a_module_that_is_mutated_and_its_tests_are_there(target: dict[str, Any]
         assert f"def {function}(" in source
 
 
-def test_a_survivor_is_a_line_that_is_there_and_has_a_reason() -> None:
+def test_a_survivor_is_an_existing_line_and_has_a_reason() -> None:
     for survivor in PLAN.get("survivor", ()):
         lines = [line.strip() for line in (ROOT / survivor["module"]).read_text().splitlines()]
         for line in survivor["change"].strip().splitlines():

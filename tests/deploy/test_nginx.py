@@ -1,6 +1,6 @@
-"""What nginx may do between clients and servers: its real configuration in a real nginx, on other ports.
+"""Test the real configuration of nginx in a real nginx, on other ports.
 
-Two upstreams that do as they are told show what it passes on; the product's own servers, that it fits them.
+Two scripted upstreams check which requests it forwards; one test runs it in front of the product's own servers.
 """
 
 import asyncio
@@ -35,9 +35,9 @@ Nginx = Callable[..., Awaitable[str]]
 
 
 def here(ports: tuple[int, int], listen: int, folder: Path) -> str:
-    """The configuration with addresses and paths of this machine.
+    """Return the configuration with addresses and paths of this machine.
 
-    Without ``resolve``, which Debian's nginx is too old for and which needs Docker's DNS.
+    It omits ``resolve``, because that needs Docker's DNS and a newer nginx than Debian's.
     """
     text = (ROOT / "scripts/deploy/nginx.conf").read_text()
     for name, port in zip(("server-1", "server-2"), ports, strict=True):
@@ -48,13 +48,13 @@ def here(ports: tuple[int, int], listen: int, folder: Path) -> str:
 
 def program(conf: Path, *arguments: str) -> list[str]:
     assert PROGRAM is not None
-    root = " user root;" if os.geteuid() == 0 else ""  # else its workers could not enter the test's directory
+    root = " user root;" if os.geteuid() == 0 else ""  # else its workers cannot enter the test's directory
     return [PROGRAM, "-e", "stderr", "-c", str(conf), "-g", f"daemon off;{root}", *arguments]
 
 
 @pytest.fixture
 async def nginx(tmp_path: Path) -> AsyncIterator[Nginx]:
-    """Starts it before two ports: ``await nginx(port, port)`` → its address."""
+    """Return ``await nginx(port, port)``, which starts nginx in front of two ports and returns its address."""
     running: list[asyncio.subprocess.Process] = []
 
     async def start(*ports: int) -> str:
@@ -82,7 +82,7 @@ async def listening(port: int) -> None:
 
 
 class Upstream:
-    """A server that does as it is told, and remembers who asked what."""
+    """A scripted server that records its requests."""
 
     def __init__(self) -> None:
         self.asked: list[web.Request] = []
@@ -112,7 +112,7 @@ def upstreams() -> tuple[Upstream, Upstream]:
 
 @pytest.fixture
 async def door(nginx: Nginx, upstreams: tuple[Upstream, Upstream]) -> AsyncIterator[str]:
-    """nginx before the two upstreams."""
+    """Start nginx in front of the two upstreams; return its address."""
     async with contextlib.AsyncExitStack() as stack:
         ports = []
         for upstream in upstreams:
@@ -131,19 +131,19 @@ async def ask(http: aiohttp.ClientSession, method: str, url: str, **options: Any
 def test_nginx_accepts_its_configuration(tmp_path: Path) -> None:
     conf = tmp_path / "nginx.conf"
     conf.write_text(here((3001, 3002), 3003, tmp_path))
-    tested = subprocess.run(program(conf, "-t"), capture_output=True, text=True)
-    assert tested.returncode == 0, tested.stderr
+    result = subprocess.run(program(conf, "-t"), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
-def test_what_it_writes_is_all_in_tmp() -> None:
-    """Its file system is read-only in docker-compose.yml."""
+def test_nginx_writes_to_tmp_only() -> None:
+    """In docker-compose.yml the rest of its file system is read-only."""
     text = re.sub(r"#.*", "", (ROOT / "scripts/deploy/nginx.conf").read_text())
-    written = re.findall(r"^\s*(pid|\w+_temp_path|error_log|access_log)\s+([^\s;]+)", text, re.MULTILINE)
-    assert {name for name, _ in written} >= {"pid", "client_body_temp_path", "proxy_temp_path"}
-    assert [path for _, path in written if not path.startswith(("/tmp/", "/dev/stdout", "stderr"))] == []
+    settings = re.findall(r"^\s*(pid|\w+_temp_path|error_log|access_log)\s+([^\s;]+)", text, re.MULTILINE)
+    assert {name for name, _ in settings} >= {"pid", "client_body_temp_path", "proxy_temp_path"}
+    assert [path for _, path in settings if not path.startswith(("/tmp/", "/dev/stdout", "stderr"))] == []
 
 
-async def test_both_servers_get_their_share(
+async def test_both_servers_receive_requests(
     door: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession
 ) -> None:
     for _ in range(8):
@@ -151,11 +151,11 @@ async def test_both_servers_get_their_share(
     assert all(len(upstream.asked) >= 2 for upstream in upstreams)
 
 
-@pytest.mark.parametrize("how", ["away", "dead"])
-async def test_a_get_that_meets_a_leaving_server_is_served_by_the_other(
-    door: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession, how: str
+@pytest.mark.parametrize("failure", ["away", "dead"])
+async def test_a_get_is_retried_on_the_other_server_when_one_drains_or_fails(
+    door: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession, failure: str
 ) -> None:
-    upstreams[0].answer = getattr(upstreams[0], how)
+    upstreams[0].answer = getattr(upstreams[0], failure)
     statuses = [(await ask(http, "GET", f"{door}/health"))[0] for _ in range(8)]
     assert statuses == [200] * 8
     assert upstreams[0].asked
@@ -181,7 +181,7 @@ async def test_a_post_goes_to_the_server_that_still_listens(
             assert (await ask(http, "POST", f"{door}/api/v1/projects", json={}))[0] == 200
 
 
-async def test_when_both_refuse_the_client_hears_the_server_and_not_nginx(
+async def test_the_client_gets_the_response_of_a_server_when_both_refuse(
     door: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession
 ) -> None:
     for upstream in upstreams:
@@ -191,7 +191,7 @@ async def test_when_both_refuse_the_client_hears_the_server_and_not_nginx(
         assert (status, body["detail"]) == (503, "draining")
 
 
-async def test_when_nobody_answers_nginx_says_so_as_the_servers_would(
+async def test_nginx_responds_with_a_problem_body_when_no_server_is_reachable(
     nginx: Nginx, http: aiohttp.ClientSession
 ) -> None:
     door = await nginx(free_port(), free_port())
@@ -203,7 +203,7 @@ async def test_when_nobody_answers_nginx_says_so_as_the_servers_would(
     assert headers["X-Request-Id"] == body["requestId"] == "mine-1"
 
 
-async def test_the_largest_document_passes_and_a_larger_body_does_not(
+async def test_the_largest_document_is_accepted_and_a_larger_body_is_refused(
     door: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession
 ) -> None:
     url = f"{door}/api/v1/documents/1/content"
@@ -225,9 +225,9 @@ async def test_the_largest_document_passes_and_a_larger_body_does_not(
         (b"GET /.problem HTTP/1.1\r\nHost: a\r\n", 404, "not_found"),
         (b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: magic\r\n", 400, "bad_request"),
     ],
-    ids=["two hosts", "method", "long path", "long header", "its own path", "encoding"],
+    ids=["two hosts", "method", "long path", "long header", "internal path", "encoding"],
 )
-async def test_what_nginx_refuses_itself_is_a_problem_body(
+async def test_an_error_of_nginx_itself_is_a_problem_body(
     door: str, request_line: bytes, status: int, code: str
 ) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", urlsplit(door).port)
@@ -240,28 +240,28 @@ async def test_what_nginx_refuses_itself_is_a_problem_body(
     assert f'"code":"{code}"' in answer
 
 
-@pytest.mark.parametrize("given", ["trace-1", None, "not sane\t{}"])
-async def test_a_request_has_one_id_on_its_whole_way(
-    door: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession, given: str | None
+@pytest.mark.parametrize("sent", ["trace-1", None, "not sane\t{}"])
+async def test_a_request_keeps_its_valid_id_and_else_gets_a_new_one(
+    door: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession, sent: str | None
 ) -> None:
-    await ask(http, "GET", f"{door}/api/v1/projects", headers={"X-Request-Id": given} if given else {})
-    (asked,) = (request for upstream in upstreams for request in upstream.asked)
-    if given == "trace-1":
-        assert asked.headers["X-Request-Id"] == "trace-1"
+    await ask(http, "GET", f"{door}/api/v1/projects", headers={"X-Request-Id": sent} if sent else {})
+    (received,) = (request for upstream in upstreams for request in upstream.asked)
+    if sent == "trace-1":
+        assert received.headers["X-Request-Id"] == "trace-1"
     else:
-        assert re.fullmatch(r"[0-9a-f]{32}", asked.headers["X-Request-Id"])
+        assert re.fullmatch(r"[0-9a-f]{32}", received.headers["X-Request-Id"])
 
 
-async def test_nobody_can_claim_another_address(
+async def test_a_client_cannot_forge_its_address(
     door: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession
 ) -> None:
     await ask(http, "GET", f"{door}/health", headers={"X-Forwarded-For": "198.51.100.7"})
-    (asked,) = (request for upstream in upstreams for request in upstream.asked)
-    assert asked.headers.getall("X-Forwarded-For") == ["127.0.0.1"]
-    assert asked.headers["Host"] == urlsplit(door).netloc
+    (received,) = (request for upstream in upstreams for request in upstream.asked)
+    assert received.headers.getall("X-Forwarded-For") == ["127.0.0.1"]
+    assert received.headers["Host"] == urlsplit(door).netloc
 
 
-async def test_an_artifact_arrives_while_it_is_being_sent(
+async def test_an_artifact_is_streamed_to_the_client(
     door: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession
 ) -> None:
     first_arrived = asyncio.Event()
@@ -294,7 +294,10 @@ async def test_sockets_pass_with_their_subprotocol_and_large_frames(
             await socket.send_bytes(message.data)
         return socket
 
-    upstreams[0].answer, upstreams[1].answer = echo, upstreams[1].away  # a new socket finds the one that takes it
+    upstreams[0].answer, upstreams[1].answer = (
+        echo,
+        upstreams[1].away,
+    )  # a new socket is retried on the server that accepts it
     for _ in range(4):
         protocols = ("collab.v1", "bearer.token")
         async with http.ws_connect(door + path, protocols=protocols, max_msg_size=16 << 20) as socket:
@@ -303,7 +306,7 @@ async def test_sockets_pass_with_their_subprotocol_and_large_frames(
             assert len((await socket.receive()).data) == 10 << 20
 
 
-async def test_the_product_is_whole_behind_it(
+async def test_the_product_works_behind_nginx(
     nginx: Nginx, make_server: MakeServer, make_actor: MakeActor, tmp_path: Path
 ) -> None:
     servers = [await make_server() for _ in range(2)]
@@ -311,9 +314,9 @@ async def test_the_product_is_whole_behind_it(
     ada: Actor = await make_actor("Ada", door)
     bob: Actor = await make_actor("Bob", door)
     workspace = await ada.make_workspace(None, bob)
-    # Alternately on the one server and on the other.
-    hearing, speaking = await bob.connect(workspace), await ada.connect(workspace)
-    await hearing.assert_push("USER_JOIN", userId=ada.id)
-    await speaking.push("file:change", workspaceId=workspace, path="main.py", change="+1")
-    await hearing.assert_push("FILE_CHANGE", path="main.py")
-    assert (tmp_path / "log").read_text() == ""  # no news: every request was served at once
+    # nginx alternates between the two servers, so the two sockets are on different servers.
+    receiver, sender = await bob.connect(workspace), await ada.connect(workspace)
+    await receiver.assert_push("USER_JOIN", userId=ada.id)
+    await sender.push("file:change", workspaceId=workspace, path="main.py", change="+1")
+    await receiver.assert_push("FILE_CHANGE", path="main.py")
+    assert (tmp_path / "log").read_text() == ""  # no entries: every request was served at once

@@ -1,4 +1,4 @@
-"""Prepared for Redis Cluster: the keys of one script are on one node."""
+"""The product is prepared for Redis Cluster: all keys of one script are in one slot."""
 
 import asyncio
 from typing import Any
@@ -15,11 +15,11 @@ CODE = {"type": "CODE_EXECUTION", "payload": {"language": "python", "code": "pri
 
 
 class Watched:
-    """What Redis is asked while this is open, as MONITOR tells it."""
+    """A record of the scripts that Redis runs while it is open, from MONITOR."""
 
     def __init__(self, url: str) -> None:
         self._redis = Redis.from_url(url)
-        self.scripts: list[list[str]] = []  # of each call the keys
+        self.scripts: list[list[str]] = []  # the keys of each call
 
     async def __aenter__(self) -> "Watched":
         self._monitor = self._redis.monitor()
@@ -34,14 +34,14 @@ class Watched:
         await self._redis.aclose()
 
     async def _listen(self) -> None:
-        async for asked in self._monitor.listen():
-            # EVALSHA sha count key…; of EVAL, whose text has spaces, none takes several keys.
-            words = asked["command"].split(" ")
-            if asked["client_type"] != "lua" and words[0].upper() == "EVALSHA":
+        async for call in self._monitor.listen():
+            # The format is: EVALSHA sha count key…. EVAL is ignored: its text has spaces, and no EVAL has several keys.
+            words = call["command"].split(" ")
+            if call["client_type"] != "lua" and words[0].upper() == "EVALSHA":
                 self.scripts.append(words[3 : 3 + int(words[2])])
 
 
-def test_the_slot_function_is_the_specifications() -> None:
+def test_the_slot_function_follows_the_specification() -> None:
     assert key_slot(b"123456789") == 0x31C3
     assert key_slot(b"{user1000}.following") == key_slot(b"{user1000}.followers")
     assert key_slot(b"foo{}{bar}") != key_slot(b"bar")
@@ -51,26 +51,26 @@ def test_the_slot_function_is_the_specifications() -> None:
 async def test_the_keys_of_every_script_of_a_real_session_share_a_slot(
     stack: Stack, quiet: dict[str, str], make_server: MakeServer, make_actor: MakeActor, processes: Processes
 ) -> None:
-    async with Watched(quiet["redis_url"]) as watched:
+    async with Watched(quiet["redis_url"]) as monitor:
         processes.worker(**environment(quiet), JOB_FAULT_RATE="0").ready()
         base = await make_server(**quiet)
         alice, bob = await make_actor("Alice", base), await make_actor("Bob", base)
         workspace = await alice.make_workspace(None, bob)
-        await work_together(alice, bob, workspace)
-        asked = await alice.post("/jobs", CODE, headers={"Idempotency-Key": "once"})
-        assert asked.status == 201, asked
-        await alice.finished_job(asked["job"]["id"])
+        await collaborate(alice, bob, workspace)
+        submitted = await alice.post("/jobs", CODE, headers={"Idempotency-Key": "once"})
+        assert submitted.status == 201, submitted
+        await alice.finished_job(submitted["job"]["id"])
         assert (await alice.post("/auth/logout", {})).status == 204
-    several = [keys for keys in watched.scripts if len(keys) > 1]
-    tags = {keys[0].split(":")[0] for keys in several}
+    multi_key_calls = [keys for keys in monitor.scripts if len(keys) > 1]
+    tags = {keys[0].split(":")[0] for keys in multi_key_calls}
     assert {"ws", "{auth}", "saq"} <= tags, tags
-    assert [keys for keys in several if len({key_slot(key.encode()) for key in keys}) > 1] == []
+    assert [keys for keys in multi_key_calls if len({key_slot(key.encode()) for key in keys}) > 1] == []
 
 
-async def work_together(alice: Actor, bob: Actor, workspace: str) -> None:
-    ones, others = await alice.connect(workspace), await bob.connect(workspace)
-    await ones.push("file:change", workspaceId=workspace, path="main.py", change={"insert": "x"})
-    await others.push("leave:workspace", workspaceId=workspace)
+async def collaborate(alice: Actor, bob: Actor, workspace: str) -> None:
+    alice_socket, bob_socket = await alice.connect(workspace), await bob.connect(workspace)
+    await alice_socket.push("file:change", workspaceId=workspace, path="main.py", change={"insert": "x"})
+    await bob_socket.push("leave:workspace", workspaceId=workspace)
     assert (await alice.get(f"/workspaces/{workspace}/events")).status == 200
     assert (await alice.get(f"/workspaces/{workspace}/users")).status == 200
     assert (await alice.post("/auth/ws-ticket")).status == 201

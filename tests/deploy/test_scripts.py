@@ -1,4 +1,4 @@
-"""scripts/dev, scripts/test and what they share, on a machine whose Python only notes what it is asked."""
+"""Test scripts/dev, scripts/test and their shared code, on a machine whose Python only logs its arguments."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ from tests.processes import ROOT
 
 TOOLS = ("sh", "cat", "cksum", "cp", "date", "dirname", "flock", "mkdir", "mv", "rm", "sed", "sleep", "tail")
 PYTHON = """#!/bin/sh
-# Of the many questions that a Python is asked, those about itself are not noted.
+# Logs its arguments, except for the questions about this Python itself.
 case "$1 $2" in
 "-c import ensurepip"*) exit ${NO_ENSUREPIP:-0} ;;
 "-c "*) exit 0 ;;
@@ -42,11 +42,11 @@ class Machine:
     root: Path
 
     def run(
-        self, script: str, *arguments: str, cwd: Path | None = None, **beside: str
+        self, script: str, *arguments: str, cwd: Path | None = None, **variables: str
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [str(self.root / "scripts" / script), *arguments],
-            env={"PATH": str(self.root / "bin"), "NOTES": str(self.notes), **beside},
+            env={"PATH": str(self.root / "bin"), "NOTES": str(self.notes), **variables},
             cwd=cwd or self.root,
             capture_output=True,
             text=True,
@@ -54,7 +54,7 @@ class Machine:
 
     @contextlib.contextmanager
     def installing(self, **streams: int) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-        """scripts/dev while pip takes its time: it ends when the file is there."""
+        """Run scripts/dev with a pip that waits until the yielded file exists."""
         release = self.root / "release"
         environment = {"PATH": str(self.root / "bin"), "NOTES": str(self.notes), "PIP_WAITS_FOR": str(release)}
         with subprocess.Popen(
@@ -64,9 +64,9 @@ class Machine:
             # A shell starts what it runs in the background with SIGINT ignored, and so would we.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             **streams,
-        ) as running:
+        ) as process:
             try:
-                yield running, release
+                yield process, release
             finally:
                 release.touch()
 
@@ -75,7 +75,7 @@ class Machine:
         return self.root / "notes"
 
     def asked(self) -> list[str]:
-        """What Python was asked since the last look."""
+        """Return the commands that Python received since the last call."""
         lines = self.notes.read_text().splitlines() if self.notes.exists() else []
         self.notes.unlink(missing_ok=True)
         return [line.replace(str(self.root), "ROOT") for line in lines]
@@ -84,7 +84,7 @@ class Machine:
 INSTALL = (
     "-m pip install --quiet --disable-pip-version-check --constraint ROOT/constraints.txt --editable ROOT[{extra}]"
 )
-SHARED_OUT = "-m pytest -n {processes} --dist worksteal"
+DISTRIBUTED = "-m pytest -n {processes} --dist worksteal"
 
 
 @pytest.fixture
@@ -97,9 +97,9 @@ def machine(tmp_path: Path) -> Machine:
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "tests" / "test_one.py").touch()
     for tool in TOOLS:
-        found = shutil.which(tool)
-        assert found
-        (tmp_path / "bin" / tool).symlink_to(found)
+        path = shutil.which(tool)
+        assert path
+        (tmp_path / "bin" / tool).symlink_to(path)
     python = tmp_path / "bin" / "python3.11"
     python.write_text(PYTHON)
     python.chmod(0o755)
@@ -113,7 +113,7 @@ def test_the_first_call_installs_and_the_second_does_not(machine: Machine) -> No
     assert machine.asked() == ["run.py dev"]
 
 
-def test_the_tests_extra_serves_dev_too_and_a_change_of_dependencies_installs_anew(machine: Machine) -> None:
+def test_the_extra_test_serves_dev_too_and_changed_dependencies_are_installed_again(machine: Machine) -> None:
     machine.run("test")
     assert machine.asked()[:2] == ["-m venv ROOT/.venv", INSTALL.format(extra="test")]
     machine.run("dev")
@@ -126,45 +126,45 @@ def test_the_tests_extra_serves_dev_too_and_a_change_of_dependencies_installs_an
 
 
 @pytest.mark.parametrize(("processors", "processes"), [(1, 2), (2, 3), (64, 8)])
-def test_a_whole_run_is_shared_out_among_processes(machine: Machine, processors: int, processes: int) -> None:
+def test_a_whole_run_is_distributed_over_processes(machine: Machine, processors: int, processes: int) -> None:
     nproc = machine.root / "bin" / "nproc"
     nproc.write_text(f"#!/bin/sh\necho {processors}\n")
     nproc.chmod(0o755)
     for arguments in ((), ("-x",), ("--full",)):
         machine.run("test", *arguments)
-        assert machine.asked()[-1] == " ".join((SHARED_OUT.format(processes=processes), *arguments))
+        assert machine.asked()[-1] == " ".join((DISTRIBUTED.format(processes=processes), *arguments))
 
 
 @pytest.mark.parametrize("choice", ["-n0", "-k name", "--lf", "ROOT/tests/test_one.py"])
-def test_a_choice_of_tests_runs_in_one_process(machine: Machine, choice: str) -> None:
+def test_a_selection_of_tests_runs_in_one_process(machine: Machine, choice: str) -> None:
     machine.run("test", *choice.replace("ROOT/", "").split())
     assert machine.asked()[-1] == f"-m pytest {choice}"
 
 
-def test_a_file_is_meant_as_seen_from_where_one_stands(machine: Machine) -> None:
+def test_a_path_is_relative_to_the_directory_of_the_caller(machine: Machine) -> None:
     machine.run("test", "test_one.py", "-k", "some/name", cwd=machine.root / "tests")
     assert machine.asked()[-1] == "-m pytest ROOT/tests/test_one.py -k some/name"
     machine.run("test", "--cov", "--full", "tests/test_one.py::test_x")
     assert machine.asked()[-1] == "-m pytest --cov=server --cov-report=term --full ROOT/tests/test_one.py::test_x"
 
 
-def test_a_venv_that_somebody_made_is_put_aside_and_one_that_was_moved_is_made_anew(machine: Machine) -> None:
-    mine = machine.root / ".venv"
-    mine.mkdir()
-    (mine / "precious").touch()
-    told = machine.run("dev")
+def test_a_foreign_venv_is_moved_aside_and_a_moved_venv_is_recreated(machine: Machine) -> None:
+    venv = machine.root / ".venv"
+    venv.mkdir()
+    (venv / "precious").touch()
+    result = machine.run("dev")
     (aside,) = machine.root.glob(".venv.*")
     assert (aside / "precious").exists()
-    assert f"the .venv that was here is now {aside}" in told.stderr
+    assert f"moved the existing .venv to {aside}" in result.stderr
     machine.asked()
 
-    (mine / "made-at").write_text("/elsewhere/.venv\n")
+    (venv / "made-at").write_text("/elsewhere/.venv\n")
     machine.run("dev")
     assert machine.asked()[0] == "-m venv ROOT/.venv"
     assert len(list(machine.root.glob(".venv.*"))) == 1
 
 
-def test_an_installation_that_fails_says_so_and_is_tried_again(machine: Machine) -> None:
+def test_a_failed_installation_is_reported_and_retried_by_the_next_call(machine: Machine) -> None:
     failed = machine.run("dev", PIP_FAILS="1")
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1].startswith("dev: error: ")
@@ -173,67 +173,67 @@ def test_an_installation_that_fails_says_so_and_is_tried_again(machine: Machine)
     assert machine.asked()[-2:] == [INSTALL.format(extra="embedded"), "run.py dev"]
 
 
-def test_without_ensurepip_a_venv_is_made_without_pip(machine: Machine) -> None:
+def test_a_venv_is_created_without_pip_if_ensurepip_is_missing(machine: Machine) -> None:
     assert machine.run("dev", NO_ENSUREPIP="1").returncode == 0
     assert machine.asked()[0] == "-m venv --without-pip ROOT/.venv"
 
 
-def test_without_a_python_it_says_what_to_install(machine: Machine) -> None:
+def test_a_missing_python_is_reported_with_the_versions_to_install(machine: Machine) -> None:
     (machine.root / "bin" / "python3.11").unlink()
-    told = machine.run("dev")
-    assert told.returncode == 1
-    assert "no Python 3.11, 3.12 or 3.13 found" in told.stderr
+    result = machine.run("dev")
+    assert result.returncode == 1
+    assert "no Python 3.11, 3.12 or 3.13 found" in result.stderr
 
 
 @pytest.mark.parametrize("script", ["dev", "demo", "test", "check"])
-def test_help_is_the_comment_at_the_head(script: str, machine: Machine) -> None:
-    told = machine.run(script, "--help")
-    assert told.returncode == 0
-    assert told.stdout.startswith(f"Usage: scripts/{script}")
+def test_help_is_the_comment_at_the_head_of_the_script(script: str, machine: Machine) -> None:
+    result = machine.run(script, "--help")
+    assert result.returncode == 0
+    assert result.stdout.startswith(f"Usage: scripts/{script}")
     assert not machine.asked()
 
 
 def read_until(pattern: bytes, descriptor: int) -> bytes:
-    """Return what a process writes, up to a match."""
-    read = b""
-    while not re.search(pattern, read):
-        more = os.read(descriptor, 4096)
-        assert more, read
-        read += more
-    return read
+    """Return the output of a process up to a match."""
+    output = b""
+    while not re.search(pattern, output):
+        chunk = os.read(descriptor, 4096)
+        assert chunk, output
+        output += chunk
+    return output
 
 
-def test_a_long_installation_shows_where_it_is(machine: Machine) -> None:
-    with machine.installing(stderr=subprocess.PIPE) as (running, release):
-        assert running.stderr
-        read_until(rb"\ndev: 2 s looking for duckdb\n", running.stderr.fileno())
+def test_a_long_installation_shows_its_current_step(machine: Machine) -> None:
+    with machine.installing(stderr=subprocess.PIPE) as (process, release):
+        assert process.stderr
+        read_until(rb"\ndev: 2 s looking for duckdb\n", process.stderr.fileno())
         release.touch()
-        assert running.wait(timeout=PATIENCE_SECONDS) == 0
-        rest = running.stderr.read()
+        assert process.wait(timeout=PATIENCE_SECONDS) == 0
+        rest = process.stderr.read()
     assert re.fullmatch(rb"(dev: \d+ s looking for duckdb\n)*", rest)
 
 
-def test_on_a_terminal_the_progress_is_one_line_that_goes_away(machine: Machine) -> None:
-    ours, theirs = pty.openpty()
-    with machine.installing(stderr=theirs) as (running, release):
-        shown = read_until(rb"dev: 2 s looking for duckdb", ours)
+def test_the_progress_on_a_terminal_is_one_line_that_disappears(machine: Machine) -> None:
+    controller, terminal = pty.openpty()
+    with machine.installing(stderr=terminal) as (process, release):
+        shown = read_until(rb"dev: 2 s looking for duckdb", controller)
         release.touch()
-        shown += read_until(rb"\r\x1b\[K$", ours)
-        assert running.wait(timeout=PATIENCE_SECONDS) == 0
-    os.close(theirs)
-    os.close(ours)
+        shown += read_until(rb"\r\x1b\[K$", controller)
+        assert process.wait(timeout=PATIENCE_SECONDS) == 0
+    os.close(terminal)
+    os.close(controller)
     assert b"\r\x1b[Kdev: 1 s looking for duckdb\r\x1b[Kdev: 2 s" in shown
 
 
-def test_ctrl_c_ends_an_installation_and_what_shows_it(machine: Machine) -> None:
-    with machine.installing(stderr=subprocess.PIPE) as (running, _):
-        assert running.stderr
-        read_until(rb"looking for duckdb\n", running.stderr.fileno())
-        os.killpg(running.pid, signal.SIGINT)
-        assert running.wait(timeout=PATIENCE_SECONDS) != 0
+def test_ctrl_c_stops_an_installation_and_its_progress(machine: Machine) -> None:
+    with machine.installing(stderr=subprocess.PIPE) as (process, _):
+        assert process.stderr
+        read_until(rb"looking for duckdb\n", process.stderr.fileno())
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=PATIENCE_SECONDS) != 0
         deadline = time.monotonic() + PATIENCE_SECONDS
         with contextlib.suppress(ProcessLookupError):
             while time.monotonic() < deadline:
-                os.killpg(running.pid, 0)
+                os.killpg(process.pid, 0)
                 time.sleep(0.05)
-            pytest.fail("something goes on")
+            pytest.fail("a process of the installation is still running")

@@ -1,6 +1,6 @@
-"""Everything that can be written about one project, each write by a user who may, and worlds to do it in.
+"""Every write on a project or an account, each by an authorized user, and scenarios in which writes race.
 
-A world is made by SQL: over REST it would take ten times as long as a race in it.
+SQL creates a scenario, because over REST it would take ten times as long as a race in it.
 """
 
 from base64 import b64encode
@@ -29,14 +29,14 @@ FIRST_UPDATE = updates.first(TEXT)
 class World:
     """A project with an owner, a member, two invitations and a workspace.
 
-    Two documents: by id they come in one order, by path and by age in the other.
+    It has two documents: their order by id is the reverse of their order by path and by age.
     """
 
     owner: Actor
     member: Actor
-    invited: Actor  # who has an account
+    invited: Actor  # has an invitation and an account
     outsider: Actor
-    newcomer: Actor  # who is invited and has none
+    newcomer: Actor  # has an invitation and no account
     project: UUID = field(default_factory=uuid4)
     member_id: UUID = field(default_factory=uuid4)
     invitation: UUID = field(default_factory=uuid4)
@@ -49,7 +49,7 @@ class World:
         return f"/projects/{self.project}"
 
     async def prepare(self, moves: Sequence["Move"]) -> None:
-        """Open the documents on a socket for each move that edits."""
+        """Open the documents on one socket for each write that edits."""
         for _ in range(moves.count(World.edit)):
             self.sockets.append(await self.member.connect())
             for document in self.documents:
@@ -121,7 +121,7 @@ class World:
         return await self.member.post(f"/documents/{self.documents[0]}/restore", {"version": 1})
 
     async def edit(self) -> Answer:
-        """Edit both documents at once; with a status as REST would have it."""
+        """Edit both documents at once; return the status that REST would have."""
         socket, update = self.sockets.pop(), b64encode(updates.first("x")).decode()
         try:
             for document in self.documents:
@@ -164,10 +164,10 @@ class World:
         return await self.member.post("/auth/logout", {"refreshToken": self.member.refresh_token})
 
     async def _edited(self, socket: Socket) -> Answer:
-        waiting, answer = set(map(str, self.documents)), Answer(200, {}, {})
-        while waiting:
+        pending, answer = set(map(str, self.documents)), Answer(200, {}, {})
+        while pending:
             frame = await socket.next()
-            waiting.discard(frame.get("id"))
+            pending.discard(frame.get("id"))
             if frame["event"] == "error":
                 answer = Answer(503 if frame["data"]["code"] == "unavailable" else 409, frame["data"], {})
         return answer
@@ -218,7 +218,7 @@ def invitation_token(actor: Actor) -> str:
 
 
 class Worlds:
-    """Makes worlds whose users are signed in at one server."""
+    """A factory of scenarios whose users are signed in at one server."""
 
     def __init__(
         self, db: asyncpg.Connection, settings: Settings, http: aiohttp.ClientSession, base: str, password_hash: str
@@ -235,10 +235,10 @@ class Worlds:
         return cls(db, settings, http, base, await Hasher(rounds=4).hash(PASSWORD))
 
     async def make(self) -> World:
-        people = {name: Actor(self._http, self._base, name) for name in (*NAMES, "Newcomer")}
-        world = World(*people.values())
+        actors = {name: Actor(self._http, self._base, name) for name in (*NAMES, "Newcomer")}
+        world = World(*actors.values())
         async with self._db.transaction():
-            await self._sign_up([people[name] for name in NAMES])
+            await self._sign_up([actors[name] for name in NAMES])
             await self._found(world)
             await self._write_documents(world)
         return world

@@ -1,4 +1,4 @@
-"""What users saw of HTTP: conditional requests, CORS, limits of a request's head, numbers, query parameters."""
+"""Faults of HTTP that users saw: conditional requests, CORS, limits of a request's head, numbers, query parameters."""
 
 import asyncio
 import io
@@ -29,8 +29,8 @@ async def put(actor: Actor, document: str, text: str, **conditions: str) -> Answ
     return await actor.put(f"/documents/{document}/content", data=io.BytesIO(text.encode()), headers=headers)
 
 
-async def things(actor: Actor) -> dict[str, dict[str, str]]:
-    """One of each kind that has an ETag, and a change of it."""
+async def tagged_resources(actor: Actor) -> dict[str, dict[str, str]]:
+    """Create one resource of each kind that has an ETag; return a change for each path."""
     workspace = await actor.make_workspace()
     project = (await actor.get(f"/workspaces/{workspace}"))["projectId"]
     return {
@@ -41,8 +41,8 @@ async def things(actor: Actor) -> dict[str, dict[str, str]]:
     }
 
 
-async def test_if_none_match_was_ignored_where_something_is_changed(alice: Actor) -> None:
-    for path, change in (await things(alice)).items():
+async def test_if_none_match_was_ignored_in_changes(alice: Actor) -> None:
+    for path, change in (await tagged_resources(alice)).items():
         tag = await tag_of(alice, path)
         for unmet in ("*", tag, f"W/{tag}", f'"other", {tag}'):
             refused = await alice.patch(path, change, headers={"If-None-Match": unmet})
@@ -50,12 +50,14 @@ async def test_if_none_match_was_ignored_where_something_is_changed(alice: Actor
         assert await tag_of(alice, path) == tag
         changed = await alice.patch(path, change, headers={"If-None-Match": '"0", W/"7-owner"'})
         assert changed.status == 200, (path, changed)
-        assert (await alice.patch(path, change, headers={"If-None-Match": tag})).status == 200  # it is an old one now
+        assert (
+            await alice.patch(path, change, headers={"If-None-Match": tag})
+        ).status == 200  # the tag is outdated now
 
 
-async def test_if_none_match_was_ignored_where_something_is_deleted(alice: Actor) -> None:
-    kinds = [path for path in await things(alice) if path != "/auth/profile"]
-    for path in reversed(kinds):  # what is inside first
+async def test_if_none_match_was_ignored_in_deletions(alice: Actor) -> None:
+    kinds = [path for path in await tagged_resources(alice) if path != "/auth/profile"]
+    for path in reversed(kinds):  # the innermost first
         tag = await tag_of(alice, path)
         for unmet in ("*", tag):
             assert (await alice.delete(path, headers={"If-None-Match": unmet})).code == "precondition_failed", path
@@ -68,7 +70,7 @@ async def test_if_none_match_was_ignored_where_something_is_deleted(alice: Actor
     assert (await alice.delete("/auth/profile", account, headers={"If-None-Match": '"0"'})).status == 204
 
 
-async def test_if_match_is_asked_before_if_none_match_and_both_must_hold(alice: Actor) -> None:
+async def test_if_match_is_checked_before_if_none_match_and_both_must_hold(alice: Actor) -> None:
     path = f"/projects/{await alice.make_project()}"
     tag = await tag_of(alice, path)
     for match, none_match, status in ((tag, tag, 412), ('"0"', '"0"', 412), ("*", tag, 412), (tag, '"0"', 200)):
@@ -86,7 +88,7 @@ async def test_several_lines_of_a_condition_are_one_list(alice: Actor) -> None:
         assert answer.status == 200
 
 
-async def test_a_tag_that_only_resembles_the_current_one_passed_if_match(alice: Actor) -> None:
+async def test_a_tag_that_only_resembles_the_current_tag_passed_if_match(alice: Actor) -> None:
     path = f"/projects/{await alice.make_project()}"
     tag = await tag_of(alice, path)
     number, role = tag.strip('"').split("-")
@@ -104,7 +106,7 @@ async def test_a_tag_that_only_resembles_the_current_one_passed_if_match(alice: 
 
 
 async def test_a_weak_tag_never_passes_if_match(alice: Actor) -> None:
-    for path, change in (await things(alice)).items():
+    for path, change in (await tagged_resources(alice)).items():
         tag = await tag_of(alice, path)
         for weak in (f"W/{tag}", f'W/{tag}, "0"'):
             refused = await alice.patch(path, change, headers={"If-Match": weak})
@@ -115,24 +117,24 @@ async def test_a_weak_tag_never_passes_if_match(alice: Actor) -> None:
     assert (await put(alice, document, "x", If_Match=f"W/{content}")).code == "precondition_failed"
 
 
-async def test_a_restore_overwrote_what_its_if_match_did_not_name(alice: Actor) -> None:
+async def test_a_restore_overwrote_a_version_that_its_if_match_did_not_name(alice: Actor) -> None:
     document = await make_document(alice, await alice.make_workspace(), content="first")
-    seen = [await tag_of(alice, f"/documents/{document}{part}") for part in ("/content", "")]
+    old_tags = [await tag_of(alice, f"/documents/{document}{part}") for part in ("/content", "")]
     assert (await put(alice, document, "second", If_Match="*")).status == 200
 
     async def restore(**conditions: str) -> Answer:
         headers = {name.replace("_", "-"): value for name, value in conditions.items()}
         return await alice.post(f"/documents/{document}/restore", {"version": 1}, headers=headers)
 
-    for old in (*seen, '"0"', "garbage"):
-        refused = await restore(If_Match=old)
-        assert (refused.status, refused.code) == (412, "precondition_failed"), old
+    for tag in (*old_tags, '"0"', "garbage"):
+        refused = await restore(If_Match=tag)
+        assert (refused.status, refused.code) == (412, "precondition_failed"), tag
     assert (await restore(If_None_Match="*")).code == "precondition_failed"
     for part in ("/content", ""):  # the tag of the text, or that of the document
-        now = await tag_of(alice, f"/documents/{document}{part}")
-        assert (await restore(If_None_Match=now)).code == "precondition_failed"
-        assert (await restore(If_Match=f"W/{now}")).code == "precondition_failed"
-        assert (await restore(If_Match=now)).status == 200
+        current = await tag_of(alice, f"/documents/{document}{part}")
+        assert (await restore(If_None_Match=current)).code == "precondition_failed"
+        assert (await restore(If_Match=f"W/{current}")).code == "precondition_failed"
+        assert (await restore(If_Match=current)).status == 200
     assert (await alice.get(f"/documents/{document}/content")).body == "first"
 
 
@@ -145,18 +147,18 @@ async def test_ten_restores_on_one_tag_have_one_winner(alice: Actor) -> None:
     assert sorted(answer.status for answer in answers) == [200] + [412] * 9
 
 
-async def test_a_version_changes_its_tag_when_its_author_is_gone(alice: Actor, bob: Actor) -> None:
+async def test_a_version_changes_its_tag_when_its_author_is_deleted(alice: Actor, bob: Actor) -> None:
     document = await make_document(alice, await alice.make_workspace(None, bob), content="first")
     assert (await put(bob, document, "second", If_Match="*")).status == 200
     path = f"/documents/{document}/versions/2"
-    seen = await alice.get(path)
-    assert seen["createdBy"] == bob.id
+    before = await alice.get(path)
+    assert before["createdBy"] == bob.id
     assert (await bob.delete("/auth/profile", {"password": bob.password})).status == 204
-    now = await alice.get(path, headers={"If-None-Match": seen.headers["ETag"]})
-    assert (now.status, now["createdBy"]) == (200, None)
+    after = await alice.get(path, headers={"If-None-Match": before.headers["ETag"]})
+    assert (after.status, after["createdBy"]) == (200, None)
 
 
-async def test_a_text_was_overwritten_by_a_put_that_was_to_create_it(alice: Actor) -> None:
+async def test_a_put_that_may_only_create_overwrote_a_text(alice: Actor) -> None:
     document = await make_document(alice, await alice.make_workspace(), content="mine")
     for conditions in ({"If_None_Match": "*"}, {"If_None_Match": "*", "If_Match": "*"}):
         refused = await put(alice, document, "theirs", **conditions)
@@ -180,7 +182,7 @@ HEAD_END = b"\r\nHost: x\r\nConnection: close\r\n\r\n"
 
 
 async def answer_to(server: str, *parts: bytes) -> tuple[int, bytes]:
-    """The status and the body of the answer; every part is sent, whatever the server answers meanwhile."""
+    """Send all parts, even if the server responds earlier; return the status and the body of its response."""
     reader, writer = await asyncio.open_connection("127.0.0.1", int(server.rpartition(":")[2]))
     for part in parts:
         writer.write(part)
@@ -200,9 +202,9 @@ async def answer_to(server: str, *parts: bytes) -> tuple[int, bytes]:
         ([b"GET / HTTP/1.1\r\nCookie: ", *[b"a" * 65536] * 64, HEAD_END], 431, b"header_fields_too_large"),
         ([b"GET / HTTP/1.1\r\n", *[b"X-Some: thing\r\n" * 64] * 64, HEAD_END], 431, b"header_fields_too_large"),
     ],
-    ids=["a long address", "an endless address", "a long header", "an endless header", "endless headers"],
+    ids=["long URI", "endless URI", "long header", "endless header", "endless headers"],
 )
-async def test_an_oversized_head_was_a_malformed_request(
+async def test_an_oversized_head_was_reported_as_a_malformed_request(
     server: str, parts: list[bytes], status: int, code: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.rest.runner.LINGER_SECONDS", PATIENCE_SECONDS)
@@ -211,19 +213,21 @@ async def test_an_oversized_head_was_a_malformed_request(
     assert b'"code":"' + code in body
 
 
-async def test_what_fits_into_the_limits_of_a_head_is_read(server: str) -> None:
-    address = b"GET /health?" + b"a" * 8000 + b" HTTP/1.1"
+async def test_a_head_within_the_limits_is_accepted(server: str) -> None:
+    request_line = b"GET /health?" + b"a" * 8000 + b" HTTP/1.1"
     headers = b"".join(b"\r\nX-%d: 1" % number for number in range(120))
     cookie = b"\r\nCookie: " + b"a" * 8000
-    assert (await answer_to(server, address + headers + cookie + HEAD_END))[0] == 200
+    assert (await answer_to(server, request_line + headers + cookie + HEAD_END))[0] == 200
 
 
-OURS, THEIRS = "https://app.example.org", "https://evil.example.org"
+OUR_ORIGIN, FOREIGN_ORIGIN = "https://app.example.org", "https://evil.example.org"
 
 
-async def test_a_browser_could_not_read_why_the_api_refused(make_server: MakeServer, make_actor: MakeActor) -> None:
+async def test_a_browser_could_not_read_error_responses_of_the_api(
+    make_server: MakeServer, make_actor: MakeActor
+) -> None:
     limited = await make_server(
-        cors_origin=(OURS, "https://other.example.org"), rate_limit_default=limits.parse("8/15minutes")
+        cors_origin=(OUR_ORIGIN, "https://other.example.org"), rate_limit_default=limits.parse("8/15minutes")
     )
     page = await make_actor("Page", limited)
     for method, path, status in (
@@ -238,48 +242,52 @@ async def test_a_browser_could_not_read_why_the_api_refused(make_server: MakeSer
         ("GET", "/projects", 200),
         ("GET", "/projects", 429),
     ):
-        answer = await page.call(method, path, headers={"Origin": OURS})
+        answer = await page.call(method, path, headers={"Origin": OUR_ORIGIN})
         assert answer.status == status, (method, path)
-        assert answer.headers["Access-Control-Allow-Origin"] == OURS, (method, path)
+        assert answer.headers["Access-Control-Allow-Origin"] == OUR_ORIGIN, (method, path)
         assert "X-Request-Id" in answer.headers["Access-Control-Expose-Headers"]
-        stranger = await page.call(method, path, headers={"Origin": THEIRS})
-        assert "Access-Control-Allow-Origin" not in stranger.headers, (method, path)
+        foreign = await page.call(method, path, headers={"Origin": FOREIGN_ORIGIN})
+        assert "Access-Control-Allow-Origin" not in foreign.headers, (method, path)
 
 
-async def test_a_browser_could_not_read_that_its_address_was_too_long(make_server: MakeServer) -> None:
+async def test_a_browser_could_not_read_that_its_uri_was_too_long(make_server: MakeServer) -> None:
     async def headers(server: str) -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", int(server.rpartition(":")[2]))
-        writer.write(b"GET /api/v1/projects?q=" + b"a" * 9000 + b" HTTP/1.1\r\nOrigin: " + OURS.encode() + HEAD_END)
+        writer.write(
+            b"GET /api/v1/projects?q=" + b"a" * 9000 + b" HTTP/1.1\r\nOrigin: " + OUR_ORIGIN.encode() + HEAD_END
+        )
         head = await reader.readuntil(b"\r\n\r\n")
         writer.close()
         return head
 
-    assert f"Access-Control-Allow-Origin: {OURS}".encode() in await headers(await make_server(cors_origin=(OURS,)))
+    assert f"Access-Control-Allow-Origin: {OUR_ORIGIN}".encode() in await headers(
+        await make_server(cors_origin=(OUR_ORIGIN,))
+    )
     assert b"Access-Control-Allow-Origin: *" in await headers(await make_server(cors_origin=("*",)))
 
 
 async def test_options_without_an_origin_was_forbidden(alice: Actor, http: aiohttp.ClientSession) -> None:
-    nobody = Actor(http, alice.base, "Nobody")
+    anonymous = Actor(http, alice.base, "Anonymous")
     for path, methods in (
         ("/projects", "GET, HEAD, OPTIONS, POST"),
         ("/auth/sessions", "DELETE, GET, HEAD, OPTIONS"),
         ("/documents/anything/content", "GET, HEAD, OPTIONS, PUT"),
         ("/jobs/stats", "GET, HEAD, OPTIONS"),
     ):
-        answer = await nobody.call("OPTIONS", path)
+        answer = await anonymous.call("OPTIONS", path)
         assert (answer.status, answer.headers["Allow"], answer.body) == (204, methods, "")
-    unknown = await nobody.call("OPTIONS", "/nowhere")
+    unknown = await anonymous.call("OPTIONS", "/nowhere")
     assert (unknown.status, unknown.code) == (404, "not_found")
 
 
-async def test_options_of_a_page_that_asks_for_no_leave_were_forbidden(make_server: MakeServer, http) -> None:
-    page = Actor(http, await make_server(cors_origin=(OURS,)), "Page")
-    answer = await page.call("OPTIONS", "/projects", headers={"Origin": OURS})
-    assert (answer.status, answer.headers["Access-Control-Allow-Origin"]) == (204, OURS)
+async def test_an_options_request_that_is_no_preflight_was_forbidden(make_server: MakeServer, http) -> None:
+    page = Actor(http, await make_server(cors_origin=(OUR_ORIGIN,)), "Page")
+    answer = await page.call("OPTIONS", "/projects", headers={"Origin": OUR_ORIGIN})
+    assert (answer.status, answer.headers["Access-Control-Allow-Origin"]) == (204, OUR_ORIGIN)
     assert "POST" in answer.headers["Allow"]
 
 
-NO_NUMBERS = ("1_0", "+1", " 1", "1 ", "-1", "\u0663", "1e1", "1.0", "0x1", "", "1" * 20)
+INVALID_NUMBERS = ("1_0", "+1", " 1", "1 ", "-1", "\u0663", "1e1", "1.0", "0x1", "", "1" * 20)
 
 
 async def test_numbers_in_queries_were_read_as_python_reads_them(alice: Actor) -> None:
@@ -295,7 +303,7 @@ async def test_numbers_in_queries_were_read_as_python_reads_them(alice: Actor) -
         (f"/jobs/{job}/logs", "after"),
         (f"/jobs/{job}/logs", "cursor"),
     ):
-        for text in NO_NUMBERS:
+        for text in INVALID_NUMBERS:
             refused = await alice.get(path, params={name: text})
             assert (refused.status, refused.code) == (422, "validation_failed"), (path, name, text)
             assert refused["details"][0]["field"] == name
@@ -306,7 +314,7 @@ async def test_numbers_in_queries_were_read_as_python_reads_them(alice: Actor) -
 
 
 @pytest.mark.parametrize("key", ["1_0", "+1", " 1", "\u0661", "9223372036854775808"])
-async def test_a_cursor_with_such_a_number_was_taken(alice: Actor, key: str) -> None:
+async def test_a_cursor_with_such_a_number_was_accepted(alice: Actor, key: str) -> None:
     cursor = cursor_of(key, of="activity")
     refused = await alice.get(f"/projects/{await alice.make_project()}/activity", params={"cursor": cursor})
     assert (refused.status, refused["details"][0]["field"]) == (422, "cursor")
@@ -336,11 +344,11 @@ async def test_misspelt_query_parameters_were_ignored(alice: Actor) -> None:
             assert refused.code == "validation_failed"
             assert len(refused["details"]) == 1
     assert (await alice.get("/projects?limit=5&page=2"))["details"][0]["field"] == "page"
-    assert [each["id"] for each in (await alice.get("/projects"))["items"]] == [project]
+    assert [item["id"] for item in (await alice.get("/projects"))["items"]] == [project]
     assert (await alice.get("/projects?limit=x&limit=5")).status == 200  # the last one counts
 
 
-async def test_query_parameters_are_no_matter_where_no_json_is_answered(alice: Actor) -> None:
+async def test_unknown_query_parameters_are_ignored_on_routes_without_json_responses(alice: Actor) -> None:
     document = await make_document(alice, await alice.make_workspace(), content="text")
     assert (await alice.get(f"/documents/{document}/content?download=1")).body == "text"
     assert (await alice.get("/health?t=1")).status == 200
@@ -352,72 +360,72 @@ async def test_jobs_of_a_workspace_could_not_be_listed(alice: Actor, bob: Actor,
     project = await alice.make_project(bob)
     here, there = await alice.make_workspace(project), await alice.make_workspace(project)
     place = {"workspaceId": here, "runAt": LATER}
-    made = [(await who.post("/jobs", {**program(), **place}))["job"]["id"] for who in (alice, bob, alice)]
+    jobs = [(await actor.post("/jobs", {**program(), **place}))["job"]["id"] for actor in (alice, bob, alice)]
     other = (await alice.post("/jobs", {**program(), "workspaceId": there, "runAt": LATER}))["job"]["id"]
     await alice.post("/jobs", {**program(), "runAt": LATER})
 
     async def listed(query: str) -> list[str]:
         return [job["id"] for job in (await bob.get(f"/jobs?{query}"))["items"]]
 
-    assert await listed(f"workspaceId={here}") == made[::-1]
-    assert await listed(f"workspaceId={here}&projectId={project}&limit=2") == made[:0:-1]
+    assert await listed(f"workspaceId={here}") == jobs[::-1]
+    assert await listed(f"workspaceId={here}&projectId={project}&limit=2") == jobs[:0:-1]
     assert await listed(f"workspaceId={there}") == [other]
-    assert await listed(f"projectId={project}") == [other, *made[::-1]]
+    assert await listed(f"projectId={project}") == [other, *jobs[::-1]]
     assert (await carol.get(f"/jobs?workspaceId={here}")).code == "not_found"
     contradiction = await alice.get(f"/jobs?workspaceId={here}&projectId={await alice.make_project()}")
     assert (contradiction.status, contradiction.code) == (422, "validation_failed")
     assert (await alice.get("/jobs?workspaceId=nonsense")).status == 422
 
 
-async def test_a_job_that_was_to_run_in_the_past_runs_at_once_and_the_document_says_so(alice: Actor) -> None:
-    shown = swagger_document()["definitions"]["NewJob"]["properties"]["runAt"]
-    assert "in the past" in shown["description"]
+async def test_a_job_with_a_run_time_in_the_past_runs_at_once_and_the_openapi_document_says_so(alice: Actor) -> None:
+    run_at = swagger_document()["definitions"]["NewJob"]["properties"]["runAt"]
+    assert "in the past" in run_at["description"]
     before = (await alice.get("/jobs/stats"))["queue"]
-    made = await alice.post("/jobs", {**program(), "runAt": "2001-01-01T00:00:00Z"})
-    assert (made.status, made["job"]["runAt"]) == (201, "2001-01-01T00:00:00.000Z")
+    created = await alice.post("/jobs", {**program(), "runAt": "2001-01-01T00:00:00Z"})
+    assert (created.status, created["job"]["runAt"]) == (201, "2001-01-01T00:00:00.000Z")
     after = (await alice.get("/jobs/stats"))["queue"]
     assert (after["queued"], after["scheduled"]) == (before["queued"] + 1, before["scheduled"])
 
 
-BEYOND = 9223372036854775808  # 2**63
+ABOVE_INT64 = 9223372036854775808  # 2**63
 
 
 async def test_large_integers_became_other_numbers(alice: Actor, bob: Actor) -> None:
     workspace = await alice.make_workspace(None, bob)
     project = (await alice.get(f"/workspaces/{workspace}"))["projectId"]
-    analysis = {"type": "DATA_ANALYSIS", "payload": {"format": "csv", "content": "a", "n": BEYOND}}
+    analysis = {"type": "DATA_ANALYSIS", "payload": {"format": "csv", "content": "a", "n": ABOVE_INT64}}
     for method, path, body, field in (
-        ("POST", "/projects", {"name": "x", "settings": {"n": BEYOND}}, "settings.n"),
-        ("PATCH", f"/projects/{project}", {"settings": {"deep": [{"n": -BEYOND - 1}]}}, "settings.deep.0.n"),
+        ("POST", "/projects", {"name": "x", "settings": {"n": ABOVE_INT64}}, "settings.n"),
+        ("PATCH", f"/projects/{project}", {"settings": {"deep": [{"n": -ABOVE_INT64 - 1}]}}, "settings.deep.0.n"),
         ("POST", "/workspaces", {"projectId": project, "name": "x", "meta": {"n": 10**30}}, "meta.n"),
         ("PATCH", f"/workspaces/{workspace}", {"meta": {"n": 10**400}}, "meta.n"),
         ("POST", "/jobs", analysis, "payload.n"),
-        ("POST", "/auth/logout", {"refreshToken": BEYOND}, "refreshToken"),
+        ("POST", "/auth/logout", {"refreshToken": ABOVE_INT64}, "refreshToken"),
     ):
         refused = await alice.call(method, path, data=json.dumps(body), headers={"Content-Type": "application/json"})
         assert (refused.status, refused.code) == (422, "validation_failed"), (path, refused)
         assert refused["details"][0]["field"] == field
         assert "64-bit" in refused["details"][0]["message"]
-    kept = {"n": [BEYOND - 1, -BEYOND, 0.1000000000000000055511151231257827, 1e22, str(BEYOND)]}
-    raw = json.dumps({"name": "x", "settings": kept})
-    made = await alice.post("/projects", data=raw, headers={"Content-Type": "application/json"})
-    assert (made.status, made["settings"]) == (201, kept)
+    exact = {"n": [ABOVE_INT64 - 1, -ABOVE_INT64, 0.1000000000000000055511151231257827, 1e22, str(ABOVE_INT64)]}
+    raw = json.dumps({"name": "x", "settings": exact})
+    created = await alice.post("/projects", data=raw, headers={"Content-Type": "application/json"})
+    assert (created.status, created["settings"]) == (201, exact)
 
 
 async def test_large_integers_in_frames_became_other_numbers(alice: Actor, bob: Actor) -> None:
     workspace = await alice.make_workspace(None, bob)
     hers, his = await alice.connect(workspace), await bob.connect(workspace)
-    frame = {"event": "file:change", "data": {"workspaceId": workspace, "change": {"at": BEYOND}}, "id": 1}
+    frame = {"event": "file:change", "data": {"workspaceId": workspace, "change": {"at": ABOVE_INT64}}, "id": 1}
     await hers.raw.send_str(json.dumps(frame))
     await hers.assert_push("USER_JOIN")
     refused = await hers.next()
     assert (refused["event"], refused["id"], refused["data"]["code"]) == ("error", 1, "validation_failed")
     assert refused["data"]["details"][0]["field"] == "change.at"
-    await hers.raw.send_str(json.dumps({"event": "ping", "id": BEYOND}))
+    await hers.raw.send_str(json.dumps({"event": "ping", "id": ABOVE_INT64}))
     refused = await hers.next()
     assert (refused["event"], refused.get("id"), refused["data"]["code"]) == ("error", None, "validation_failed")
-    await hers.push("file:change", workspaceId=workspace, change={"at": BEYOND - 1})
-    assert (await his.assert_push("FILE_CHANGE"))["change"] == {"at": BEYOND - 1}
+    await hers.push("file:change", workspaceId=workspace, change={"at": ABOVE_INT64 - 1})
+    assert (await his.assert_push("FILE_CHANGE"))["change"] == {"at": ABOVE_INT64 - 1}
 
 
 def test_generated_clients_sent_the_word_null_as_a_key() -> None:

@@ -1,4 +1,4 @@
-"""Faults of identity that real use found: twin addresses, blank names, passwords that depended on the keyboard."""
+"""Faults of identity that users found: equal email addresses, blank names, passwords that depend on the keyboard."""
 
 import asyncio
 import base64
@@ -26,7 +26,7 @@ from tests.conftest import MakeActor, MakeServer
 from tests.processes import Processes
 
 KELVIN, DOTTED_I = "\u212a", "\u0130"  # lower() of PostgreSQL and Python makes "k" and "i…" of them
-NOT_SEEN = {
+INVISIBLE_NAMES = {
     "spaces": "   ",
     "no-break spaces": "\u00a0\u00a0\u2003",
     "zero-width": "\u200b\u200d\ufeff",
@@ -36,7 +36,7 @@ NOT_SEEN = {
     "blank Braille": "\u2800\u2800",
     "combining only": "\u0301\u0308",
 }
-BREAKING = {
+LINE_BREAKING_NAMES = {
     "newline": "Ada\nLovelace",
     "escape": "Ada\x1b[31m",
     "delete": "Ada\x7f",
@@ -44,7 +44,7 @@ BREAKING = {
     "line separator": "Ada\u2028Lovelace",
     "paragraph separator": "Ada\u2029Lovelace",
 }
-SEEN = {
+VISIBLE_NAMES = {
     "emoji sequence": "👩‍👩‍👧‍👦 family",
     "right to left": "\u202eabc\u2066",
     "Arabic": "عادة",
@@ -52,7 +52,7 @@ SEEN = {
 }
 
 
-def word() -> str:
+def random_word() -> str:
     return uuid4().hex[:12]
 
 
@@ -91,33 +91,33 @@ def fields_of(refused: Answer) -> set[str]:
     ],
     ids=ascii,
 )
-async def test_an_address_that_looks_like_anothers_cannot_be_registered(
+async def test_an_address_that_looks_like_another_address_cannot_be_registered(
     address: str, http: aiohttp.ClientSession, server: str
 ) -> None:
-    assert fields_of(await register(http, server, email=address.format(word()))) == {"email"}
+    assert fields_of(await register(http, server, email=address.format(random_word()))) == {"email"}
 
 
 @pytest.mark.parametrize("place", ["ada\u200b-{}@example.org", "ada-{}@exam\u200bple.org", "ada-{}@example.org\u200b"])
 async def test_an_address_with_a_zero_width_character_cannot_be_registered(
     place: str, http: aiohttp.ClientSession, server: str
 ) -> None:
-    assert fields_of(await register(http, server, email=place.format(word()))) == {"email"}
+    assert fields_of(await register(http, server, email=place.format(random_word()))) == {"email"}
 
 
-async def test_a_domain_has_one_account_however_it_is_spelled(http: aiohttp.ClientSession, server: str) -> None:
-    local = word()
+async def test_spellings_of_one_domain_are_one_account(http: aiohttp.ClientSession, server: str) -> None:
+    local = random_word()
     spellings = spellings_of(local)
-    made = await register(http, server, email=spellings[0])
-    assert (made.status, made["user"]["email"]) == (201, f"{local}@xn--bcher-kva.example")
+    created = await register(http, server, email=spellings[0])
+    assert (created.status, created["user"]["email"]) == (201, f"{local}@xn--bcher-kva.example")
     for spelling in spellings:
-        again = await register(http, server, email=spelling)
-        assert (again.status, again.code) == (409, "email_taken"), ascii(spelling)
+        repeated = await register(http, server, email=spelling)
+        assert (repeated.status, repeated.code) == (409, "email_taken"), ascii(spelling)
         signed_in = await log_in(http, server, spelling)
-        assert (signed_in.status, signed_in["user"]["id"]) == (200, made["user"]["id"]), ascii(spelling)
+        assert (signed_in.status, signed_in["user"]["id"]) == (200, created["user"]["id"]), ascii(spelling)
 
 
 def spellings_of(local: str) -> list[str]:
-    """One address of an internationalized domain, as different keyboards and programs write it."""
+    """Return the spellings of one address of an internationalized domain, as keyboards and programs write it."""
     return [
         f"{local}@bücher.example",
         f"{local}@{unicodedata.normalize('NFD', 'bücher')}.example",
@@ -128,66 +128,68 @@ def spellings_of(local: str) -> list[str]:
     ]
 
 
-async def test_the_local_part_is_kept_as_typed_and_compared_in_lower_case(
+async def test_the_local_part_is_stored_as_typed_and_compared_in_lower_case(
     http: aiohttp.ClientSession, server: str
 ) -> None:
-    local = f"Ada.{word()}"
-    made = await register(http, server, email=f"{local}@Example.ORG")
-    assert made["user"]["email"] == f"{local}@example.org"
+    local = f"Ada.{random_word()}"
+    created = await register(http, server, email=f"{local}@Example.ORG")
+    assert created["user"]["email"] == f"{local}@example.org"
     assert (await register(http, server, email=f"{local.lower()}@example.org")).code == "email_taken"
     assert (await log_in(http, server, f"{local.upper()}@EXAMPLE.org")).status == 200
 
 
-async def test_of_twin_registrations_at_once_exactly_one_wins(http: aiohttp.ClientSession, server: str) -> None:
-    spellings = spellings_of(word()) * 3
+async def test_exactly_one_of_concurrent_registrations_of_an_address_succeeds(
+    http: aiohttp.ClientSession, server: str
+) -> None:
+    spellings = spellings_of(random_word()) * 3
     answers = await asyncio.gather(*(register(http, server, email=spelling) for spelling in spellings))
     assert sorted(answer.status for answer in answers) == [201] + [409] * (len(spellings) - 1)
 
 
-async def test_a_local_part_that_no_mail_server_takes_is_refused(http: aiohttp.ClientSession, server: str) -> None:
-    local = (word() + "a" * 64)[:64]
+async def test_a_local_part_that_no_mail_server_accepts_is_refused(http: aiohttp.ClientSession, server: str) -> None:
+    local = (random_word() + "a" * 64)[:64]
     assert fields_of(await register(http, server, email=f"{local}a@example.org")) == {"email"}
     assert (await register(http, server, email=f"{local}@example.org")).status == 201
 
 
-async def test_a_space_around_an_address_does_not_matter(alice: Actor) -> None:
-    new = Actor(alice.http, alice.base, "New")
-    made = await register(alice.http, alice.base, email=f"  {new.email} \n")
-    assert (made.status, made["user"]["email"]) == (201, new.email)
-    assert (await log_in(alice.http, alice.base, f"{new.email}\t")).status == 200
+async def test_white_space_around_an_address_is_ignored(alice: Actor) -> None:
+    newcomer = Actor(alice.http, alice.base, "New")
+    created = await register(alice.http, alice.base, email=f"  {newcomer.email} \n")
+    assert (created.status, created["user"]["email"]) == (201, newcomer.email)
+    assert (await log_in(alice.http, alice.base, f"{newcomer.email}\t")).status == 200
     project = await alice.make_project()
-    added = await alice.post(f"/projects/{project}/collaborators", {"email": f" {new.email} "})
-    assert (added.status, added["collaborator"]["user"]["email"]) == (201, new.email)
+    added = await alice.post(f"/projects/{project}/collaborators", {"email": f" {newcomer.email} "})
+    assert (added.status, added["collaborator"]["user"]["email"]) == (201, newcomer.email)
 
 
 @pytest.mark.parametrize("domain", ["example.org", "corp.example", "corp.local", "team.test", "intranet.internal"])
-async def test_an_address_of_a_closed_network_is_as_good_as_any(
+async def test_an_address_of_a_private_network_can_be_registered(
     domain: str, http: aiohttp.ClientSession, server: str
 ) -> None:
-    assert (await register(http, server, email=f"{word()}@{domain}")).status == 201
+    assert (await register(http, server, email=f"{random_word()}@{domain}")).status == 201
 
 
-async def test_an_invitation_reaches_the_account_however_both_spell_the_address(
+async def test_an_invitation_reaches_the_account_under_any_spelling_of_its_address(
     alice: Actor, http: aiohttp.ClientSession
 ) -> None:
-    spellings, project = spellings_of(word()), await alice.make_project()
+    spellings, project = spellings_of(random_word()), await alice.make_project()
     path = f"/projects/{project}/collaborators"
     invited = [(await alice.post(path, {"email": spelling}))["invitation"] for spelling in spellings]
-    assert len({invitation["id"] for invitation in invited}) == 1  # each renews the one before
+    assert len({invitation["id"] for invitation in invited}) == 1  # each renews the previous one
     assert {invitation["email"] for invitation in invited[:3]} == {spellings[4]}
-    new = Actor(http, alice.base, "New")
-    new.access_token = (await register(http, alice.base, email=spellings[4]))["accessToken"]
-    assert [each["projectId"] for each in (await new.get("/invitations"))["items"]] == [project]
-    accepted = await new.post("/invitations/accept", {"token": invited[-1]["token"]})
+    newcomer = Actor(http, alice.base, "New")
+    newcomer.access_token = (await register(http, alice.base, email=spellings[4]))["accessToken"]
+    assert [invitation["projectId"] for invitation in (await newcomer.get("/invitations"))["items"]] == [project]
+    accepted = await newcomer.post("/invitations/accept", {"token": invited[-1]["token"]})
     assert (accepted.status, accepted["id"]) == (200, project)
-    again = await alice.post(path, {"email": spellings[0]})
-    assert (again.status, again.code) == (409, "already_collaborator")
+    repeated = await alice.post(path, {"email": spellings[0]})
+    assert (repeated.status, repeated.code) == (409, "already_collaborator")
 
 
-async def test_adding_a_member_uses_up_the_invitation_of_any_spelling(
+async def test_adding_a_member_consumes_the_invitation_under_any_spelling(
     alice: Actor, http: aiohttp.ClientSession
 ) -> None:
-    spellings, project = spellings_of(word()), await alice.make_project()
+    spellings, project = spellings_of(random_word()), await alice.make_project()
     path = f"/projects/{project}/collaborators"
     assert "invitation" in (await alice.post(path, {"email": spellings[4]})).body
     assert (await register(http, alice.base, email=spellings[2])).status == 201
@@ -195,7 +197,7 @@ async def test_adding_a_member_uses_up_the_invitation_of_any_spelling(
     assert (await alice.get(f"/projects/{project}/invitations"))["items"] == []
 
 
-async def test_an_address_that_cannot_be_registered_is_not_invited(alice: Actor) -> None:
+async def test_an_address_that_cannot_be_registered_cannot_be_invited(alice: Actor) -> None:
     project = await alice.make_project()
     for address in (f"mi{KELVIN}e@kix.example", "no-address", "", "x@exam\u200bple.org", "a" * 65 + "@example.org"):
         refused = await alice.post(f"/projects/{project}/collaborators", {"email": address})
@@ -207,7 +209,7 @@ async def test_an_address_that_cannot_be_registered_is_not_invited(alice: Actor)
 
 @pytest.fixture
 def old_database_url(empty_database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """As the version before left it."""
+    """Return a database with the migrations of the previous version only."""
     folder = tmp_path / "migrations"
     folder.mkdir()
     for path in migrations.FOLDER.glob("000[1-6].*"):
@@ -222,13 +224,13 @@ OLD_HASH_ROUNDS = 4
 
 
 def old_hash(password: str) -> str:
-    """Of the password as it was sent."""
+    """Return the hash of a password as an older version made it: without normalization."""
     digest = base64.b64encode(hmac.digest(passwords.LABEL, password.encode(), hashlib.sha256))
     return bcrypt.hashpw(digest, bcrypt.gensalt(OLD_HASH_ROUNDS)).decode()
 
 
 def insert_accounts(url: str, *emails: str) -> dict[str, str]:
-    """Accounts by their addresses, the oldest first; their ids."""
+    """Insert accounts with these addresses, the oldest first; return their ids by address."""
     hashed = old_hash(PASSWORD)
     with psycopg.connect(url) as connection:
         rows = [
@@ -245,7 +247,7 @@ def insert_accounts(url: str, *emails: str) -> dict[str, str]:
 
 
 async def upgrade(url: str) -> list[str]:
-    """As ``run.py migrate`` does; what it tells of accounts."""
+    """Migrate as ``run.py migrate`` does; return its messages about accounts."""
     await asyncio.to_thread(migrations.apply, url)
     return await backfill.run(url)
 
@@ -261,7 +263,7 @@ def keys_in(url: str) -> dict[str, str | None]:
         return dict(connection.execute("SELECT email, email_key FROM users ORDER BY created_at").fetchall())
 
 
-async def test_an_upgrade_keeps_every_account_and_lists_those_that_collide(
+async def test_an_upgrade_keeps_every_account_and_lists_colliding_accounts(
     old_database_url: str, processes: Processes, make_server: MakeServer, http: aiohttp.ClientSession
 ) -> None:
     ids = insert_accounts(
@@ -273,19 +275,19 @@ async def test_an_upgrade_keeps_every_account_and_lists_those_that_collide(
         "Y@BÜCHER.example",
         f"y@{unicodedata.normalize('NFD', 'bücher')}.example",
         "jürgen@example.org",
-        "z@☃.example",  # no domain of IDNA 2008
+        "z@☃.example",  # no valid domain of IDNA 2008
         "me@localhost",
         '"quoted name"@example.org',
         "l" * 70 + "@example.org",
     )
-    told = migrate(processes, old_database_url)
+    output = migrate(processes, old_database_url)
     losers = ["x@xn--bcher-kva.example", "Y@BÜCHER.example", f"y@{unicodedata.normalize('NFD', 'bücher')}.example"]
     keys = keys_in(old_database_url)
     assert [email for email, key in keys.items() if key is None] == losers
     assert keys["Ada@Example.org"] == "ada@example.org"
     assert keys["x@bücher.example"] == "x@xn--bcher-kva.example"
     assert keys["y@xn--bcher-kva.example"] == "y@xn--bcher-kva.example"
-    listed = re.findall(r"^without a key: (\S+) (.*)$", told, re.MULTILINE)
+    listed = re.findall(r"^without a key: (\S+) (.*)$", output, re.MULTILINE)
     assert [id for id, _ in listed] == [ids[email] for email in losers]
     assert all(ascii(email).strip("'") in text for email, (_, text) in zip(losers, listed, strict=True))
 
@@ -293,19 +295,19 @@ async def test_an_upgrade_keeps_every_account_and_lists_those_that_collide(
     for email, id in ids.items():
         signed_in = await log_in(http, server, f" {email} ")
         assert (signed_in.status, signed_in["user"]["id"], signed_in["user"]["email"]) == (200, id, email)
-    for email, of in (
+    for email, owner in (
         ("ADA@EXAMPLE.ORG", "Ada@Example.org"),
         ("X@BÜCHER.example", "x@bücher.example"),
         ("ME@localhost", "me@localhost"),
         ("Jürgen@example.org", "jürgen@example.org"),
     ):
-        assert (await log_in(http, server, email))["user"]["id"] == ids[of]
+        assert (await log_in(http, server, email))["user"]["id"] == ids[owner]
 
     assert migrate(processes, old_database_url).partition("\n")[0] == "nothing to apply"
     assert keys_in(old_database_url) == keys
 
 
-async def test_an_old_look_alike_is_not_taken_for_the_address_that_it_imitates(
+async def test_an_old_look_alike_is_not_the_address_that_it_imitates(
     old_database_url: str, make_server: MakeServer, make_actor: MakeActor
 ) -> None:
     look_alikes = [f"mi{KELVIN}e@kix.example", f"{DOTTED_I}van@kix.example"]
@@ -318,7 +320,7 @@ async def test_an_old_look_alike_is_not_taken_for_the_address_that_it_imitates(
         assert (await owner.post(path, {"email": email}))["invitation"]["email"] == email
         assert (await log_in(owner.http, server, email)).status == 401
         assert (await register(owner.http, server, email=email)).status == 201
-    for email in look_alikes:  # they are accounts still, under their own spelling
+    for email in look_alikes:  # they remain accounts, under their own spelling
         added = await owner.post(path, {"email": email})
         assert (added.status, added["collaborator"]["user"]["id"]) == (201, ids[email])
 
@@ -350,14 +352,14 @@ async def test_an_upgrade_keeps_pending_invitations(
     for email, account in zip(invited, accounts, strict=True):
         user = Actor(guest.http, server, "Old")
         user.access_token = (await log_in(guest.http, server, account))["accessToken"]
-        assert [each["projectId"] for each in (await user.get("/invitations"))["items"]] == [project]
+        assert [invitation["projectId"] for invitation in (await user.get("/invitations"))["items"]] == [project]
         assert (await user.post("/invitations/accept", {"token": f"token of {email}"})).status == 200
 
 
-async def test_a_server_of_the_version_before_works_on_during_the_upgrade(
+async def test_a_server_of_the_previous_version_keeps_working_during_the_upgrade(
     old_database_url: str, make_server: MakeServer, http: aiohttp.ClientSession
 ) -> None:
-    """Its statements, letter by letter."""
+    """The statements are exact copies from that version."""
     await upgrade(old_database_url)
     create = """
         INSERT INTO users (email, name, password_hash) VALUES ($1, $2, $3)
@@ -387,7 +389,7 @@ async def test_a_server_of_the_version_before_works_on_during_the_upgrade(
     assert (await register(http, server, **joining)).status == 201
 
 
-async def test_the_key_of_a_deleted_account_goes_to_its_twin_with_the_next_upgrade(
+async def test_the_next_upgrade_gives_the_key_of_a_deleted_account_to_its_twin(
     old_database_url: str, make_server: MakeServer, http: aiohttp.ClientSession
 ) -> None:
     ids = insert_accounts(old_database_url, "x@bücher.example", "x@xn--bcher-kva.example")
@@ -396,8 +398,8 @@ async def test_the_key_of_a_deleted_account_goes_to_its_twin_with_the_next_upgra
     with psycopg.connect(old_database_url) as connection:
         connection.execute("DELETE FROM users WHERE id = %s", (ids["x@bücher.example"],))
     server = await make_server(database_url=old_database_url)
-    taken = await register(http, server, email="x@bücher.example")  # the spelling of the account without a key
-    assert (taken.status, taken.code) == (409, "email_taken")
+    refused = await register(http, server, email="x@bücher.example")  # the spelling of the account without a key
+    assert (refused.status, refused.code) == (409, "email_taken")
     assert await upgrade(old_database_url) == []
     assert keys_in(old_database_url) == {"x@xn--bcher-kva.example": "x@xn--bcher-kva.example"}
 
@@ -405,7 +407,7 @@ async def test_the_key_of_a_deleted_account_goes_to_its_twin_with_the_next_upgra
 # Names
 
 
-async def named(actor: Actor, kind: str, name: str) -> Answer:
+async def set_name(actor: Actor, kind: str, name: str) -> Answer:
     if kind == "user":
         return await actor.patch("/auth/profile", {"name": name})
     if kind == "registration":
@@ -416,24 +418,24 @@ async def named(actor: Actor, kind: str, name: str) -> Answer:
 
 
 @pytest.mark.parametrize("kind", ["user", "registration", "project", "workspace"])
-async def test_an_invisible_name_or_one_that_breaks_lines_is_refused(kind: str, alice: Actor) -> None:
-    for why, name in (NOT_SEEN | BREAKING).items():
-        assert fields_of(await named(alice, kind, name)) == {"name"}, why
+async def test_an_invisible_name_or_a_name_with_line_breaks_is_refused(kind: str, alice: Actor) -> None:
+    for case, name in (INVISIBLE_NAMES | LINE_BREAKING_NAMES).items():
+        assert fields_of(await set_name(alice, kind, name)) == {"name"}, case
 
 
 @pytest.mark.parametrize("kind", ["user", "registration", "project", "workspace"])
-async def test_a_name_is_trimmed_and_else_kept_as_sent(kind: str, alice: Actor) -> None:
-    for why, name in SEEN.items():
-        made = await named(alice, kind, f" \n{name}\u00a0")
-        shown = made["user"] if kind == "registration" else made
-        assert shown["name"] == name, why
-    assert fields_of(await named(alice, kind, " " * 200)) == {"name"}
-    assert fields_of(await named(alice, kind, f" {'a' * 101} ")) == {"name"}
-    assert (await named(alice, kind, f"{' ' * 200}{'a' * 100}")).status in (200, 201)
+async def test_a_name_is_trimmed_and_otherwise_stored_as_sent(kind: str, alice: Actor) -> None:
+    for case, name in VISIBLE_NAMES.items():
+        response = await set_name(alice, kind, f" \n{name}\u00a0")
+        resource = response["user"] if kind == "registration" else response
+        assert resource["name"] == name, case
+    assert fields_of(await set_name(alice, kind, " " * 200)) == {"name"}
+    assert fields_of(await set_name(alice, kind, f" {'a' * 101} ")) == {"name"}
+    assert (await set_name(alice, kind, f"{' ' * 200}{'a' * 100}")).status in (200, 201)
 
 
 async def test_a_user_name_of_one_letter_and_a_space_is_too_short(alice: Actor) -> None:
-    assert fields_of(await named(alice, "user", "A ")) == {"name"}
+    assert fields_of(await set_name(alice, "user", "A ")) == {"name"}
 
 
 # Passwords
@@ -442,7 +444,7 @@ async def test_a_user_name_of_one_letter_and_a_space_is_too_short(alice: Actor) 
 NFC, NFD = (unicodedata.normalize(form, "Schlüßel-Ångström-1815") for form in ("NFC", "NFD"))
 
 
-async def test_a_password_fits_on_every_keyboard(http: aiohttp.ClientSession, server: str) -> None:
+async def test_a_password_matches_from_every_keyboard(http: aiohttp.ClientSession, server: str) -> None:
     for registered, typed in ((NFC, NFD), (NFD, NFC), ("Full-width-１８１５", "Full-width-1815")):
         email = (await register(http, server, password=registered))["user"]["email"]
         assert (await log_in(http, server, email, typed)).status == 200
@@ -450,17 +452,17 @@ async def test_a_password_fits_on_every_keyboard(http: aiohttp.ClientSession, se
         assert (await log_in(http, server, email, f"{typed}x")).status == 401
 
 
-async def test_a_password_is_confirmed_and_changed_on_every_keyboard(alice: Actor) -> None:
+async def test_a_password_can_be_confirmed_and_changed_from_every_keyboard(alice: Actor) -> None:
     changed = await alice.post("/auth/password", {"currentPassword": PASSWORD, "newPassword": NFD})
     assert changed.status == 204
-    again = await alice.post("/auth/password", {"currentPassword": NFC, "newPassword": f"{NFC}-2"})
-    assert again.status == 204
+    repeated = await alice.post("/auth/password", {"currentPassword": NFC, "newPassword": f"{NFC}-2"})
+    assert repeated.status == 204
     wrong = await alice.delete("/auth/profile", {"password": NFD})
     assert (wrong.status, wrong.code) == (401, "invalid_credentials")
     assert (await alice.delete("/auth/profile", {"password": f"{NFD}-2"})).status == 204
 
 
-async def test_an_older_hash_of_a_password_as_it_was_sent_fits_and_is_renewed(
+async def test_an_older_hash_of_a_password_as_it_was_sent_matches_and_is_replaced(
     alice: Actor, db: asyncpg.Connection
 ) -> None:
     hashed = old_hash(NFD)
@@ -481,7 +483,7 @@ async def test_an_older_password_may_be_confirmed_as_it_was_sent(alice: Actor, d
     assert changed.status == 204
 
 
-async def test_the_length_of_a_password_is_that_of_its_characters_not_of_their_encoding(
+async def test_the_length_of_a_password_is_that_of_its_normalized_form(
     http: aiohttp.ClientSession, server: str
 ) -> None:
     longest = "Aa1" + "ΐ" * 125  # three code points each, in NFD
@@ -497,16 +499,16 @@ async def test_the_length_of_a_password_is_that_of_its_characters_not_of_their_e
 async def test_an_unknown_address_costs_as_many_hashes_as_a_known_one(
     typed: str, hashes: int, alice: Actor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[bytes] = []
+    checked: list[bytes] = []
     check: Callable[[bytes, bytes], bool] = bcrypt.checkpw
 
-    def counted(password: bytes, hashed: bytes) -> bool:
-        asked.append(password)
+    def counting_check(password: bytes, hashed: bytes) -> bool:
+        checked.append(password)
         return check(password, hashed)
 
-    monkeypatch.setattr(bcrypt, "checkpw", counted)
+    monkeypatch.setattr(bcrypt, "checkpw", counting_check)
     for email in (alice.email, f"un{alice.email}", "jürgen@example.org", "x@bücher.example", "no-address"):
-        asked.clear()
+        checked.clear()
         refused = await log_in(alice.http, alice.base, email, typed)
         assert (refused.status, refused.code) == (401, "invalid_credentials")
-        assert len(asked) == hashes, email
+        assert len(checked) == hashes, email

@@ -1,4 +1,4 @@
-"""What operators and newcomers met: messages, probes, metrics, the dashboard, the first start."""
+"""Faults that operators and newcomers met: messages, probes, metrics, the dashboard, the first start."""
 
 import asyncio
 import json
@@ -36,12 +36,12 @@ __all__ = ["browser", "nginx"]  # fixtures
 
 
 @pytest.mark.parametrize("arguments", [("worker",), ("server",), ("worker", "--processes", "2")], ids=" ".join)
-async def test_ctrl_c_on_an_idle_process_warns_of_nothing(
+async def test_ctrl_c_on_an_idle_process_logs_no_warning(
     processes: Processes, quiet: dict[str, str], arguments: tuple[str, ...]
 ) -> None:
     process = processes.command(*arguments, **environment(quiet))
     process.until(f"{arguments[0]} ready")
-    await asyncio.sleep(1.2)  # the timers of a worker have had a turn, and sleep
+    await asyncio.sleep(1.2)  # the timers of a worker have run once, and sleep
     assert await asyncio.to_thread(process.terminate, number=signal.SIGINT) == 0
     assert [line for line in process.output.splitlines() if '"level":"info"' not in line] == []
 
@@ -49,17 +49,17 @@ async def test_ctrl_c_on_an_idle_process_warns_of_nothing(
 # The sandbox ------------------------------------------------------------------------------------------------------
 
 
-def test_a_worker_without_bubblewrap_says_in_one_line_what_it_took_and_how_to_get_better(
+def test_a_worker_without_bubblewrap_logs_its_sandbox_and_how_to_improve_it_in_one_line(
     processes: Processes, quiet: dict[str, str]
 ) -> None:
-    absent = 'server.jobs.tiers.BWRAP_PROGRAM="/nowhere/bwrap"'
-    worker = processes.worker(**environment(quiet), shorter=absent).ready()
+    missing_bwrap = 'server.jobs.tiers.BWRAP_PROGRAM="/nowhere/bwrap"'
+    worker = processes.worker(**environment(quiet), shorter=missing_bwrap).ready()
     assert "FileNotFoundError" not in worker.output
     [line] = [line for line in worker.output.splitlines() if "sandbox" in line and "worker ready" not in line]
-    told = json.loads(line)
-    assert (told["level"], told["event"]) == ("info", "sandbox chosen")
-    assert told["tier"].startswith("landlock")
-    assert told["better"] == "bwrap: bubblewrap is not installed: apt-get install bubblewrap"
+    entry = json.loads(line)
+    assert (entry["level"], entry["event"]) == ("info", "sandbox chosen")
+    assert entry["tier"].startswith("landlock")
+    assert entry["better"] == "bwrap: bubblewrap is not installed: apt-get install bubblewrap"
 
 
 # Settings ---------------------------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def one_line(process: Process) -> str:
 
 
 @pytest.mark.parametrize("command", ["server", "worker", "dev", "migrate"])
-def test_a_port_of_99999_is_not_answered_with_a_python_list(processes: Processes, command: str) -> None:
+def test_a_port_of_99999_is_reported_in_one_sentence(processes: Processes, command: str) -> None:
     assert one_line(processes.command(command, PORT="99999")) == (
         'error: Environment variable "PORT" invalid: '
         "Must be greater than or equal to 0 and less than or equal to 65535."
@@ -82,8 +82,8 @@ def test_a_port_of_99999_is_not_answered_with_a_python_list(processes: Processes
 # The first start --------------------------------------------------------------------------------------------------
 
 
-def test_run_py_outside_the_venv_says_what_to_do() -> None:
-    # With -S it sees no package but the standard library, as the machine's own Python.
+def test_run_py_outside_the_venv_prints_how_to_start_it() -> None:
+    # With -S it finds the standard library only, as the machine's own Python does.
     command = [os.path.realpath(sys.executable), "-S", str(ROOT / "run.py"), "server"]
     bare = subprocess.run(command, env={}, capture_output=True, text=True)
     assert bare.returncode == 1
@@ -94,7 +94,7 @@ def test_run_py_outside_the_venv_says_what_to_do() -> None:
     assert ".venv/bin/python run.py" in line
 
 
-def test_a_fault_of_our_own_is_still_a_traceback(tmp_path: Path) -> None:
+def test_an_import_error_of_the_server_is_still_a_traceback(tmp_path: Path) -> None:
     shutil.copy(ROOT / "run.py", tmp_path)
     (tmp_path / "server").mkdir()
     (tmp_path / "server" / "cli.py").write_text("import server.nothing\n")
@@ -116,11 +116,11 @@ def test_the_printed_join_command_works_in_a_folder_with_a_space(
     python, env_file = folder / "python", folder / "stack.env"
     python.write_text(RECORDER)
     python.chmod(0o755)
-    wanted = StackSettings(data_dir=folder, host="127.0.0.1", port=65535)
-    shutil.copy(stack.write_env(host=wanted.host, port=wanted.port), env_file)
+    settings = StackSettings(data_dir=folder, host="127.0.0.1", port=65535)
+    shutil.copy(stack.write_env(host=settings.host, port=settings.port), env_file)
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setattr(dev, "RUN", folder / "run.py")
-    [command] = re.findall(r"joins with\n +(.*)\n", dev.summary(wanted, stack, env_file))
+    [command] = re.findall(r"joins with\n +(.*)\n", dev.summary(settings, stack, env_file))
     joined = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
     assert joined.stdout.splitlines() == ["65534", stack.postgres.url, str(folder / "run.py"), "server"]
 
@@ -129,7 +129,7 @@ def test_the_printed_join_command_works_in_a_folder_with_a_space(
 
 
 @needs_ipv6
-async def test_a_server_that_listens_on_ipv6_prints_an_address_that_can_be_called(
+async def test_a_server_that_listens_on_ipv6_prints_a_valid_address(
     processes: Processes, http: aiohttp.ClientSession
 ) -> None:
     server = processes.server(HOST="::1")
@@ -140,9 +140,9 @@ async def test_a_server_that_listens_on_ipv6_prints_an_address_that_can_be_calle
 
 @needs_ipv6
 @pytest.mark.parametrize("arguments", [(), ("--processes", "2")])
-def test_a_port_that_is_taken_on_ipv6_is_named_with_brackets(processes: Processes, arguments: tuple[str, ...]) -> None:
-    with socket.create_server(("::1", 0), family=socket.AF_INET6) as taken:
-        port = taken.getsockname()[1]
+def test_an_occupied_port_on_ipv6_is_reported_with_brackets(processes: Processes, arguments: tuple[str, ...]) -> None:
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as occupant:
+        port = occupant.getsockname()[1]
         line = one_line(processes.server(*arguments, HOST="::1", PORT=str(port)))
     assert line == f"error: Cannot listen on [::1]:{port}: Address already in use"
 
@@ -150,45 +150,45 @@ def test_a_port_that_is_taken_on_ipv6_is_named_with_brackets(processes: Processe
 # Metrics ----------------------------------------------------------------------------------------------------------
 
 
-async def test_an_empty_queue_is_0_and_not_absent(
+async def test_the_metric_of_an_empty_queue_is_0_and_not_absent(
     http: aiohttp.ClientSession, make_server: MakeServer, quiet: dict[str, str]
 ) -> None:
     samples = await scrape(http, await make_server(**quiet))
     for name in ("jobs_unfinished", "jobs_oldest_seconds"):
-        told = {series: value for series, value in samples.items() if series.startswith(name + "{")}
-        assert len(told) == len(JOB_TYPES) * 4
-        assert set(told.values()) == {0}
+        values = {series: value for series, value in samples.items() if series.startswith(name + "{")}
+        assert len(values) == len(JOB_TYPES) * 4
+        assert set(values.values()) == {0}
 
 
-async def test_the_autoscaler_sees_3_jobs_as_3_however_many_processes_tell_of_them(
+async def test_the_autoscaler_counts_3_jobs_as_3_for_any_number_of_processes(
     http: aiohttp.ClientSession, make_server: MakeServer, make_actor: MakeActor, quiet: dict[str, str]
 ) -> None:
-    """Five more wait for those of the same user, and no further worker would start them."""
+    """Five more jobs wait for other jobs of the same user; more workers would not start them."""
     bases = [await make_server(**quiet, jobs_per_user=3) for _ in range(3)]
     ada = await make_actor("Ada", bases[0])
     for _ in range(8):
         await ask(ada, program("print(1)"))
-    told = [sample for base in bases for sample in (await scrape(http, base)).items()]
-    assert autoscaled(told) == 3
-    limited = [value for series, value in told if series == 'jobs_unfinished{state="limited",type="CODE_EXECUTION"}']
+    samples = [sample for base in bases for sample in (await scrape(http, base)).items()]
+    assert autoscaled(samples) == 3
+    limited = [value for series, value in samples if series == 'jobs_unfinished{state="limited",type="CODE_EXECUTION"}']
     assert limited == [5, 5, 5]
 
 
-def autoscaled(told: list[tuple[str, float]]) -> float:
-    """Evaluate the recorded rule, as Prometheus does, on the samples of all processes."""
+def autoscaled(samples: list[tuple[str, float]]) -> float:
+    """Evaluate the recording rule, as Prometheus does, on the samples of all processes."""
     [expression] = [rule["expr"] for rule in rules("record") if rule["record"] == "jobs_for_workers"]
-    asked = re.fullmatch(r'sum\(max by \((.*)\) \((\w+)\{job="[\w-]+", state=~"(.*)"\}\)\)', expression)
-    assert asked
-    greatest: dict[tuple[str, ...], float] = {}
-    for series, value in told:
+    query = re.fullmatch(r'sum\(max by \((.*)\) \((\w+)\{job="[\w-]+", state=~"(.*)"\}\)\)', expression)
+    assert query
+    maxima: dict[tuple[str, ...], float] = {}
+    for series, value in samples:
         labels = dict(re.findall(r'(\w+)="([^"]*)"', series))
-        if series.startswith(asked[2] + "{") and re.fullmatch(asked[3], labels["state"]):
-            group = tuple(labels[name] for name in asked[1].split(", "))
-            greatest[group] = max(value, greatest.get(group, value))
-    return sum(greatest.values())
+        if series.startswith(query[2] + "{") and re.fullmatch(query[3], labels["state"]):
+            group = tuple(labels[name] for name in query[1].split(", "))
+            maxima[group] = max(value, maxima.get(group, value))
+    return sum(maxima.values())
 
 
-async def test_a_counter_is_there_before_the_first_event(http: aiohttp.ClientSession, processes: Processes) -> None:
+async def test_a_counter_is_exported_before_its_first_event(http: aiohttp.ClientSession, processes: Processes) -> None:
     samples = await scrape(http, processes.server().base)
     for series in (
         'websocket_frames_dropped_total{delivery="ephemeral"}',
@@ -203,10 +203,10 @@ async def test_a_counter_is_there_before_the_first_event(http: aiohttp.ClientSes
 
 
 def probe_of_the_worker(port: int) -> list[str]:
-    """The command of docker-compose.yml, with this Python and that port."""
-    check = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["worker"]["healthcheck"]["test"]
-    assert check[:2] == ["CMD", "python"]
-    return [sys.executable, *(word.replace(":9464/", f":{port}/") for word in check[2:])]
+    """Return the probe of docker-compose.yml, with this Python and this port."""
+    probe = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["worker"]["healthcheck"]["test"]
+    assert probe[:2] == ["CMD", "python"]
+    return [sys.executable, *(word.replace(":9464/", f":{port}/") for word in probe[2:])]
 
 
 def exit_code(command: list[str]) -> int:
@@ -228,7 +228,7 @@ async def test_a_worker_whose_redis_has_another_port_is_alive_and_one_that_hangs
     worker.thaw()
 
 
-async def test_a_worker_is_asked_whether_it_lives_also_where_metrics_are_for_nobody(
+async def test_the_health_of_a_worker_is_public_where_its_metrics_are_disabled(
     processes: Processes, quiet: dict[str, str], http: aiohttp.ClientSession, unused_tcp_port: int
 ) -> None:
     production = {"APP_ENV": "production", "BCRYPT_ROUNDS": "10", "METRICS_PORT": str(unused_tcp_port)}
@@ -251,32 +251,32 @@ async def test_a_worker_is_asked_whether_it_lives_also_where_metrics_are_for_nob
         ("/.problem?x=hidden", "/.problem", 404),
         ("/" + 9000 * "x" + "?x=hidden", "", 414),
     ],
-    ids=["path", "socket", "encoded", "its own", "too long"],
+    ids=["path", "socket", "encoded", "internal path", "too long"],
 )
-async def test_the_log_of_nginx_names_the_path_that_was_asked_for_without_its_query(
+async def test_the_log_of_nginx_contains_the_requested_path_without_its_query(
     nginx: Nginx, target: str, path: str, status: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    where = urlsplit(await nginx(free_port(), free_port()))
-    reader, writer = await asyncio.open_connection(where.hostname, where.port)
+    address = urlsplit(await nginx(free_port(), free_port()))
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
     writer.write(f"GET {target} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode())
     assert (await reader.read()).startswith(f"HTTP/1.1 {status} ".encode())
     writer.close()
-    log = (await shown(tmp_path / "log", r".*\n")).string
+    log = (await wait_for_match(tmp_path / "log", r".*\n")).string
     [line] = map(json.loads, log.splitlines())
     assert (line["path"], line["status"]) == (path, status)
     assert "hidden" not in log + "".join(capfd.readouterr())
 
 
-async def shown(file: Path, pattern: str) -> re.Match[str]:
-    """Return the first match in a file that a process writes."""
+async def wait_for_match(file: Path, pattern: str) -> re.Match[str]:
+    """Wait for a match in a file that a process writes, and return it."""
     async with asyncio.timeout(PATIENCE_SECONDS):
-        while not (file.exists() and (found := re.search(pattern, file.read_text()))):
+        while not (file.exists() and (match := re.search(pattern, file.read_text()))):
             await asyncio.sleep(0.02)
-    return found
+    return match
 
 
 @needs_nginx
-async def test_a_page_of_another_origin_can_read_that_no_server_is_there(
+async def test_a_page_of_another_origin_can_read_that_no_server_is_reachable(
     nginx: Nginx, http: aiohttp.ClientSession
 ) -> None:
     base = await nginx(free_port(), free_port())
@@ -289,8 +289,8 @@ async def test_a_page_of_another_origin_can_read_that_no_server_is_there(
 # The dashboard ----------------------------------------------------------------------------------------------------
 
 
-def look_at_the_queues(browser: Browser, base: str, job: str) -> None:
-    for _ in range(2):  # the second time the browser has it
+def view_queues(browser: Browser, base: str, job: str) -> None:
+    for _ in range(2):  # the second time from the browser's cache
         browser.open(f"{base}/ops/queues")
         browser.until("main h1", "Queues")
         browser.until("tbody tr td:first-child", "high", "normal", "low")
@@ -306,7 +306,7 @@ def look_at_the_queues(browser: Browser, base: str, job: str) -> None:
     assert browser.complaints() == []
 
 
-def look_at_them_on_a_phone(browser: Browser, base: str, job: str) -> None:
+def view_queues_on_a_phone(browser: Browser, base: str, job: str) -> None:
     browser.resize(390, 844)
     for path in ("/", "/queues/normal", f"/queues/normal/jobs/{job}:1"):
         browser.open(f"{base}/ops/queues{path}")
@@ -314,9 +314,9 @@ def look_at_them_on_a_phone(browser: Browser, base: str, job: str) -> None:
         assert browser.width_of_page() == 390
 
 
-@pytest.mark.parametrize("look", [look_at_the_queues, look_at_them_on_a_phone])
-async def test_the_dashboard_can_be_read_and_has_no_buttons_that_do_nothing(
-    look: Callable[[Browser, str, str], None],
+@pytest.mark.parametrize("view", [view_queues, view_queues_on_a_phone])
+async def test_the_dashboard_is_readable_and_has_no_buttons_without_effect(
+    view: Callable[[Browser, str, str], None],
     browser: Browser,
     make_server: MakeServer,
     make_actor: MakeActor,
@@ -324,4 +324,4 @@ async def test_the_dashboard_can_be_read_and_has_no_buttons_that_do_nothing(
 ) -> None:
     base = await make_server(**quiet)
     job = (await ask(await make_actor("Ada", base)))["id"]
-    await asyncio.to_thread(look, browser, base, job)
+    await asyncio.to_thread(view, browser, base, job)

@@ -1,4 +1,4 @@
-"""What users saw of paths of documents: in the API, in programs, in archives."""
+"""Faults of document paths that users saw: in the API, in programs, in archives."""
 
 import asyncio
 import io
@@ -19,8 +19,8 @@ from tests.jobs.asking import ask, program
 from tests.jobs.conftest import worker  # noqa: F401 - a fixture
 
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "caf\u00e9/\u1e69.py") for form in ("NFC", "NFD"))
-HOSTILE = ("a\nb", "a\x1bb", "..\\..\\..\\evil.bat", "x" * 256, DECOMPOSED, "src")
-SOUND = {"main.py": "print(1)", "src/deep/er.py": "print(2)", "src-x": "3", COMPOSED: "4"}
+INVALID_PATHS = ("a\nb", "a\x1bb", "..\\..\\..\\evil.bat", "x" * 256, DECOMPOSED, "src")
+VALID_PATHS = {"main.py": "print(1)", "src/deep/er.py": "print(2)", "src-x": "3", COMPOSED: "4"}
 
 
 async def post(actor: Actor, workspace: str, path: str) -> Answer:
@@ -30,7 +30,7 @@ async def post(actor: Actor, workspace: str, path: str) -> Answer:
 @pytest.mark.parametrize(
     "path", ["a\\b", "\\", "..\\..\\evil.bat", "a\nb", "a\rb", "a\tb", "a\x1bb", "a\x7fb", "a\x85b", "a/\x01/b"]
 )
-async def test_a_backslash_or_a_control_character_was_taken(alice: Actor, path: str) -> None:
+async def test_a_path_with_a_backslash_or_a_control_character_was_accepted(alice: Actor, path: str) -> None:
     workspace = await alice.make_workspace()
     document = await make_document(alice, workspace)
     for refused in (await post(alice, workspace, path), await alice.patch(f"/documents/{document}", {"path": path})):
@@ -41,14 +41,14 @@ async def test_a_backslash_or_a_control_character_was_taken(alice: Actor, path: 
 @pytest.mark.parametrize(
     "path", ["a b", " a", "a\u202eb", "\U0001f469\u200d\U0001f467.py", "C:x", "-rf", "\u2215", "a..b", "..."]
 )
-async def test_every_other_character_is_kept(alice: Actor, path: str) -> None:
+async def test_every_other_character_of_a_path_is_preserved(alice: Actor, path: str) -> None:
     assert (await post(alice, await alice.make_workspace(), path))["path"] == path
 
 
-async def test_a_mac_and_a_pc_made_two_documents_of_one_name(alice: Actor) -> None:
+async def test_a_mac_and_a_pc_created_two_documents_with_one_name(alice: Actor) -> None:
     workspace = await alice.make_workspace()
-    made = await post(alice, workspace, DECOMPOSED)
-    assert (made.status, made["path"]) == (201, COMPOSED)
+    created = await post(alice, workspace, DECOMPOSED)
+    assert (created.status, created["path"]) == (201, COMPOSED)
     for path in (COMPOSED, DECOMPOSED):
         assert (await post(alice, workspace, path)).code == "path_taken"
     other = await make_document(alice, workspace, path="other")
@@ -57,7 +57,7 @@ async def test_a_mac_and_a_pc_made_two_documents_of_one_name(alice: Actor) -> No
     assert (renamed.status, renamed["path"]) == (200, f"x/{COMPOSED}")
 
 
-async def test_the_bytes_of_a_path_are_counted_in_the_form_in_which_it_is_kept(alice: Actor) -> None:
+async def test_the_length_of_a_path_is_counted_in_bytes_of_its_stored_form(alice: Actor) -> None:
     workspace = await alice.make_workspace()
     longest = "\u00e9" * (MAX_PATH_BYTES // 2)
     assert (await post(alice, workspace, unicodedata.normalize("NFD", longest)))["path"] == longest
@@ -65,13 +65,13 @@ async def test_the_bytes_of_a_path_are_counted_in_the_form_in_which_it_is_kept(a
     assert (await post(alice, workspace, "\u0344" * (MAX_PATH_BYTES // 2))).status == 422  # longer in NFC
 
 
-async def test_a_document_was_a_folder_of_another_one(alice: Actor) -> None:
+async def test_a_document_was_a_folder_of_another_document(alice: Actor) -> None:
     workspace = await alice.make_workspace()
-    taken = ["dir", "src/a/b.py"]
-    for path in taken:
+    existing = ["dir", "src/a/b.py"]
+    for path in existing:
         await make_document(alice, workspace, path=path)
     free = await make_document(alice, workspace, path="free")
-    for path in ("dir/file", "dir/deep/er/file", "src", "src/a", "src/a/b.py/c", *taken):
+    for path in ("dir/file", "dir/deep/er/file", "src", "src/a", "src/a/b.py/c", *existing):
         refused = await post(alice, workspace, path)
         assert (refused.status, refused.code) == (409, "path_taken"), path
         assert (await alice.patch(f"/documents/{free}", {"path": path})).code == "path_taken", path
@@ -90,25 +90,27 @@ async def test_a_document_moves_into_a_folder_of_its_own_name_and_back(alice: Ac
     assert (await post(alice, workspace, "dir/file")).status == 201
 
 
-async def test_a_document_and_a_folder_of_one_name_were_made_at_once(alice: Actor, make_server: MakeServer) -> None:
+async def test_a_document_and_a_folder_with_one_name_were_created_at_once(
+    alice: Actor, make_server: MakeServer
+) -> None:
     workspace, here = await alice.make_workspace(), [alice, alice.at(await make_server())]
-    for round in range(10):
-        names = [f"{round}", f"{round}/file", f"{round}/deep/file", f"{round}"]
-        made = await asyncio.gather(*(post(here[n % 2], workspace, name) for n, name in enumerate(names)))
-        assert {answer.status for answer in made} == {201, 409}
-        kept = [answer["path"] for answer in made if answer.status == 201]
-        assert len(kept) == 1 or f"{round}" not in kept
+    for attempt in range(10):
+        names = [f"{attempt}", f"{attempt}/file", f"{attempt}/deep/file", f"{attempt}"]
+        responses = await asyncio.gather(*(post(here[n % 2], workspace, name) for n, name in enumerate(names)))
+        assert {answer.status for answer in responses} == {201, 409}
+        created = [answer["path"] for answer in responses if answer.status == 201]
+        assert len(created) == 1 or f"{attempt}" not in created
     documents = [await make_document(alice, workspace, path=f"free{n}") for n in range(2)]
-    for round in range(10):
-        names = [f"r{round}", f"r{round}/file"]
-        moved = await asyncio.gather(
+    for attempt in range(10):
+        names = [f"r{attempt}", f"r{attempt}/file"]
+        renamed = await asyncio.gather(
             *(here[n].patch(f"/documents/{documents[n]}", {"path": name}) for n, name in enumerate(names))
         )
-        assert sorted(answer.status for answer in moved) == [200, 409]
+        assert sorted(answer.status for answer in renamed) == [200, 409]
 
 
-async def inserted(database_url: str, actor: Actor, workspace: str, path: str) -> str:
-    """A document as an older version took it."""
+async def insert_document(database_url: str, actor: Actor, workspace: str, path: str) -> str:
+    """Create a document with a path that only an older version accepted; return its id."""
     document = await make_document(actor, workspace, path=f"old{abs(hash(path))}", content=path[:9])
     connection = await asyncpg.connect(database_url)
     try:
@@ -121,39 +123,41 @@ async def inserted(database_url: str, actor: Actor, workspace: str, path: str) -
 
 @pytest.fixture
 async def old_workspace(alice: Actor, database_url: str) -> str:
-    """One with paths of both kinds."""
+    """Create a workspace with valid paths and with paths that are no longer accepted; return its id."""
     workspace = await alice.make_workspace()
-    for path, content in SOUND.items():
+    for path, content in VALID_PATHS.items():
         await make_document(alice, workspace, path=path, content=content)
-    for path in HOSTILE:
-        await inserted(database_url, alice, workspace, path)
+    for path in INVALID_PATHS:
+        await insert_document(database_url, alice, workspace, path)
     return workspace
 
 
 async def test_old_paths_stay_readable_and_can_be_renamed(alice: Actor, old_workspace: str) -> None:
     listed = (await alice.get(f"/workspaces/{old_workspace}/documents"))["items"]
-    assert {each["path"] for each in listed} == {*SOUND, *HOSTILE}
+    assert {document["path"] for document in listed} == {*VALID_PATHS, *INVALID_PATHS}
     for document in listed:
         assert (await alice.get(f"/documents/{document['id']}"))["path"] == document["path"]
         assert (await alice.get(f"/documents/{document['id']}/content")).status == 200
-    bad = [document["id"] for document in listed if document["path"] in HOSTILE]
-    for number, document in enumerate(bad):
+    hostile = [document["id"] for document in listed if document["path"] in INVALID_PATHS]
+    for number, document in enumerate(hostile):
         assert (await alice.patch(f"/documents/{document}", {"path": f"new/{number}"})).status == 200
 
 
-async def finished(actor: Actor, body: dict[str, Any]) -> dict[str, Any]:
-    done = await actor.finished_job((await ask(actor, body))["id"])
-    assert done["status"] == "completed", done
-    result: dict[str, Any] = done["result"]
+async def run_to_completion(actor: Actor, body: dict[str, Any]) -> dict[str, Any]:
+    job = await actor.finished_job((await ask(actor, body))["id"])
+    assert job["status"] == "completed", job
+    result: dict[str, Any] = job["result"]
     return result
 
 
-def names(warnings: list[str], path: str = "") -> list[str]:
-    """The paths that were skipped, as they are shown."""
-    return sorted(each.removeprefix('Skipped "').partition('": ')[0].removeprefix(path) for each in warnings)
+def skipped_paths(warnings: list[str], path: str = "") -> list[str]:
+    """Return the skipped paths of these warnings, sorted, without the prefix ``path``."""
+    return sorted(warning.removeprefix('Skipped "').partition('": ')[0].removeprefix(path) for warning in warnings)
 
 
-SHOWN = sorted(path.replace("\\", "\\\\").replace("\n", "\\n").replace("\x1b", "\\u001b") for path in HOSTILE)
+ESCAPED_INVALID_PATHS = sorted(
+    path.replace("\\", "\\\\").replace("\n", "\\n").replace("\x1b", "\\u001b") for path in INVALID_PATHS
+)
 WALK = """
 import os, json
 paths = (os.path.join(folder, name) for folder, _, names in os.walk("../files") for name in names)
@@ -162,24 +166,24 @@ print(json.dumps(sorted(os.path.relpath(path, "../files") for path in paths)))
 
 
 @pytest.mark.usefixtures("worker")
-async def test_no_program_ran_in_a_workspace_with_such_a_path(alice: Actor, old_workspace: str) -> None:
-    result = await finished(alice, program(WALK, workspaceId=old_workspace))
-    assert (result["exitCode"], result["stdout"]) == (0, f"{json.dumps(sorted(SOUND))}\n")
-    assert names(result["warnings"]) == SHOWN
+async def test_a_program_did_not_run_in_a_workspace_with_such_a_path(alice: Actor, old_workspace: str) -> None:
+    result = await run_to_completion(alice, program(WALK, workspaceId=old_workspace))
+    assert (result["exitCode"], result["stdout"]) == (0, f"{json.dumps(sorted(VALID_PATHS))}\n")
+    assert skipped_paths(result["warnings"]) == ESCAPED_INVALID_PATHS
     assert "control characters" in "".join(result["warnings"])
-    assert (await finished(alice, program("print(1)")))["warnings"] == []
+    assert (await run_to_completion(alice, program("print(1)")))["warnings"] == []
 
 
 @pytest.mark.usefixtures("worker")
-async def test_the_files_of_such_a_workspace_were_not_processed(alice: Actor, old_workspace: str) -> None:
+async def test_files_of_such_a_workspace_were_not_processed(alice: Actor, old_workspace: str) -> None:
     body = {"type": "FILE_PROCESSING", "payload": {"workspaceId": old_workspace}}
-    result = await finished(alice, body)
-    assert {file["path"] for file in result["files"]} == SOUND.keys()
-    assert names(result["warnings"]) == SHOWN
+    result = await run_to_completion(alice, body)
+    assert {file["path"] for file in result["files"]} == VALID_PATHS.keys()
+    assert skipped_paths(result["warnings"]) == ESCAPED_INVALID_PATHS
     body["payload"]["paths"] = ["main.py", DECOMPOSED, "a\nb"]
-    result = await finished(alice, body)
+    result = await run_to_completion(alice, body)
     assert {file["path"] for file in result["files"]} == {"main.py", COMPOSED}
-    assert names(result["warnings"]) == sorted(["a\\nb", DECOMPOSED])
+    assert skipped_paths(result["warnings"]) == sorted(["a\\nb", DECOMPOSED])
 
 
 @pytest.mark.usefixtures("worker")
@@ -189,20 +193,20 @@ async def test_archives_of_such_a_workspace_could_not_be_unpacked(
 ) -> None:
     await make_document(alice, old_workspace, path="C:/Windows/evil.dll")
     payload = {"workspaceId": old_workspace, "format": format}
-    result = await finished(alice, {"type": "EXPORT", "payload": payload})
-    assert await packed(alice, result["artifact"]["url"]) == SOUND.keys()
-    assert names(result["warnings"]) == sorted([*SHOWN, "C:/Windows/evil.dll"])
+    result = await run_to_completion(alice, {"type": "EXPORT", "payload": payload})
+    assert await archive_names(alice, result["artifact"]["url"]) == VALID_PATHS.keys()
+    assert skipped_paths(result["warnings"]) == sorted([*ESCAPED_INVALID_PATHS, "C:/Windows/evil.dll"])
     project = (await alice.get(f"/workspaces/{old_workspace}"))["projectId"]
     await alice.patch(f"/workspaces/{old_workspace}", {"name": "\U0001f469" * 100})
-    result = await finished(alice, {"type": "EXPORT", "payload": {"projectId": project, "format": format}})
+    result = await run_to_completion(alice, {"type": "EXPORT", "payload": {"projectId": project, "format": format}})
     folder = "\U0001f469" * 50
-    assert await packed(alice, result["artifact"]["url"]) == {
-        f"{folder}/{path}" for path in [*SOUND, "C:/Windows/evil.dll"]
+    assert await archive_names(alice, result["artifact"]["url"]) == {
+        f"{folder}/{path}" for path in [*VALID_PATHS, "C:/Windows/evil.dll"]
     }
-    assert names(result["warnings"], f"{folder}/") == SHOWN
+    assert skipped_paths(result["warnings"], f"{folder}/") == ESCAPED_INVALID_PATHS
 
 
-async def packed(actor: Actor, url: str) -> set[str]:
+async def archive_names(actor: Actor, url: str) -> set[str]:
     async with actor.http.get(actor.base + url, headers=actor.headers) as answer:
         raw = await answer.read()
     if url.endswith(".zip"):
@@ -212,9 +216,9 @@ async def packed(actor: Actor, url: str) -> set[str]:
 
 
 @pytest.mark.usefixtures("worker")
-async def test_thousands_of_such_paths_make_a_short_warning(alice: Actor, database_url: str) -> None:
+async def test_thousands_of_such_paths_produce_a_short_warning(alice: Actor, database_url: str) -> None:
     workspace = await alice.make_workspace()
-    await inserted(database_url, alice, workspace, "a\nb")
+    await insert_document(database_url, alice, workspace, "a\nb")
     connection = await asyncpg.connect(database_url)
     try:
         await connection.execute(
@@ -226,6 +230,6 @@ async def test_thousands_of_such_paths_make_a_short_warning(alice: Actor, databa
         )
     finally:
         await connection.close()
-    warnings = (await finished(alice, program("print(1)", workspaceId=workspace)))["warnings"]
+    warnings = (await run_to_completion(alice, program("print(1)", workspaceId=workspace)))["warnings"]
     assert len(warnings) == 21
     assert warnings[-1] == "Skipped 2481 more files."

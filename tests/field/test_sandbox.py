@@ -1,4 +1,4 @@
-"""What users saw of sandboxed programs, and of the worker that runs them."""
+"""Faults of sandboxed programs, and of the worker that runs them, that users saw."""
 
 from tests.conftest import MakeActor, MakeServer, environment
 from tests.jobs.asking import run
@@ -19,8 +19,8 @@ async def test_a_program_forged_and_truncated_the_log_of_its_worker(
 ) -> None:
     ada = await make_actor("Ada", await make_server(**quiet))
     worker = processes.worker(**environment(quiet)).ready()
-    logged = worker.output
+    log_before = worker.output
     result = (await run(ada, FORGE))["result"]
     assert (result["stdout"], result["stderr"]) == ("", "")
-    assert worker.output.startswith(logged)
+    assert worker.output.startswith(log_before)
     assert "FORGED" not in worker.output

@@ -1,4 +1,4 @@
-"""The dashboard and the alert rules ask for nothing that the servers do not tell."""
+"""The dashboard and the alert rules query only metrics that the servers export."""
 
 import json
 import re
@@ -15,16 +15,16 @@ from tests.markdown import anchors
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "scripts" / "observability"
-OF_PROMETHEUS = {"up": {"job", "instance"}}
-ADDED = {"job", "instance", "le"}  # by the scrape, and by histograms
+PROMETHEUS_SERIES = {"up": {"job", "instance"}}
+ADDED = {"job", "instance", "le"}  # labels that the scrape and histograms add
 SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_count", "_sum")}
 SELECTOR = re.compile(r"([a-zA-Z_:][a-zA-Z0-9_:]*)\s*\{([^}]*)\}")
 GROUPING = re.compile(r"\bby \(([^)]*)\)")
 
 
-def told() -> dict[str, set[str]]:
-    """The series that the servers tell, with their labels."""
-    series = OF_PROMETHEUS | {name: {*exposition.JOB_LABELS, *ADDED} for name in exposition.OF_JOBS}
+def exported_series() -> dict[str, set[str]]:
+    """Return the series that the servers export, with their labels."""
+    series = PROMETHEUS_SERIES | {name: {*exposition.JOB_LABELS, *ADDED} for name in exposition.OF_JOBS}
     for metric in vars(metrics).values():
         if isinstance(metric, MetricWrapperBase):
             for suffix in SUFFIXES[metric._type]:
@@ -37,65 +37,67 @@ def dashboard() -> dict[str, Any]:
 
 
 def rules(kind: str = "alert") -> list[dict[str, Any]]:
-    """The rules that alert, or those that ``record``."""
+    """Return the alerting rules, or with ``record`` the recording rules."""
     groups = yaml.safe_load((FOLDER / "alerts.yaml").read_text())["groups"]
     return [rule for group in groups for rule in group["rules"] if kind in rule]
 
 
-def questions() -> list[Any]:
-    shown = [
+def expressions() -> list[Any]:
+    panel_expressions = [
         pytest.param(target["expr"], id=f"{panel['title']} {target['refId']}")
         for panel in dashboard()["panels"]
         for target in panel.get("targets", [])
     ]
-    ruled = [pytest.param(rule["expr"], id=rule[kind]) for kind in ("alert", "record") for rule in rules(kind)]
-    return shown + ruled
+    rule_expressions = [
+        pytest.param(rule["expr"], id=rule[kind]) for kind in ("alert", "record") for rule in rules(kind)
+    ]
+    return panel_expressions + rule_expressions
 
 
-@pytest.mark.parametrize("expression", questions())
-def test_what_is_asked_for_is_told(expression: str) -> None:
-    series, asked = told(), SELECTOR.findall(expression)
-    assert asked
-    having: set[str] = set()
-    for name, matchers in asked:
+@pytest.mark.parametrize("expression", expressions())
+def test_every_queried_series_and_label_is_exported(expression: str) -> None:
+    series, selectors = exported_series(), SELECTOR.findall(expression)
+    assert selectors
+    labels_of_selectors: set[str] = set()
+    for name, matchers in selectors:
         assert name in series, f"no metric {name}"
         assert set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", matchers)) <= series[name], name
-        having |= series[name]
+        labels_of_selectors |= series[name]
     for labels in GROUPING.findall(expression):
-        assert {label.strip() for label in labels.split(",")} <= having
+        assert {label.strip() for label in labels.split(",")} <= labels_of_selectors
 
 
-@pytest.mark.parametrize("expression", questions())
-def test_brackets_close(expression: str) -> None:
-    open_ones: list[str] = []
+@pytest.mark.parametrize("expression", expressions())
+def test_brackets_are_balanced(expression: str) -> None:
+    expected: list[str] = []
     for character in re.sub(r'"[^"]*"', "", expression):
         if character in "([{":
-            open_ones.append({"(": ")", "[": "]", "{": "}"}[character])
+            expected.append({"(": ")", "[": "]", "{": "}"}[character])
         elif character in ")]}":
-            assert open_ones.pop() == character
-    assert not open_ones
+            assert expected.pop() == character
+    assert not expected
 
 
-@pytest.mark.parametrize("expression", questions())
-def test_what_every_process_tells_of_the_installation_is_never_added_up(expression: str) -> None:
+@pytest.mark.parametrize("expression", expressions())
+def test_metrics_of_the_whole_installation_are_never_summed_over_processes(expression: str) -> None:
     for name in exposition.OF_JOBS:
-        asked = re.findall(rf"\b{name}\b", expression)
-        assert len(re.findall(rf"\bmax(?: by \([^)]*\))?\s*\({name}\b", expression)) == len(asked)
+        uses = re.findall(rf"\b{name}\b", expression)
+        assert len(re.findall(rf"\bmax(?: by \([^)]*\))?\s*\({name}\b", expression)) == len(uses)
 
 
-def test_a_metric_that_does_not_exist_would_be_noticed() -> None:
-    assert "http_requests_total" not in told()
-    assert "http_request_duration_seconds_bucket" in told()
-    assert "websocket_closed_total" in told()
+def test_the_check_detects_a_metric_that_does_not_exist() -> None:
+    assert "http_requests_total" not in exported_series()
+    assert "http_request_duration_seconds_bucket" in exported_series()
+    assert "websocket_closed_total" in exported_series()
 
 
-def test_counters_are_never_shown_without_a_rate() -> None:
-    for parameter in questions():
+def test_counters_are_never_queried_without_a_rate() -> None:
+    for parameter in expressions():
         for name in re.findall(r"(\w+(?:_total|_bucket|_count))\{", parameter.values[0]):
             assert re.search(rf"rate\(\s*{name}", parameter.values[0]), name
 
 
-def test_panels_have_a_place_and_an_id_of_their_own() -> None:
+def test_panels_have_unique_positions_ids_and_descriptions() -> None:
     panels = dashboard()["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     cells = [
@@ -107,11 +109,11 @@ def test_panels_have_a_place_and_an_id_of_their_own() -> None:
     assert len(set(cells)) == len(cells)
     described = [panel["description"] for panel in panels if panel["type"] != "row"]
     assert all(described)
-    assert len(set(described)) == len(described), "of its own, not another's"
+    assert len(set(described)) == len(described), "two panels have the same description"
 
 
 @pytest.mark.parametrize("rule", rules(), ids=lambda rule: rule["alert"])
-def test_each_alert_says_how_urgent_it_is_and_where_it_is_explained(rule: dict[str, Any]) -> None:
+def test_each_alert_has_a_severity_and_a_runbook(rule: dict[str, Any]) -> None:
     assert rule["labels"]["severity"] in ("page", "ticket")
     path, _, heading = rule["annotations"]["runbook"].partition("#")
     assert not heading or heading in anchors((ROOT / path).read_text())
