@@ -160,7 +160,7 @@ async def test_of_too_many_sign_ins_each_is_let_in_or_told_to_come_back(
 
     answers = await asyncio.gather(*(sign_in() for _ in range(60)))
     assert {status for status, _ in answers} == {200, 503}
-    assert {detail for status, detail in answers if status == 503} == {"Too many sign-ins at once"}
+    assert {detail for status, detail in answers if status == 503} == {"Too many concurrent sign-ins"}
 
 
 async def test_a_login_renews_a_hash_of_another_cost(
