@@ -169,7 +169,10 @@ def _text(claim: Any) -> str:
 
 
 def _is_canonical(token: str) -> bool:
-    """Return whether a token is spelled as we issue it: base64 can spell one signature (padding, last bits) in many."""
+    """Return whether a token is spelled as we issue it.
+
+    Base64 has several spellings of one signature (padding, unused last bits); only ours is accepted.
+    """
     parts = _THREE_PARTS.fullmatch(token)
     if parts is None:
         return False

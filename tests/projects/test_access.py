@@ -82,7 +82,7 @@ async def test_strangers_cannot_tell_what_is_there(db: Database, world: World, k
         with pytest.raises(NotFound) as refused:
             await access.check(db, user=user, kind=kind, id=id, role=Role.VIEWER)
         told.append(refused.value.detail)
-    assert told == [f"No such {kind.value}"] * 2
+    assert told == [f"{kind.value.capitalize()} not found"] * 2
 
 
 async def test_an_id_is_of_one_kind(db: Database, world: World) -> None:
