@@ -1,4 +1,4 @@
-"""What a worker serves at METRICS_PORT: ``/health`` for liveness probes, ``/metrics`` for Prometheus."""
+"""The endpoint of a worker at METRICS_PORT: ``/health`` for liveness probes, ``/metrics`` for Prometheus."""
 
 import os
 import time
@@ -15,10 +15,10 @@ from server.settings import Settings, SettingsError
 
 @asynccontextmanager
 async def served(settings: Settings, stores: Resources) -> AsyncIterator[None]:
-    """Serve both, as long as the block lasts. Several workers share the port: any of them may answer.
+    """Serve both paths during the block. Several workers share the port: any of them may respond.
 
     Raises:
-        SettingsError: another program has that port.
+        SettingsError: another program uses the port.
     """
     if not settings.metrics_port:
         yield
@@ -52,5 +52,5 @@ async def _listen(runner: web.AppRunner, settings: Settings) -> None:
     try:
         await web.TCPSite(runner, settings.host, settings.metrics_port, reuse_port=True).start()
     except OSError as error:
-        why = os.strerror(error.errno or 0)
-        raise SettingsError(f"Cannot listen on METRICS_PORT={settings.metrics_port}: {why}") from error
+        reason = os.strerror(error.errno or 0)
+        raise SettingsError(f"Cannot listen on METRICS_PORT={settings.metrics_port}: {reason}") from error
