@@ -1,4 +1,4 @@
-"""What an operator asks a process."""
+"""Health, readiness, metrics and logs of a process, as an operator reads them."""
 
 import asyncio
 
@@ -11,7 +11,7 @@ from tests.patience import PATIENCE_SECONDS
 from tests.processes import Processes
 
 
-async def test_health_tells_that_the_process_lives(http: aiohttp.ClientSession, server: str) -> None:
+async def test_health_reports_a_running_process(http: aiohttp.ClientSession, server: str) -> None:
     answer = await Actor(http, server, "Operator").get("/health")
     assert (answer.status, answer["status"]) == (200, "ok")
     assert answer["uptime"] >= 0
@@ -25,7 +25,7 @@ async def test_readiness_names_each_store_with_its_latency(http: aiohttp.ClientS
     assert all(store["status"] == "up" and store["latencyMs"] > 0 for store in answer["stores"].values())
 
 
-async def test_a_store_that_is_down_is_named_and_the_process_still_lives(
+async def test_store_that_is_down_is_named_and_the_process_stays_healthy(
     http: aiohttp.ClientSession, own_stack: Stack, make_server: MakeServer
 ) -> None:
     base = await make_server(**addresses_of(own_stack))
