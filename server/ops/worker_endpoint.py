@@ -35,16 +35,16 @@ async def served(settings: Settings, stores: Resources) -> AsyncIterator[None]:
 def _application(settings: Settings, stores: Resources) -> web.Application:
     started = time.monotonic()
 
-    async def answer_health(_: web.Request) -> web.Response:
+    async def serve_health(_: web.Request) -> web.Response:
         return web.Response(body=json.dumps(health.alive(since=started)), content_type="application/json")
 
-    async def answer_metrics(request: web.Request) -> web.Response:
+    async def serve_metrics(request: web.Request) -> web.Response:
         return await exposition.answer(request, stores)
 
     app = web.Application()
-    app.router.add_get("/health", answer_health)
+    app.router.add_get("/health", serve_health)
     if not operators.are_shut_out(settings):
-        app.router.add_get("/metrics", answer_metrics)
+        app.router.add_get("/metrics", serve_metrics)
     return app
 
 

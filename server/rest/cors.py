@@ -37,10 +37,10 @@ def allow_origins(app: web.Application, origins: Sequence[str]) -> None:
 
 class _Adapter(ResourcesUrlDispatcherRouterAdapter):  # type: ignore[misc]
     def add_preflight_handler(self, routing_entity: Any, handler: Answer) -> None:
-        async def answer(request: web.Request) -> web.StreamResponse:
+        async def handle_options(request: web.Request) -> web.StreamResponse:
             return await handler(request) if _is_preflight(request) else await _allowed_methods(request)
 
-        super().add_preflight_handler(routing_entity, answer)
+        super().add_preflight_handler(routing_entity, handle_options)
 
     def is_preflight_request(self, request: web.Request) -> bool:
         return _is_preflight(request) and bool(super().is_preflight_request(request))
@@ -64,8 +64,8 @@ def _is_preflight(request: web.Request) -> bool:
 async def _allowed_methods(request: web.Request) -> web.Response:
     """Respond to OPTIONS with the allowed methods (RFC 9110, section 9.3.7)."""
     unmatched = await request.app.router.resolve(request.clone(method=_NO_METHOD))
-    refusal = unmatched.http_exception
-    allowed = refusal.allowed_methods if isinstance(refusal, web.HTTPMethodNotAllowed) else ()
+    error = unmatched.http_exception
+    allowed = error.allowed_methods if isinstance(error, web.HTTPMethodNotAllowed) else ()
     return web.Response(status=204, headers={hdrs.ALLOW: ", ".join(sorted(allowed))})
 
 

@@ -193,9 +193,9 @@ def admit(admission: Admission) -> Middleware:
             if not quota.passed:
                 raise QuotaExceeded(quota)
             request[HEADERS].update(quota.headers())
-        for refusal in (identified, session, access):
-            if isinstance(refusal, BaseException):
-                raise refusal
+        for outcome in (identified, session, access):
+            if isinstance(outcome, BaseException):
+                raise outcome
         return await (_count_unhandled(request, handler) if by_handler else handler(request))
 
     return middleware
@@ -300,8 +300,8 @@ def _identified(admission: Admission, request: web.Request, *, public: bool) -> 
         return None
     try:
         user = admission.identify(request)
-    except Unauthenticated as refusal:
-        return refusal
+    except Unauthenticated as error:
+        return error
     return user or Unauthenticated("Not signed in: send the header Authorization: Bearer <access token>")
 
 
@@ -323,8 +323,8 @@ async def _outcomes(*checks: Coroutine[Any, Any, Any] | None) -> list[Any]:
 async def _outcome(check: Awaitable[Any]) -> Any:
     try:
         return await check
-    except Exception as refusal:  # noqa: BLE001 - as gather does
-        return refusal
+    except Exception as error:  # noqa: BLE001 - as gather does
+        return error
 
 
 async def _json_body(request: web.Request) -> Any:

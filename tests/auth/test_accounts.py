@@ -63,10 +63,10 @@ async def test_one_of_20_concurrent_registrations_of_an_address_succeeds(
 ) -> None:
     email = Actor(http, server, "Twin").email
     spellings = [email, email.upper(), email.title()]
-    answers = await asyncio.gather(*(register(http, server, email=spellings[n % 3]) for n in range(20)))
-    refused = [answer for answer in answers if answer.status != 201]
+    responses = await asyncio.gather(*(register(http, server, email=spellings[n % 3]) for n in range(20)))
+    refused = [response for response in responses if response.status != 201]
     assert len(refused) == 19
-    assert {(answer.status, answer.code) for answer in refused} == {(409, "email_taken")}
+    assert {(response.status, response.code) for response in refused} == {(409, "email_taken")}
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ async def test_other_fields_of_a_profile_cannot_be_set(change: dict[str, Any], a
 async def test_one_of_50_changes_on_one_etag_succeeds(alice: Actor) -> None:
     tag = (await alice.get("/auth/profile")).headers["ETag"]
     changes = (alice.patch("/auth/profile", {"name": f"Alice {n}"}, headers={"If-Match": tag}) for n in range(50))
-    statuses = [answer.status for answer in await asyncio.gather(*changes)]
+    statuses = [response.status for response in await asyncio.gather(*changes)]
     assert sorted(statuses) == [200] + [412] * 49
 
 
@@ -171,8 +171,8 @@ async def test_a_login_with_the_old_password_does_not_outlive_its_change(
         await db.execute("UPDATE users SET password_hash = 'new' WHERE id = $1", alice.id)
         login = asyncio.ensure_future(alice.post("/auth/login", {"email": alice.email, "password": PASSWORD}))
         await until_blocked(database_url)
-    answer = await login
-    assert (answer.status, answer.code) == (401, "invalid_credentials")
+    response = await login
+    assert (response.status, response.code) == (401, "invalid_credentials")
 
 
 async def test_passwords_count_beyond_72_bytes(http: aiohttp.ClientSession, server: str) -> None:
@@ -236,8 +236,8 @@ async def test_an_account_whose_password_has_just_been_changed_is_not_deleted_wi
         await db.execute("UPDATE users SET password_hash = 'new' WHERE id = $1", alice.id)
         deletion = asyncio.ensure_future(alice.delete("/auth/profile", {"password": PASSWORD}))
         await until_blocked(database_url)
-    answer = await deletion
-    assert (answer.status, answer.code) == (401, "invalid_credentials")
+    response = await deletion
+    assert (response.status, response.code) == (401, "invalid_credentials")
 
 
 async def test_an_older_revision_of_an_account_is_not_deleted(alice: Actor) -> None:
@@ -286,8 +286,8 @@ async def test_signed_in_user_without_an_account_is_rejected(make_actor: MakeAct
     """Another device has just deleted the account."""
     actor = await make_actor("Ghost", server)
     assert (await actor.delete("/auth/profile", {"password": PASSWORD})).status == 204
-    for answer in (await actor.patch("/auth/profile", {"name": "Back"}), await actor.get("/auth/sessions")):
-        assert (answer.status, answer.code) == (401, "unauthenticated")
+    for response in (await actor.patch("/auth/profile", {"name": "Back"}), await actor.get("/auth/sessions")):
+        assert (response.status, response.code) == (401, "unauthenticated")
 
 
 async def until_blocked(database_url: str, *, statements: int = 1) -> None:

@@ -82,8 +82,8 @@ async def test_burst_of_logins_does_not_block_other_requests(
     async def sign_in_again_and_again() -> list[int]:
         statuses = []
         while not is_over.is_set():
-            answer = await guest.post("/auth/login", {"email": alice.email, "password": PASSWORD})
-            statuses.append(answer.status)
+            response = await guest.post("/auth/login", {"email": alice.email, "password": PASSWORD})
+            statuses.append(response.status)
         return statuses
 
     storm = asyncio.gather(*(sign_in_again_and_again() for _ in range(30)))
@@ -159,13 +159,13 @@ async def test_too_many_concurrent_sign_ins_succeed_or_get_retry_after(
     guest = Actor(http, alice.base, "Guest")
 
     async def sign_in() -> tuple[int, str]:
-        answer = await guest.post("/auth/login", {"email": alice.email, "password": PASSWORD})
-        assert answer.status == 200 or int(answer.headers["Retry-After"]) > 0
-        return answer.status, answer.body.get("detail", "")
+        response = await guest.post("/auth/login", {"email": alice.email, "password": PASSWORD})
+        assert response.status == 200 or int(response.headers["Retry-After"]) > 0
+        return response.status, response.body.get("detail", "")
 
-    answers = await asyncio.gather(*(sign_in() for _ in range(60)))
-    assert {status for status, _ in answers} == {200, 503}
-    assert {detail for status, detail in answers if status == 503} == {"Too many concurrent sign-ins"}
+    responses = await asyncio.gather(*(sign_in() for _ in range(60)))
+    assert {status for status, _ in responses} == {200, 503}
+    assert {detail for status, detail in responses if status == 503} == {"Too many concurrent sign-ins"}
 
 
 async def test_a_login_renews_a_hash_of_another_cost(

@@ -75,12 +75,12 @@ async def test_200_refreshes_of_one_token_on_two_servers_leave_one_family(
     first, second = await make_server(), await make_server()
     alice = await make_actor("Alice", first)
     twin = alice.at(second)
-    answers = await asyncio.gather(*(refresh((alice, twin)[n % 2], alice.refresh_token) for n in range(200)))
-    statuses = Counter(answer.status for answer in answers)
+    responses = await asyncio.gather(*(refresh((alice, twin)[n % 2], alice.refresh_token) for n in range(200)))
+    statuses = Counter(response.status for response in responses)
     assert statuses.keys() <= {200, 503}, statuses  # 503 on a busy machine
     assert statuses[200] >= 100, statuses
     assert len(await active_sessions(twin)) == 1
-    (successor,) = {answer["refreshToken"] for answer in answers if answer.status == 200}
+    (successor,) = {response["refreshToken"] for response in responses if response.status == 200}
     last = await refresh(twin, successor)
     assert last.status == 200
 

@@ -31,17 +31,17 @@ async def test_operator_sees_waiting_jobs(
             assets = re.findall(r'(?:src|href)="(/[^"]+)"', await page.text())
     assert len(assets) == 3
     for asset in assets:
-        async with http.get(base + asset, headers=OPERATOR) as answer:
-            assert answer.status == 200
-            assert await answer.text()
-    async with http.get(f"{base}/ops/queues/api/queues", headers=OPERATOR) as answer:
-        queued = {queue["name"]: queue["queued"] for queue in (await answer.json())["queues"]}
+        async with http.get(base + asset, headers=OPERATOR) as response:
+            assert response.status == 200
+            assert await response.text()
+    async with http.get(f"{base}/ops/queues/api/queues", headers=OPERATOR) as response:
+        queued = {queue["name"]: queue["queued"] for queue in (await response.json())["queues"]}
     assert queued == {"high": 0, "normal": 1, "low": 0}
-    async with http.get(f"{base}/ops/queues/api/queues/normal", headers=OPERATOR) as answer:
-        [message] = (await answer.json())["queue"]["jobs"]
+    async with http.get(f"{base}/ops/queues/api/queues/normal", headers=OPERATOR) as response:
+        [message] = (await response.json())["queue"]["jobs"]
     assert (message["key"], message["queue"]) == (f"{job}:1", "normal")
-    async with http.get(f"{base}/ops/queues/api/queues/normal/jobs/{message['key']}", headers=OPERATOR) as answer:
-        assert (await answer.json())["job"] == message
+    async with http.get(f"{base}/ops/queues/api/queues/normal/jobs/{message['key']}", headers=OPERATOR) as response:
+        assert (await response.json())["job"] == message
 
 
 @pytest.mark.parametrize(
@@ -61,10 +61,10 @@ async def test_dashboard_does_not_exist_in_production_without_credentials(
     http: aiohttp.ClientSession, make_server: MakeServer
 ) -> None:
     production = {"app_env": "production", "cors_origin": (), "bcrypt_rounds": 10}
-    async with http.get(f"{await make_server(**production)}/ops/queues") as answer:
-        assert answer.status == 404
-    async with http.get(f"{await make_server(**production, **CREDENTIALS)}/ops/queues", headers=OPERATOR) as answer:
-        assert answer.status == 200
+    async with http.get(f"{await make_server(**production)}/ops/queues") as response:
+        assert response.status == 404
+    async with http.get(f"{await make_server(**production, **CREDENTIALS)}/ops/queues", headers=OPERATOR) as response:
+        assert response.status == 200
 
 
 async def test_dashboard_cannot_change_jobs(http: aiohttp.ClientSession, make_server: MakeServer) -> None:
@@ -74,8 +74,8 @@ async def test_dashboard_cannot_change_jobs(http: aiohttp.ClientSession, make_se
             assert refused.status == 405
             assert "POST /api/v1/jobs/{id}/cancel" in (await refused.json())["detail"]
     for unknown in ("/api/queues/none", "/api/queues/low/jobs/none", "/static/none.js"):
-        async with http.get(f"{base}/ops/queues{unknown}", headers=OPERATOR) as answer:
-            assert answer.status == 404
+        async with http.get(f"{base}/ops/queues{unknown}", headers=OPERATOR) as response:
+            assert response.status == 404
 
 
 @pytest.mark.parametrize(("old", "new"), dashboard.SCRIPT_CHANGES)
@@ -91,5 +91,5 @@ async def test_dashboard_responds_503_without_redis(
     base = await make_server(**addresses_of(own_stack))
     own_stack.valkey.kill()
     for path in ("", "/normal", "/normal/jobs/any"):
-        async with http.get(f"{base}/ops/queues/api/queues{path}") as answer:
-            assert (answer.status, (await answer.json())["code"]) == (503, "unavailable")
+        async with http.get(f"{base}/ops/queues/api/queues{path}") as response:
+            assert (response.status, (await response.json())["code"]) == (503, "unavailable")

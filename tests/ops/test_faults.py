@@ -17,7 +17,7 @@ NAMES = {POSTGRES: "PostgreSQL", REDIS: "Redis", MONGO: "MongoDB"}
 
 def detail_of(store: str, mode: Mode) -> str:
     """Return the detail of a 503 that is caused by a store in this mode."""
-    failure = "is unavailable" if mode in (Mode.STOPPED, Mode.RESET) else "did not answer in time"
+    failure = "is unavailable" if mode in (Mode.STOPPED, Mode.RESET) else "did not response in time"
     return f"{NAMES[store]} {failure}"
 
 
@@ -50,8 +50,8 @@ async def ask_all(world: World) -> list[tuple[str, Answer]]:
     requests, path_answers = calls(world.alice, world), []
     for start in range(0, len(requests), AT_ONCE):
         batch = requests[start : start + AT_ONCE]
-        answers = await asyncio.gather(*(world.call(world.alice, *request) for request in batch))
-        path_answers += [(path, answer) for (_, path, _), answer in zip(batch, answers, strict=True)]
+        responses = await asyncio.gather(*(world.call(world.alice, *request) for request in batch))
+        path_answers += [(path, response) for (_, path, _), response in zip(batch, responses, strict=True)]
     return path_answers
 
 
@@ -63,11 +63,11 @@ async def test_every_response_is_in_time_and_names_the_store_that_is_down(
 ) -> None:
     await network.stores[store].turn(mode)
     paths = []
-    for path, answer in await ask_all(world):
-        assert answer.status < 500 or answer.status == 503, (path, answer)
-        if answer.status == 503:
-            assert answer["detail"] == detail_of(store, mode), (path, answer)
-            assert int(answer.headers["Retry-After"]) > 0
+    for path, response in await ask_all(world):
+        assert response.status < 500 or response.status == 503, (path, response)
+        if response.status == 503:
+            assert response["detail"] == detail_of(store, mode), (path, response)
+            assert int(response.headers["Retry-After"]) > 0
             paths.append(path)
     assert set(paths) >= NEEDED[store]
     assert not [path for path in paths if path in FREE_OF[store]]
@@ -89,8 +89,8 @@ FREE_OF = {
 @pytest.mark.parametrize("store", [POSTGRES, REDIS, MONGO])
 async def test_every_response_is_in_time_if_a_store_is_slow(store: str, network: Network, world: World) -> None:
     await network.stores[store].turn(Mode.SLOW)
-    for path, answer in await ask_all(world):
-        assert answer.status < 500 or answer["detail"] == detail_of(store, Mode.SLOW), (path, answer)
+    for path, response in await ask_all(world):
+        assert response.status < 500 or response["detail"] == detail_of(store, Mode.SLOW), (path, response)
 
 
 @pytest.mark.parametrize("mode", [*AWAY, Mode.SLOW], ids=lambda mode: mode.name.lower())
@@ -105,5 +105,5 @@ async def test_outage_grants_no_access(store: str, mode: Mode, network: Network,
     paths = (f"/projects/{world.project}", f"/workspaces/{world.workspace}", f"/jobs/{world.job}")
     refusals = {world.mallory: (404, 503), ended: (401, 503), stranger: (401,)}
     for who, refused in refusals.items():
-        answers = await asyncio.gather(*(world.call(who, "GET", path) for path in paths))
-        assert all(answer.status in refused for answer in answers), answers
+        responses = await asyncio.gather(*(world.call(who, "GET", path) for path in paths))
+        assert all(response.status in refused for response in responses), responses

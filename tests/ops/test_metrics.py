@@ -24,9 +24,9 @@ HEALTH = 'http_request_duration_seconds_count{method="GET",route="/health",statu
 
 async def scrape(http: aiohttp.ClientSession, base: str) -> dict[str, float]:
     """Return the samples by name and labels."""
-    async with http.get(f"{base}/metrics", headers={"Connection": "close"}) as answer:
-        assert answer.status == 200, await answer.text()
-        text = await answer.text()
+    async with http.get(f"{base}/metrics", headers={"Connection": "close"}) as response:
+        assert response.status == 200, await response.text()
+        text = await response.text()
     list(text_string_to_metric_families(text))  # the text is valid for Prometheus
     pairs = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
     return {name: float(value) for name, _, value in pairs}
@@ -99,8 +99,8 @@ async def test_every_process_reports_the_same_sums(processes: Processes, http: a
     connector = aiohttp.TCPConnector(force_close=True)
     async with aiohttp.ClientSession(connector=connector) as session:
         for _ in range(40):
-            async with session.get(f"{server.base}/health") as answer:
-                assert answer.status == 200
+            async with session.get(f"{server.base}/health") as response:
+                assert response.status == 200
         for _ in range(10):
             assert (await scrape(session, server.base))[HEALTH] == 40
 
@@ -175,8 +175,8 @@ async def test_metrics_require_credentials_if_they_are_set(
 
     async def status(*login: str) -> int:
         auth = aiohttp.encode_basic_auth(*login) if login else ""
-        async with http.get(f"{base}/metrics", headers={"Authorization": auth} if auth else {}) as answer:
-            return answer.status
+        async with http.get(f"{base}/metrics", headers={"Authorization": auth} if auth else {}) as response:
+            return response.status
 
     assert await status() == 401
     assert await status("ada", "wrong") == 401
@@ -188,5 +188,5 @@ async def test_production_has_no_metrics_without_credentials(
     app_env: str, expected: int, make_server: MakeServer, http: aiohttp.ClientSession
 ) -> None:
     base = await make_server(app_env=app_env)
-    async with http.get(f"{base}/metrics") as answer:
-        assert answer.status == expected
+    async with http.get(f"{base}/metrics") as response:
+        assert response.status == expected

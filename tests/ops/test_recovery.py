@@ -112,24 +112,24 @@ async def test_requests_are_answered_in_time_and_succeed_when_the_store_is_back(
 ) -> None:
     requests = [*calls(world.alice, world), *further_calls(world, things)]
     await network.stores[store].turn(mode)
-    answers = await ask_all(world, world.alice, requests)
-    for path, answer in answers:
-        assert answer.status < 500 or answer.status == 503, (path, answer)
+    responses = await ask_all(world, world.alice, requests)
+    for path, response in responses:
+        assert response.status < 500 or response.status == 503, (path, response)
         if path == "/health/ready":
-            assert answer.status == 503
-            assert answer["stores"][NAMES[store].lower()]["status"] == "down"
-        elif answer.status == 503 and answer.body:
-            assert answer["detail"] == detail_of(store, mode), (path, answer)
-    assert {answer.status for path, answer in answers if path in ("/metrics", "/health")} == {200}
+            assert response.status == 503
+            assert response["stores"][NAMES[store].lower()]["status"] == "down"
+        elif response.status == 503 and response.body:
+            assert response["detail"] == detail_of(store, mode), (path, response)
+    assert {response.status for path, response in responses if path in ("/metrics", "/health")} == {200}
 
     before = network.stores[store].connections
     await network.stores[store].turn(Mode.PASS)
     async with asyncio.timeout(world.longest_seconds):
-        while any(answer.status >= 500 for _, answer in await ask_all(world, world.alice, OF_EACH_STORE)):
+        while any(response.status >= 500 for _, response in await ask_all(world, world.alice, OF_EACH_STORE)):
             await asyncio.sleep(0.05)
     for request in requests:
-        [(path, answer)] = await ask_all(world, world.alice, [request])
-        assert answer.status < 500, (path, answer)
+        [(path, response)] = await ask_all(world, world.alice, [request])
+        assert response.status < 500, (path, response)
     await ask_all(world, world.alice, [("GET", f"/jobs/{world.job}", None)] * CROWD)
     assert network.stores[store].connections - before <= POOLS[store] + SPARE
 
@@ -141,8 +141,8 @@ async def test_concurrent_requests_are_answered_in_time(store: str, mode: Mode, 
     # The user's own job needs PostgreSQL only while the blacklist in Redis is young, and may lack ended sessions.
     path = {POSTGRES: f"/projects/{world.project}", MONGO: f"/jobs/{world.job}"}[store]
     await network.stores[store].turn(mode)
-    answers = await ask_all(world, world.alice, [("GET", path, None)] * CROWD)
-    assert {(answer.status, answer["detail"]) for _, answer in answers} == {(503, detail_of(store, mode))}
+    responses = await ask_all(world, world.alice, [("GET", path, None)] * CROWD)
+    assert {(response.status, response["detail"]) for _, response in responses} == {(503, detail_of(store, mode))}
 
 
 @pytest.mark.parametrize("mode", [Mode.STOPPED, Mode.BLACK_HOLE], ids=lambda mode: mode.name.lower())
@@ -174,8 +174,8 @@ async def test_viewer_cannot_write_during_an_outage(store: str, network: Network
         ("POST", "/jobs", {"type": "CODE_EXECUTION", "payload": payload}),
     ]
     for who in (things.victor, world.mallory):
-        for path, answer in await ask_all(world, who, writes):
-            assert answer.status in (403, 404, 503), (who.name, path, answer)
+        for path, response in await ask_all(world, who, writes):
+            assert response.status in (403, 404, 503), (who.name, path, response)
     await network.stores[store].turn(Mode.PASS)
 
 
@@ -183,13 +183,13 @@ async def test_client_detects_an_interrupted_download(
     network: Network, world: World, things: Things, http: aiohttp.ClientSession
 ) -> None:
     address = f"{world.alice.base}/api/v1{things.file}"
-    async with http.get(address, headers=world.alice.headers) as answer:
-        assert (answer.status, int(answer.headers["Content-Length"])) == (200, ARTIFACT_BYTES)
-        await answer.content.readexactly(1)
+    async with http.get(address, headers=world.alice.headers) as response:
+        assert (response.status, int(response.headers["Content-Length"])) == (200, ARTIFACT_BYTES)
+        await response.content.readexactly(1)
         await network.stores[MONGO].turn(Mode.STOPPED)
         with pytest.raises((aiohttp.ClientPayloadError, aiohttp.ClientConnectionError)):
             async with asyncio.timeout(PATIENCE_SECONDS):
-                await answer.read()
+                await response.read()
 
 
 @pytest.fixture

@@ -23,10 +23,10 @@ async def test_a_known_user_is_added_at_once_and_only_once(alice: Actor, bob: Ac
 
 async def test_twenty_concurrent_additions_create_one_member(alice: Actor, bob: Actor) -> None:
     project = await alice.make_project()
-    answers = await asyncio.gather(
+    responses = await asyncio.gather(
         *(alice.post(f"/projects/{project}/collaborators", {"email": bob.email}) for _ in range(20))
     )
-    assert sorted(answer.status for answer in answers) == [201] + [409] * 19
+    assert sorted(response.status for response in responses) == [201] + [409] * 19
 
 
 async def test_members_are_listed_page_by_page_the_owner_first(
@@ -79,8 +79,8 @@ async def test_the_owner_can_be_neither_changed_nor_removed(alice: Actor) -> Non
     project = await alice.make_project()
     owner = (await alice.get(f"/projects/{project}/collaborators"))["items"][0]["id"]
     path = f"/projects/{project}/collaborators/{owner}"
-    for answer in (await alice.patch(path, {"role": "VIEWER"}), await alice.delete(path)):
-        assert (answer.status, answer.code) == (409, "owner_immutable")
+    for response in (await alice.patch(path, {"role": "VIEWER"}), await alice.delete(path)):
+        assert (response.status, response.code) == (409, "owner_immutable")
 
 
 async def test_a_collaborator_of_one_project_is_none_of_another(alice: Actor, bob: Actor) -> None:
@@ -95,11 +95,11 @@ async def test_a_collaborator_of_one_project_is_none_of_another(alice: Actor, bo
 async def test_owner_role_cannot_be_assigned(alice: Actor, bob: Actor) -> None:
     project = await alice.make_project()
     member = await alice.add(bob, project)
-    for answer in (
+    for response in (
         await alice.patch(f"/projects/{project}/collaborators/{member}", {"role": "OWNER"}),
         await alice.post(f"/projects/{project}/collaborators", {"email": "x@example.org", "role": "OWNER"}),
     ):
-        assert (answer.status, answer["details"][0]["field"]) == (422, "role")
+        assert (response.status, response["details"][0]["field"]) == (422, "role")
 
 
 async def test_resource_without_an_etag_rejects_if_match(alice: Actor, bob: Actor) -> None:
@@ -124,10 +124,10 @@ async def test_a_transfer_makes_the_old_owner_a_collaborator(alice: Actor, bob: 
 
 async def test_concurrent_transfers_leave_one_owner(alice: Actor, bob: Actor, carol: Actor) -> None:
     project = await alice.make_project(bob, carol)
-    answers = await asyncio.gather(
+    responses = await asyncio.gather(
         *(alice.post(f"/projects/{project}/transfer", {"userId": to.id}) for to in (bob, carol) * 10)
     )
-    assert sorted(answer.status for answer in answers) == [200] + [403] * 19
+    assert sorted(response.status for response in responses) == [200] + [403] * 19
     roles = [member["role"] for member in (await alice.get(f"/projects/{project}/collaborators"))["items"]]
     assert sorted(roles) == ["COLLABORATOR", "COLLABORATOR", "OWNER"]
 

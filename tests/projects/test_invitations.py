@@ -101,8 +101,8 @@ async def test_one_of_twenty_concurrent_acceptances_succeeds(alice: Actor) -> No
     project, new = await alice.make_project(), newcomer(alice)
     token = (await invite(alice, project, new.email))["invitation"]["token"]
     await new.register()
-    answers = await asyncio.gather(*(new.post("/invitations/accept", {"token": token}) for _ in range(20)))
-    assert sorted(answer.status for answer in answers) == [200] + [404] * 19
+    responses = await asyncio.gather(*(new.post("/invitations/accept", {"token": token}) for _ in range(20)))
+    assert sorted(response.status for response in responses) == [200] + [404] * 19
     assert (await alice.get(f"/projects/{project}"))["counts"]["collaborators"] == 2
 
 

@@ -117,9 +117,9 @@ async def test_cursor_of_another_list_is_rejected(alice: Actor) -> None:
         ("/projects?sort=name", newest),
         ("/projects", cursor[:-2] + "!!"),
     ):
-        answer = await alice.get(path, params={"cursor": bad})
-        assert (answer.status, answer.code) == (422, "validation_failed"), path
-        assert answer["details"][0]["field"] == "cursor"
+        response = await alice.get(path, params={"cursor": bad})
+        assert (response.status, response.code) == (422, "validation_failed"), path
+        assert response["details"][0]["field"] == "cursor"
 
 
 async def test_projects_can_be_searched_by_role_and_words(alice: Actor, bob: Actor) -> None:
@@ -191,14 +191,14 @@ async def test_one_of_fifty_changes_on_one_etag_succeeds(alice: Actor, make_serv
     project = await alice.make_project()
     both = [alice, alice.at(await make_server())]
     tag = (await alice.get(f"/projects/{project}")).headers["ETag"]
-    answers = await asyncio.gather(
+    responses = await asyncio.gather(
         *(
             both[number % 2].patch(f"/projects/{project}", {"name": f"n{number}"}, headers={"If-Match": tag})
             for number in range(50)
         )
     )
-    assert sorted(answer.status for answer in answers) == [200] + [412] * 49
-    winner = next(answer for answer in answers if answer.status == 200)
+    assert sorted(response.status for response in responses) == [200] + [412] * 49
+    winner = next(response for response in responses if response.status == 200)
     assert (await alice.get(f"/projects/{project}"))["name"] == winner["name"]
 
 
@@ -223,5 +223,5 @@ async def test_requests_that_race_with_the_deletion_of_their_project_get_404(
             await until_blocked(database_url, statements=len(calls))
     finally:
         await db.close()
-    for answer in await asyncio.gather(*calls):
-        assert (answer.status, answer.code) == (404, "not_found"), answer
+    for response in await asyncio.gather(*calls):
+        assert (response.status, response.code) == (404, "not_found"), response

@@ -16,29 +16,29 @@ from tests.patience import PATIENCE_SECONDS
 
 
 async def test_an_error_is_a_problem(alice: Actor) -> None:
-    answer = await alice.post("/projects", {"name": "", "colour": "red"})
-    assert answer.headers["Content-Type"].startswith("application/problem+json")
-    assert answer.status == 422
-    problem = answer.body
+    response = await alice.post("/projects", {"name": "", "colour": "red"})
+    assert response.headers["Content-Type"].startswith("application/problem+json")
+    assert response.status == 422
+    problem = response.body
     assert problem["type"] == "about:blank"
     assert (problem["title"], problem["status"], problem["code"]) == ("Unprocessable Content", 422, "validation_failed")
     assert problem["error"] == problem["detail"]
     assert {detail["field"] for detail in problem["details"]} == {"name", "colour"}
-    assert problem["requestId"] == answer.headers["X-Request-Id"]
+    assert problem["requestId"] == response.headers["X-Request-Id"]
 
 
 @pytest.mark.parametrize("path", ["/nowhere", "/api/v1/nowhere", "/api/v1/projects/", "/api/v1//projects"])
 async def test_an_unknown_path_is_not_found(path: str, alice: Actor) -> None:
-    async with alice.http.get(alice.base + path, headers={**alice.headers, "Accept": "text/html"}) as answer:
-        assert answer.status == 404
-        assert answer.content_type == "application/problem+json"
-        assert (await answer.json())["code"] == "not_found"
+    async with alice.http.get(alice.base + path, headers={**alice.headers, "Accept": "text/html"}) as response:
+        assert response.status == 404
+        assert response.content_type == "application/problem+json"
+        assert (await response.json())["code"] == "not_found"
 
 
 async def test_wrong_method_gets_the_allowed_methods(alice: Actor) -> None:
-    answer = await alice.call("PUT", "/projects")
-    assert (answer.status, answer.code) == (405, "method_not_allowed")
-    assert {"GET", "POST"} <= set(answer.headers["Allow"].split(", "))
+    response = await alice.call("PUT", "/projects")
+    assert (response.status, response.code) == (405, "method_not_allowed")
+    assert {"GET", "POST"} <= set(response.headers["Allow"].split(", "))
 
 
 async def test_well_formed_request_id_is_kept_and_any_other_replaced(alice: Actor) -> None:
@@ -51,13 +51,13 @@ async def test_well_formed_request_id_is_kept_and_any_other_replaced(alice: Acto
 
 async def test_every_response_has_the_headers_of_a_json_api(alice: Actor, http: aiohttp.ClientSession) -> None:
     for path in ("/api/v1/projects", "/api/v1/nowhere", "/health", "/api/v1/projects/1"):
-        answer = await alice.get(path)
-        assert answer.headers["X-Content-Type-Options"] == "nosniff"
-        assert answer.headers["X-Frame-Options"] == "DENY"
-        assert answer.headers["Referrer-Policy"] == "no-referrer"
-        assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
-        assert answer.headers["Cache-Control"] == "private, no-cache"
-        assert "Server" not in answer.headers
+        response = await alice.get(path)
+        assert response.headers["X-Content-Type-Options"] == "nosniff"
+        assert response.headers["X-Frame-Options"] == "DENY"
+        assert response.headers["Referrer-Policy"] == "no-referrer"
+        assert "default-src 'none'" in response.headers["Content-Security-Policy"]
+        assert response.headers["Cache-Control"] == "private, no-cache"
+        assert "Server" not in response.headers
 
 
 async def test_production_insists_on_tls(alice: Actor, make_server: MakeServer) -> None:
@@ -105,13 +105,13 @@ async def test_malformed_request_gets_a_problem_like_any_other(
 
 
 async def test_responses_with_tokens_forbid_caching(alice: Actor) -> None:
-    answer = await alice.post("/auth/refresh", {"refreshToken": alice.refresh_token})
-    assert answer.headers["Cache-Control"] == "no-store"
+    response = await alice.post("/auth/refresh", {"refreshToken": alice.refresh_token})
+    assert response.headers["Cache-Control"] == "no-store"
 
 
 async def test_static_assets_are_immutable(alice: Actor) -> None:
-    async with alice.http.get(f"{alice.base}/api-docs/static/swagger-ui.css") as answer:
-        assert "immutable" in answer.headers["Cache-Control"]
+    async with alice.http.get(f"{alice.base}/api-docs/static/swagger-ui.css") as response:
+        assert "immutable" in response.headers["Cache-Control"]
 
 
 def test_every_code_has_one_status_and_a_meaning() -> None:
@@ -146,8 +146,8 @@ async def test_invalid_body_gets_a_specific_error(
     body: bytes, headers: dict[str, str], status: int, code: str, alice: Actor
 ) -> None:
     request_headers = {"Content-Type": "application/json"} | headers
-    answer = await alice.call("POST", "/projects", headers=request_headers, data=io.BytesIO(body))
-    assert (answer.status, answer.code) == (status, code), answer
+    response = await alice.call("POST", "/projects", headers=request_headers, data=io.BytesIO(body))
+    assert (response.status, response.code) == (status, code), response
     assert (await alice.get("/projects"))["items"] == []
 
 
@@ -159,5 +159,5 @@ async def test_slow_body_does_not_use_up_the_deadline_of_the_stores(alice: Actor
         await asyncio.sleep(2)
         yield b'"Engine"}'
 
-    answer = await alice.call("POST", "/projects", headers={"Content-Type": "application/json"}, data=slow_body())
-    assert answer.status == 201, answer
+    response = await alice.call("POST", "/projects", headers={"Content-Type": "application/json"}, data=slow_body())
+    assert response.status == 201, response

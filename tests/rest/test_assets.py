@@ -21,8 +21,8 @@ async def raw() -> AsyncIterator[aiohttp.ClientSession]:
 
 
 async def static_urls_of(http: aiohttp.ClientSession, base: str, page: str) -> list[str]:
-    async with http.get(base + page) as answer:
-        return re.findall(r'(?:src|href)="(/[^"]+/static/[^"]+)"', await answer.text())
+    async with http.get(base + page) as response:
+        return re.findall(r'(?:src|href)="(/[^"]+/static/[^"]+)"', await response.text())
 
 
 async def all_urls(http: aiohttp.ClientSession, base: str) -> list[str]:
@@ -37,10 +37,10 @@ async def test_text_is_compressed_only_for_clients_that_accept_it(
     paths = [path for path in await all_urls(http, server) if ".png" not in path and path != small]
     assert len(paths) >= 10
     for path in paths:
-        async with raw.get(server + path, headers={"Accept-Encoding": "gzip, br"}) as answer:
-            packed, zipped = await answer.read(), answer.headers
-        async with raw.get(server + path, headers={"Accept-Encoding": "identity"}) as answer:
-            body, plain = await answer.read(), answer.headers
+        async with raw.get(server + path, headers={"Accept-Encoding": "gzip, br"}) as response:
+            packed, zipped = await response.read(), response.headers
+        async with raw.get(server + path, headers={"Accept-Encoding": "identity"}) as response:
+            body, plain = await response.read(), response.headers
         assert zipped.get("Content-Encoding") == "gzip", path
         assert "Content-Encoding" not in plain
         assert gzip.decompress(packed) == body
@@ -55,9 +55,9 @@ async def test_text_is_compressed_only_for_clients_that_accept_it(
 
 @pytest.mark.parametrize("path", ["/api-docs/static/favicon-32x32.png", "/ops/queues/"])
 async def test_images_and_small_pages_are_not_compressed(raw: aiohttp.ClientSession, server: str, path: str) -> None:
-    async with raw.get(server + path, headers={"Accept-Encoding": "gzip"}) as answer:
-        assert answer.status == 200
-        assert "Content-Encoding" not in answer.headers
+    async with raw.get(server + path, headers={"Accept-Encoding": "gzip"}) as response:
+        assert response.status == 200
+        assert "Content-Encoding" not in response.headers
 
 
 async def test_unchanged_asset_gets_304_with_its_security_policy(http: aiohttp.ClientSession, server: str) -> None:
@@ -76,9 +76,9 @@ async def test_scripts_and_styles_are_immutable_at_a_url_with_their_version(
         parts = await static_urls_of(http, server, page)
         assert len(parts) >= 3
         for part in parts:
-            async with http.get(server + part) as answer:
-                assert answer.headers["Cache-Control"] == f"{cache}, max-age=31536000, immutable"
-                assert part.partition("?v=")[2] in answer.headers["ETag"]
+            async with http.get(server + part) as response:
+                assert response.headers["Cache-Control"] == f"{cache}, max-age=31536000, immutable"
+                assert part.partition("?v=")[2] in response.headers["ETag"]
 
 
 @pytest.mark.parametrize(

@@ -73,9 +73,9 @@ WITH_QUERY = [route for route in ALL if schemas(route, "querystring")]
 
 async def send(actor: Actor, method: str, path: str, raw: str) -> int:
     headers = actor.headers | {"Content-Type": "application/json"}
-    async with actor.http.request(method, actor.base + path, data=raw.encode(), headers=headers) as answer:
-        await answer.read()
-        return answer.status
+    async with actor.http.request(method, actor.base + path, data=raw.encode(), headers=headers) as response:
+        await response.read()
+        return response.status
 
 
 def is_text(schema: Any, name: str) -> bool:
@@ -175,8 +175,8 @@ HEADERS = [
 async def test_header_values_never_cause_a_server_error(name: str, value: str, alice: Actor) -> None:
     project = await alice.make_project()
     for method, path in (("GET", f"/projects/{project}"), ("PATCH", f"/projects/{project}"), ("GET", "/health")):
-        answer = await alice.call(method, path, headers={name: value})
-        assert answer.status < 500, answer
+        response = await alice.call(method, path, headers={name: value})
+        assert response.status < 500, response
 
 
 async def raw_answer(port: int, *parts: bytes, pause: float = 0) -> tuple[bytes, float]:
@@ -186,8 +186,8 @@ async def raw_answer(port: int, *parts: bytes, pause: float = 0) -> tuple[bytes,
     trickle = asyncio.create_task(send_slowly(writer, parts, pause))
     try:
         async with asyncio.timeout(PATIENCE_SECONDS):
-            answer = await reader.read(65536)
-        return answer, time.monotonic() - started
+            response = await reader.read(65536)
+        return response, time.monotonic() - started
     except ConnectionError:
         return b"", time.monotonic() - started
     finally:
@@ -223,9 +223,9 @@ async def test_slow_headers_and_bodies_time_out_and_malformed_requests_get_no_ht
     assert headers[0] == silence[0] == b""
     for _, seconds in (headers, body, chunks, silence):
         assert seconds > 8
-    for answer, _ in (body, chunks):
-        assert answer.startswith(b"HTTP/1.1 400 ")
-        assert b"Request body exceeds the timeout of 10 seconds" in answer
+    for response, _ in (body, chunks):
+        assert response.startswith(b"HTTP/1.1 400 ")
+        assert b"Request body exceeds the timeout of 10 seconds" in response
     assert b" 400 Bad Request" in garbage[0]
     assert b"text/html" not in garbage[0]
     assert large[0].startswith(b"HTTP/1.1 413 ")

@@ -40,20 +40,20 @@ def test_operation_documents_summary_parameters_and_responses(path: str, method:
     assert any(status.startswith("2") for status in operation["responses"])
     in_path = {part.strip("{}") for part in path.split("/") if part.startswith("{")}
     assert {parameter["name"] for parameter in operation["parameters"] if parameter["in"] == "path"} == in_path
-    for status, answer in operation["responses"].items():
+    for status, response in operation["responses"].items():
         if status >= "4" and path.startswith("/api/"):
-            assert answer["schema"] == {"$ref": "#/definitions/Problem"}
-            assert CODES[answer["examples"]["application/problem+json"]["code"]][0] == int(status)
+            assert response["schema"] == {"$ref": "#/definitions/Problem"}
+            assert CODES[response["examples"]["application/problem+json"]["code"]][0] == int(status)
 
 
 @pytest.mark.parametrize(("path", "method", "operation"), OPERATIONS, ids=name)
 def test_operation_documents_examples_and_headers_of_responses(path: str, method: str, operation: dict) -> None:
-    for status, answer in operation["responses"].items():
-        if "schema" in answer:
-            assert answer["examples"], status
-        assert "X-Request-Id" in answer["headers"]
-        assert ("Retry-After" in answer["headers"]) == (status in ("429", "503"))
-        assert ("RateLimit" in answer["headers"]) == path.startswith("/api/")
+    for status, response in operation["responses"].items():
+        if "schema" in response:
+            assert response["examples"], status
+        assert "X-Request-Id" in response["headers"]
+        assert ("Retry-After" in response["headers"]) == (status in ("429", "503"))
+        assert ("RateLimit" in response["headers"]) == path.startswith("/api/")
     header_parameters = {parameter["name"] for parameter in operation["parameters"] if parameter["in"] == "header"}
     changes = method in ("patch", "put", "delete") or operation["operationId"] == "restore_version"
     assert ("If-Match" in header_parameters) == changes
@@ -77,9 +77,9 @@ async def test_etags_are_sent_exactly_if_documented(alice: Actor) -> None:
     ids = await things_of(alice)
     for path, method, operation in OPERATIONS:
         if method == "get" and path.startswith("/api/"):
-            answer = await alice.get(fill(path, ids))
-            if answer.status == 200:
-                assert ("ETag" in answer.headers) == ("ETag" in operation["responses"]["200"]["headers"]), path
+            response = await alice.get(fill(path, ids))
+            if response.status == 200:
+                assert ("ETag" in response.headers) == ("ETag" in operation["responses"]["200"]["headers"]), path
 
 
 def test_operation_documents_whether_it_requires_a_token() -> None:

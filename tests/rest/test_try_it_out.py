@@ -90,8 +90,8 @@ def try_profile(browser: Browser, base: str, token: str) -> tuple[str, str]:
     browser.click(f":is({operation}) .opblock-summary-control")
     browser.click(f":is({operation}) .try-out__btn")
     browser.click(f":is({operation}) .execute")
-    answer = f":is({operation}) .live-responses-table .response"
-    return browser.find(f"{answer} .response-col_status").text, browser.find(f"{answer} .microlight").text
+    response = f":is({operation}) .live-responses-table .response"
+    return browser.find(f"{response} .response-col_status").text, browser.find(f"{response} .microlight").text
 
 
 async def test_a_developer_tries_an_operation_with_a_token(browser: Browser, alice: Actor) -> None:

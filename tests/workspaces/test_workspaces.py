@@ -17,8 +17,8 @@ async def test_workspace_is_created_read_changed_and_deleted(alice: Actor) -> No
     changed = await alice.patch(path, {"meta": {"order": []}})
     assert changed.body == created.body | {"meta": {"order": []}, "updatedAt": changed["updatedAt"]}
     assert (await alice.delete(path)).status == 204
-    for answer in (await alice.get(path), await alice.patch(path, {}), await alice.delete(path)):
-        assert (answer.status, answer.code) == (404, "not_found")
+    for response in (await alice.get(path), await alice.patch(path, {}), await alice.delete(path)):
+        assert (response.status, response.code) == (404, "not_found")
 
 
 async def test_workspaces_are_listed_oldest_first_page_by_page(alice: Actor) -> None:
@@ -35,12 +35,12 @@ async def test_viewer_can_read_but_not_change_workspaces(alice: Actor, bob: Acto
     path = f"/workspaces/{await alice.make_workspace(project)}"
     assert (await bob.get(path)).status == 200
     assert (await bob.get(f"/workspaces/project/{project}")).status == 200
-    for answer in (
+    for response in (
         await bob.patch(path, {"name": "x"}),
         await bob.delete(path),
         await bob.post("/workspaces", {"projectId": project, "name": "x"}),
     ):
-        assert (answer.status, answer.code) == (403, "forbidden")
+        assert (response.status, response.code) == (403, "forbidden")
 
 
 async def test_workspace_requires_a_project_of_the_caller(alice: Actor, bob: Actor) -> None:
@@ -59,9 +59,9 @@ async def test_a_workspace_honours_its_etag(alice: Actor) -> None:
     assert (await alice.get(path, headers={"If-None-Match": tag})).status == 304
     assert (await alice.patch(path, {"name": "one"}, headers={"If-Match": tag})).status == 200
     assert (await alice.get(path, headers={"If-None-Match": tag})).status == 200
-    for answer in (
+    for response in (
         await alice.patch(path, {"name": "two"}, headers={"If-Match": tag}),
         await alice.delete(path, headers={"If-Match": tag}),
     ):
-        assert (answer.status, answer.code) == (412, "precondition_failed")
+        assert (response.status, response.code) == (412, "precondition_failed")
     assert (await alice.get(path))["name"] == "one"
