@@ -101,7 +101,7 @@ async def _replayed(request: web.Request, db: Executor, key: str, body_hash: byt
     if stored is None:
         raise _in_progress()
     if stored["body_hash"] != body_hash:
-        raise ValidationFailed("The idempotency key was used with another body", code="idempotency_key_reused")
+        raise ValidationFailed("Idempotency key was used with another request body", code="idempotency_key_reused")
     if stored["body"] is None:
         request[HEADERS].update(stored["headers"])
         raise Conflict("The response contained a secret, which is returned only once", code="idempotency_secret")
