@@ -23,7 +23,7 @@ def rows(count: int) -> list[dict[str, int]]:
     return [{"id": number} for number in range(count)]
 
 
-@pytest.mark.parametrize("there", [0, 1, 2])
+@pytest.mark.parametrize("count", [0, 1, 2])
 def test_last_page_has_no_cursor(count: int) -> None:
     assert page(rows(count), 2, "id", of="things") == (rows(count), None)
 
