@@ -1,5 +1,5 @@
-"""Who you are: accounts, passwords, sessions and tokens.
+"""Authentication: accounts, passwords, sessions and tokens.
 
-Passes through: register, login, refresh, logout, profile. Says who asks (``guard``), never what they may do:
-that is decided in ``projects.access`` alone.
+Register, login, refresh, logout and the profile pass through here. This package identifies the caller (``guard``). It
+never decides what a caller may do: ``projects.access`` alone decides that.
 """

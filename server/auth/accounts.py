@@ -1,4 +1,4 @@
-"""What changes an account as a whole: each in one transaction, and known everywhere afterwards."""
+"""Changes of a whole account. Each runs in one transaction and is published to all processes after the commit."""
 
 from collections.abc import Awaitable, Callable
 from uuid import UUID
@@ -13,9 +13,9 @@ from server.rest.etags import changed
 from server.rest.keys import User
 
 Accept = Callable[[Executor, UUID, str], Awaitable[UUID]]
-"""Accept the invitation with this token for this user; the project. Raises NotFound, Gone or Forbidden.
+"""Accept the invitation with this token for this user; return the project. Raises NotFound, Gone or Forbidden.
 
-Projects are a higher room, so ``app.py`` hands it in.
+Projects are a higher layer, so ``app.py`` passes it in.
 """
 
 
@@ -30,7 +30,7 @@ async def create(
     accept: Accept,
     invitation_token: str | None,
 ) -> tuple[Record, Pair]:
-    """The user, signed in; who comes with an invitation gets both, account and membership, or neither.
+    """Create a user and sign them in; with an invitation, account and membership are created both or not at all.
 
     Raises:
         Conflict: ``email_taken``.
@@ -44,15 +44,15 @@ async def create(
             raise Conflict("Email already registered", code="email_taken")
         if invitation_token is not None:
             await accept(transaction, user["id"], invitation_token)
-        pair = await sessions.start(transaction, issuer, user=user["id"], password_hash=password_hash, device=device)
-        assert pair is not None
-        return user, pair
+        issued = await sessions.start(transaction, issuer, user=user["id"], password_hash=password_hash, device=device)
+        assert issued is not None
+        return user, issued
 
     return await db.transact(register)
 
 
 async def change_password(db: Database, issuer: Issuer, *, user: User, old_hash: str, new_hash: str) -> None:
-    """Every other session ends; the one that asks goes on.
+    """Change the password and end every session of the user but the current one.
 
     Raises:
         Unauthenticated: ``invalid_credentials``: the password was changed since ``old_hash`` was read.
@@ -67,18 +67,19 @@ async def change_password(db: Database, issuer: Issuer, *, user: User, old_hash:
 
 
 async def delete(db: Database, issuer: Issuer, *, user: User, password_hash: str, revisions: Revisions | None) -> None:
-    """The account with its sessions, and the projects that nobody else is in.
+    """Delete the account with its sessions, and the projects that have no other member.
 
     Raises:
         Conflict: the user owns projects with other members.
-        PreconditionFailed, Unauthenticated: it is of another revision; gone, or its password is another by now.
+        PreconditionFailed: the account has another revision, or its password has changed, or it is deleted.
+        Unauthenticated: the same without ``revisions``: the password has changed, or the account is deleted.
     """
 
     async def remove(transaction: Executor) -> list[UUID]:
         if not await store.lock_user(transaction, user=user.id, password_hash=password_hash, revisions=revisions):
             raise wrong_password() if revisions is None else changed()
         await store.lock_projects(transaction, user=user.id)
-        # Read after the lock: someone may have joined while we waited for it.
+        # Read after the lock: a user may have joined while we waited for it.
         owned = await store.owned_projects(transaction, user=user.id)
         if any(project["others"] for project in owned):
             raise Conflict("You own projects with other members: transfer or delete them first")

@@ -1,10 +1,10 @@
-"""The quick answer to "has this session ended?": a note in Redis for as long as its access tokens live.
+"""The blacklist: a fast lookup of ended sessions, as Redis entries with the lifetime of an access token.
 
-The session's row in PostgreSQL is the truth. Redis is trusted only when it has remembered for an access
-token's lifetime: one that was started or emptied since then may have forgotten notes that matter. It cannot
-hide that it was emptied (its own first note is gone) nor that it was started (its script cache is gone, which
-is kept neither on disk nor by replicas). A note that could not be made is as good as forgotten: then all
-processes ask the rows, too, until the tokens that it was about have expired.
+The session's row in PostgreSQL is the source of truth. Redis is trusted only after it has kept entries for the lifetime
+of an access token: if it was started or emptied since then, it may have lost entries that matter. Both are detectable:
+an emptied Redis has lost the key that says since when it keeps entries, and a restarted or promoted one has lost its
+script cache, which neither disk nor replicas keep. A failed write counts as a lost entry: all processes then read the
+rows, too, until the tokens in question have expired.
 """
 
 import asyncio
@@ -18,11 +18,11 @@ from redis.exceptions import NoScriptError, RedisError
 
 from server.pipelines import Pipelines
 
-ANSWER_SECONDS = 0.5  # beyond that the row is quicker
-REST_SECONDS = 2.0  # how long Redis is left alone after it did not answer
-# One hash tag: one Lua call asks for all of them.
+ANSWER_SECONDS = 0.5  # beyond that, reading the row is faster
+REST_SECONDS = 2.0  # the circuit breaker's cooldown: no request to Redis after a failure
+# All keys share one hash tag, because one Lua call reads them together.
 _SINCE = "{auth}:remembers-since"
-_MARGIN_SECONDS = 5  # the leeway of expiry, and then some
+_MARGIN_SECONDS = 5  # more than the leeway of expiry
 
 _ASK = """
 local since = redis.call('GET', KEYS[1])
@@ -43,33 +43,33 @@ class Blacklist:
         self._seconds = token_ttl + _MARGIN_SECONDS
         self._ask_sha: str = self._redis.register_script(_ASK).sha
         self._resting_until = 0.0
-        self._missed = False  # a note could not be made
+        self._missed = False  # a write failed, so Redis may lack entries
 
     async def add(self, *, sessions: Iterable[UUID] = (), tokens: Iterable[str] = ()) -> None:
-        """Note that these ended. That Redis is away does not matter: the rows say so too."""
+        """Add ended sessions and token ids. An outage of Redis raises nothing: PostgreSQL has the same facts."""
         keys = [*map(_key, sessions), *map(_key, tokens)]
         if not keys:
             return
-        noted = False
+        succeeded = False
         try:
             if not self._is_resting():
                 async with asyncio.timeout(ANSWER_SECONDS), self._redis.pipeline(transaction=False) as pipeline:
                     for key in keys:
                         pipeline.set(key, b"", ex=self._seconds)
                     await pipeline.execute()
-                noted = True
+                succeeded = True
         except _AWAY:
             self._rest()
         finally:
-            if not noted:  # also where whoever asked has lost patience
+            if not succeeded:  # also when the caller's timeout cancels this call
                 self.distrust()
 
     def distrust(self) -> None:
-        """Redis may lack notes: as soon as it can be told, the rows decide."""
+        """Record that Redis may lack entries: PostgreSQL decides, in all processes once Redis can be reset."""
         self._missed = True
 
     async def ended(self, *, session: UUID, token: str) -> bool | None:
-        """Whether session or token is noted as ended; None when Redis cannot know."""
+        """Return whether session or token is on the blacklist; None if Redis is unreachable or incomplete."""
         if self._missed or self._is_resting():
             return None
         try:
@@ -81,21 +81,21 @@ class Blacklist:
         return None
 
     async def catch_up(self) -> None:
-        """After a missed note, tell all processes to ask the rows. To be called every now and then."""
+        """After a failed write, make all processes read the rows. Call it periodically."""
         if self._missed and not self._is_resting():
-            self._missed = False  # before the wait: another may be missed during it
+            self._missed = False  # before the await: another write may fail during it
             await self._start_anew()
 
     async def _ask(self, *keys: str) -> bool | None:
-        noted, remembers = await self._pipelines.ask(
+        is_listed, age_seconds = await self._pipelines.ask(
             "EVALSHA", self._ask_sha, 1 + len(keys), _SINCE, *keys, seconds=ANSWER_SECONDS
         )
-        if noted:
+        if is_listed:
             return True
-        return False if remembers > self._seconds else None
+        return False if age_seconds > self._seconds else None
 
     async def _start_anew(self) -> None:
-        """From now on Redis remembers; until it has done so for long enough the rows decide."""
+        """Restart the period in which Redis keeps entries; PostgreSQL decides until it is long enough."""
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 await self._redis.delete(_SINCE)

@@ -1,6 +1,6 @@
-"""Who asks: from an access token to a signed-in user.
+"""Authentication of a caller: from an access token to a signed-in user.
 
-In two steps, so that the second can be asked together with what else a request needs of the stores.
+It has two steps, so that the second can run concurrently with the other store lookups of a request.
 """
 
 from datetime import UTC, datetime
@@ -13,7 +13,7 @@ from server.rest.keys import User
 
 
 def identify(issuer: Issuer, token: str) -> User:
-    """The user that a valid token names; whether its session still lives is for ``confirm``.
+    """Return the user of a valid token; ``check_session`` checks that its session is active.
 
     Raises:
         Unauthenticated: the token is not valid.
@@ -23,11 +23,11 @@ def identify(issuer: Issuer, token: str) -> User:
 
 
 async def confirm(db: Database, issuer: Issuer, user: User) -> None:
-    """Returns where the session lives.
+    """Check that the user's session is active.
 
     Raises:
-        Unauthenticated: it has ended.
-        Unavailable: neither Redis nor PostgreSQL can tell.
+        Unauthenticated: the session has ended.
+        Unavailable: neither Redis nor PostgreSQL responds.
     """
     ended = await issuer.blacklist.ended(session=user.session, token=user.token)
     if ended is None:
@@ -37,10 +37,10 @@ async def confirm(db: Database, issuer: Issuer, user: User) -> None:
 
 
 async def confirm_with_name(db: Database, user: User) -> str:
-    """The user's name, for a socket, whose session lives as its row says.
+    """Return the user's name, for a socket, after checking the session in PostgreSQL.
 
     Raises:
-        Unauthenticated: it has ended.
+        Unauthenticated: the session has ended.
     """
     name = await store.name_of_session(db, session=user.session, user=user.id)
     if name is None:
@@ -49,10 +49,10 @@ async def confirm_with_name(db: Database, user: User) -> str:
 
 
 def bearer(header: str | None) -> str | None:
-    """The token of an Authorization header (RFC 6750); None where there is no such header.
+    """Return the token of an Authorization header (RFC 6750), or None without the header.
 
     Raises:
-        Unauthenticated: it holds something else.
+        Unauthenticated: the header has another scheme, or no token.
     """
     if header is None:
         return None

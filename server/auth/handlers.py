@@ -1,4 +1,4 @@
-"""Accounts over REST."""
+"""REST handlers of accounts, sessions and tokens."""
 
 import contextlib
 from datetime import datetime
@@ -40,7 +40,7 @@ USER_ANSWER, SESSION_ANSWER = schemas.User(), schemas.Session()
 @public
 async def register(request: web.Request) -> web.Response:
     body = request[BODY]
-    user, pair = await accounts.create(
+    user, issued = await accounts.create(
         request.app[RESOURCES].db,
         request.app[ISSUER],
         email=body["email"],
@@ -50,7 +50,7 @@ async def register(request: web.Request) -> web.Response:
         accept=request.app[ACCEPT],
         invitation_token=body["invitation_token"],
     )
-    return answers.secret(answers.created("/api/v1/auth/profile", _signed_in(user, pair)))
+    return answers.secret(answers.created("/api/v1/auth/profile", _signed_in(user, issued)))
 
 
 @routes.post("/api/v1/auth/login")
@@ -68,22 +68,22 @@ async def login(request: web.Request) -> web.Response:
     fit = await _check_password(request, body["password"], user, key=key)
     if user is None or not fit:
         raise wrong_password()
-    pair = await sessions.start(
+    issued = await sessions.start(
         db,
         request.app[ISSUER],
         user=user["id"],
         password_hash=user["password_hash"],
         device=_device(request),
     )
-    if pair is None:
+    if issued is None:
         raise wrong_password()
     if fit is Fit.OUTDATED:
         await _renew_hash(request, user)
-    return answers.secret(answers.json(_signed_in(user, pair)))
+    return answers.secret(answers.json(_signed_in(user, issued)))
 
 
 @routes.post("/api/v1/auth/refresh")
-@docs(tags=["auth"], summary="Exchange a refresh token for a new pair; it is spent by that")
+@docs(tags=["auth"], summary="Exchange a refresh token, which is spent, for new tokens")
 @json_schema(schemas.Refresh)
 @response_schema(schemas.TokenPair, 200)
 @refuses("unauthenticated", "refresh_reused")
@@ -91,17 +91,17 @@ async def login(request: web.Request) -> web.Response:
 @public
 async def refresh(request: web.Request) -> web.Response:
     db, issuer, token = request.app[RESOURCES].db, request.app[ISSUER], request[BODY]["refresh_token"]
-    found = await sessions.find_token(db, issuer, token=token)
-    if found is None:
+    token_row = await sessions.find_token(db, issuer, token=token)
+    if token_row is None:
         await quotas.count_address(request)
     else:
-        await quotas.count(request, "refresh", session_key(found["session_id"]))
-    pair = await sessions.refresh(db, issuer, token=token, found=found)
-    return answers.secret(answers.json(_tokens(pair)))
+        await quotas.count(request, "refresh", session_key(token_row["session_id"]))
+    issued = await sessions.refresh(db, issuer, token=token, found=token_row)
+    return answers.secret(answers.json(_tokens(issued)))
 
 
 @routes.post("/api/v1/auth/logout")
-@docs(tags=["auth"], summary="End this session, and that of the refresh token where it is another of yours")
+@docs(tags=["auth"], summary="Sign out: end this session and the session of the refresh token")
 @json_schema(schemas.Logout)
 async def logout(request: web.Request) -> web.Response:
     db, issuer = request.app[RESOURCES].db, request.app[ISSUER]
@@ -110,7 +110,7 @@ async def logout(request: web.Request) -> web.Response:
 
 
 @routes.get("/api/v1/auth/profile")
-@docs(tags=["auth"], summary="Who am I")
+@docs(tags=["auth"], summary="Read your profile")
 @response_schema(schemas.User, 200)
 async def read_profile(request: web.Request) -> web.Response:
     return answers.entity(request, USER_ANSWER, await _me(request))
@@ -121,13 +121,13 @@ async def read_profile(request: web.Request) -> web.Response:
 @json_schema(schemas.ProfileChange)
 @response_schema(schemas.User, 200)
 async def change_profile(request: web.Request) -> web.Response:
-    given, revisions = request[BODY], expected_revisions(request)
+    changes, revisions = request[BODY], expected_revisions(request)
     user = await store.change_user(
         request.app[RESOURCES].db,
         user=request[USER].id,
-        name=given.get("name"),
-        avatar_url=given.get("avatar_url"),
-        set_avatar="avatar_url" in given,
+        name=changes.get("name"),
+        avatar_url=changes.get("avatar_url"),
+        set_avatar="avatar_url" in changes,
         revisions=revisions,
     )
     if user is None:
@@ -136,7 +136,7 @@ async def change_profile(request: web.Request) -> web.Response:
 
 
 @routes.delete("/api/v1/auth/profile")
-@docs(tags=["auth"], summary="Delete your account, with the projects that nobody else is in")
+@docs(tags=["auth"], summary="Delete your account and the projects that have no other member")
 @json_schema(schemas.AccountDeletion)
 @refuses("invalid_credentials", "conflict")
 async def delete_profile(request: web.Request) -> web.Response:
@@ -153,7 +153,7 @@ async def delete_profile(request: web.Request) -> web.Response:
 
 
 @routes.post("/api/v1/auth/password")
-@docs(tags=["auth"], summary="Change your password; every other session ends")
+@docs(tags=["auth"], summary="Change your password and end every other session")
 @json_schema(schemas.PasswordChange)
 @refuses("invalid_credentials")
 @limit("auth")
@@ -170,7 +170,7 @@ async def change_password(request: web.Request) -> web.Response:
 
 
 @routes.get("/api/v1/auth/sessions")
-@docs(tags=["auth"], summary="The devices that you are signed in on, newest first")
+@docs(tags=["auth"], summary="List the devices that you are signed in on, newest first")
 @querystring_schema(PageQuery)
 @response_schema(page_of(schemas.Session), 200)
 async def list_sessions(request: web.Request) -> web.Response:
@@ -192,7 +192,7 @@ async def end_session(request: web.Request) -> web.Response:
     untagged(request)
     session = parse_id(request.match_info["sessionId"])
     if session is None:
-        raise NotFound("No such session")
+        raise NotFound("Session not found")
     db, issuer = request.app[RESOURCES].db, request.app[ISSUER]
     await sessions.end_one(db, issuer, user=request[USER].id, session=session)
     return answers.nothing()
@@ -207,7 +207,7 @@ async def end_other_sessions(request: web.Request) -> web.Response:
 
 
 @routes.post("/api/v1/auth/ws-ticket")
-@docs(tags=["auth"], summary="A ticket that opens one WebSocket: /ws?ticket=")
+@docs(tags=["auth"], summary="Issue a ticket that opens one WebSocket: /ws?ticket=")
 @response_schema(schemas.Ticket, 201)
 async def issue_ticket(request: web.Request) -> web.Response:
     ticket = await tickets.issue(request.app[RESOURCES].redis, user=request[USER])
@@ -217,12 +217,12 @@ async def issue_ticket(request: web.Request) -> web.Response:
 async def _me(request: web.Request) -> Record:
     user = await store.user_by_id(request.app[RESOURCES].db, user=request[USER].id)
     if user is None:
-        raise Unauthenticated("The account is gone")
+        raise Unauthenticated("The account has been deleted")
     return user
 
 
 async def _verified(request: web.Request, password: str) -> Record:
-    """Who asks, once more by their password."""
+    """Return the caller after checking their password again."""
     me = await _me(request)
     if not await _check_password(request, password, me, key=session_key(request[USER].session)):
         raise wrong_password()
@@ -235,25 +235,25 @@ async def _check_password(request: web.Request, password: str, user: Record | No
 
 
 async def _renew_hash(request: web.Request, user: Record) -> None:
-    """Hash the password as today: else this user's logins would take another time than those of unknown addresses."""
+    """Hash the password at today's cost: else this user's logins take another time than those of unknown addresses."""
     db = request.app[RESOURCES].db
-    with contextlib.suppress(Unavailable):  # they are signed in; their next login renews it as well
-        renewed = await request.app[HASHER].hash(request[BODY]["password"])
-        await store.renew_hash(db, user=user["id"], old_hash=user["password_hash"], new_hash=renewed)
+    with contextlib.suppress(Unavailable):  # the user is signed in; the next login tries again
+        new_hash = await request.app[HASHER].hash(request[BODY]["password"])
+        await store.renew_hash(db, user=user["id"], old_hash=user["password_hash"], new_hash=new_hash)
 
 
 def _device(request: web.Request) -> Device:
     return Device(user_agent=request.headers.get("User-Agent", ""), ip=request[CLIENT])
 
 
-def _signed_in(user: Record, pair: Pair) -> dict[str, Any]:
-    return {"user": USER_ANSWER.dump(user), **_tokens(pair)}
+def _signed_in(user: Record, issued: Pair) -> dict[str, Any]:
+    return {"user": USER_ANSWER.dump(user), **_tokens(issued)}
 
 
-def _tokens(pair: Pair) -> dict[str, Any]:
+def _tokens(issued: Pair) -> dict[str, Any]:
     return {
-        "accessToken": pair.access_token,
-        "refreshToken": pair.refresh_token,
+        "accessToken": issued.access_token,
+        "refreshToken": issued.refresh_token,
         "tokenType": "Bearer",
-        "expiresIn": pair.expires_in,
+        "expiresIn": issued.expires_in,
     }

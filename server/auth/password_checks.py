@@ -1,10 +1,11 @@
-"""Password checks, counted: guesses at an account end, wherever they come from.
+"""Password checks with a rate limit on failed ones, per account and from all addresses together.
 
-A check is taken from its budget before the password is looked at, and given back where it fits: so many guesses at once
-are as good as one after the other. Beyond the budget the password is not looked at.
+A check consumes from the quota before the password is compared, and is refunded if the password matches: concurrent
+guesses gain nothing over sequential ones. Beyond the quota the password is not compared.
 
-All networks from which an account was not signed in to lately share its budget; each known network has one of its own,
-so that strangers cannot lock the owner out there. A session that checks the password of its user has its own, too.
+All networks that are not known for an account share its quota; each known network (a recent sign-in came from there)
+has its own, so that strangers cannot lock the owner out there. A session that checks its user's password has its own,
+too.
 """
 
 import hashlib
@@ -17,11 +18,11 @@ LIMIT = "account"
 
 
 async def check(limiter: RateLimiter, hasher: Hasher, password: str, hashed: str | None, *, key: str) -> Fit:
-    """Return how the password fits; if it does not, it counts in the budget of ``key``.
+    """Compare the password with the hash; a mismatch counts in the quota of ``key``.
 
     Raises:
-        QuotaExceeded: too many have failed.
-        Unavailable: too many are being checked.
+        QuotaExceeded: too many checks have failed.
+        Unavailable: too many checks are running.
     """
     await limiter.take(LIMIT, key)
     fit: Fit | None = None
@@ -34,9 +35,9 @@ async def check(limiter: RateLimiter, hasher: Hasher, password: str, hashed: str
 
 
 def account_key(email_key: str, *, network: Network | None) -> str:
-    """Return the key of an account's budget: for one known network, or None for all others together.
+    """Return the key of an account's quota: of one known network, or with None of all others together.
 
-    ``email_key`` is that of the address as it was typed, so that unknown addresses behave like known ones.
+    ``email_key`` is derived from the address as it was typed, so that unknown addresses behave like known ones.
     """
     account = hashlib.sha256(email_key.encode()).hexdigest()
     return f"account:{account}" if network is None else f"account:{account}:{network}"

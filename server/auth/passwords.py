@@ -1,7 +1,7 @@
-"""Password hashing: bcrypt, in a small pool of threads that give way to the event loop.
+"""Password hashing: bcrypt, in a small pool of threads that run at a lower priority than the event loop.
 
-A password is hashed in NFKC (UAX #15): keyboards send the same letters as different code points. Hashes from before
-that are of the password as it was sent.
+A password is hashed in NFKC (UAX #15), because keyboards send the same letters as different code points. Older hashes
+are of the password as it was sent.
 """
 
 import asyncio
@@ -23,18 +23,19 @@ import bcrypt
 from server.budget import uncounted
 from server.errors import Unavailable
 
-# bcrypt reads 72 bytes only; this public label keeps the digest from being any other's. Never change it.
+# bcrypt reads 72 bytes only, so it gets a digest. This public label keeps the digest apart from any other HMAC-SHA-256
+# of the same password. Never change it: no stored hash would match.
 LABEL = b"collaborative-workspace/password/v1"
-# As sent: four times the characters of the longest password, as many as it has code points in any of its spellings.
-# NFKC may make 18 of one (U+FDFA), and takes a time that grows faster than the text.
+# Limit before normalization: four times the longest password, enough code points for any of its spellings. NFKC may
+# turn one code point into 18 (U+FDFA), and takes a time that grows faster than the text.
 MAX_TYPED_CHARACTERS = 512
-PATIENCE_SECONDS = 1.0  # for a thread; who would wait longer is told to come back
+PATIENCE_SECONDS = 1.0  # for a free thread; beyond it the request is rejected and the client may retry
 NICE = 10
 T = TypeVar("T")
 
 
 class Fit(enum.IntEnum):
-    """How a password fits a hash; false where it does not."""
+    """The result of comparing a password with a hash; false for a mismatch."""
 
     NONE = 0
     OUTDATED = 1  # the hash is of another cost, or of the password as it was sent
@@ -42,22 +43,22 @@ class Fit(enum.IntEnum):
 
 
 def normalize(password: str) -> str:
-    """Return the form that is hashed, up to 18 times as long."""
+    """Return the form of the password that is hashed, up to 18 times as long."""
     return unicodedata.normalize("NFKC", password)
 
 
 class Hasher:
-    """Hashes at one cost; ``verify`` takes as long for an unknown user as for a known one."""
+    """A password hasher of one cost; ``verify`` takes as long for an unknown user as for a known one."""
 
     def __init__(self, *, rounds: int) -> None:
         self.rounds = rounds
         threads = os.cpu_count() or 1
         self._pool = ThreadPoolExecutor(threads, "bcrypt", initializer=_give_way)
         self._free = asyncio.BoundedSemaphore(threads)
-        self._nobody = bcrypt.gensalt(rounds) + b"." * 31  # of no password; to find that out takes as long as ever
+        self._nobody = bcrypt.gensalt(rounds) + b"." * 31  # no password matches; the check takes as long as any other
 
     async def hash(self, password: str) -> str:
-        """The hash to store.
+        """Return the hash to store.
 
         Raises:
             Unavailable: no thread was free in time.
@@ -66,23 +67,23 @@ class Hasher:
         return hashed.decode()
 
     async def verify(self, password: str, hashed: str | None) -> Fit:
-        """Return how the password fits. None, the hash of an unknown address, costs the same and never fits.
+        """Compare the password with a hash; None, the hash of an unknown address, costs the same and never matches.
 
-        A password that is not in NFKC is also tried as sent, whatever the hash is: the time depends on what was typed,
+        A password that is not in NFKC is also tried as sent, for every hash: the time depends on the typed password,
         not on the account.
 
         Raises:
             Unavailable: as ``hash`` does.
         """
-        against = self._nobody if hashed is None else hashed.encode()
+        expected = self._nobody if hashed is None else hashed.encode()
         spellings = list(dict.fromkeys((normalize(password), password)))
-        found = await self._run(_first_that_fits, map(_digest, spellings), against)
-        if hashed is None or found is None:
+        match_index = await self._run(_first_that_fits, map(_digest, spellings), expected)
+        if hashed is None or match_index is None:
             return Fit.NONE
-        return Fit.CURRENT if found == 0 and self._has_this_cost(hashed) else Fit.OUTDATED
+        return Fit.CURRENT if match_index == 0 and self._has_this_cost(hashed) else Fit.OUTDATED
 
     def _has_this_cost(self, hashed: str) -> bool:
-        """Whether it was made at this cost: ``$2b$12$…``."""
+        """Return whether the hash has this hasher's cost: ``$2b$12$…``."""
         return hashed.split("$")[2] == f"{self.rounds:02}"
 
     def close(self) -> None:
@@ -94,7 +95,7 @@ class Hasher:
                 async with asyncio.timeout(PATIENCE_SECONDS):
                     await self._free.acquire()
             except TimeoutError:
-                raise Unavailable("Too many sign-ins at once") from None
+                raise Unavailable("Too many concurrent sign-ins") from None
             try:
                 return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
             finally:
@@ -102,18 +103,18 @@ class Hasher:
 
 
 def _first_that_fits(digests: Iterable[bytes], hashed: bytes) -> int | None:
-    """Return the place of the first digest that fits the hash."""
-    return next((place for place, digest in enumerate(digests) if bcrypt.checkpw(digest, hashed)), None)
+    """Return the index of the first digest that matches the hash, or None."""
+    return next((index for index, digest in enumerate(digests) if bcrypt.checkpw(digest, hashed)), None)
 
 
 def _digest(password: str) -> bytes:
-    """44 bytes that depend on every byte of the password."""
+    """Return 44 bytes that depend on every byte of the password."""
     return base64.b64encode(hmac.digest(LABEL, password.encode(), hashlib.sha256))
 
 
 def _give_way() -> None:
-    # On Linux the priority is the thread's own: a storm of logins must not delay the loop. Elsewhere there is
-    # no such thing, and an initializer that raises (nobody may become less nice) would break the pool.
+    # On Linux each thread has its own priority: a burst of logins must not delay the event loop. Other systems have no
+    # such priority. An initializer that raises (lowering the niceness is not permitted) would break the pool.
     if sys.platform == "linux":
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), max(NICE, os.nice(0)))

@@ -1,4 +1,4 @@
-"""What accounts look like from outside."""
+"""Schemas of accounts, sessions and tokens for requests and responses."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,14 +27,14 @@ class Email(fields.String):
 
 
 class AnyEmail(Text):
-    """An address as it was typed, trimmed: accounts from before today's rules have others, too."""
+    """An address as it was typed, trimmed: older accounts may have addresses that today's rules reject."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(high=addresses.MAX_LENGTH, trim=True, metadata=_ADDRESS, **options)
 
 
 def strong(password: Any) -> None:
-    """Check a new password in the form that is hashed, so that it does not depend on the keyboard."""
+    """Check a new password in the form that is hashed, so that the result does not depend on the keyboard."""
     too_long = f"Longer than maximum length {MAX_PASSWORD_CHARACTERS}."
     validate.Length(max=MAX_TYPED_CHARACTERS, error=too_long)(password)
     normal = normalize(password)
@@ -57,7 +57,7 @@ def password(**options: Any) -> fields.String:
 
 
 def any_password() -> fields.String:
-    """One that exists already: whether it fits is for bcrypt to say."""
+    """Return a field for an existing password: only its length is limited, bcrypt checks the rest."""
     length = validate.Length(max=MAX_TYPED_CHARACTERS)
     return fields.String(required=True, validate=length, metadata={"example": "Lovelace1815"})
 
@@ -74,7 +74,7 @@ class Register(Schema):
     email = Email(required=True)
     password = password(required=True)
     name = user_name(required=True)
-    invitation_token = secret(load_default=None, metadata={"description": "joins that project at once"})
+    invitation_token = secret(load_default=None, metadata={"description": "joins the project of that invitation"})
 
 
 class Login(Schema):

@@ -1,4 +1,4 @@
-"""Sessions: a device that is signed in, as a family of rotating refresh tokens (RFC 9700, section 4.14.2)."""
+"""Sessions: a signed-in device, as a family of rotating refresh tokens (RFC 9700, section 4.14.2)."""
 
 import asyncio
 import contextlib
@@ -18,17 +18,17 @@ from server.ratelimit import client_subnet
 from server.realtime.channels import Channels
 from server.rest.keys import User
 
-GRACE_SECONDS = 10.0  # requests with one refresh token at once get the same successor
+GRACE_SECONDS = 10.0  # concurrent requests with one refresh token get the same successor
 SALT_BYTES = 32
-SPREAD_SECONDS = 0.75  # more than the blacklist takes; a silent Redis must not keep who logs out
-KEPT_DAYS = 7  # of sessions that expired, for whoever asks what happened
-NOTED_AGAIN = 5000  # sessions; where more ended lately, the rows decide for as long
+SPREAD_SECONDS = 0.75  # more than the blacklist's own timeout; an unresponsive Redis must not delay a logout
+KEPT_DAYS = 7  # expired sessions stay in the database this long, for investigations
+NOTED_AGAIN = 5000  # sessions; if more ended lately, PostgreSQL decides until their access tokens have expired
 LONGEST_USER_AGENT, LONGEST_ADDRESS = 512, 64
 
 
 @dataclass(frozen=True)
 class Issuer:
-    """What issuing tokens takes, and whom to tell of sessions that ended."""
+    """Keys and lifetimes of tokens, and the receivers of revocations."""
 
     access_keys: tokens.Keys
     verifier: tokens.Verifier  # of access tokens
@@ -41,7 +41,7 @@ class Issuer:
 
 @dataclass(frozen=True)
 class Device:
-    """What a request tells of where it comes from."""
+    """The user agent and address of a request."""
 
     user_agent: str
     ip: str
@@ -55,9 +55,9 @@ class Pair:
 
 
 async def start(db: Executor, issuer: Issuer, *, user: UUID, password_hash: str, device: Device) -> Pair | None:
-    """A new session; the longest unused one gives way where a user has too many.
+    """Start a session; if the user has too many, the one that is unused longest ends.
 
-    None where ``password_hash``, against which the password was verified, is the user's no longer.
+    Returns None if ``password_hash``, against which the password was verified, is no longer the user's.
     """
     now = datetime.now(UTC)
     refresh = tokens.new_secret()
@@ -78,21 +78,21 @@ async def start(db: Executor, issuer: Issuer, *, user: UUID, password_hash: str,
 
 
 async def find_token(db: Database, issuer: Issuer, *, token: str) -> Record | None:
-    """Return a refresh token of a living session, be it spent: ``hash`` and ``session_id``."""
+    """Return ``hash`` and ``session_id`` of a refresh token of an active session, even if it is spent."""
     hashes = tokens.fingerprints(token, issuer.refresh_keys)
-    found = await asyncio.gather(*(store.living_token(db, hash=hash) for hash in hashes))
-    return next(filter(None, found), None)
+    rows = await asyncio.gather(*(store.living_token(db, hash=hash) for hash in hashes))
+    return next(filter(None, rows), None)
 
 
 async def refresh(db: Executor, issuer: Issuer, *, token: str, found: Record | None) -> Pair:
-    """Spend a refresh token for a new pair; used again at once it gives the same refresh token.
+    """Spend a refresh token and issue new tokens; a concurrent reuse gets the same refresh token.
 
-    ``found`` is what ``find_token`` has returned for it.
+    ``found`` is the result of ``find_refresh_token``.
 
     Raises:
         Unauthenticated: ``refresh_reused``: the token was spent before, and its session has been ended;
-            ``unauthenticated``: it is unknown or expired, its session has ended, or it was spent in this moment by a
-            server that keeps no salt or has another key.
+            ``unauthenticated``: it is unknown or expired, its session has ended, or it was spent at the same moment by
+            a server that stores no salt or has another key.
     """
     if found is None:
         raise await _refusal(db, issuer, token)
@@ -117,7 +117,7 @@ async def refresh(db: Executor, issuer: Issuer, *, token: str, found: Record | N
 
 
 async def end_current(db: Executor, issuer: Issuer, *, user: User, refresh_token: str | None) -> None:
-    """Log out: the session that asks ends, and that of the refresh token where it is another of theirs."""
+    """Log out: end the current session, and the session of the refresh token if it is another one of the user."""
     ended = {user.session}
     await store.end_session(db, user=user.id, session=user.session)
     if refresh_token is not None:
@@ -128,12 +128,13 @@ async def end_current(db: Executor, issuer: Issuer, *, user: User, refresh_token
 
 
 async def end_one(db: Executor, issuer: Issuer, *, user: UUID, session: UUID) -> None:
-    """
+    """End a session of the user.
+
     Raises:
-        NotFound: the user has no such living session.
+        NotFound: the user has no such active session.
     """
     if not await store.end_session(db, user=user, session=session):
-        raise NotFound("No such session")
+        raise NotFound("Session not found")
     await spread(issuer, sessions=[session])
 
 
@@ -142,9 +143,9 @@ async def end_others(db: Executor, issuer: Issuer, *, user: User) -> None:
 
 
 async def spread(issuer: Issuer, *, sessions: Collection[UUID], tokens: Collection[str] = ()) -> None:
-    """Let it be known that these ended. The rows say so already: call it after the commit.
+    """Publish that these sessions ended. PostgreSQL has it already: call this after the commit.
 
-    Without Redis the sockets learn it when they are looked up.
+    Without Redis, sockets find out when their access is rechecked.
     """
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(SPREAD_SECONDS):
@@ -154,7 +155,7 @@ async def spread(issuer: Issuer, *, sessions: Collection[UUID], tokens: Collecti
 
 
 async def note_again(db: Executor, issuer: Issuer) -> None:
-    """For a process that starts: what ended lately, in case that whoever ended it could not note it, and died."""
+    """Add recently ended sessions to the blacklist at start: the process that ended them may have crashed before it."""
     try:
         ended: list[UUID] | None = await store.recently_ended(db, seconds=issuer.access_ttl, most=NOTED_AGAIN)
     except Unavailable:
@@ -166,19 +167,19 @@ async def note_again(db: Executor, issuer: Issuer) -> None:
 
 
 async def forget_old(db: Executor) -> None:
-    """The rows of sessions that expired long ago, piece by piece."""
+    """Delete sessions that expired long ago, in batches."""
     while await store.forget_old_sessions(db, keep_days=KEPT_DAYS):
         pass
 
 
 async def forget_old_networks(db: Executor) -> None:
-    """Forget the networks that are known no longer, piece by piece."""
+    """Delete networks that no longer count as known, in batches."""
     while await store.forget_old_networks(db):
         pass
 
 
 async def erase_salts(db: Executor) -> None:
-    """Erase the salts of refresh tokens whose successors may not be asked for again."""
+    """Erase the salts of refresh tokens whose grace period is over, in batches."""
     while await store.erase_salts(db, grace_seconds=GRACE_SECONDS):
         pass
 
@@ -198,5 +199,5 @@ def _pair(issuer: Issuer, *, user: UUID, session: UUID, refresh: str, now: datet
 
 
 def _storable(header: str) -> str:
-    """Header values may hold bytes that are not UTF-8, as lone surrogates, which no store could keep."""
+    """Replace lone surrogates (header bytes that are not UTF-8) and remove NUL: no store accepts them."""
     return header.encode("utf-8", "replace").decode().replace("\0", "")

@@ -1,4 +1,4 @@
-"""SQL of accounts, sessions and refresh tokens."""
+"""SQL statements of accounts, sessions and refresh tokens."""
 
 from datetime import datetime
 from typing import Any
@@ -9,8 +9,8 @@ from asyncpg import Record
 from server.postgres import Database, Executor, Revisions
 from server.settings import Network
 
-SESSIONS_KEPT = 50  # living sessions of one user; the one unused longest gives way
-MAX_KNOWN_NETWORKS = 100  # of one user; the one that is longest without a sign-in gives way
+SESSIONS_KEPT = 50  # active sessions of one user; beyond it the one that is unused longest ends
+MAX_KNOWN_NETWORKS = 100  # of one user; beyond it the one with the oldest sign-in is deleted
 KNOWN_NETWORK_DAYS = 30  # since the last sign-in
 
 
@@ -30,9 +30,9 @@ async def create_user(db: Executor, *, email: str, email_key: str, name: str, pa
 
 
 async def user_by_email(db: Executor, *, email: str, email_key: str, network: Network | None) -> Record | None:
-    """Return the user with this key. An account without a key that is spelled like this goes first.
+    """Return the user with this key. An account without a key and with this exact address comes first.
 
-    ``is_known_network`` tells whether they have signed in from that network lately.
+    ``is_known_network`` says whether they have signed in from that network lately.
     """
     return await db.fetchrow(
         """
@@ -71,7 +71,7 @@ async def change_user(
     set_avatar: bool,
     revisions: Revisions | None,
 ) -> Record | None:
-    """The changed user; None where the revision is not in the set."""
+    """Change and return the user; None if the revision is not in the set."""
     return await db.fetchrow(
         """
         UPDATE users SET name = COALESCE($2, name),
@@ -89,14 +89,14 @@ async def change_user(
 
 
 async def renew_hash(db: Executor, *, user: UUID, old_hash: str, new_hash: str) -> None:
-    """Replace a hash by another one of the same password."""
+    """Replace a hash with another one of the same password."""
     await db.execute(
         "UPDATE users SET password_hash = $3 WHERE id = $1 AND password_hash = $2", user, old_hash, new_hash
     )
 
 
 async def change_password(db: Executor, *, user: UUID, old_hash: str, new_hash: str) -> bool:
-    """Whether the password was still the one that was verified."""
+    """Change the password hash; return whether the old one was still ``old_hash``, which was verified."""
     return bool(
         await db.fetchval(
             """
@@ -111,7 +111,7 @@ async def change_password(db: Executor, *, user: UUID, old_hash: str, new_hash: 
 
 
 async def lock_user(db: Executor, *, user: UUID, password_hash: str, revisions: Revisions | None) -> bool:
-    """Whether the user is there with that password and a revision in the set; if so, until we are done."""
+    """Lock the user until the transaction ends, if password and revision match; return whether they do."""
     return bool(
         await db.fetchval(
             """
@@ -126,7 +126,7 @@ async def lock_user(db: Executor, *, user: UUID, password_hash: str, revisions: 
 
 
 async def lock_projects(db: Executor, *, user: UUID) -> None:
-    """Nobody can join a project of the user until we are done; in the order in which all lock them."""
+    """Lock the user's projects, so that no user can join until the transaction ends; in the common lock order."""
     await db.execute(
         """
         SELECT FROM projects WHERE id IN (SELECT project_id FROM members WHERE user_id = $1)
@@ -137,7 +137,7 @@ async def lock_projects(db: Executor, *, user: UUID) -> None:
 
 
 async def owned_projects(db: Executor, *, user: UUID) -> list[Record]:
-    """The user's own projects, and how many ``others`` are in each."""
+    """Return the projects that the user owns, and how many ``others`` are members of each."""
     return await db.fetch(
         """
         SELECT o.project_id AS id,
@@ -149,7 +149,7 @@ async def owned_projects(db: Executor, *, user: UUID) -> list[Record]:
 
 
 async def delete_projects(db: Executor, *, projects: list[UUID]) -> None:
-    """Delete projects that are locked; the documents of all of them are locked first, in the order of their ids."""
+    """Delete locked projects; lock the documents of all of them first, in the order of their ids."""
     await db.execute(
         """
         WITH locked AS MATERIALIZED (
@@ -177,11 +177,11 @@ async def start_session(
     network: Network | None,
     expires_at: datetime,
 ) -> Record | None:
-    """``id`` of the new session, and ``ended``: the ids of those that had to give way. The network gets known.
+    """Start a session; return its ``id`` and ``ended``, the ids of sessions beyond the maximum. Store the network.
 
-    None where the password is no longer the one that was verified: who changes it ends all sessions, and
-    waits for one that is being started. So do other sign-ins of that user: two that each forget a network which the
-    other one renews would deadlock.
+    Returns None if the password is no longer the one that was verified: a password change ends all sessions, and waits
+    for a session that is being started. Other sign-ins of that user wait, too: two sign-ins that each delete a network
+    which the other one renews would deadlock.
     """
     return await db.fetchrow(
         """
@@ -222,7 +222,7 @@ async def start_session(
 
 
 async def living_token(db: Database, *, hash: bytes) -> Record | None:
-    """Return a refresh token of a living session, be it spent: ``hash`` and ``session_id``."""
+    """Return ``hash`` and ``session_id`` of a refresh token of an active session, even if it is spent."""
     return await db.find(
         """
         SELECT asked, found.* FROM unnest($1::bytea[]) WITH ORDINALITY AS keys (key, asked), LATERAL (
@@ -246,12 +246,12 @@ async def rotate(
     expires_at: datetime,
     grace_seconds: float,
 ) -> Record | None:
-    """Spend a refresh token and give its session the successor, in one statement.
+    """Spend a refresh token and insert its successor, in one statement.
 
-    Of uses at once one is the first: its salt and key id stay with the token, and its successor is the only one. The
-    others find them in the row, for ``grace_seconds`` or until the successor is used. None for a token that cannot be
-    spent. Tokens of the session that have expired are forgotten on the way. Rows are looked up by single keys: for a
-    join PostgreSQL would read small tables whole, and keep to that plan while they grow.
+    Of concurrent uses one is the first: its salt and key id are stored with the token, and its successor is the only
+    one. The others read them from the row, for ``grace_seconds`` or until the successor is used. Returns None for a
+    token that cannot be spent. Expired tokens of the session are deleted as well. Rows are looked up by single keys:
+    for a join PostgreSQL would scan small tables, and keep that plan while they grow.
     """
     return await db.fetchrow(
         """
@@ -292,10 +292,10 @@ async def rotate(
 
 
 async def end_session_of_spent_token(db: Executor, *, hashes: list[bytes], grace_seconds: float) -> UUID | None:
-    """End the session of a spent refresh token that is used again; its id, or None for any other token.
+    """End the session of a spent refresh token that is used again; return its id, or None for any other token.
 
-    A token that was spent less than ``grace_seconds`` ago, and whose successor is unused, is another: an older version
-    spent it, and two honest requests raced.
+    A token does not count as reused if it was spent less than ``grace_seconds`` ago and its successor is unused: an
+    older version spent it, and two legitimate requests raced.
     """
     ended: UUID | None = await db.fetchval(
         """
@@ -315,7 +315,7 @@ async def end_session_of_spent_token(db: Executor, *, hashes: list[bytes], grace
 
 
 async def erase_salts(db: Executor, *, grace_seconds: float) -> int:
-    """Housekeeping: erase the salts of tokens that were spent so long ago; of how many, 0 when there are no more."""
+    """Erase salts of tokens that were spent more than ``grace_seconds`` ago; return how many, 0 at the end."""
     erased: int = await db.fetchval(
         """
         WITH late AS (
@@ -333,7 +333,7 @@ async def erase_salts(db: Executor, *, grace_seconds: float) -> int:
 
 
 async def forget_old_networks(db: Executor) -> int:
-    """Housekeeping: how many networks that are known no longer are gone now, 0 when there are no more."""
+    """Delete a batch of networks that no longer count as known; return how many, 0 at the end."""
     forgotten: int = await db.fetchval(
         """
         WITH old AS (
@@ -351,7 +351,7 @@ async def forget_old_networks(db: Executor) -> int:
 
 
 async def end_session_of_token(db: Executor, *, hashes: list[bytes], user: UUID) -> UUID | None:
-    """End the session that a refresh token of the user belongs to; its id, or None where none was alive."""
+    """End the active session of a refresh token of the user; return its id, or None if there is none."""
     ended: UUID | None = await db.fetchval(
         """
         UPDATE sessions s SET ended_at = now() FROM refresh_tokens t
@@ -365,8 +365,8 @@ async def end_session_of_token(db: Executor, *, hashes: list[bytes], user: UUID)
 
 
 async def name_of_session(db: Database, *, session: UUID, user: UUID) -> str | None:
-    """The user's name, or None where the session has ended."""
-    found = await db.find(
+    """Return the user's name, or None if the session has ended."""
+    row = await db.find(
         """
         SELECT asked, found.name FROM unnest($1::uuid[], $2::uuid[]) WITH ORDINALITY AS keys (session, owner, asked),
         LATERAL (
@@ -377,11 +377,11 @@ async def name_of_session(db: Database, *, session: UUID, user: UUID) -> str | N
         session,
         user,
     )
-    return None if found is None else found["name"]
+    return None if row is None else row["name"]
 
 
 async def end_session(db: Executor, *, user: UUID, session: UUID) -> bool:
-    """Whether that session of the user was alive."""
+    """End a session of the user; return whether it was active."""
     return bool(
         await db.fetchval(
             """
@@ -395,7 +395,7 @@ async def end_session(db: Executor, *, user: UUID, session: UUID) -> bool:
 
 
 async def end_sessions(db: Executor, *, user: UUID, keep: UUID | None) -> list[UUID]:
-    """End every living session of the user but ``keep``; their ids."""
+    """End every active session of the user but ``keep``; return their ids."""
     rows = await db.fetch(
         """
         UPDATE sessions SET ended_at = now() WHERE id IN (
@@ -410,7 +410,7 @@ async def end_sessions(db: Executor, *, user: UUID, keep: UUID | None) -> list[U
 
 
 async def list_sessions(db: Executor, *, user: UUID, current: UUID, limit: int, after: tuple[Any, Any]) -> list[Record]:
-    """Living sessions, newest first; one more than ``limit``."""
+    """Return active sessions, newest first; one more than ``limit``."""
     return await db.fetch(
         """
         SELECT id, created_at, last_used_at, expires_at, user_agent, ip, id = $2 AS current
@@ -427,7 +427,7 @@ async def list_sessions(db: Executor, *, user: UUID, current: UUID, limit: int, 
 
 
 async def recently_ended(db: Executor, *, seconds: int, most: int) -> list[UUID]:
-    """Sessions that ended in the last seconds, but not more than ``most``."""
+    """Return sessions that ended in the last ``seconds``, at most ``limit``."""
     rows = await db.fetch(
         "SELECT id FROM sessions WHERE ended_at > now() - make_interval(secs => $1) LIMIT $2", seconds, most
     )
@@ -435,9 +435,9 @@ async def recently_ended(db: Executor, *, seconds: int, most: int) -> list[UUID]
 
 
 async def forget_old_sessions(db: Executor, *, keep_days: int) -> int:
-    """Housekeeping: how many rows of sessions that expired long ago are gone now, 0 when there are no more.
+    """Delete a batch of sessions and tokens that expired long ago; return how many rows, 0 at the end.
 
-    A session may have thousands of tokens: these go first, and it with the last of them.
+    A session may have thousands of tokens: these are deleted first, and the session with the last of them.
     """
     forgotten: int = await db.fetchval(
         """
@@ -473,10 +473,10 @@ async def users_without_key(db: Executor, *, limit: int, after: tuple[Any, Any])
 
 
 async def give_key(db: Executor, *, user: UUID, email_key: str) -> bool:
-    """Give an account its key; return whether it was free.
+    """Set the key of an account; return whether the key was free.
 
     Raises:
-        asyncpg.UniqueViolationError: another account was given it at the same moment.
+        asyncpg.UniqueViolationError: another account got the key at the same moment.
     """
     return bool(
         await db.fetchval(

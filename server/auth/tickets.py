@@ -1,7 +1,7 @@
-"""Tickets: what opens a socket for clients that can set no header. Random, for 30 s, for one use.
+"""Tickets: they open a socket for clients that cannot set a header. Random, valid for 30 s and for one use.
 
-Kept in Redis under their hash; what a ticket stands for is the user of the request that asked for it, whose
-session the socket's door confirms as it does for a token.
+Redis stores them under their hash. A ticket represents the user of the request that issued it; the socket endpoint
+checks the user's session as it does for a token.
 """
 
 import hashlib
@@ -21,29 +21,29 @@ TICKET_SECONDS = 30
 
 
 async def issue(redis: Redis, *, user: User) -> str:
-    """A new ticket.
+    """Issue a ticket.
 
     Raises:
         Unavailable: Redis is down.
     """
     ticket = tokens.new_secret()
-    stands_for = [user.id, user.session, user.token, user.expires_at.isoformat()]
+    claims = [user.id, user.session, user.token, user.expires_at.isoformat()]
     with reported():
-        await redis.set(_key(ticket), json.dumps(stands_for), ex=TICKET_SECONDS)
+        await redis.set(_key(ticket), json.dumps(claims), ex=TICKET_SECONDS)
     return ticket
 
 
 async def redeem(redis: Redis, *, ticket: str) -> User:
-    """The user that a ticket stands for, once.
+    """Use up a ticket and return its user.
 
     Raises:
-        Unauthenticated: it is unknown, used or too old, or the access token behind it has expired.
+        Unauthenticated: the ticket is unknown, used or expired, or the access token behind it has expired.
         Unavailable: Redis is down.
     """
     with reported():
         raw: Any = await redis.getdel(_key(ticket))
     if raw is None:
-        raise Unauthenticated("The ticket is not valid; each is for one use, within 30 s")
+        raise Unauthenticated(f"The ticket is not valid: a ticket is for one use within {TICKET_SECONDS} seconds")
     id, session, token, expires_at = json.loads(raw)
     user = User(id=UUID(id), session=UUID(session), token=token, expires_at=datetime.fromisoformat(expires_at))
     if user.expires_at <= datetime.now(UTC):

@@ -20,7 +20,7 @@ AUDIENCE = "collaborative-workspace/api"
 LEEWAY_SECONDS = 2
 LARGEST_TOKEN = 4096
 MAX_NUMERIC_DATE = 253_402_300_799  # the end of the year 9999
-REMEMBERED = 4096  # verified tokens of a process
+REMEMBERED = 4096  # verified tokens cached in a process
 _THREE_PARTS = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.([A-Za-z0-9_-]+)")
 _TOKEN_ID = re.compile(r"[0-9a-f]{32}")
 _REQUIRED = ["exp", "iat", "iss", "aud", "sub", "sid", "jti", "typ"]
@@ -28,7 +28,7 @@ _REQUIRED = ["exp", "iat", "iss", "aud", "sub", "sid", "jti", "typ"]
 
 @dataclass(frozen=True)
 class Keys:
-    """What signs (the first) and what is still accepted, by key id."""
+    """Secrets by key id: one signs, all are accepted."""
 
     signing_id: str
     accepted: Mapping[str, str]
@@ -48,7 +48,7 @@ class Claims:
 
 
 def issue(*, user: UUID, session: UUID, keys: Keys, now: datetime, ttl: int) -> str:
-    """A signed access token that lives ``ttl`` seconds."""
+    """Return a signed access token that expires after ``ttl`` seconds."""
     claims = {
         "iss": ISSUER,
         "aud": AUDIENCE,
@@ -63,13 +63,13 @@ def issue(*, user: UUID, session: UUID, keys: Keys, now: datetime, ttl: int) -> 
 
 
 def verify(token: str, *, keys: Keys, ttl: int) -> Claims:
-    """The claims of a token that we signed, that is an access token and has not expired.
+    """Return the claims of an access token that we signed and that has not expired.
 
-    None lives longer than ``ttl`` seconds, also where it was issued for more, before the setting was changed: the
-    note that its session has ended lives no longer either.
+    A token expires after at most ``ttl`` seconds, even if it was issued for longer before the setting was changed,
+    because the blacklist entry of its session expires then, too.
 
     Raises:
-        Unauthenticated: it is anything else.
+        Unauthenticated: the token is anything else.
     """
     try:
         if len(token) > LARGEST_TOKEN or not _is_canonical(token):
@@ -94,20 +94,20 @@ def verify(token: str, *, keys: Keys, ttl: int) -> Claims:
             token=_token_id(claims["jti"]),
             expires_at=min(_time(claims["exp"]), _time(claims["iat"]) + timedelta(seconds=ttl)),
         )
-    # RecursionError: a header of nothing but brackets.
+    # RecursionError: a JSON header of nested brackets.
     except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError):
         raise Unauthenticated("The access token is not valid") from None
 
 
 class Verifier:
-    """Verifies a token once: its signature does not change, only time passes."""
+    """A cache of verified tokens: each signature is checked once, the expiry every time."""
 
     def __init__(self, keys: Keys, *, ttl: int) -> None:
         self._keys, self._ttl = keys, ttl
         self._verified: dict[str, Claims] = {}
 
     def verify(self, token: str, *, now: datetime) -> Claims:
-        """As ``verify`` does."""
+        """Return the claims of a token, as the function ``verify`` does."""
         known = self._verified.get(token)
         if known is None:
             known = verify(token, keys=self._keys, ttl=self._ttl)
@@ -121,30 +121,30 @@ class Verifier:
 
 
 def new_secret() -> str:
-    """256 random bits, for a refresh token, an invitation or a ticket."""
+    """Return 256 random bits for a refresh token, an invitation or a ticket."""
     return secrets.token_urlsafe(32)
 
 
 def fingerprints(secret: str, keys: Keys) -> list[bytes]:
-    """What is stored of a secret, by every accepted key; the signing key's first."""
+    """Return the hash of a secret under every accepted key, the signing key's first. Only a hash is stored."""
     ordered = [keys.signing_id, *(key for key in keys.accepted if key != keys.signing_id)]
     return [hmac.digest(keys.accepted[key].encode(), secret.encode(), hashlib.sha256) for key in ordered]
 
 
 def successor(token: str, *, salt: bytes, key: str) -> str:
-    """Return the refresh token that follows this one; without the salt, which is erased, the key does not give it.
+    """Return the refresh token that follows this one. The salt is erased later; the key alone cannot derive it.
 
-    HMAC-SHA-256 (RFC 2104) of token and salt, in base64url without padding: as long as ``new_secret``.
+    It is the HMAC-SHA-256 (RFC 2104) of token and salt, in base64url without padding: as long as ``new_secret``.
     """
     digest = hmac.digest(key.encode(), token.encode() + salt, hashlib.sha256)
     return base64.urlsafe_b64encode(digest).decode().rstrip("=")
 
 
 def _time(claim: Any) -> datetime:
-    """Return the time of a NumericDate (RFC 7519, section 2) that is whole, as ours are.
+    """Return the time of a NumericDate (RFC 7519, section 2) in whole seconds, as we issue them.
 
     Raises:
-        ValueError: it is anything else, or not in the years 1970 to 9999.
+        ValueError: the claim is anything else, or not in the years 1970 to 9999.
     """
     if type(claim) is not int or not 0 <= claim <= MAX_NUMERIC_DATE:
         raise ValueError("no time")
@@ -152,10 +152,10 @@ def _time(claim: Any) -> datetime:
 
 
 def _token_id(claim: Any) -> str:
-    """Return the id as it stands in Redis keys.
+    """Return the token id, as Redis keys contain it.
 
     Raises:
-        ValueError: it is none of ours.
+        ValueError: the claim is not an id that we issue.
     """
     if not _TOKEN_ID.fullmatch(_text(claim)):
         raise ValueError("no token id")
@@ -169,7 +169,10 @@ def _text(claim: Any) -> str:
 
 
 def _is_canonical(token: str) -> bool:
-    """Base64 has several spellings of one signature (padding, unused last bits); only ours is accepted."""
+    """Return whether a token is spelled as we issue it.
+
+    Base64 has several spellings of one signature (padding, unused last bits); only ours is accepted.
+    """
     parts = _THREE_PARTS.fullmatch(token)
     if parts is None:
         return False

@@ -1,4 +1,4 @@
-"""What must be done now and then, for as long as a process lives."""
+"""Housekeeping: periodic tasks of a process, among them the account tasks."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -23,11 +23,11 @@ ERASE_SECONDS = 2.0
 class Chore:
     name: str
     do: Callable[[], Awaitable[None]]
-    seconds: float = FORGET_SECONDS  # between two times
+    seconds: float = FORGET_SECONDS  # between two runs
 
 
 async def run(db: Executor, issuer: Issuer, *others: Chore) -> None:
-    """What accounts need, and what others do."""
+    """Rebuild the blacklist, then run the account tasks and ``others`` periodically, until cancelled."""
     await sessions.note_again(db, issuer)
     async with asyncio.TaskGroup() as tasks:
         for chore in (
@@ -41,7 +41,7 @@ async def run(db: Executor, issuer: Issuer, *others: Chore) -> None:
 
 
 async def keep_doing(chore: Chore) -> None:
-    """Whatever happens to it: the next time may be better, and others go on. An outage is logged once."""
+    """Run a task periodically; a failure neither ends it nor stops other tasks. An outage is logged once."""
     is_put_off = False
     while True:
         try:
@@ -51,6 +51,6 @@ async def keep_doing(chore: Chore) -> None:
             if not is_put_off:
                 log.warning("chore put off", chore=chore.name, error=error.detail)
             is_put_off = True
-        except Exception:  # a door of its own: nobody stands behind it
+        except Exception:  # the outermost frame of this task: no caller handles it
             log.exception("chore failed", chore=chore.name)
         await asyncio.sleep(chore.seconds)

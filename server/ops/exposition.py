@@ -1,4 +1,4 @@
-"""What Prometheus reads: all processes of one supervisor added up, and the jobs that wait, which MongoDB knows."""
+"""The metrics for Prometheus: the sum over all processes of one supervisor, and unfinished jobs from MongoDB."""
 
 import asyncio
 import contextlib
@@ -26,14 +26,14 @@ from server.resources import Resources, answered
 log = structlog.get_logger()
 
 OF_JOBS = {
-    "jobs_unfinished": "Jobs of the whole installation that wait or run: every process tells the same, take the max",
-    "jobs_oldest_seconds": "How long the oldest of them has been due: take the max",
+    "jobs_unfinished": "Jobs of the whole installation that wait or run; the same in every process: take the max",
+    "jobs_oldest_seconds": "Seconds since the oldest of them was due; the same in every process: take the max",
 }
 JOB_LABELS = ("type", "state")
 
 
 async def answer(request: web.Request, stores: Resources) -> web.Response:
-    """The text format, for operators only."""
+    """Return the metrics in text format, to operators only."""
     for guard in operators.demand(stores.settings):
         if not await guard.authenticate(request):
             challenge: web.Response = guard.challenge()
@@ -45,7 +45,7 @@ async def answer(request: web.Request, stores: Resources) -> web.Response:
 
 
 class Together(CollectorRegistry):
-    """A registry, and further samples that no process counts."""
+    """A registry with further metrics that no process counts."""
 
     def __init__(self, counted: CollectorRegistry, more: Sequence[Metric]) -> None:
         super().__init__()
@@ -58,15 +58,15 @@ class Together(CollectorRegistry):
 
 
 def _generated(more: Sequence[Metric]) -> bytes:
-    """Reads files of all processes: not for the loop."""
-    folder = environment.metrics_folder()
-    with tally.read(folder) if folder else contextlib.nullcontext(prometheus_client.REGISTRY) as counted:
+    """Render the metrics. It reads the files of all processes, so call it outside of the event loop."""
+    directory = environment.metrics_folder()
+    with tally.read(directory) if directory else contextlib.nullcontext(prometheus_client.REGISTRY) as counted:
         return prometheus_client.generate_latest(Together(counted, more))
 
 
 async def _jobs(mongo: Any) -> list[Metric]:
-    """Ask for the installation's jobs by type and state: 0 where there are none, and absent while MongoDB is away."""
-    number, oldest = (GaugeMetricFamily(name, help, labels=JOB_LABELS) for name, help in OF_JOBS.items())
+    """Return the installation's jobs by type and state: 0 for none, no metrics at all during an outage of MongoDB."""
+    count, oldest = (GaugeMetricFamily(name, help, labels=JOB_LABELS) for name, help in OF_JOBS.items())
     try:
         with budget(CHECK_SECONDS):
             async with answered(mongo):
@@ -74,9 +74,9 @@ async def _jobs(mongo: Any) -> list[Metric]:
     except Unavailable as error:
         log.warning("jobs not counted", error=error.detail)
         return []
-    found = {(group.type, group.state): group for group in groups}
-    for labels in dict.fromkeys((*product(JOB_TYPES, store.UNFINISHED_STATES), *found)):
-        group = found.get(labels)
-        number.add_metric(labels, group.number if group else 0)
+    groups_by_labels = {(group.type, group.state): group for group in groups}
+    for labels in dict.fromkeys((*product(JOB_TYPES, store.UNFINISHED_STATES), *groups_by_labels)):
+        group = groups_by_labels.get(labels)
+        count.add_metric(labels, group.number if group else 0)
         oldest.add_metric(labels, group.oldest_seconds if group else 0)
-    return [number, oldest]
+    return [count, oldest]

@@ -1,4 +1,4 @@
-"""Health, readiness and metrics."""
+"""REST handlers of liveness, readiness and metrics."""
 
 import asyncio
 from typing import Any
@@ -22,7 +22,7 @@ STARTED = web.AppKey("started", float)
 
 
 class Draining:
-    """Set once, when the process begins to stop."""
+    """A flag that is set once, when the graceful shutdown begins."""
 
     def __init__(self) -> None:
         self.begun = False
@@ -30,58 +30,63 @@ class Draining:
 
 DRAINING = web.AppKey("draining", Draining)
 _ANSWERS = {
-    "health": {200: {"description": "with the version, and the seconds since the start"}},
+    "health": {200: {"description": "version, and seconds since the start"}},
     "ready": {
-        200: {"description": "every store answers; with what the workers report"},
-        503: {"description": "one does not, or the process is stopping; with each store's state and latency"},
+        200: {"description": "every store responds; with state and latency of each store, and the workers"},
+        503: {"description": "a store does not respond, or the process is shutting down; the same body"},
     },
     "metrics": {
-        200: {"description": "the text format; of all processes of this host's supervisor"},
-        401: {"description": "needs the operators' Basic credentials, where these are set"},
-        404: {"description": "in production, where none are set"},
+        200: {"description": "text format; the sum over all processes of this host's supervisor"},
+        401: {"description": "the operators' Basic credentials are set, and are required"},
+        404: {"description": "in production, no credentials are set"},
     },
 }
 
 
 @routes.get("/health")
-@docs(tags=["operations"], summary="The process lives", responses=_ANSWERS["health"])
+@docs(tags=["operations"], summary="Check that the process is running (liveness)", responses=_ANSWERS["health"])
 @limit(None)
 @public
 async def health(request: web.Request) -> web.Response:
-    """The process lives."""
+    """Respond while the process runs."""
     return answers.json(alive(since=request.app[STARTED]))
 
 
 @routes.get("/health/ready")
-@docs(tags=["operations"], summary="Whether requests should be sent here", responses=_ANSWERS["ready"])
+@docs(tags=["operations"], summary="Check that the process can take requests (readiness)", responses=_ANSWERS["ready"])
 @limit(None)
 @public
 async def ready(request: web.Request) -> web.Response:
-    """Whether requests should be sent here: every store answers, and the process is not stopping."""
+    """Respond 200 if every store responds and the process is not shutting down, else 503."""
     states, workers = await asyncio.gather(stores.check(request.app[RESOURCES]), _workers(request))
     draining = request.app[DRAINING].begun
-    up = not draining and all(each["status"] == "up" for each in states.values())
+    up = not draining and all(state["status"] == "up" for state in states.values())
     status = "draining" if draining else "ready" if up else "unavailable"
     body = {"status": status, "version": __version__, "stores": states, "workers": workers}
     return answers.json(body, status=200 if up else 503, headers=None if up else {"Retry-After": "2"})
 
 
 @routes.get("/metrics")
-@docs(tags=["operations"], summary="For Prometheus", produces=["text/plain"], responses=_ANSWERS["metrics"])
+@docs(
+    tags=["operations"],
+    summary="Read the metrics, for Prometheus",
+    produces=["text/plain"],
+    responses=_ANSWERS["metrics"],
+)
 @limit(None)
 @public
 async def metrics(request: web.Request) -> web.Response:
     opened = request.app[RESOURCES]
     if operators.are_shut_out(opened.settings):
-        raise NotFound("No such path")
+        raise NotFound("Resource not found")
     return await exposition.answer(request, opened)
 
 
 async def _workers(request: web.Request) -> list[dict[str, Any]] | None:
-    """What the workers report of themselves; None where it is not known. Readiness does not depend on them."""
+    """Return the reports of the workers, or None during an outage of Redis. Readiness does not depend on them."""
     try:
         async with asyncio.timeout(stores.CHECK_SECONDS):
             workers = await request.app[ROSTER].workers()
     except (RedisError, OSError):
         return None
-    return [{"worker": each.worker, "sandbox": each.tier, "languages": each.languages} for each in workers]
+    return [{"worker": report.worker, "sandbox": report.tier, "languages": report.languages} for report in workers]

@@ -1,4 +1,4 @@
-"""Whether a process lives: what liveness probes ask of servers and workers. It asks no store: a restart heals none."""
+"""Liveness of servers and workers. It asks no store, because restarting the process does not repair a store."""
 
 import time
 from typing import Any
@@ -7,5 +7,5 @@ from server import __version__
 
 
 def alive(*, since: float) -> dict[str, Any]:
-    """Return what the process says of itself; ``since`` is the monotonic time of its start."""
+    """Return status, uptime and version; ``started_at`` is the monotonic time of the start."""
     return {"status": "ok", "uptime": round(time.monotonic() - since, 3), "version": __version__}

@@ -1,4 +1,4 @@
-"""Operators show Basic credentials of their own: OPS_USERNAME and OPS_PASSWORD."""
+"""Authentication of operators by Basic credentials of their own: OPS_USERNAME and OPS_PASSWORD."""
 
 import base64
 import hmac
@@ -10,10 +10,10 @@ from server.settings import Settings
 
 
 class Operators(BasicAuthMiddleware):  # type: ignore[misc]
-    """As its parent, but how long it takes tells nothing."""
+    """Basic authentication in constant time: its duration does not reveal how much of the credentials is right."""
 
     async def authenticate(self, request: web.Request) -> bool:
-        # Not by its parent: that asks a class of aiohttp which warns that it will go.
+        # Not by the parent class: it uses a class of aiohttp that is deprecated.
         scheme, _, encoded = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
         try:
             username, _, password = base64.b64decode(encoded, validate=True).decode().partition(":")
@@ -30,12 +30,12 @@ def are_configured(settings: Settings) -> bool:
 
 
 def are_shut_out(settings: Settings) -> bool:
-    """Whether what is for operators is not there at all: nobody has said who they are, and the world can reach it."""
+    """Return whether endpoints for operators do not exist: without credentials, production would expose them."""
     return settings.production and not are_configured(settings)
 
 
 def demand(settings: Settings) -> list[Operators]:
-    """The middleware that asks for the credentials; none where none are set."""
+    """Return the middleware that requires the credentials; an empty list if none are set."""
     if not are_configured(settings):
         return []
     return [Operators(username=settings.ops_username, password=settings.ops_password, realm="operators")]

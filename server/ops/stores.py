@@ -1,4 +1,4 @@
-"""Whether each store answers: what readiness tells, and what is measured now and then."""
+"""Health of the stores, for readiness and for periodic samples."""
 
 import asyncio
 import time
@@ -12,21 +12,21 @@ CHECK_SECONDS = 1.0
 
 
 async def check(stores: Resources) -> dict[str, dict[str, Any]]:
-    """State and latency in milliseconds of each, asked at once."""
+    """Ping all stores concurrently; return state and latency in milliseconds of each."""
     pings: dict[str, Callable[[], Awaitable[Any]]] = {
         "postgresql": stores.db.ping,
         "redis": partial(ping, stores.redis),
         "mongodb": partial(stores.mongo.command, "ping"),
     }
-    states = await asyncio.gather(*(_check(each) for each in pings.values()))
+    states = await asyncio.gather(*(_check(send_ping) for send_ping in pings.values()))
     return dict(zip(pings, states, strict=True))
 
 
-async def _check(ask: Callable[[], Awaitable[Any]]) -> dict[str, Any]:
+async def _check(send_ping: Callable[[], Awaitable[Any]]) -> dict[str, Any]:
     started = time.perf_counter()
     try:
         async with asyncio.timeout(CHECK_SECONDS):
-            await ask()
-    except Exception as error:  # noqa: BLE001 - whatever it is, the store is not usable; the kind is told
+            await send_ping()
+    except Exception as error:  # noqa: BLE001 - after any error the store is not usable; the response has its type
         return {"status": "down", "error": type(error).__name__}
     return {"status": "up", "latencyMs": round((time.perf_counter() - started) * 1000, 2)}

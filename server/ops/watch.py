@@ -1,4 +1,4 @@
-"""What a process measures of itself, by looking now and then."""
+"""Periodic samples of a process: event loop lag, connection pool, sockets, stores, and the lag of pub/sub."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ PROBE_SECONDS = 5.0
 
 
 async def look(db: Database, more: Callable[[], None] = lambda: None) -> None:
-    """For as long as the process lives: the loop's lag and the pool, and what ``more`` sets."""
+    """Sample the lag of the event loop and the connection pool until cancelled; call ``more`` each time."""
     loop = asyncio.get_running_loop()
     while True:
         due = loop.time() + LOOK_SECONDS
@@ -43,7 +43,7 @@ def show_sockets(realtime: Realtime) -> None:
 
 
 async def ask_stores(opened: Resources) -> None:
-    """For as long as the process lives: whether it can use its stores, also while nobody asks it for anything."""
+    """Sample the health of the stores until cancelled, also while the process gets no requests."""
     while True:
         for name, state in (await stores.check(opened)).items():
             metrics.STORE_UP.labels(name).set(state["status"] == "up")
@@ -51,9 +51,9 @@ async def ask_stores(opened: Resources) -> None:
 
 
 async def probe(realtime: Realtime) -> None:
-    """For as long as the process lives: how long what is published takes to be heard here."""
+    """Measure until cancelled how long a published message takes until this process receives it by pub/sub."""
     channel = f"probe:{uuid4().hex}"
-    with contextlib.suppress(Unavailable):  # heard as soon as Redis is back
+    with contextlib.suppress(Unavailable):  # the subscription takes effect when Redis is back
         await realtime.subscriber.subscribe(channel, _Echo())
     while True:
         with contextlib.suppress(RedisError, OSError):
@@ -62,13 +62,13 @@ async def probe(realtime: Realtime) -> None:
 
 
 class _Echo:
-    """A ``Listener``."""
+    """A listener of the probe channel that observes the lag."""
 
     def deliver(self, _origin: str, _kind: str, payload: bytes) -> None:
         metrics.PUBLISH_LAG.observe(time.monotonic() - float(payload))
 
     def interrupt(self) -> None:
-        """One probe is missed."""
+        """Do nothing: one probe is lost."""
 
     async def resume(self) -> None:
-        """The next one is heard."""
+        """Do nothing: the next probe arrives."""

@@ -1,4 +1,4 @@
-"""What a worker serves at METRICS_PORT: ``/health`` for liveness probes, ``/metrics`` for Prometheus."""
+"""The endpoint of a worker at METRICS_PORT: ``/health`` for liveness probes, ``/metrics`` for Prometheus."""
 
 import os
 import time
@@ -15,10 +15,10 @@ from server.settings import Settings, SettingsError
 
 @asynccontextmanager
 async def served(settings: Settings, stores: Resources) -> AsyncIterator[None]:
-    """Serve both, as long as the block lasts. Several workers share the port: any of them may answer.
+    """Serve both paths during the block. Several workers share the port: any of them may respond.
 
     Raises:
-        SettingsError: another program has that port.
+        SettingsError: another program uses the port.
     """
     if not settings.metrics_port:
         yield
@@ -35,16 +35,16 @@ async def served(settings: Settings, stores: Resources) -> AsyncIterator[None]:
 def _application(settings: Settings, stores: Resources) -> web.Application:
     started = time.monotonic()
 
-    async def answer_health(_: web.Request) -> web.Response:
+    async def serve_health(_: web.Request) -> web.Response:
         return web.Response(body=json.dumps(health.alive(since=started)), content_type="application/json")
 
-    async def answer_metrics(request: web.Request) -> web.Response:
+    async def serve_metrics(request: web.Request) -> web.Response:
         return await exposition.answer(request, stores)
 
     app = web.Application()
-    app.router.add_get("/health", answer_health)
+    app.router.add_get("/health", serve_health)
     if not operators.are_shut_out(settings):
-        app.router.add_get("/metrics", answer_metrics)
+        app.router.add_get("/metrics", serve_metrics)
     return app
 
 
@@ -52,5 +52,5 @@ async def _listen(runner: web.AppRunner, settings: Settings) -> None:
     try:
         await web.TCPSite(runner, settings.host, settings.metrics_port, reuse_port=True).start()
     except OSError as error:
-        why = os.strerror(error.errno or 0)
-        raise SettingsError(f"Cannot listen on METRICS_PORT={settings.metrics_port}: {why}") from error
+        reason = os.strerror(error.errno or 0)
+        raise SettingsError(f"Cannot listen on METRICS_PORT={settings.metrics_port}: {reason}") from error

@@ -1,7 +1,7 @@
-"""Who may do what: the only place that decides.
+"""Access control: the only module that decides who may do what.
 
-``@requires`` marks the least role of a route or message; ``check`` answers, in one statement, whether the
-thing exists for this user, which project it belongs to and what role they have there.
+``@requires`` marks the least role of a route or message; ``check`` finds out, in one statement, whether the resource
+exists for this user, which project it belongs to and what role the user has there.
 """
 
 import asyncio
@@ -39,26 +39,26 @@ class Kind(enum.StrEnum):
 
     @property
     def parameter(self) -> str:
-        """What its id is called in paths and bodies."""
+        """The name of its id in paths and bodies."""
         return f"{self.value}Id"
 
 
 @dataclass(frozen=True)
 class Requirement:
     role: Role
-    of: tuple[Kind, ...]  # what a body, query or message names; empty: the id in the path
+    of: tuple[Kind, ...]  # resources that a body, query or message names; empty: the id in the path
 
 
 def named(*parameters: str) -> tuple[Kind, ...]:
-    """Things that a body, a query or a message names by these fields, the most particular first."""
+    """Return the kinds of resources that a body, query or message names by these fields, the most specific first."""
     return tuple(next(kind for kind in Kind if kind.parameter == parameter) for parameter in parameters)
 
 
 def requires(role: Role, *, of: tuple[Kind, ...] = ()) -> Callable[[H], H]:
-    """Mark a handler: the least role in the project of the thing that it is about.
+    """Mark a handler with the least role in the project of its resource.
 
-    Of several things that are named, each needs the role, and all must be of one project; of optional ones that
-    are not there, none is asked for.
+    If ``of`` names several resources, the role is required for each, and all must belong to one project. Optional ones
+    that are missing need no role.
     """
 
     def mark(handler: H) -> H:
@@ -74,32 +74,32 @@ def requirement_of(handler: Callable[..., Any]) -> Requirement | None:
 
 @dataclass(frozen=True)
 class Access:
-    """What a member may see of the project that a thing belongs to."""
+    """The role of a member in the project that a resource belongs to."""
 
     project: UUID
     role: Role
     revision: int  # of the project
 
     def allows(self, role: Role) -> bool:
-        """Whether the role is at least this one."""
+        """Return whether the role is at least this one."""
         return self.role >= role
 
     def demand(self, role: Role) -> None:
-        """Raises Forbidden unless the role is at least this one."""
+        """Raise Forbidden unless the role is at least this one."""
         if not self.allows(role):
-            raise Forbidden(f"This needs the role {role.name}; yours is {self.role.name}")
+            raise Forbidden(f"This action requires the role {role.name}; your role is {self.role.name}")
 
 
 async def check(db: Database, *, user: UUID, kind: Kind, id: UUID, role: Role) -> Access:
-    """The access that this user has.
+    """Return the access of a user to a resource.
 
     Raises:
-        NotFound: no such thing, or they are no member: which of the two is not revealed.
-        Forbidden: they are a member without the needed role.
+        NotFound: the resource does not exist, or the user is not a member: the two are not told apart.
+        Forbidden: the user is a member without the required role.
     """
     row = await db.find(_ACCESS, user, kind.value, id)
     if row is None:
-        raise NotFound(f"No such {kind.value}")
+        raise NotFound(f"{kind.value.capitalize()} not found")
     access = _access(row)
     access.demand(role)
     return access
@@ -110,7 +110,7 @@ def _access(row: Record) -> Access:
 
 
 def proof(access: Access) -> Proof:
-    """Whether a replica shows the project as it was when this access was granted, or as it is since."""
+    """Return a check whether a replica has the project at the revision of this access, or at a later one."""
 
     async def is_as_new(db: Executor) -> bool:
         return bool(await db.fetchval(_AS_NEW, access.project, access.revision))
@@ -119,7 +119,7 @@ def proof(access: Access) -> Proof:
 
 
 _AS_NEW = "SELECT true FROM projects WHERE id = $1 AND revision >= $2"
-# One index lookup a key, by LIMIT: else a plan made while the tables were small would read them whole ever after.
+# LIMIT forces one index lookup for each key: else a plan made while the tables were small would scan them ever after.
 _ACCESS = """
 SELECT asked, found.*
 FROM unnest($1::uuid[], $2::text[], $3::uuid[]) WITH ORDINALITY AS keys (person, kind, thing, asked),
@@ -140,7 +140,7 @@ ACCESS = web.RequestKey("access", Access)
 
 
 def assemble(routes: Iterable[web.AbstractRoute], *, but: Collection[str] = ()) -> None:
-    """Refuse a route that names a thing of ours and does not say who may use it, ``but`` for these paths.
+    """Reject a route that names a resource without ``@requires``, unless its path is ``exempt``.
 
     Raises:
         RuntimeError: at start, with the route's name.
@@ -165,7 +165,7 @@ def _in_schemas(handler: Callable[..., Any]) -> Iterator[Kind]:
 
 
 def authorize(request: web.Request) -> Coroutine[Any, Any, None] | None:
-    """Middleware's question: may this user use what the path names? None where it names nothing."""
+    """Return the access check of the resource that the path names, for the middleware; None if it names none."""
     requirement = requirement_of(request.match_info.handler)
     if requirement is None or requirement.of:
         return None
@@ -176,13 +176,13 @@ async def _authorize(request: web.Request, requirement: Requirement) -> None:
     kind = next(kind for kind in Kind if kind.parameter in request.match_info)
     id = parse_id(request.match_info[kind.parameter])
     if id is None:
-        raise NotFound(f"No such {kind.value}")
+        raise NotFound(f"{kind.value.capitalize()} not found")
     db = request.app[RESOURCES].db
     request[ACCESS] = await check(db, user=request[USER].id, kind=kind, id=id, role=requirement.role)
 
 
 async def authorize_named(request: web.Request) -> None:
-    """Middleware's question: may this user use what the body or the query names?"""
+    """Check the access to the resources that body or query name, for the middleware."""
     requirement = requirement_of(request.match_info.handler)
     if requirement is not None and requirement.of:
         values = request[BODY] if BODY in request else request.get(QUERY, {})
@@ -192,12 +192,12 @@ async def authorize_named(request: web.Request) -> None:
 
 
 async def authorize_message(connection: Connection, message: Message, data: dict[str, Any]) -> None:
-    """The socket's question: may this user use what the message names?"""
+    """Check the access to the resources that a socket's message names, unless its connection has a grant for it."""
     requirement = requirement_of(message.handler)
     if requirement is None or not requirement.of:
         return
-    things = [Thing(kind.value, id) for kind in requirement.of if (id := data.get(f"{kind.value}_id")) is not None]
-    known: Access | None = connection.grants.get(things[0]) if len(things) == 1 else None
+    resources = [Thing(kind.value, id) for kind in requirement.of if (id := data.get(f"{kind.value}_id")) is not None]
+    known: Access | None = connection.grants.get(resources[0]) if len(resources) == 1 else None
     if known is None:
         db, user = connection.realtime.db, connection.user.id
         connection.access = await check_named(db, requirement, user=user, values=data)
@@ -207,19 +207,19 @@ async def authorize_message(connection: Connection, message: Message, data: dict
 
 
 async def recheck(
-    db: Executor, sessions: Sequence[UUID], asked: Sequence[tuple[UUID, Thing]]
+    db: Executor, sessions: Sequence[UUID], grants: Sequence[tuple[UUID, Thing]]
 ) -> tuple[set[UUID], dict[tuple[UUID, Thing], Access]]:
-    """The sockets' other question: which of these sessions live, and who of these users still has access?"""
-    alive, rows = await asyncio.gather(
+    """Return the sessions that are still active, and the access of each pair of user and resource that still has it."""
+    active, rows = await asyncio.gather(
         db.fetch(_ALIVE, list(sessions)),
         db.fetch(
             _ACCESS,
-            [user for user, _ in asked],
-            [thing.kind for _, thing in asked],
-            [thing.id for _, thing in asked],
+            [user for user, _ in grants],
+            [resource.kind for _, resource in grants],
+            [resource.id for _, resource in grants],
         ),
     )
-    return {row["id"] for row in alive}, {asked[row["asked"] - 1]: _access(row) for row in rows}
+    return {row["id"] for row in active}, {grants[row["asked"] - 1]: _access(row) for row in rows}
 
 
 _ALIVE = "SELECT id FROM sessions WHERE id = ANY ($1::uuid[]) AND ended_at IS NULL AND expires_at > now()"
@@ -228,11 +228,11 @@ _ALIVE = "SELECT id FROM sessions WHERE id = ANY ($1::uuid[]) AND ended_at IS NU
 async def check_named(
     db: Database, requirement: Requirement, *, user: UUID, values: Mapping[str, Any]
 ) -> Access | None:
-    """The access to what ``values`` (a validated body, query or message) name; None where they name nothing.
+    """Return the access to the resources in ``values`` (a validated body, query or message); None if there are none.
 
     Raises:
         NotFound, Forbidden: as ``check`` does.
-        ValidationFailed: they name things of different projects.
+        ValidationFailed: they name resources of different projects.
     """
     granted: Access | None = None
     for kind in requirement.of:
@@ -241,6 +241,6 @@ async def check_named(
             continue
         access = await check(db, user=user, kind=kind, id=id, role=requirement.role)
         if granted is not None and access.project != granted.project:
-            raise invalid(kind.parameter, "Of another project than the rest.")
+            raise invalid(kind.parameter, "Belongs to another project than the other ids.")
         granted = access
     return granted

@@ -1,7 +1,7 @@
-"""What changes of a project mean to those who are live in its workspaces. To be called after the commit.
+"""Announcements of project changes to the sockets in its workspaces. Call them after the commit.
 
-None of these raises where Redis is away: then every process finds lost access by itself. Access is seen to first,
-before a statement that may fail.
+None of these raises during an outage of Redis: every process then finds revoked access by itself. Access changes are
+published first, before a statement that may fail.
 """
 
 from collections.abc import Mapping
@@ -16,29 +16,29 @@ from server.realtime.peers import Revocation
 
 
 async def project_updated(db: Executor, channels: Channels, project: UUID, actor: UUID) -> None:
-    audience = await store.audience(db, project=project, actor=actor)
+    context = await store.audience(db, project=project, actor=actor)
     await channels.report(
-        "PROJECT_UPDATED", workspaces=audience["workspaces"], user=actor, name=audience["name"], projectId=project
+        "PROJECT_UPDATED", workspaces=context["workspaces"], user=actor, name=context["name"], projectId=project
     )
 
 
-async def project_deleted(channels: Channels, audience: Record, *, actor: UUID) -> None:
-    """``audience`` as ``store.audience`` gave it before the project was deleted."""
-    await workspaces_deleted(channels, audience["workspaces"], actor=actor, name=audience["name"])
+async def project_deleted(channels: Channels, context: Record, *, actor: UUID) -> None:
+    """Announce a deleted project; ``context`` is from ``store.read_event_context`` before the deletion."""
+    await workspaces_deleted(channels, context["workspaces"], actor=actor, name=context["name"])
 
 
 async def roles_changed(
     db: Executor, channels: Channels, project: UUID, actor: UUID, *, roles: Mapping[UUID, str]
 ) -> None:
-    """``roles``: the new ones by user, two of them after a transfer. A new member's is none that changed."""
+    """Announce changed roles by user, two of them after a transfer. A new member is no change of a role."""
     await channels.access_changed(project=project, users=list(roles))
-    audience = await store.audience(db, project=project, actor=actor)
+    context = await store.audience(db, project=project, actor=actor)
     for subject, role in roles.items():
         await channels.report(
             "ROLE_CHANGED",
-            workspaces=audience["workspaces"],
+            workspaces=context["workspaces"],
             user=actor,
-            name=audience["name"],
+            name=context["name"],
             projectId=project,
             subjectId=subject,
             role=role,
@@ -46,7 +46,7 @@ async def roles_changed(
 
 
 async def member_removed(channels: Channels, project: UUID, actor: UUID, *, user: UUID, name: str) -> None:
-    """By the owner, or by themselves: then they have left. ``name`` is the actor's."""
+    """Announce that the owner removed a member, or that the member left. ``name`` is the actor's."""
     why = Revocation("left" if actor == user else "removed", actor, name)
     await channels.access_changed(project=project, users=[user], why=why)
 

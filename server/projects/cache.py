@@ -1,6 +1,6 @@
-"""Projects as GET shows them, kept for five minutes: single ones in Redis, those of lists in the process.
+"""A cache of projects as GET returns them, for five minutes: single ones in Redis, those of lists in the process.
 
-The key holds the revision, which the query of access or of the list returns: what is found can never be stale, in any
+The key contains the revision, which the access query or the list query returns: an entry can never be stale, in any
 process, and nothing needs to be invalidated. Without Redis everything is read from PostgreSQL.
 """
 
@@ -21,16 +21,16 @@ from server.projects import schemas, store
 
 KEPT_SECONDS = 300
 LISTED_BYTES = 16 << 20  # of JSON, in a process
-PATIENCE_SECONDS = 0.2  # a cache that takes longer is none
+PATIENCE_SECONDS = 0.2  # a slower cache is of no use
 
 
 async def find(redis: Pipelines, *, project: UUID, revision: int, role: str) -> bytes | None:
     try:
-        found: bytes | None = await redis.ask("GET", _key(project, revision, role), seconds=PATIENCE_SECONDS)
+        body: bytes | None = await redis.ask("GET", _key(project, revision, role), seconds=PATIENCE_SECONDS)
     except (RedisError, OSError, TimeoutError):
-        found = None
-    metrics.PROJECT_CACHE.labels("redis", "miss" if found is None else "hit").inc()
-    return found
+        body = None
+    metrics.PROJECT_CACHE.labels("redis", "miss" if body is None else "hit").inc()
+    return body
 
 
 async def keep(redis: Pipelines, body: bytes, *, project: UUID, revision: int, role: str) -> None:
@@ -42,26 +42,26 @@ async def keep(redis: Pipelines, body: bytes, *, project: UUID, revision: int, r
 
 
 class Listed:
-    """Projects as lists show them, remembered by this process: a list of twenty asks for what has changed in them."""
+    """A cache of the projects in lists, in this process: a list reads only the projects that have changed."""
 
     def __init__(self) -> None:
         self._shown: LRUCache[tuple[UUID, int, str], bytes] = LRUCache(LISTED_BYTES, getsizeof=len)
         self._forgotten_at = 0.0
 
     async def show(self, db: Executor, rows: Sequence[Any]) -> list[orjson.Fragment]:
-        """JSON of each, in their order; ``rows`` tell id, revision and role. One that is gone by now is left out."""
+        """Return the JSON of each row (id, revision, role), in their order; without projects deleted since."""
         self._forget()
-        shown = {row["id"]: self._shown.get((row["id"], row["revision"], row["role"])) for row in rows}
-        missing = {row["id"]: row["role"] for row in rows if shown[row["id"]] is None}
+        bodies = {row["id"]: self._shown.get((row["id"], row["revision"], row["role"])) for row in rows}
+        missing = {row["id"]: row["role"] for row in rows if bodies[row["id"]] is None}
         metrics.PROJECT_CACHE.labels("process", "hit").inc(len(rows) - len(missing))
         if missing:
             metrics.PROJECT_CACHE.labels("process", "miss").inc(len(missing))
             for project in await store.read_projects(db, projects=list(missing)):
                 id, role = project["id"], missing[project["id"]]
-                text = json.dumps(_PROJECT.dump({**project, "role": role}))
-                # It may have changed since it was listed: what is kept is what was read.
-                shown[id] = self._shown[id, project["revision"], role] = text
-        return [orjson.Fragment(each) for each in shown.values() if each is not None]
+                body = json.dumps(_PROJECT.dump({**project, "role": role}))
+                # The project may have changed since it was listed: the key has the revision that was read.
+                bodies[id] = self._shown[id, project["revision"], role] = body
+        return [orjson.Fragment(body) for body in bodies.values() if body is not None]
 
     def _forget(self) -> None:
         now = asyncio.get_running_loop().time()

@@ -1,4 +1,4 @@
-"""Projects over REST: the project itself, its people, the invitations to it, and what happened in it."""
+"""REST handlers of projects, their members, invitations and activity."""
 
 from datetime import UTC, datetime
 from functools import partial
@@ -46,15 +46,15 @@ INVITATION, NEW_INVITATION = schemas.Invitation(), schemas.NewInvitation()
 @response_schema(schemas.Project, 201)
 @idempotent(Idempotency.BY_TRANSACTION)
 async def create_project(request: web.Request) -> web.Response:
-    made = await store.create_project(request[DB], owner=request[USER].id, **request[BODY])
-    if made is None:
-        raise Unauthenticated("The account is gone")
-    tag = etag(made["revision"], made["role"])
-    return answers.created(f"/api/v1/projects/{made['id']}", PROJECT.dump(made), tag=tag)
+    project = await store.create_project(request[DB], owner=request[USER].id, **request[BODY])
+    if project is None:
+        raise Unauthenticated("The account has been deleted")
+    tag = etag(project["revision"], project["role"])
+    return answers.created(f"/api/v1/projects/{project['id']}", PROJECT.dump(project), tag=tag)
 
 
 @routes.get("/api/v1/projects")
-@docs(tags=["projects"], summary="Your projects")
+@docs(tags=["projects"], summary="List your projects")
 @querystring_schema(schemas.ProjectQuery)
 @response_schema(page_of(schemas.Project), 200)
 async def list_projects(request: web.Request) -> web.Response:
@@ -76,7 +76,7 @@ async def list_projects(request: web.Request) -> web.Response:
 
 
 @routes.get("/api/v1/projects/{projectId}")
-@docs(tags=["projects"], summary="One project, with its first 100 workspaces and collaborators")
+@docs(tags=["projects"], summary="Read a project, with its first 100 workspaces and collaborators")
 @response_schema(schemas.ProjectWithMembers, 200)
 @requires(Role.VIEWER)
 async def read_project(request: web.Request) -> web.Response:
@@ -87,12 +87,12 @@ async def read_project(request: web.Request) -> web.Response:
         return answers.tagged(request, b"", tag=tag)
     body = await cache.find(stores.pipelines, project=project, revision=revision, role=role)
     if body is None:
-        ask = partial(store.read_project_with_members, project=project, most=SHOWN_MEMBERS)
-        found = await stores.replicas.read(ask, proof=access.proof(request[ACCESS]))
-        if found is None:
-            raise NotFound("No such project")
-        # It may have changed since the access query: what is kept and tagged is what was read.
-        revision, body = found["revision"], json.dumps(PROJECT_WITH_MEMBERS.dump({**found, "role": role}))
+        read = partial(store.read_project_with_members, project=project, most=SHOWN_MEMBERS)
+        row = await stores.replicas.read(read, proof=access.proof(request[ACCESS]))
+        if row is None:
+            raise NotFound("Project not found")
+        # The project may have changed since the access query: cache entry and ETag have the revision that was read.
+        revision, body = row["revision"], json.dumps(PROJECT_WITH_MEMBERS.dump({**row, "role": role}))
         await cache.keep(stores.pipelines, body, project=project, revision=revision, role=role)
     return answers.tagged(request, body, tag=etag(revision, role))
 
@@ -103,15 +103,15 @@ async def read_project(request: web.Request) -> web.Response:
 @response_schema(schemas.Project, 200)
 @requires(Role.COLLABORATOR)
 async def change_project(request: web.Request) -> web.Response:
-    role, given = request[ACCESS].role.name, request[BODY]
+    role, changes = request[ACCESS].role.name, request[BODY]
     revisions = expected_revisions(request, role)
     changed = await store.change_project(
         request.app[RESOURCES].db,
         project=request[ACCESS].project,
         actor=request[USER].id,
-        name=given.get("name"),
-        description=given.get("description"),
-        settings=given.get("settings"),
+        name=changes.get("name"),
+        description=changes.get("description"),
+        settings=changes.get("settings"),
         revisions=revisions,
     )
     if changed is None:
@@ -121,20 +121,20 @@ async def change_project(request: web.Request) -> web.Response:
 
 
 @routes.delete("/api/v1/projects/{projectId}")
-@docs(tags=["projects"], summary="Delete a project and all that is in it")
+@docs(tags=["projects"], summary="Delete a project with its contents")
 @requires(Role.OWNER)
 async def delete_project(request: web.Request) -> web.Response:
     revisions = expected_revisions(request, request[ACCESS].role.name)
     db, project, actor = request.app[RESOURCES].db, request[ACCESS].project, request[USER].id
-    audience = await store.audience(db, project=project, actor=actor)
+    context = await store.audience(db, project=project, actor=actor)
     if not await store.delete_project(db, project=project, revisions=revisions):
         raise lost(revisions)
-    await announcements.project_deleted(request.app[REALTIME].channels, audience, actor=actor)
+    await announcements.project_deleted(request.app[REALTIME].channels, context, actor=actor)
     return answers.nothing()
 
 
 @routes.get("/api/v1/projects/{projectId}/activity")
-@docs(tags=["projects"], summary="Who did what when, newest first")
+@docs(tags=["projects"], summary="List the activity of a project, newest first")
 @querystring_schema(PageQuery)
 @response_schema(page_of(schemas.Activity), 200)
 @requires(Role.VIEWER)
@@ -148,7 +148,7 @@ async def list_activity(request: web.Request) -> web.Response:
 
 
 @routes.post("/api/v1/projects/{projectId}/transfer")
-@docs(tags=["projects"], summary="Make another member the owner; you become a collaborator")
+@docs(tags=["projects"], summary="Transfer a project: another member becomes the owner, you become a collaborator")
 @json_schema(schemas.Transfer)
 @response_schema(schemas.Project, 200)
 @requires(Role.OWNER)
@@ -161,19 +161,19 @@ async def transfer_project(request: web.Request) -> web.Response:
 
 
 @routes.get("/api/v1/projects/{projectId}/collaborators")
-@docs(tags=["collaborators"], summary="The members, the owner among them, in the order in which they joined")
+@docs(tags=["collaborators"], summary="List the members, including the owner, in the order in which they joined")
 @querystring_schema(PageQuery)
 @response_schema(page_of(schemas.Collaborator), 200)
 @requires(Role.VIEWER)
 async def list_collaborators(request: web.Request) -> web.Response:
     query = request[QUERY]
-    ask = partial(
+    read = partial(
         members_store.list_members,
         project=request[ACCESS].project,
         limit=query["limit"],
         after=keys_of(query["cursor"], datetime, UUID, of="collaborators"),
     )
-    rows = await request.app[RESOURCES].replicas.read(ask, proof=access.proof(request[ACCESS]))
+    rows = await request.app[RESOURCES].replicas.read(read, proof=access.proof(request[ACCESS]))
     return answers.page(COLLABORATOR, *page(rows, query["limit"], "joined_at", "id", of="collaborators"))
 
 
@@ -187,17 +187,17 @@ async def list_collaborators(request: web.Request) -> web.Response:
 async def add_collaborator(request: web.Request) -> web.Response:
     db, project, actor, body = request[DB], request[ACCESS].project, request[USER].id, request[BODY]
     user = await members_store.user_id_by_key(db, email_key=addresses.key(body["email"]))
-    here = f"/api/v1/projects/{project}"
+    project_path = f"/api/v1/projects/{project}"
     if user is None:
-        invited = await invitations.invite(db, project=project, actor=actor, now=datetime.now(UTC), **body)
-        shown: dict[str, Any] = {"invitation": NEW_INVITATION.dump(invited)}
-        return answers.secret(answers.created(f"{here}/invitations/{invited['id']}", shown))
+        invitation = await invitations.invite(db, project=project, actor=actor, now=datetime.now(UTC), **body)
+        response_body: dict[str, Any] = {"invitation": NEW_INVITATION.dump(invitation)}
+        return answers.secret(answers.created(f"{project_path}/invitations/{invitation['id']}", response_body))
     added = await members_store.add_member(db, project=project, actor=actor, user=user, role=body["role"])
     if added is None:
-        raise NotFound("No such project or user")
+        raise NotFound("Project or user not found")
     if added["id"] is None:
-        raise Conflict("They are a collaborator already", code="already_collaborator")
-    return answers.created(f"{here}/collaborators/{added['id']}", {"collaborator": COLLABORATOR.dump(added)})
+        raise Conflict("The user is already a collaborator", code="already_collaborator")
+    return answers.created(f"{project_path}/collaborators/{added['id']}", {"collaborator": COLLABORATOR.dump(added)})
 
 
 @routes.patch("/api/v1/projects/{projectId}/collaborators/{collaboratorId}")
@@ -220,7 +220,7 @@ async def change_role(request: web.Request) -> web.Response:
 
 
 @routes.delete("/api/v1/projects/{projectId}/collaborators/{collaboratorId}")
-@docs(tags=["collaborators"], summary="Remove a collaborator, or leave: everybody may remove themselves")
+@docs(tags=["collaborators"], summary="Remove a collaborator, or leave: every member may remove themselves")
 @refuses("owner_immutable")
 @requires(Role.VIEWER)
 async def remove_collaborator(request: web.Request) -> web.Response:
@@ -237,7 +237,7 @@ async def remove_collaborator(request: web.Request) -> web.Response:
 
 
 @routes.get("/api/v1/projects/{projectId}/invitations")
-@docs(tags=["invitations"], summary="Pending invitations to a project, newest first")
+@docs(tags=["invitations"], summary="List pending invitations to a project, newest first")
 @querystring_schema(PageQuery)
 @response_schema(page_of(schemas.Invitation), 200)
 @requires(Role.OWNER)
@@ -257,12 +257,12 @@ async def withdraw_invitation(request: web.Request) -> web.Response:
         invitation=_id(request, "invitationId"),
     )
     if not withdrawn:
-        raise NotFound("No such invitation")
+        raise NotFound("Invitation not found")
     return answers.nothing()
 
 
 @routes.get("/api/v1/invitations")
-@docs(tags=["invitations"], summary="Pending invitations to your address, newest first")
+@docs(tags=["invitations"], summary="List pending invitations to your address, newest first")
 @querystring_schema(PageQuery)
 @response_schema(page_of(schemas.Invitation), 200)
 async def list_my_invitations(request: web.Request) -> web.Response:
@@ -280,7 +280,7 @@ async def accept_invitation(request: web.Request) -> web.Response:
 
 
 def _told(request: web.Request) -> tuple[Database, Channels, UUID, UUID]:
-    """What every announcement begins with."""
+    """Return the first arguments of every announcement."""
     return request.app[RESOURCES].db, request.app[REALTIME].channels, request[ACCESS].project, request[USER].id
 
 
@@ -297,17 +297,17 @@ async def _invitations(request: web.Request, *, project: UUID | None = None, use
 
 
 async def _shown_anew(request: web.Request, project: UUID) -> web.Response:
-    """The project, as the user whose role has just changed sees it now."""
+    """Return the project as the caller sees it after their role has changed."""
     db, user = request.app[RESOURCES].db, request[USER].id
     role = (await access.check(db, user=user, kind=Kind.PROJECT, id=project, role=Role.VIEWER)).role.name
-    found = await store.read_project(db, project=project)
-    if found is None:
-        raise NotFound("No such project")
-    return answers.entity(request, PROJECT, {**found, "role": role}, role=role)
+    row = await store.read_project(db, project=project)
+    if row is None:
+        raise NotFound("Project not found")
+    return answers.entity(request, PROJECT, {**row, "role": role}, role=role)
 
 
 def _id(request: web.Request, parameter: str) -> UUID:
     id = parse_id(request.match_info[parameter])
     if id is None:
-        raise NotFound(f"No such {parameter.removesuffix('Id')}")
+        raise NotFound(f"{parameter.removesuffix('Id').capitalize()} not found")
     return id

@@ -1,4 +1,4 @@
-"""Invitations: whoever holds the token and has the address it was sent to may join."""
+"""Invitations: a user who has the token and the invited address may join the project."""
 
 import hashlib
 from datetime import datetime, timedelta
@@ -12,20 +12,20 @@ from server.postgres import Executor
 from server.projects import invitations_store
 
 LIFETIME = timedelta(days=7)
-KEPT_DAYS = 30  # after that: whoever has the token is told for so long that it has expired
+KEPT_DAYS = 30  # after the expiry: so long a client with the token gets "expired" instead of "not found"
 FORGOTTEN_AT_ONCE = 1000
 
 
 def token_hash(token: str) -> bytes:
-    """What is stored of a token: 256 random bits need neither salt nor key."""
+    """Return the hash that is stored for a token: 256 random bits need neither salt nor key."""
     return hashlib.sha256(token.encode("utf-8", "replace")).digest()
 
 
 async def invite(db: Executor, *, project: UUID, actor: UUID, email: str, role: str, now: datetime) -> dict[str, Any]:
-    """Return the pending invitation of that address, with its ``token``; inviting again renews it.
+    """Return the pending invitation of that address, with its ``token``; a second invitation renews it.
 
     Raises:
-        ValidationFailed: no account can be made with that address.
+        ValidationFailed: no account can be created with that address.
         NotFound: the project is deleted.
     """
     try:
@@ -33,7 +33,7 @@ async def invite(db: Executor, *, project: UUID, actor: UUID, email: str, role: 
     except addresses.InvalidAddressError as error:
         raise invalid("email", str(error)) from None
     token = new_secret()
-    invited = await invitations_store.invite(
+    invitation = await invitations_store.invite(
         db,
         project=project,
         actor=actor,
@@ -43,13 +43,13 @@ async def invite(db: Executor, *, project: UUID, actor: UUID, email: str, role: 
         token_hash=token_hash(token),
         expires_at=now + LIFETIME,
     )
-    if invited is None:
-        raise NotFound("No such project")
-    return {**invited, "token": token}
+    if invitation is None:
+        raise NotFound("Project not found")
+    return {**invitation, "token": token}
 
 
 async def accept(db: Executor, user: UUID, token: str) -> UUID:
-    """Use up the invitation with this token; the project that the user is a member of now.
+    """Use up the invitation with this token; return the project that the user is a member of now.
 
     Raises:
         NotFound, Gone, Forbidden: it is unknown or used, has expired, or was sent to another address.
@@ -70,7 +70,7 @@ async def forget_expired(db: Executor) -> None:
 async def _refusal(db: Executor, hashed: bytes) -> NotFound | Gone | Forbidden:
     state = await invitations_store.invitation_state(db, token_hash=hashed)
     if state is None:
-        return NotFound("No such invitation")
+        return NotFound("Invitation not found")
     if state["expired"]:
         return Gone("The invitation has expired")
     return Forbidden("The invitation was sent to another address")

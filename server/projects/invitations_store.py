@@ -1,4 +1,4 @@
-"""SQL of invitations to projects."""
+"""SQL statements of invitations to projects."""
 
 from datetime import datetime
 from typing import Any
@@ -20,10 +20,7 @@ async def invite(
     token_hash: bytes,
     expires_at: datetime,
 ) -> Record | None:
-    """Return the pending invitation of that address: new, or renewed with a new token.
-
-    None if the project is deleted.
-    """
+    """Return the pending invitation of that address, new or with a new token; None if the project is deleted."""
     return await db.fetchrow(
         """
         WITH project AS MATERIALIZED (
@@ -55,7 +52,7 @@ async def invite(
 async def list_invitations(
     db: Executor, *, project: UUID | None, user: UUID | None, limit: int, after: tuple[Any, Any]
 ) -> list[Record]:
-    """Pending invitations of a project, or those sent to a user's address; newest first; one more than ``limit``."""
+    """Return pending invitations of a project, or to a user's address; newest first; one more than ``limit``."""
     return await db.fetch(
         """
         SELECT i.id, i.project_id, i.email, i.role, i.expires_at, i.created_at,
@@ -97,7 +94,7 @@ async def withdraw_invitation(db: Executor, *, project: UUID, actor: UUID, invit
 
 
 async def accept_invitation(db: Executor, *, user: UUID, token_hash: bytes) -> Record | None:
-    """``project_id`` and ``role`` where the invitation is alive and addressed to the user; it is used up."""
+    """Use up an invitation that is pending and addressed to the user; return ``project_id`` and ``role``, or None."""
     return await db.fetchrow(
         """
         WITH joiner AS MATERIALIZED (
@@ -126,12 +123,12 @@ async def accept_invitation(db: Executor, *, user: UUID, token_hash: bytes) -> R
 
 
 async def invitation_state(db: Executor, *, token_hash: bytes) -> Record | None:
-    """``expired`` of an invitation that could not be accepted; None where there is none."""
+    """Return ``expired`` of an invitation that could not be accepted; None if there is none."""
     return await db.fetchrow("SELECT expires_at <= now() AS expired FROM invitations WHERE token_hash = $1", token_hash)
 
 
 async def forget(db: Executor, *, keep_days: int, most: int) -> int:
-    """Housekeeping: how many that expired long ago are gone now."""
+    """Delete a batch of invitations that expired long ago; return how many."""
     forgotten: int = await db.fetchval(
         """
         WITH forgotten AS (

@@ -1,4 +1,4 @@
-"""What may become of a member: another role, gone, the owner. Each project has exactly one owner, always."""
+"""Changes of members: another role, removal, transfer of the project. Each project always has exactly one owner."""
 
 from uuid import UUID
 
@@ -11,10 +11,10 @@ from server.projects.access import Access, Role
 
 
 async def change_role(db: Executor, *, project: UUID, actor: UUID, member: UUID, role: str) -> Record:
-    """The member with the new role.
+    """Change the role of a member and return the member.
 
     Raises:
-        NotFound: no such member.
+        NotFound: the member does not exist.
         Conflict: ``owner_immutable``.
     """
     changed = await members_store.change_role(db, project=project, actor=actor, member=member, role=role)
@@ -24,15 +24,15 @@ async def change_role(db: Executor, *, project: UUID, actor: UUID, member: UUID,
 
 
 async def remove(db: Executor, *, access: Access, actor: UUID, member: UUID) -> Record:
-    """Who was removed, see ``members_store.remove_member``: by the owner, or by themselves, which is to leave.
+    """Remove a member, as the owner or as the member who leaves; return what ``members_store.remove_member`` does.
 
     Raises:
-        Forbidden: neither.
-        NotFound: no such member.
+        Forbidden: the actor is neither of the two.
+        NotFound: the member does not exist.
         Conflict: ``owner_immutable``.
     """
-    found = await members_store.read_member(db, project=access.project, member=member)
-    if found is None or found["user_id"] != actor:
+    row = await members_store.read_member(db, project=access.project, member=member)
+    if row is None or row["user_id"] != actor:
         access.demand(Role.OWNER)
     removed = await members_store.remove_member(db, project=access.project, actor=actor, member=member)
     if removed is None:
@@ -44,15 +44,15 @@ async def transfer(db: Database, *, project: UUID, owner: UUID, to: UUID) -> Non
     """Make another member the owner; the old one becomes a collaborator.
 
     Raises:
-        Forbidden: somebody else is the owner by now.
-        ValidationFailed: that user is no member, or the owner already.
+        Forbidden: another user is the owner by now.
+        ValidationFailed: that user is not a member, or already the owner.
     """
     if to == owner:
-        raise invalid("userId", "The project is yours already.")
+        raise invalid("userId", "Already the owner of this project.")
 
     async def swap(transaction: Executor) -> None:
         if not await members_store.step_down(transaction, project=project, owner=owner):
-            raise Forbidden("You are not the owner any more")
+            raise Forbidden("You are no longer the owner of this project")
         if not await members_store.step_up(transaction, project=project, actor=owner, user=to):
             raise invalid("userId", "Not a member of this project.")
 
@@ -60,7 +60,7 @@ async def transfer(db: Database, *, project: UUID, owner: UUID, to: UUID) -> Non
 
 
 async def _refusal(db: Executor, *, project: UUID, member: UUID) -> ServiceError:
-    """Why a member could be neither changed nor removed."""
+    """Return the error for a member that was neither changed nor removed."""
     if await members_store.read_member(db, project=project, member=member) is None:
-        return NotFound("No such collaborator")
-    return Conflict("The owner can be neither changed nor removed; transfer the project", code="owner_immutable")
+        return NotFound("Collaborator not found")
+    return Conflict("The owner can be neither changed nor removed: transfer the project first", code="owner_immutable")

@@ -1,4 +1,4 @@
-"""SQL of who is in a project."""
+"""SQL statements of project members."""
 
 from typing import Any
 from uuid import UUID
@@ -9,14 +9,14 @@ from server.postgres import Executor
 
 
 async def user_id_by_key(db: Executor, *, email_key: str) -> UUID | None:
-    found: UUID | None = await db.fetchval("SELECT id FROM users WHERE email_key = $1", email_key)
-    return found
+    user: UUID | None = await db.fetchval("SELECT id FROM users WHERE email_key = $1", email_key)
+    return user
 
 
 async def add_member(db: Executor, *, project: UUID, actor: UUID, user: UUID, role: str) -> Record | None:
     """Add a member, and use up the pending invitation of that user.
 
-    ``id`` is None if the user is a member already; None if the project or the user is deleted.
+    Returns the member, with ``id`` None if the user already is one. Returns None if project or user is deleted.
     """
     return await db.fetchrow(
         """
@@ -45,7 +45,7 @@ async def add_member(db: Executor, *, project: UUID, actor: UUID, user: UUID, ro
 
 
 async def list_members(db: Executor, *, project: UUID, limit: int, after: tuple[Any, Any]) -> list[Record]:
-    """Members, the owner among them, in the order in which they joined; one more than ``limit``."""
+    """Return the members, including the owner, in the order in which they joined; one more than ``limit``."""
     return await db.fetch(
         """
         SELECT m.id, m.role, m.joined_at, person(u) AS "user"
@@ -64,7 +64,7 @@ async def read_member(db: Executor, *, project: UUID, member: UUID) -> Record | 
 
 
 async def change_role(db: Executor, *, project: UUID, actor: UUID, member: UUID, role: str) -> Record | None:
-    """The member with the new role; None where there is none, or they are the owner."""
+    """Change the role of a member and return the member; None if there is none, or it is the owner."""
     return await db.fetchrow(
         """
         WITH project AS MATERIALIZED (
@@ -88,7 +88,7 @@ async def change_role(db: Executor, *, project: UUID, actor: UUID, member: UUID,
 
 
 async def remove_member(db: Executor, *, project: UUID, actor: UUID, member: UUID) -> Record | None:
-    """Who was removed, and the actor's name; None where there is none, or they are the owner."""
+    """Remove a member; return ``user_id`` and ``actor_name``, or None if there is none, or it is the owner."""
     return await db.fetchrow(
         """
         WITH project AS MATERIALIZED (
@@ -110,7 +110,7 @@ async def remove_member(db: Executor, *, project: UUID, actor: UUID, member: UUI
 
 
 async def step_down(db: Executor, *, project: UUID, owner: UUID) -> bool:
-    """First half of a transfer: whether that user was the owner and is a collaborator now."""
+    """Make the owner a collaborator (first half of a transfer); return whether that user was the owner."""
     return bool(
         await db.fetchval(
             """
@@ -127,7 +127,7 @@ async def step_down(db: Executor, *, project: UUID, owner: UUID) -> bool:
 
 
 async def step_up(db: Executor, *, project: UUID, actor: UUID, user: UUID) -> bool:
-    """Second half of a transfer: whether that user is a member and the owner now."""
+    """Make a member the owner (second half of a transfer); return whether that user is a member."""
     return bool(
         await db.fetchval(
             """

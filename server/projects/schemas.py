@@ -1,4 +1,4 @@
-"""What projects and their people look like from outside."""
+"""Schemas of projects, members and invitations for requests and responses."""
 
 from typing import Any
 
@@ -41,14 +41,14 @@ class ProjectQuery(PageQuery):
     q = fields.String(
         load_default=None,
         validate=validate.Length(max=100),
-        metadata={"description": "in name or description"},
+        metadata={"description": "text to search for in name and description"},
     )
     sort = fields.String(load_default="-updatedAt", validate=validate.OneOf(SORTS))
 
 
 class Counts(Schema):
     workspaces = fields.Integer()
-    collaborators = fields.Integer(metadata={"description": "members, the owner among them"})
+    collaborators = fields.Integer(metadata={"description": "number of members, including the owner"})
 
 
 class Project(Schema):
@@ -57,7 +57,7 @@ class Project(Schema):
     description = fields.String()
     settings = fields.Dict()
     owner = Ready(Person)
-    role = fields.String(metadata={"enum": list(ROLES), "description": "the caller's"})
+    role = fields.String(metadata={"enum": list(ROLES), "description": "role of the caller"})
     counts = Ready(Counts)
     created_at = Time()
     updated_at = Time()
@@ -71,7 +71,7 @@ class Collaborator(Schema):
 
 
 class Workspace(Schema):
-    """Here, not in ``workspaces``, because a project shows its own."""
+    """A workspace. Defined here, not in ``workspaces``, because a project contains its workspaces."""
 
     id = Id()
     project_id = Id()
@@ -83,7 +83,7 @@ class Workspace(Schema):
 
 
 class ProjectWithMembers(Project):
-    """The single project also shows the first 100 of each."""
+    """A single project, with the first 100 of its workspaces and of its members."""
 
     workspaces = fields.List(fields.Nested(Workspace))
     collaborators = fields.List(fields.Nested(Collaborator))
@@ -109,11 +109,11 @@ class Invitation(Schema):
 
 
 class NewInvitation(Invitation):
-    token = fields.String(metadata={"description": "shown this once"})
+    token = fields.String(metadata={"description": "returned only once"})
 
 
 class CollaboratorOrInvitation(Schema):
-    """One of the two: a known user was added, or an unknown address was invited."""
+    """The result of adding an address: a known user is added, an unknown address is invited."""
 
     collaborator = fields.Nested(Collaborator)
     invitation = fields.Nested(NewInvitation)

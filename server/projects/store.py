@@ -1,4 +1,4 @@
-"""SQL of projects, and of what happened in them."""
+"""SQL statements of projects and their activity."""
 
 from typing import Any
 from uuid import UUID
@@ -11,7 +11,7 @@ from server.postgres import Executor, Revisions
 async def create_project(
     db: Executor, *, owner: UUID, name: str, description: str, settings: dict[str, Any]
 ) -> Record | None:
-    """The project as its owner sees it; None where there is no such user any more."""
+    """Create a project and return it as its owner sees it; None if the user is deleted."""
     return await db.fetchrow(
         """
         WITH made AS (
@@ -40,7 +40,7 @@ async def read_project(db: Executor, *, project: UUID) -> Record | None:
 
 
 async def read_project_with_members(db: Executor, *, project: UUID, most: int) -> Record | None:
-    """The project with its first ``most`` workspaces and members, oldest first."""
+    """Return the project with its first ``limit`` workspaces and members, oldest first."""
     return await db.fetchrow(
         """
         SELECT p.*, d.owner, d.counts,
@@ -69,7 +69,7 @@ async def list_projects(
     limit: int,
     after: tuple[Any, Any],
 ) -> list[Record]:
-    """Which projects of the user, in what revision and with what role of theirs; one more than ``limit``.
+    """Return id, revision, the user's role and the sort key of each project of a user; one more than ``limit``.
 
     In the order of ``sort``; ``key`` is the sort key.
     """
@@ -103,7 +103,7 @@ async def list_projects(
 
 
 async def read_projects(db: Executor, *, projects: list[UUID]) -> list[Record]:
-    """Those of them that there are, in no order."""
+    """Return those of the projects that exist, in no particular order."""
     return await db.fetch(
         """
         SELECT p.*, d.owner, d.counts
@@ -124,7 +124,7 @@ async def change_project(
     settings: dict[str, Any] | None,
     revisions: Revisions | None,
 ) -> Record | None:
-    """The changed project; None where it is gone or its revision is not in the set."""
+    """Change and return the project; None if it is deleted or its revision is not in the set."""
     return await db.fetchrow(
         """
         WITH changed AS (
@@ -157,7 +157,7 @@ async def delete_project(db: Executor, *, project: UUID, revisions: Revisions | 
 
 
 async def list_activity(db: Executor, *, project: UUID, limit: int, before: int | None) -> list[Record]:
-    """Newest first; one more than ``limit``."""
+    """Return the activity of a project, newest first; one more than ``limit``."""
     return await db.fetch(
         """
         SELECT a.id, a.action, a.subject, a.at,
@@ -173,7 +173,7 @@ async def list_activity(db: Executor, *, project: UUID, limit: int, before: int 
 
 
 async def audience(db: Executor, *, project: UUID, actor: UUID) -> Record:
-    """Who tells whom: ``name`` of the actor, and the ``workspaces`` of the project, whose rooms will hear."""
+    """Return the context of an event: ``name`` of the actor, and ``workspaces`` of the project, which receive it."""
     row = await db.fetchrow(
         """
         SELECT COALESCE((SELECT name FROM users WHERE id = $2), '') AS name,

@@ -1,6 +1,6 @@
-"""What every request shares, whatever its feature.
+"""The REST layer: everything that requests of all features share.
 
-Passes through: request ids and the log line, rendering of errors, admission (signed in, within the limit,
-allowed), validation, the OpenAPI document, pages and ETags. Knows no feature and no table: ``app.py`` hands
-in who authenticates and who authorizes.
+Request ids and access log, error rendering, admission (authentication, rate limit, authorization), validation,
+pagination, ETags, idempotency keys, CORS and the OpenAPI document pass through here. This package never knows a feature
+or a feature's table: ``app.py`` passes in the functions that authenticate and authorize.
 """

@@ -1,4 +1,4 @@
-"""What handlers answer with: one entity, a new entity, a page, nothing."""
+"""Responses of handlers: an entity, a created entity, a page, no content."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,13 +11,13 @@ from server.rest.etags import etag, unchanged
 
 
 def json(body: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
-    """A JSON answer; ``body`` may be JSON already (bytes)."""
+    """Return a JSON response; ``body`` may be JSON already (bytes)."""
     raw = body if isinstance(body, bytes) else dumps(body)
     return web.Response(status=status, body=raw, content_type="application/json", headers=headers)
 
 
 def entity(request: web.Request, schema: Schema, row: Any, *, role: str = "") -> web.Response:
-    """One entity, bare, with the ETag of its ``revision``; 304 where the client has it."""
+    """Return an entity without a wrapper, with the ETag of its ``revision``; 304 if the client has it."""
     return tagged(request, schema.dump(row), tag=etag(row["revision"], role))
 
 
@@ -34,17 +34,17 @@ def created(location: str, body: Any, *, tag: str | None = None) -> web.Response
 
 
 def page(schema: Schema, rows: Sequence[Any], next_cursor: str | None, **beside: Any) -> web.Response:
-    """A list: the items shown, the cursor of the next page, and what stands beside them."""
+    """Return a page: the items, the cursor of the next page, and further members of the object."""
     return page_of_shown(schema.dump(rows, many=True), next_cursor, **beside)
 
 
 def page_of_shown(items: Sequence[Any], next_cursor: str | None, **beside: Any) -> web.Response:
-    """The same of items that are JSON already, or will be without a schema."""
+    """Return a page of items that are JSON already, or that need no schema."""
     return json({"items": items, "nextCursor": next_cursor, **beside})
 
 
 def secret(response: web.Response) -> web.Response:
-    """An answer with a token in it: no cache may keep it."""
+    """Forbid caches to store a response, because it contains a token."""
     response.headers["Cache-Control"] = "no-store"
     return response
 

@@ -1,4 +1,4 @@
-"""What stays the same while the process lives: scripts, styles, pages and documents. Each is compressed once."""
+"""Static bodies: scripts, styles, pages and documents that do not change in a process. Each is compressed once."""
 
 import asyncio
 import gzip
@@ -31,22 +31,22 @@ class Variant:
 
     def answer(self, request: web.Request) -> web.Response:
         if unchanged(request, self.tag):
-            # All that is not about the body: a browser replaces what it has kept, the policy too, by these headers.
-            kept = {name: value for name, value in self.headers.items() if name not in _OF_THE_BODY}
-            return web.Response(status=304, headers=kept)
+            # All headers but the body's: a browser replaces those of its cached response by these, the policy, too.
+            headers = {name: value for name, value in self.headers.items() if name not in _OF_THE_BODY}
+            return web.Response(status=304, headers=headers)
         return web.Response(body=self.body, headers=self.headers)
 
 
 class Asset:
-    """A body that never changes, and the headers of its answers. ``load`` is called once, in a thread."""
+    """A body that never changes, with the headers of its responses. ``load`` is called once, in a thread."""
 
     def __init__(
         self, load: Callable[[], bytes], content_type: str, *, cache: str, headers: Mapping[str, str] | None = None
     ) -> None:
         self._load = load
         self._is_text = not content_type.startswith("image/")
-        shown = f"{content_type}; charset=utf-8" if self._is_text else content_type
-        self._headers = {hdrs.CONTENT_TYPE: shown, hdrs.CACHE_CONTROL: cache, **(headers or {})}
+        content_type_header = f"{content_type}; charset=utf-8" if self._is_text else content_type
+        self._headers = {hdrs.CONTENT_TYPE: content_type_header, hdrs.CACHE_CONTROL: cache, **(headers or {})}
         self._variants: tuple[Variant, Variant] | None = None
 
     @classmethod
@@ -59,20 +59,20 @@ class Asset:
 
     @cached_property
     def tag(self) -> str:
-        """The version: a hash of the body. It is the ETag, and part of the address of what is immutable."""
+        """The version: a hash of the body. It is the ETag, and part of the URL of an immutable asset."""
         return hashlib.sha256(self.body).hexdigest()[:16]
 
     @limit(None)
     @public
     async def answer(self, request: web.Request) -> web.Response:
-        """Answer a GET in the encoding that the client takes; with 304 where it has the body already."""
+        """Respond to a GET in an encoding that the client accepts, or with 304 if it has the body already."""
         if self._variants is None:
             self._variants = await asyncio.to_thread(self._encoded)
         plain, compressed = self._variants
         return (compressed if accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")) else plain).answer(request)
 
     def _encoded(self) -> tuple[Variant, Variant]:
-        """The body as it is, and as gzip where that is worth it. Each has a strong ETag of its own (RFC 9110)."""
+        """Return the body plain and, if worth it, as gzip; each has a strong ETag of its own (RFC 9110)."""
         headers = {**self._headers, hdrs.ETAG: f'"{self.tag}"'}
         if not self._is_text or len(self.body) < MIN_COMPRESSED_BYTES:
             plain = Variant(self.body, self.tag, headers)
@@ -85,7 +85,7 @@ class Asset:
 
 @lru_cache(64)
 def accepts_gzip(header: str) -> bool:
-    """Read ``Accept-Encoding`` (RFC 9110, 12.5.3): ``gzip``, or ``*``, with a weight above 0."""
+    """Return whether ``Accept-Encoding`` (RFC 9110, 12.5.3) has ``gzip``, or ``*``, with a weight above 0."""
     weights: dict[str, float] = {}
     for part in header.lower().split(","):
         name, _, weight = part.partition(";")

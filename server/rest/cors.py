@@ -1,7 +1,7 @@
-"""Cross-origin requests (CORS), by aiohttp-cors, and OPTIONS: every answer below ``/api``, whatever its status.
+"""Cross-origin requests (CORS), by aiohttp-cors, and OPTIONS: for every response below ``/api``, of any status.
 
-aiohttp-cors adds its headers to the answers of routes only, and answers every OPTIONS as if it were a preflight. It
-does not look at WebSockets: the endpoint of the socket does.
+aiohttp-cors alone adds its headers to responses of routes only, and treats every OPTIONS request as a preflight. It
+ignores WebSockets: the socket endpoint checks the origin itself.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -20,7 +20,7 @@ Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def allow_origins(app: web.Application, origins: Sequence[str]) -> None:
-    """Set up CORS for all routes that the application has so far; ``*`` is every origin."""
+    """Set up CORS for all routes that the application has so far; ``*`` allows every origin."""
     options = aiohttp_cors.ResourceOptions(
         allow_headers="*", allow_methods="*", expose_headers="*", max_age=MAX_AGE_SECONDS
     )
@@ -37,10 +37,10 @@ def allow_origins(app: web.Application, origins: Sequence[str]) -> None:
 
 class _Adapter(ResourcesUrlDispatcherRouterAdapter):  # type: ignore[misc]
     def add_preflight_handler(self, routing_entity: Any, handler: Answer) -> None:
-        async def answer(request: web.Request) -> web.StreamResponse:
+        async def handle_options(request: web.Request) -> web.StreamResponse:
             return await handler(request) if _is_preflight(request) else await _allowed_methods(request)
 
-        super().add_preflight_handler(routing_entity, answer)
+        super().add_preflight_handler(routing_entity, handle_options)
 
     def is_preflight_request(self, request: web.Request) -> bool:
         return _is_preflight(request) and bool(super().is_preflight_request(request))
@@ -53,7 +53,7 @@ class _Adapter(ResourcesUrlDispatcherRouterAdapter):  # type: ignore[misc]
 
 
 def _is_preflight(request: web.Request) -> bool:
-    """Return whether a browser asks for leave (Fetch standard, "CORS-preflight request")."""
+    """Return whether the request is a preflight (Fetch standard, "CORS-preflight request")."""
     return (
         request.method == hdrs.METH_OPTIONS
         and hdrs.ORIGIN in request.headers
@@ -62,15 +62,15 @@ def _is_preflight(request: web.Request) -> bool:
 
 
 async def _allowed_methods(request: web.Request) -> web.Response:
-    """Answer OPTIONS as RFC 9110 has it (section 9.3.7)."""
+    """Respond to OPTIONS with the allowed methods (RFC 9110, section 9.3.7)."""
     unmatched = await request.app.router.resolve(request.clone(method=_NO_METHOD))
-    refusal = unmatched.http_exception
-    allowed = refusal.allowed_methods if isinstance(refusal, web.HTTPMethodNotAllowed) else ()
+    error = unmatched.http_exception
+    allowed = error.allowed_methods if isinstance(error, web.HTTPMethodNotAllowed) else ()
     return web.Response(status=204, headers={hdrs.ALLOW: ", ".join(sorted(allowed))})
 
 
 def _for_malformed_requests(origin: str) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
-    """Signal: path and origin of such a request are unknown, but where there is only one origin, it may read."""
+    """Return a signal that allows the only origin: path and origin of a malformed request are unknown."""
 
     async def signal(request: web.Request, response: web.StreamResponse) -> None:
         if MALFORMED_REQUEST in request:
@@ -80,5 +80,5 @@ def _for_malformed_requests(origin: str) -> Callable[[web.Request, web.StreamRes
 
 
 async def _vary_by_origin(_: web.Request, response: web.StreamResponse) -> None:
-    """Signal: aiohttp-cors answers each origin differently, and does not say so to caches."""
+    """Add ``Vary: Origin``, as a signal: aiohttp-cors responds differently to each origin without telling caches."""
     response.headers.add("Vary", "Origin")

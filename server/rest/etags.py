@@ -15,7 +15,7 @@ _MAX_DIGITS = 18  # of a revision in a tag: a bigint holds it
 
 
 def etag(revision: int, role: str = "") -> str:
-    """Return the opaque tag of an entity: its revision, and the caller's role where the answer depends on it."""
+    """Return the opaque tag of an entity: its revision, and the caller's role if the response depends on it."""
     return f"{revision}-{role.lower()}" if role else str(revision)
 
 
@@ -27,53 +27,53 @@ def unchanged(request: web.Request, tag: str) -> bool:
 
 @dataclass(frozen=True)
 class Preconditions:
-    """What a request that changes a thing demands of the thing's current tag."""
+    """The conditions of a write on the current tag of the resource."""
 
     match: frozenset[str] | None
-    """The tag must be one of these; None where any will do."""
+    """The tag must be one of these; None for any tag."""
     none_match: frozenset[str]
     """The tag must be none of these."""
 
     def hold_for(self, *tags: str) -> bool:
-        """Return whether a thing with this tag, or with several of different kinds, meets them."""
+        """Return whether a resource with these tags, one for each kind of tag it has, meets the conditions."""
         return (self.match is None or not self.match.isdisjoint(tags)) and self.none_match.isdisjoint(tags)
 
     def revisions(self, role: str) -> Revisions | None:
-        """Return the revisions that meet them, for the WHERE clause of a write; None for all.
+        """Return the revisions that meet the conditions, for the WHERE clause of a write; None for all.
 
         Raises:
-            PreconditionFailed: none can.
+            PreconditionFailed: no revision can meet them.
         """
-        unwanted = _revisions(self.none_match, role)
+        excluded = _revisions(self.none_match, role)
         if self.match is None:
-            return _all_but(unwanted) if unwanted else None
-        wanted = _revisions(self.match, role) - unwanted
-        if not wanted:
+            return _all_but(excluded) if excluded else None
+        accepted = _revisions(self.match, role) - excluded
+        if not accepted:
             raise changed()
-        return [Range(revision, revision, upper_inc=True) for revision in sorted(wanted)]
+        return [Range(revision, revision, upper_inc=True) for revision in sorted(accepted)]
 
 
 def preconditions(request: web.Request) -> Preconditions:
-    """Return what ``If-Match`` (strong comparison) and ``If-None-Match`` (weak comparison) demand.
+    """Return the conditions in ``If-Match`` (strong comparison) and ``If-None-Match`` (weak comparison).
 
-    A header that cannot be read is a condition that nothing meets (``If-Match``) or everything (``If-None-Match``).
+    A malformed header is a condition that no tag meets (``If-Match``) or that every tag meets (``If-None-Match``).
 
     Raises:
-        PreconditionFailed: no thing that exists meets them.
+        PreconditionFailed: no existing resource meets the conditions.
     """
     match, none_match = _header(request, hdrs.IF_MATCH), _header(request, hdrs.IF_NONE_MATCH)
     if none_match == "*":
         raise changed()
-    wanted = None
+    accepted = None
     if match is not None and match != "*":
-        wanted = frozenset(value for value, weak in _tags(match) if not weak)
-        if not wanted:
+        accepted = frozenset(value for value, weak in _tags(match) if not weak)
+        if not accepted:
             raise changed()
-    return Preconditions(wanted, frozenset(value for value, _ in _tags(none_match or "")))
+    return Preconditions(accepted, frozenset(value for value, _ in _tags(none_match or "")))
 
 
 def expected_revisions(request: web.Request, role: str = "") -> Revisions | None:
-    """Return the revisions at which the request may change the thing; None for all.
+    """Return the revisions at which the request may change the resource; None for all.
 
     Raises:
         PreconditionFailed: there are none.
@@ -82,7 +82,7 @@ def expected_revisions(request: web.Request, role: str = "") -> Revisions | None
 
 
 def untagged(request: web.Request) -> None:
-    """Evaluate the preconditions for a thing that has no tag.
+    """Check the preconditions for a resource without an ETag.
 
     Raises:
         PreconditionFailed: they do not hold.
@@ -96,31 +96,31 @@ def changed() -> PreconditionFailed:
 
 
 def lost(revisions: Revisions | None) -> ServiceError:
-    """Return why a conditional write found no row: another revision, or none at all."""
-    return NotFound("It is gone") if revisions is None else changed()
+    """Return the error for a conditional write that found no row: another revision, or no such row."""
+    return NotFound("Resource not found") if revisions is None else changed()
 
 
 def _header(request: web.Request, name: str) -> str | None:
-    """Its lines as one (RFC 9110, section 5.3); None where there is none."""
+    """Return the lines of a header as one (RFC 9110, section 5.3), or None without the header."""
     lines = request.headers.getall(name, None)
     return None if lines is None else ", ".join(lines).strip()
 
 
 def _tags(header: str) -> Iterator[tuple[str, bool]]:
-    """The opaque tags of a list, and whether each is weak, up to the first that cannot be read."""
-    for found in LIST_QUOTED_ETAG_RE.finditer(header):
-        if found[4] is not None:
+    """Yield the opaque tags of a list, and whether each is weak, up to the first malformed one."""
+    for tag_match in LIST_QUOTED_ETAG_RE.finditer(header):
+        if tag_match[4] is not None:
             return
-        yield found[3], found[2] is not None
+        yield tag_match[3], tag_match[2] is not None
 
 
 def _revisions(tags: frozenset[str], role: str) -> set[int]:
-    """The revisions whose tags these are, character by character: ``01-owner`` is no revision's."""
+    """Return the revisions whose exact tags these are: ``01-owner`` is not the tag of any revision."""
     numbers = (tag.partition("-")[0] for tag in tags)
     revisions = {int(number) for number in numbers if number.isdecimal() and len(number) <= _MAX_DIGITS}
     return {revision for revision in revisions if etag(revision, role) in tags}
 
 
-def _all_but(unwanted: set[int]) -> Revisions:
-    edges = [None, *sorted(unwanted), None]
+def _all_but(excluded: set[int]) -> Revisions:
+    edges = [None, *sorted(excluded), None]
     return [Range(low, high, lower_inc=False) for low, high in pairwise(edges)]

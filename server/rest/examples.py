@@ -1,4 +1,4 @@
-"""Examples for the OpenAPI document: a schema's own where it has them, else made from what it says."""
+"""Examples for the OpenAPI document: those of a schema, else examples derived from its names, formats and types."""
 
 from typing import Any
 
@@ -37,20 +37,20 @@ _BY_TYPE: dict[str, Any] = {"integer": 1, "number": 0.5, "boolean": True, "objec
 
 
 def fill(document: dict[str, Any]) -> None:
-    """Every property of every definition gets an example, and with these every answer that has a body."""
+    """Add an example to every property of every definition, and to every successful response with a body."""
     definitions = document["definitions"]
     for definition in definitions.values():
         for name, schema in definition.get("properties", {}).items():
             if schema.get("type") not in (None, "array", "object"):
                 schema.setdefault("example", of(schema, definitions, name))
-    for operation in (it for methods in document["paths"].values() for it in methods.values()):
-        for status, answer in operation["responses"].items():
-            if status.startswith("2") and "schema" in answer:
-                answer["examples"] = {"application/json": of(answer["schema"], definitions)}
+    for operation in (operation for methods in document["paths"].values() for operation in methods.values()):
+        for status, response in operation["responses"].items():
+            if status.startswith("2") and "schema" in response:
+                response["examples"] = {"application/json": of(response["schema"], definitions)}
 
 
 def of(schema: dict[str, Any], definitions: dict[str, Any], name: str = "text") -> Any:
-    """A value that fits the schema; ``name`` is that of the property."""
+    """Return a value that fits the schema; ``name`` is the name of the property."""
     if "example" in schema:
         return schema["example"]
     if "enum" in schema:
@@ -58,7 +58,7 @@ def of(schema: dict[str, Any], definitions: dict[str, Any], name: str = "text") 
     if "$ref" in schema:
         return of(definitions[schema["$ref"].rpartition("/")[2]], definitions)
     if "properties" in schema:
-        return {each: of(inner, definitions, each) for each, inner in schema["properties"].items()}
+        return {key: of(inner, definitions, key) for key, inner in schema["properties"].items()}
     if schema.get("type") == "array":
         return [of(schema["items"], definitions, name)]
     if schema.get("format") in _BY_FORMAT:

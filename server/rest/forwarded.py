@@ -1,7 +1,7 @@
 """The client's address, also behind proxies.
 
-``X-Forwarded-For`` is a list to whose end each proxy adds the peer that it saw. Some add its port, and brackets to an
-IPv6 address: ``203.0.113.7:4711``, ``[2001:db8::1]:443``.
+``X-Forwarded-For`` is a list. Each proxy appends the address of its peer; some add the port, and brackets to an IPv6
+address: ``203.0.113.7:4711``, ``[2001:db8::1]:443``.
 """
 
 import time
@@ -28,10 +28,10 @@ class ClientAddresses:
         self._next_warning = 0.0
 
     def of(self, request: web.Request) -> str:
-        """Return the peer's address or, behind trusted proxies, the last forwarded one that is not such a proxy.
+        """Return the peer's address or, behind trusted proxies, the last forwarded one that is not a trusted proxy.
 
-        An entry that is no address hides its client: the proxy that added it stands in. All clients of that proxy
-        share one budget then, so this is counted and logged.
+        A malformed entry hides its client, so the address of the proxy that added it is returned. All clients of that
+        proxy then share one rate limit, so this is counted and logged.
         """
         peer = request.remote or "unknown"
         client = _peer_address(peer)
@@ -51,7 +51,7 @@ class ClientAddresses:
         return any(address in network for network in self._trusted)
 
     def _warn(self, entry: str, *, proxy: Address) -> None:
-        """Count an entry, and log one a minute: a proxy that adds such entries adds them to every request."""
+        """Count a malformed entry, and log one a minute: a proxy that adds one adds one to every request."""
         metrics.FORWARDED_MALFORMED.inc()
         now = time.monotonic()
         if now >= self._next_warning:
@@ -62,8 +62,8 @@ class ClientAddresses:
 def parse(entry: str) -> Address | None:
     """Return the address of an entry, an IPv4-mapped one as IPv4; None for anything else.
 
-    Anything else is also a name (``unknown``, ``_hidden``: RFC 7239, section 6) and an address with a zone, which means
-    nothing on another host.
+    A name (``unknown``, ``_hidden``: RFC 7239, section 6) is no address. An address with a zone counts as none, because
+    a zone has no meaning on another host.
     """
     return _parsed(entry) if len(entry) <= MAX_ENTRY_LENGTH and "%" not in entry else None
 
@@ -82,7 +82,7 @@ def _parsed(entry: str) -> Address | None:
 
 
 def _split(entry: str) -> tuple[str, str]:
-    """Return host and ``:port`` or nothing; of IPv6 without brackets all colons are the address's."""
+    """Return the host, and ``:port`` or an empty string; all colons of IPv6 without brackets belong to the address."""
     host, colon, port = entry.partition(":")
     return (entry, "") if ":" in port else (host, colon + port)
 
@@ -93,13 +93,13 @@ def _split_brackets(entry: str) -> tuple[str, str]:
 
 
 def _is_port(text: str) -> bool:
-    """Return whether it is ``:`` and a port's number, or nothing."""
+    """Return whether the text is ``:`` and a port number, or empty."""
     digits = text[1:]
     return not text or (text[0] == ":" and digits.isascii() and digits.isdigit() and int(digits) <= 65535)
 
 
 def _unmapped(address: Address) -> Address:
-    """Return an IPv4 address as such, where a socket for both kinds shows it as ``::ffff:192.0.2.1``."""
+    """Return an IPv4 address as such; a dual-stack socket shows it as ``::ffff:192.0.2.1``."""
     return getattr(address, "ipv4_mapped", None) or address
 
 
@@ -113,6 +113,6 @@ def _peer_address(peer: str) -> Address | None:
 
 
 def _entries(request: web.Request) -> list[str]:
-    """Return what the nearest proxy added first."""
+    """Return the entries of ``X-Forwarded-For``, the nearest proxy's first."""
     forwarded = ",".join(request.headers.getall("X-Forwarded-For", ()))
     return [entry.strip() for entry in reversed(forwarded.split(",")) if entry.strip()]

@@ -1,9 +1,10 @@
-"""Idempotency-Key (draft-ietf-httpapi-idempotency-key-header): a POST that is repeated has one effect and one answer.
+"""Idempotency keys (draft-ietf-httpapi-idempotency-key-header): a repeated POST has one effect and one response.
 
-The key is claimed, the effect made and the answer kept in one transaction, so that key and effect cannot diverge. A
-repeated request waits in the key's index for the first one to commit, then gets its answer; where the first one
-failed, it is the first itself. The route hands ``request[DB]`` to its stores, and defers to ``request[ON_COMMIT]``
-what others are told of the effect. Without a key that is the pool, and costs nothing.
+One transaction claims the key, makes the change and stores the response, so that key and effect cannot diverge. A
+repeated request waits on the key's unique index until the first one commits, then gets its response; if the first one
+failed, the repeated request becomes the first. The handler passes ``request[DB]`` to its stores, and appends to
+``request[ON_COMMIT]`` the announcements to send after the commit. Without a key, ``request[DB]`` is the pool and costs
+nothing.
 """
 
 import asyncio
@@ -25,37 +26,37 @@ from server.rest.marks import Idempotency, idempotency_of
 HEADER, REPLAYED = "Idempotency-Key", "Idempotent-Replayed"
 KEY = re.compile(r"^[!-~]{1,255}$")
 KEPT = timedelta(hours=24)
-ANSWER_SECONDS = 0.3  # of a request's time, to say that it has waited in vain
+ANSWER_SECONDS = 0.3  # reserved of a request's deadline, to respond after waiting for the key in vain
 FORGOTTEN_AT_ONCE = 1000
 _KEPT_HEADERS = (hdrs.LOCATION, hdrs.ETAG)
 _NO_STORE = "no-store"
 
 
 def idempotency_key(request: web.Request) -> str | None:
-    """Return the key in the request's header, or None.
+    """Return the idempotency key in the request's header, or None.
 
     Raises:
-        ValidationFailed: it is none, or there are several.
+        ValidationFailed: the key is malformed, or there are several.
     """
-    given = request.headers.getall(HEADER, None)
-    if given is None:
+    lines = request.headers.getall(HEADER, None)
+    if lines is None:
         return None
-    if len(given) > 1 or not KEY.fullmatch(given[0]):
+    if len(lines) > 1 or not KEY.fullmatch(lines[0]):
         raise invalid(HEADER, "Must have 1 to 255 visible ASCII characters.")
-    return given[0]
+    return lines[0]
 
 
 @web.middleware
 async def idempotent(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Run the handlers that are marked so once for each key."""
+    """Run a handler that is marked ``BY_TRANSACTION`` once for each idempotency key."""
     if idempotency_of(request.match_info.handler) is not Idempotency.BY_TRANSACTION:
         return await handler(request)
     request[DB], request[ON_COMMIT] = request.app[RESOURCES].db, []
     key = idempotency_key(request)
-    answer = await (handler(request) if key is None else _once(request, handler, key))
-    for tell in request[ON_COMMIT]:
-        await tell()
-    return answer
+    response = await (handler(request) if key is None else _once(request, handler, key))
+    for hook in request[ON_COMMIT]:
+        await hook()
+    return response
 
 
 async def _once(request: web.Request, handler: Handler, key: str) -> web.StreamResponse:
@@ -72,44 +73,44 @@ async def _once(request: web.Request, handler: Handler, key: str) -> web.StreamR
             raise _in_progress() from None
         if not claimed:
             return await _replayed(request, transaction, key, body_hash)
-        request[DB], request[ON_COMMIT] = transaction, []  # anew: it runs once more where writes collided
-        answer = await handler(request)
-        assert isinstance(answer, web.Response)
+        request[DB], request[ON_COMMIT] = transaction, []  # reset: the transaction is retried after a write conflict
+        response = await handler(request)
+        assert isinstance(response, web.Response)
         await store.keep_answer(
             transaction,
             user=user,
             route=route,
             key=key,
-            status=answer.status,
-            headers={str(name): answer.headers[name] for name in _KEPT_HEADERS if name in answer.headers},
-            body=None if answer.headers.get(hdrs.CACHE_CONTROL) == _NO_STORE else _bytes(answer),
+            status=response.status,
+            headers={str(name): response.headers[name] for name in _KEPT_HEADERS if name in response.headers},
+            body=None if response.headers.get(hdrs.CACHE_CONTROL) == _NO_STORE else _bytes(response),
         )
-        return answer
+        return response
 
     return await request.app[RESOURCES].db.transact(answer_once)
 
 
 async def _replayed(request: web.Request, db: Executor, key: str, body_hash: bytes) -> web.Response:
-    """Return the answer that is kept.
+    """Return the stored response.
 
     Raises:
-        ValidationFailed: the key came with another body.
-        Conflict: the answer held a secret, or the key has just been forgotten.
+        ValidationFailed: the key was used with another body.
+        Conflict: the response contained a secret, or the key has just been deleted.
     """
-    kept = await store.read_answer(db, user=request[USER].id, route=_route(request), key=key)
-    if kept is None:
+    stored = await store.read_answer(db, user=request[USER].id, route=_route(request), key=key)
+    if stored is None:
         raise _in_progress()
-    if kept["body_hash"] != body_hash:
-        raise ValidationFailed("That key came with another body", code="idempotency_key_reused")
-    if kept["body"] is None:
-        request[HEADERS].update(kept["headers"])
-        raise Conflict("The answer held a secret, which is shown once", code="idempotency_secret")
-    headers = {**kept["headers"], REPLAYED: "true"}
-    return web.Response(status=kept["status"], body=kept["body"], content_type="application/json", headers=headers)
+    if stored["body_hash"] != body_hash:
+        raise ValidationFailed("Idempotency key was used with another request body", code="idempotency_key_reused")
+    if stored["body"] is None:
+        request[HEADERS].update(stored["headers"])
+        raise Conflict("The response contained a secret, which is returned only once", code="idempotency_secret")
+    headers = {**stored["headers"], REPLAYED: "true"}
+    return web.Response(status=stored["status"], body=stored["body"], content_type="application/json", headers=headers)
 
 
 def _in_progress() -> Conflict:
-    return Conflict("The first request with this key is under way", code="idempotency_in_progress")
+    return Conflict("The first request with this idempotency key is in progress", code="idempotency_in_progress")
 
 
 def _route(request: web.Request) -> str:
@@ -119,17 +120,17 @@ def _route(request: web.Request) -> str:
 
 
 def _body_hash(request: web.Request) -> bytes:
-    """Of what is asked for, in whatever order: also of what the path names."""
-    asked = {"path": dict(request.match_info), "body": request[BODY]}
-    return hashlib.sha256(json.canonical(asked)).digest()
+    """Return the hash of the body, in any order of its keys, and of the values in the path."""
+    request_values = {"path": dict(request.match_info), "body": request[BODY]}
+    return hashlib.sha256(json.canonical(request_values)).digest()
 
 
-def _bytes(answer: web.Response) -> bytes:
-    assert isinstance(answer.body, bytes)
-    return answer.body
+def _bytes(response: web.Response) -> bytes:
+    assert isinstance(response.body, bytes)
+    return response.body
 
 
 async def forget_old(db: Executor) -> None:
-    """Housekeeping: delete the keys of more than a day ago."""
+    """Delete idempotency keys after their retention of 24 hours, in batches."""
     while await store.forget(db, older_than=KEPT, limit=FORGOTTEN_AT_ONCE) == FORGOTTEN_AT_ONCE:
         pass

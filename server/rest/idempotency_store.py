@@ -1,4 +1,4 @@
-"""SQL of idempotency keys."""
+"""SQL statements of idempotency keys."""
 
 from datetime import timedelta
 from uuid import UUID
@@ -9,9 +9,9 @@ from server.postgres import Executor
 
 
 async def claim(db: Executor, *, user: UUID, route: str, key: str, body_hash: bytes) -> bool:
-    """Within the transaction of the effect: return whether the key was free.
+    """Claim a key in the transaction of its effect; return whether the key was free.
 
-    Waits for the end of a transaction that has claimed it.
+    Waits for the end of another transaction that has claimed the key.
     """
     return bool(
         await db.fetchval(
@@ -57,7 +57,7 @@ async def read_answer(db: Executor, *, user: UUID, route: str, key: str) -> Reco
 
 
 async def forget(db: Executor, *, older_than: timedelta, limit: int) -> int:
-    """Housekeeping: return how many keys were deleted."""
+    """Delete a batch of old keys; return how many."""
     forgotten: int = await db.fetchval(
         """
         WITH forgotten AS (

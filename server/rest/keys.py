@@ -16,11 +16,11 @@ from server.resources import Resources
 
 @dataclass(frozen=True)
 class User:
-    """Who asks: the claims of a verified access token of a living session."""
+    """The caller: the claims of a verified access token of an active session."""
 
     id: UUID
     session: UUID
-    token: str  # the token's own id (jti), not the token
+    token: str  # the id of the token (jti), not the token
     expires_at: datetime
 
 
@@ -28,16 +28,16 @@ RESOURCES = web.AppKey("resources", Resources)
 LIMITER = web.AppKey("limiter", RateLimiter)
 
 REQUEST_ID = web.RequestKey("request_id", str)
-CLIENT = web.RequestKey("client", str)  # address, behind trusted proxies the forwarded one
+CLIENT = web.RequestKey("client", str)  # the client's address, behind trusted proxies the forwarded one
 USER = web.RequestKey("user", User)
-BROKEN_OFF = web.RequestKey("broken_off", bool)  # the rest of the body is of no interest: close after the answer
-MALFORMED_REQUEST = web.RequestKey("malformed_request", ServiceError)  # nothing else is known of the request
-COUNTED = web.RequestKey("counted", bool)  # its handler took it from a budget
-BEGUN = web.RequestKey("begun", web.StreamResponse)  # its answer, once the head of it is on its way
+BROKEN_OFF = web.RequestKey("broken_off", bool)  # the rest of the body is not read: close after the response
+MALFORMED_REQUEST = web.RequestKey("malformed_request", ServiceError)  # the parser's error; all else is unknown
+COUNTED = web.RequestKey("counted", bool)  # the handler has counted the request in a rate limit
+BEGUN = web.RequestKey("begun", web.StreamResponse)  # the response, from the moment its head is prepared
 Values = dict[str, Any]
 Tell = Callable[[], Awaitable[None]]
 BODY: web.RequestKey[Values] = web.RequestKey("body", dict)
 QUERY: web.RequestKey[Values] = web.RequestKey("query", dict)
 DB: web.RequestKey[Executor] = web.RequestKey("db", Executor)
-ON_COMMIT: web.RequestKey[list[Tell]] = web.RequestKey("on_commit", list)  # of what was written by way of DB
-HEADERS: web.RequestKey[dict[str, str]] = web.RequestKey("headers", dict)  # to be sent with the answer, whatever it is
+ON_COMMIT: web.RequestKey[list[Tell]] = web.RequestKey("on_commit", list)  # run after the commit of what DB wrote
+HEADERS: web.RequestKey[dict[str, str]] = web.RequestKey("headers", dict)  # sent with the response, of any kind

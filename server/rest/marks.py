@@ -1,4 +1,4 @@
-"""Marks: decorators only note something on a handler; middlewares and the OpenAPI document act on it."""
+"""Marks: decorators that only set an attribute of a handler; middlewares and the OpenAPI document act on it."""
 
 import enum
 from collections.abc import Callable
@@ -8,7 +8,7 @@ H = TypeVar("H", bound=Callable[..., Any])
 
 
 def public(handler: H) -> H:
-    """No token needed. Without this mark a route needs a signed-in user."""
+    """Mark a handler as public. Without this mark a route requires a signed-in user."""
     handler.__public__ = True  # type: ignore[attr-defined]
     return handler
 
@@ -18,7 +18,7 @@ def is_public(handler: Callable[..., Any]) -> bool:
 
 
 def refuses(*codes: str) -> Callable[[H], H]:
-    """The particular error codes of a handler, for the document; the general ones follow from other marks."""
+    """Mark a handler with its specific error codes, for the OpenAPI document; other marks imply the general ones."""
 
     def mark(handler: H) -> H:
         handler.__refuses__ = codes  # type: ignore[attr-defined]
@@ -32,14 +32,14 @@ def refusals_of(handler: Callable[..., Any]) -> tuple[str, ...]:
 
 
 class Idempotency(enum.Enum):
-    """How a handler honours ``Idempotency-Key``."""
+    """The way in which a handler honours the idempotency key."""
 
     BY_TRANSACTION = enum.auto()  # see server/rest/idempotency.py
     BY_ITSELF = enum.auto()
 
 
 def idempotent(how: Idempotency) -> Callable[[H], H]:
-    """Mark a handler: a request that is repeated with its key has one effect."""
+    """Mark a handler: a request that is repeated with its idempotency key has one effect."""
 
     def mark(handler: H) -> H:
         handler.__idempotency__ = how  # type: ignore[attr-defined]
@@ -53,5 +53,5 @@ def idempotency_of(handler: Callable[..., Any]) -> Idempotency | None:
 
 
 def answers_json(handler: Callable[..., Any]) -> bool:
-    """Return whether aiohttp-apispec's mark says that the handler answers JSON."""
+    """Return whether aiohttp-apispec's decorator says that the handler produces JSON."""
     return "application/json" in getattr(handler, "__apispec__", {}).get("produces", ())

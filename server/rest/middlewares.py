@@ -1,8 +1,10 @@
-"""The way of every request: trace → render errors → admit → validate → authorize what the body names → once for its
+"""The middlewares of every request.
+
+Their order: access log → trace span → render errors → deadline → admit → validate → authorize the payload →
 idempotency key → handler.
 
-Decorators have marked the handlers; here the marks are acted on. Closed by default: without ``@public`` a
-route needs a signed-in user, and a route with an id of ours in its path needs a declared role.
+Decorators mark the handlers, and the middlewares act on the marks. Access is denied by default: without ``@public`` a
+route requires a signed-in user, and a route with the id of a resource in its path requires a declared role.
 """
 
 import asyncio
@@ -47,7 +49,7 @@ log = structlog.get_logger()
 
 BODY_SECONDS = 10.0
 SWITCHED = 101
-STORES_SECONDS = 1.6  # every answer within 2 s of the body
+STORES_SECONDS = 1.6  # so that every response follows within 2 s of the body
 _JSON_PREFIX = "/api/v1/"
 _NO_PARAMETERS = fields.Schema()
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
@@ -66,16 +68,16 @@ _HEADERS = {
 
 @dataclass(frozen=True)
 class Admission:
-    """What the application hands in; the doors know no feature."""
+    """The checks that the application passes in, because this package knows no feature."""
 
     identify: Callable[[web.Request], User | None]
-    """The user of the request's token, by the token alone. Raises Unauthenticated."""
+    """Return the user of the request's token, without a store. Raises Unauthenticated."""
     confirm: Callable[[User], Coroutine[Any, Any, None]]
-    """Returns where that user's session lives. Raises Unauthenticated or Unavailable."""
+    """Check that the user's session is active. Raises Unauthenticated or Unavailable."""
     authorize: Callable[[web.Request], Coroutine[Any, Any, None] | None]
-    """Checks the role for what the path names; None where it names nothing. Raises NotFound, Forbidden, Unavailable."""
+    """Check the role for the resource in the path; None without one. Raises NotFound, Forbidden, Unavailable."""
     authorize_named: Callable[[web.Request], Awaitable[None]]
-    """The same for what the body or the query names."""
+    """Check the role for the resources that body or query name."""
     limiter: RateLimiter
     trusted: Sequence[Network]
 
@@ -86,7 +88,7 @@ def middlewares(admission: Admission, *, traced: bool) -> list[Middleware]:
 
 
 def trace(trusted: Sequence[Network]) -> Middleware:
-    """A request id, the client's address, the log line and the metrics."""
+    """Return the middleware that sets request id and client address, and writes the log line and the metrics."""
     addresses = ClientAddresses(trusted)
 
     @web.middleware
@@ -104,14 +106,14 @@ def trace(trusted: Sequence[Network]) -> Middleware:
 
 
 def recognise(request: web.Request) -> None:
-    """It gets its id, and place for the headers of its answer."""
+    """Give the request its id, and a dict for headers of its response."""
     request[REQUEST_ID] = _request_id(request)
     request[HEADERS] = {}
 
 
 @web.middleware
 async def in_span(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """A span of OpenTelemetry's; a socket's would last for hours, and has none."""
+    """Run an API request in an OpenTelemetry span; a socket gets none, because its span would last for hours."""
     if not request.path.startswith("/api/"):
         return await handler(request)
     with tracing.request(request.method, request.headers) as span:
@@ -122,7 +124,7 @@ async def in_span(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 @web.middleware
 async def render(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Every refusal as a problem body (RFC 9457); what is not foreseen as a 500 that tells nothing."""
+    """Render every error as a problem body (RFC 9457); an unexpected one as a 500 without details."""
     try:
         if MALFORMED_REQUEST in request:
             raise request[MALFORMED_REQUEST]
@@ -136,10 +138,10 @@ async def render(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 
 def break_off(request: web.Request, error: Exception) -> web.StreamResponse:
-    """Half of an answer is out, and whatever else were written would be taken for the rest: hang up."""
+    """Abort the connection after an error in a response that has begun: further bytes would count as its body."""
     if request.transport is not None:
         request.transport.abort()
-    if not isinstance(error, ConnectionError):  # else it is they who have hung up
+    if not isinstance(error, ConnectionError):  # else the client has closed the connection
         log.error("answer broken off", method=request.method, path=request.path, exc_info=error)
     return request[BEGUN]
 
@@ -150,12 +152,12 @@ def _refusal(request: web.Request, error: Exception) -> ServiceError:
     if isinstance(error, web.HTTPException):
         return _translated(error)
     log.error("request failed", method=request.method, path=request.path, exc_info=error)
-    return ServiceError("Something went wrong on our side")
+    return ServiceError("Internal server error")
 
 
 @web.middleware
 async def in_time(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """A request of the API has a budget for its stores; a socket outlives every budget."""
+    """Run an API request with a deadline for its stores; a socket has none, because it outlives every deadline."""
     if not request.path.startswith("/api/"):
         return await handler(request)
     with budget(STORES_SECONDS):
@@ -163,7 +165,7 @@ async def in_time(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 
 def admit(admission: Admission) -> Middleware:
-    """Signed in, within the limit, allowed: asked of the stores at once."""
+    """Return the middleware that checks session, rate limit and access, concurrently in the stores."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -185,22 +187,22 @@ def admit(admission: Admission) -> Middleware:
         if isinstance(quota, BaseException):
             raise quota
         if quota is not None and isinstance(session, Unauthenticated):
-            # A client with the token of an ended session is not that user: the address pays instead.
+            # A client with the token of an ended session is not that user, so the hit counts for its address instead.
             quota = await admission.limiter.move(quota, key, limit_key(quota.name, client=request[CLIENT]))
         if quota is not None:
             if not quota.passed:
                 raise QuotaExceeded(quota)
             request[HEADERS].update(quota.headers())
-        for refusal in (identified, session, access):
-            if isinstance(refusal, BaseException):
-                raise refusal
+        for outcome in (identified, session, access):
+            if isinstance(outcome, BaseException):
+                raise outcome
         return await (_count_unhandled(request, handler) if by_handler else handler(request))
 
     return middleware
 
 
 async def _count_unhandled(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Let the handler count; a request that is refused before it gets there counts in its address's budget."""
+    """Let the handler count the request; one that is rejected before that counts in the quota of its address."""
     try:
         return await handler(request)
     except ServiceError as error:
@@ -211,7 +213,7 @@ async def _count_unhandled(request: web.Request, handler: Handler) -> web.Stream
 
 @web.middleware
 async def validate(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Body and query through the schemas that the handler declares, into typed request keys."""
+    """Load body and query with the schemas that the handler declares, into typed request keys."""
     target = request.match_info.handler
     for declared in getattr(target, "__schemas__", ()):
         if declared["location"] == "json":
@@ -234,7 +236,7 @@ def authorize_named(admission: Admission) -> Middleware:
 
 
 async def dress(request: web.Request, response: web.StreamResponse) -> None:
-    """Signal: the headers that every answer carries, whatever its kind."""
+    """Add the headers of every response, as a signal: it also runs for files and sockets."""
     for name, value in _HEADERS.items():
         response.headers.setdefault(name, value)
     response.headers["X-Request-Id"] = request[REQUEST_ID]
@@ -254,20 +256,20 @@ def problem(request: web.Request, error: ServiceError) -> web.Response:
     if isinstance(error, errors.MethodNotAllowed):
         headers["Allow"] = ", ".join(error.allowed)
     body = json.dumps(errors.problem(error, request_id=request.get(REQUEST_ID, "")))
-    answer = web.Response(status=error.status, body=body, content_type="application/problem+json", headers=headers)
+    response = web.Response(status=error.status, body=body, content_type="application/problem+json", headers=headers)
     if BROKEN_OFF in request:
-        answer.force_close()
-    return answer
+        response.force_close()
+    return response
 
 
 def _request_id(request: web.Request) -> str:
-    given = request.headers.get("X-Request-Id", "")
-    # Unique is enough, nobody gains by guessing it.
-    return given if given and _SANE_ID.fullmatch(given) else f"{getrandbits(128):032x}"
+    client_id = request.headers.get("X-Request-Id", "")
+    # Unique is enough: guessing an id gains nothing.
+    return client_id if client_id and _SANE_ID.fullmatch(client_id) else f"{getrandbits(128):032x}"
 
 
 def _route(request: web.Request) -> str:
-    """Its template."""
+    """Return the path template of the request's route."""
     resource = request.match_info.route.resource
     return resource.canonical if resource else "unmatched"
 
@@ -278,7 +280,7 @@ def _latency(method: str, route: str, status: int) -> Histogram:
 
 
 def _record(request: web.Request, status: int, seconds: float) -> None:
-    if status != SWITCHED:  # how long a socket lived is no latency
+    if status != SWITCHED:  # the lifetime of a socket is not a latency
         _latency(request.method, _route(request), status).observe(seconds)
     user = request.get(USER)
     log.info(
@@ -293,36 +295,36 @@ def _record(request: web.Request, status: int, seconds: float) -> None:
 
 
 def _identified(admission: Admission, request: web.Request, *, public: bool) -> User | Unauthenticated | None:
-    """The user, a refusal to raise after the limiter has counted the request, or None on a public route."""
+    """Return the user, an error to raise after the rate limiter has counted the request, or None on a public route."""
     if public:
         return None
     try:
         user = admission.identify(request)
-    except Unauthenticated as refusal:
-        return refusal
-    return user or Unauthenticated("Sign in: send Authorization: Bearer <access token>")
+    except Unauthenticated as error:
+        return error
+    return user or Unauthenticated("Not signed in: send the header Authorization: Bearer <access token>")
 
 
-async def _outcomes(*questions: Coroutine[Any, Any, Any] | None) -> list[Any]:
-    """What each comes to, be it an exception; None where there is no question.
+async def _outcomes(*checks: Coroutine[Any, Any, Any] | None) -> list[Any]:
+    """Await all checks concurrently; return the result or exception of each, and None for a missing one.
 
-    Asked at once, the first one without a task of its own: that would cost as much as the question.
+    The first one runs without a task of its own, because a task costs as much as the check.
     """
-    asked = [each for each in questions if each is not None]
-    beside = [asyncio.ensure_future(each) for each in asked[1:]]
+    present = [check for check in checks if check is not None]
+    tasks = [asyncio.ensure_future(check) for check in present[1:]]
     try:
-        outcomes = iter([await _outcome(each) for each in (*asked[:1], *beside)])
+        outcomes = iter([await _outcome(check) for check in (*present[:1], *tasks)])
     finally:
-        for task in beside:
+        for task in tasks:
             task.cancel()
-    return [None if each is None else next(outcomes) for each in questions]
+    return [None if check is None else next(outcomes) for check in checks]
 
 
-async def _outcome(question: Awaitable[Any]) -> Any:
+async def _outcome(check: Awaitable[Any]) -> Any:
     try:
-        return await question
-    except Exception as refusal:  # noqa: BLE001 - as gather does
-        return refusal
+        return await check
+    except Exception as error:  # noqa: BLE001 - as gather does
+        return error
 
 
 async def _json_body(request: web.Request) -> Any:
@@ -332,50 +334,52 @@ async def _json_body(request: web.Request) -> Any:
     if not raw:
         return {}
     if request.content_type != "application/json" and not request.content_type.endswith("+json"):
-        raise errors.UnsupportedMediaType("The body must be application/json")
+        raise errors.UnsupportedMediaType("Content-Type must be application/json")
     if (request.charset or "utf-8").lower() not in ("utf-8", "utf8"):
-        raise errors.UnsupportedMediaType("JSON must be UTF-8")
+        raise errors.UnsupportedMediaType("The charset of JSON must be UTF-8")
     return json.loads(raw)
 
 
 async def read_body(request: web.Request) -> bytes:
-    """The whole body, within its size and time limits.
+    """Return the whole body, within its size and time limits.
 
     Raises:
-        TooLarge, BadRequest: it is larger, or slower, or not encoded as it says.
+        TooLarge: the body exceeds ``request.client_max_size``.
+        BadRequest: it took longer than ``BODY_TIMEOUT_SECONDS``, is incomplete, or violates its Content-Encoding.
     """
     try:
-        if request.content.is_eof():  # it came with the head
+        if request.content.is_eof():  # the body arrived with the head
             return await request.read()
         with uncounted():
             async with asyncio.timeout(BODY_SECONDS):
                 return await request.read()
     except TimeoutError:
         request[BROKEN_OFF] = True
-        raise errors.BadRequest("The body came too slowly") from None
+        raise errors.BadRequest(f"Request body exceeds the timeout of {BODY_SECONDS:g} seconds") from None
     except web.HTTPRequestEntityTooLarge:
         request[BROKEN_OFF] = True
-        raise errors.TooLarge("The body is larger than this path takes") from None
-    except (web.RequestPayloadError, ConnectionError, ValueError):  # broken off, or not encoded as it says
+        size = f"{request.client_max_size / (1 << 20):g} MiB"
+        raise errors.TooLarge(f"Request body exceeds the maximum size of {size}") from None
+    except (web.RequestPayloadError, ConnectionError, ValueError):  # incomplete, or it violates its Content-Encoding
         request[BROKEN_OFF] = True
-        raise errors.BadRequest("The body cannot be read") from None
+        raise errors.BadRequest("Request body is incomplete or violates its Content-Encoding") from None
 
 
 def _query(schema: Any, request: web.Request) -> dict[str, Any]:
-    given = dict(request.query.items())  # of several the last
-    for key, value in given.items():
+    parameters = dict(request.query.items())  # the last of equal names
+    for key, value in parameters.items():
         if not key.isprintable():
             raise errors.invalid("", "Unknown query parameter.")
         if "\0" in value:
             raise errors.invalid(key, json.NUL_MESSAGE)
         if not value.isprintable() and _has_surrogate(value):
             raise errors.invalid(key, json.SURROGATE_MESSAGE)
-    return dict(_loaded(schema, tuple(given.items())))
+    return dict(_loaded(schema, tuple(parameters.items())))
 
 
-@lru_cache(1024)  # most are asked again and again: ?limit=20
-def _loaded(schema: Any, given: tuple[tuple[str, str], ...]) -> dict[str, Any]:
-    return fields.load(schema, dict(given))
+@lru_cache(1024)  # most queries repeat: ?limit=20
+def _loaded(schema: Any, parameters: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+    return fields.load(schema, dict(parameters))
 
 
 def _has_surrogate(text: str) -> bool:
@@ -383,16 +387,16 @@ def _has_surrogate(text: str) -> bool:
 
 
 def _translated(error: web.HTTPException) -> ServiceError:
-    """aiohttp's own refusals in our words."""
+    """Return the service error for an HTTP exception of aiohttp."""
     match error:
         case web.HTTPMethodNotAllowed():
-            return errors.MethodNotAllowed("This path does not know that method", allowed=sorted(error.allowed_methods))
+            return errors.MethodNotAllowed("Method not allowed for this path", allowed=sorted(error.allowed_methods))
         case web.HTTPNotFound():
-            return errors.NotFound("No such path")
+            return errors.NotFound("Resource not found")
         case web.HTTPForbidden():
             return errors.Forbidden(error.text)
         case web.HTTPRequestEntityTooLarge():
-            return errors.TooLarge("The body is too large")
+            return errors.TooLarge("Request body exceeds the maximum size")
         case web.HTTPServiceUnavailable():
             return errors.Unavailable()
         case web.HTTPServerError():

@@ -1,7 +1,7 @@
 """The OpenAPI document and Swagger UI.
 
-Built by aiohttp-apispec from its own decorators, and from our marks: what every route of a kind can answer
-is derived, never written twice. aiohttp-apispec consumes its decorators' data, so it is given copies.
+aiohttp-apispec builds the document from its own decorators, and from our marks: the responses that all routes of a kind
+have in common are derived, never written twice. aiohttp-apispec consumes its decorators' data, so it gets copies.
 """
 
 import copy
@@ -41,7 +41,7 @@ class Problem(Schema):
     status = fields.Integer(metadata={"example": 409})
     detail = fields.String(metadata={"example": "Email already registered"})
     code = fields.String(metadata={"enum": sorted(code for code, (status, _) in CODES.items() if status)})
-    error = fields.String(metadata={"description": "repeats detail, for older clients"})
+    error = fields.String(metadata={"description": "the same as detail, for older clients"})
     details = fields.List(fields.Nested(FieldProblem), metadata={"description": "validation errors only"})
     request_id = fields.String()
 
@@ -49,31 +49,31 @@ class Problem(Schema):
 PROBLEM = Problem()
 _EXAMPLE_ID = "5f2b8c1e9a7d4c3b8e6f0a1b2c3d4e5f"
 _HEADERS = {
-    "X-Request-Id": {"type": "string", "description": "the client's own, if sane, else new"},
-    "RateLimit-Policy": {"type": "string", "description": 'the budget: `"default";q=100;w=900`'},
-    "RateLimit": {"type": "string", "description": 'what is left of it, and for how long: `"default";r=99;t=512`'},
+    "X-Request-Id": {"type": "string", "description": "the client's own id, if well-formed, else a new one"},
+    "RateLimit-Policy": {"type": "string", "description": 'the quota and its seconds: `"default";q=100;w=900`'},
+    "RateLimit": {"type": "string", "description": 'the rest of the quota, and for how long: `"default";r=99;t=512`'},
     "Retry-After": {"type": "integer", "description": "seconds"},
-    "Location": {"type": "string", "description": "the path of what was created"},
-    REPLAYED: {"type": "string", "description": "true where this is the answer to an earlier request"},
+    "Location": {"type": "string", "description": "the path of the created resource"},
+    REPLAYED: {"type": "string", "description": "true if this is the response to an earlier request"},
     "ETag": {"type": "string", "description": "of this revision, for `If-Match` and `If-None-Match`"},
 }
 _CONDITIONS = (
-    ("304", "If-None-Match", "an `ETag`: 304 where it is current"),
-    ("412", "If-Match", "an `ETag`: only that revision, else 412"),
-    ("412", "If-None-Match", "an `ETag`: not that revision, else 412; `*` always fails"),
+    ("304", "If-None-Match", "an `ETag`: 304 if it is current"),
+    ("412", "If-Match", "an `ETag`: change only that revision, else 412"),
+    ("412", "If-None-Match", "an `ETag`: change any other revision, else 412; `*` always fails"),
 )
 _IDEMPOTENCY_KEY = {
     "in": "header",
     "name": "Idempotency-Key",
     "type": "string",
     "pattern": KEY.pattern,
-    "description": "any key of yours: the same request with the same key has one effect and one answer, for 24 h",
+    "description": "a unique key of the client: a repeated request with it has one effect and one response, for 24 h",
 }
 NeedsRole = Callable[[Callable[..., Any]], bool]
 
 
 def document(routes: Iterable[web.AbstractRouteDef], *, needs_role: NeedsRole) -> dict[str, Any]:
-    """The OpenAPI 2 document of these routes, in their order."""
+    """Return the OpenAPI 2 document of these routes, in their order."""
     spec = AiohttpApiSpec(
         url=None,
         app=None,
@@ -93,18 +93,18 @@ def document(routes: Iterable[web.AbstractRouteDef], *, needs_role: NeedsRole) -
     )
     for route in routes:
         if isinstance(route, web.RouteDef) and route.method in _METHODS:
-            described = _described(route, needs_role=needs_role)
-            if described is not None:
-                spec._update_paths(described, route.method.lower(), route.path)
-    made: dict[str, Any] = spec.swagger_dict()
-    for operation in (it for methods in made["paths"].values() for it in methods.values()):
+            operation_data = _described(route, needs_role=needs_role)
+            if operation_data is not None:
+                spec._update_paths(operation_data, route.method.lower(), route.path)
+    swagger: dict[str, Any] = spec.swagger_dict()
+    for operation in (operation for methods in swagger["paths"].values() for operation in methods.values()):
         for parameter in operation["parameters"]:
             _without_null(parameter)
-    for definition in made["definitions"].values():
+    for definition in swagger["definitions"].values():
         for field in definition.get("properties", {}).values():
             _without_null_default(field)
-    examples.fill(made)
-    return made
+    examples.fill(swagger)
+    return swagger
 
 
 def _described(route: web.RouteDef, *, needs_role: NeedsRole) -> dict[str, Any] | None:
@@ -117,29 +117,29 @@ def _described(route: web.RouteDef, *, needs_role: NeedsRole) -> dict[str, Any] 
     for declared in data["schemas"]:
         if declared["location"] == "json":
             declared["options"]["required"] = any(f.required for f in declared["schema"].fields.values())
-    answers = data["responses"] = {str(status): answer for status, answer in data["responses"].items()}
-    if not any(status.startswith("2") for status in answers):
-        answers["204"] = {"description": "done"}
-    if route.method == hdrs.METH_GET and _is_entity(answers.get("200", {})):
-        answers["304"] = {"description": "`If-None-Match` names its `ETag`"}
+    responses = data["responses"] = {str(status): response for status, response in data["responses"].items()}
+    if not any(status.startswith("2") for status in responses):
+        responses["204"] = {"description": "done"}
+    if route.method == hdrs.METH_GET and _is_entity(responses.get("200", {})):
+        responses["304"] = {"description": "`If-None-Match` names the current `ETag`"}
     for status, codes in _refusals(route, needs_role=needs_role):
-        answers.setdefault(status, _refusal(int(status), codes))
-    for status, answer in answers.items():
-        answer["headers"] = {name: _HEADERS[name] for name in _headers(route, status, answers)}
-    _add_conditions(data["parameters"], answers)
+        responses.setdefault(status, _refusal(int(status), codes))
+    for status, response in responses.items():
+        response["headers"] = {name: _HEADERS[name] for name in _headers(route, status, responses)}
+    _add_conditions(data["parameters"], responses)
     if idempotency_of(handler):
         data["parameters"].append(_IDEMPOTENCY_KEY)
     return data
 
 
-def _is_entity(answer: dict[str, Any]) -> bool:
-    """One thing, which has an ETag; neither a list nor a count."""
-    schema = answer.get("schema")
+def _is_entity(response: dict[str, Any]) -> bool:
+    """Return whether a response is a single entity, which has an ETag; not a list or a count."""
+    schema = response.get("schema")
     return schema is not None and "created_at" in schema.fields
 
 
-def _headers(route: web.RouteDef, status: str, answers: dict[str, Any]) -> Iterator[str]:
-    """Those of the answer with this status, beside those that say what kind it is."""
+def _headers(route: web.RouteDef, status: str, responses: dict[str, Any]) -> Iterator[str]:
+    """Yield the documented headers of the response with this status."""
     yield "X-Request-Id"
     if limit_of(route.handler):
         yield from ("RateLimit-Policy", "RateLimit")
@@ -147,28 +147,28 @@ def _headers(route: web.RouteDef, status: str, answers: dict[str, Any]) -> Itera
         yield "Retry-After"
     if status in ("200", "201") and idempotency_of(route.handler):
         yield REPLAYED
-    if status == "201" and _has_id(answers[status]):
+    if status == "201" and _has_id(responses[status]):
         yield "Location"
-    shows_entity = _is_entity(answers[status]) and (status == "201" or route.method != hdrs.METH_POST)
-    if shows_entity or (status in ("200", "304") and "304" in answers):
+    shows_entity = _is_entity(responses[status]) and (status == "201" or route.method != hdrs.METH_POST)
+    if shows_entity or (status in ("200", "304") and "304" in responses):
         yield "ETag"
 
 
-def _has_id(answer: dict[str, Any]) -> bool:
-    """What is created, bare or wrapped; a ticket has none."""
-    inner = [f.schema for f in answer["schema"].fields.values() if isinstance(f, fields.Nested)]
-    return any("id" in schema.fields for schema in (answer["schema"], *inner))
+def _has_id(response: dict[str, Any]) -> bool:
+    """Return whether a created resource, bare or wrapped, has an id; a ticket has none."""
+    inner = [f.schema for f in response["schema"].fields.values() if isinstance(f, fields.Nested)]
+    return any("id" in schema.fields for schema in (response["schema"], *inner))
 
 
-def _add_conditions(parameters: list[dict[str, Any]], answers: dict[str, Any]) -> None:
-    known = {each["name"] for each in parameters}
+def _add_conditions(parameters: list[dict[str, Any]], responses: dict[str, Any]) -> None:
+    names = {parameter["name"] for parameter in parameters}
     for status, name, description in _CONDITIONS:
-        if status in answers and name not in known:
+        if status in responses and name not in names:
             parameters.append({"in": "header", "name": name, "type": "string", "description": description})
 
 
 def _without_null(parameter: dict[str, Any]) -> None:
-    """What is left out is null inside; nobody can send it."""
+    """Remove null from a parameter: it stands for a missing one inside, and no client can send it."""
     parameter.pop("x-nullable", None)
     _without_null_default(parameter)
     if None in parameter.get("enum", ()):
@@ -176,37 +176,37 @@ def _without_null(parameter: dict[str, Any]) -> None:
 
 
 def _without_null_default(described: dict[str, Any]) -> None:
-    """Clients that are generated in Go and Java would send the word null."""
+    """Remove a default of null: clients that are generated in Go and Java would send the word null."""
     if described.get("default", "") is None:
         del described["default"]
 
 
 def _refusal(status: int, codes: list[str]) -> dict[str, Any]:
-    shown = next(kind for kind in errors.KINDS if kind.status == status)(CODES[codes[0]][1], code=codes[0])
+    error = next(kind for kind in errors.KINDS if kind.status == status)(CODES[codes[0]][1], code=codes[0])
     return {
         "schema": PROBLEM,
         "description": "; ".join(f"`{code}`: {CODES[code][1]}" for code in codes),
-        "examples": {"application/problem+json": errors.problem(shown, request_id=_EXAMPLE_ID)},
+        "examples": {"application/problem+json": errors.problem(error, request_id=_EXAMPLE_ID)},
     }
 
 
 def _refusals(route: web.RouteDef, *, needs_role: NeedsRole) -> Iterator[tuple[str, list[str]]]:
-    """What this route can refuse by status, from its marks."""
+    """Yield the error codes of a route by status, derived from its marks."""
     handler: Any = route.handler
     codes = list(refusals_of(handler))
-    if how := idempotency_of(handler):
+    if idempotency := idempotency_of(handler):
         codes.append("idempotency_key_reused")
-        codes += ["idempotency_in_progress"] if how is Idempotency.BY_TRANSACTION else []
+        codes += ["idempotency_in_progress"] if idempotency is Idempotency.BY_TRANSACTION else []
     if not is_public(handler):
         codes.append("unauthenticated")
     if needs_role(handler):
         codes += ["forbidden", "not_found"]
-    locations = {each["location"] for each in getattr(handler, "__schemas__", ())}
+    locations = {declared["location"] for declared in getattr(handler, "__schemas__", ())}
     if route.method in (hdrs.METH_PATCH, hdrs.METH_PUT, hdrs.METH_DELETE):
         codes.append("precondition_failed")
     if "json" in locations:
         codes += ["too_large", "unsupported_media_type"]
-    if limit_of(handler):  # the others are for operators, and ask no store to let somebody in
+    if limit_of(handler):  # routes without a limit are for operators, and need no store to admit a request
         codes += ["bad_request", "rate_limited", "unavailable"]
         codes += ["validation_failed"] if answers_json(handler) else []
     by_status: dict[int, list[str]] = {}
@@ -237,16 +237,16 @@ def add_page(app: web.Application, path: str, body: bytes, *, policy: str | None
 
 
 def _page(files: Mapping[str, Asset]) -> bytes:
-    """aiohttp-apispec's page, whose requests get the word Bearer where one pasted the bare token."""
+    """Return aiohttp-apispec's page, changed to add the word Bearer to a token that was pasted without it."""
     page = (STATIC / "index.html").read_text()
     for old, new in (
         ("{{ path }}", DOCUMENT),
         ("<title>Swagger UI</title>", "<title>Collaborative Workspace Backend: API</title>"),
         ("dom_id: '#swagger-ui',", "dom_id: '#swagger-ui',\n" + _BEARER),
-        # By its version, since browsers keep for ever what is immutable.
+        # The URL contains the version, because browsers never reload an immutable file.
         *((f"{{{{ static }}}}/{name}", f"{_STATIC_PATH}/{name}?v={asset.tag}") for name, asset in files.items()),
     ):
-        assert old in page, old  # aiohttp-apispec is pinned; a new page must be looked at
+        assert old in page, old  # aiohttp-apispec is pinned; a new version of its page needs a review
         page = page.replace(old, new)
     return page.encode()
 
@@ -273,6 +273,6 @@ _DESCRIPTION = """The server behind collaborative coding platforms.
 
 Sign in with **POST /api/v1/auth/login**, press *Authorize* and paste the `accessToken`.
 Errors are problem details (RFC 9457); their `code` is stable. Lists are `{items, nextCursor}`.
-Unknown fields and query parameters are refused, and integers beyond 64 bits. A POST that creates honours
+Unknown fields, unknown query parameters and integers beyond 64 bits are rejected. A POST that creates honours
 `Idempotency-Key`; PATCH, PUT, DELETE and restore honour `If-Match` and `If-None-Match`.
 Live collaboration runs over WebSockets at `/ws`."""

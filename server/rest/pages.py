@@ -1,4 +1,4 @@
-"""Keyset pages: ``?limit=&cursor=`` in, ``{items, nextCursor}`` out."""
+"""Keyset pagination: ``?limit=&cursor=`` in requests, ``{items, nextCursor}`` in responses."""
 
 import base64
 import binascii
@@ -26,15 +26,15 @@ class PageQuery(Schema):
 
 
 def cursor_of(*keys: Any, of: str) -> str:
-    """An opaque cursor: the list with its order, and the sort keys of the last item shown."""
+    """Return an opaque keyset cursor: the list with its order, and the sort keys of the last item of the page."""
     return base64.urlsafe_b64encode(json.dumps([of, *keys])).decode().rstrip("=")
 
 
 def keys_of(cursor: str | None, *kinds: type, of: str) -> tuple[Any, ...]:
-    """The sort keys in a cursor of that list, each of the wanted kind; all None for the first page.
+    """Return the sort keys in a keyset cursor, each of the expected kind; all None for the first page.
 
     Raises:
-        ValidationFailed: the cursor is not one of that list.
+        ValidationFailed: the cursor does not belong to that list.
     """
     if cursor is None:
         return (None,) * len(kinds)
@@ -62,17 +62,17 @@ def _bigint(key: str) -> int | None:
 
 
 def _moment(key: str) -> datetime:
-    moment = datetime.fromisoformat(key)
-    if moment.tzinfo is None:
+    time = datetime.fromisoformat(key)
+    if time.tzinfo is None:
         raise ValueError("our times have a zone")
-    return moment.astimezone(UTC)  # OverflowError before the first year and after the last
+    return time.astimezone(UTC)  # OverflowError before the first year and after the last
 
 
 _PARSERS: dict[type, Callable[[str], Any]] = {str: str, int: _bigint, UUID: parse_id, datetime: _moment}
 
 
 def page(rows: Sequence[Any], limit: int, *keys: str, of: str) -> tuple[Sequence[Any], str | None]:
-    """Rows asked for with ``limit + 1`` → those to show, and the cursor of the next page."""
+    """Split rows that were read with ``limit + 1``: return those of the page, and the cursor of the next one."""
     if len(rows) <= limit:
         return rows, None
     last = rows[limit - 1]
@@ -80,13 +80,13 @@ def page(rows: Sequence[Any], limit: int, *keys: str, of: str) -> tuple[Sequence
 
 
 def _written(key: Any) -> str:
-    # Full precision: the milliseconds of our JSON would skip or repeat rows.
+    # Full precision: times in milliseconds, as in our JSON, would skip or repeat rows.
     return str(key.isoformat()) if hasattr(key, "isoformat") else str(key)
 
 
-@functools.cache  # one name in the document, one class
+@functools.cache  # one class for one name in the OpenAPI document
 def page_of(item: type[Schema], **beside: fields.Field[Any]) -> type[MarshmallowSchema]:
-    """The schema of a page of these, for the document."""
+    """Return the schema of a page of these items, for the OpenAPI document."""
     shape: dict[str, Any] = {
         "items": fields.List(fields.Nested(item)),
         "next_cursor": fields.String(allow_none=True, metadata={"description": "null on the last page"}),

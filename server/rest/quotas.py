@@ -1,4 +1,4 @@
-"""Budgets that a handler takes from by itself, shown in the headers of its answer."""
+"""Rate limits that a handler consumes by itself; the response headers report the quota."""
 
 from aiohttp import web
 
@@ -7,10 +7,10 @@ from server.rest.keys import CLIENT, COUNTED, HEADERS, LIMITER
 
 
 async def count(request: web.Request, name: str, key: str) -> None:
-    """Take a request from the budget ``name`` of ``key``.
+    """Consume one request of the rate limit ``name`` for ``key``.
 
     Raises:
-        QuotaExceeded: nothing is left.
+        QuotaExceeded: the quota is used up.
     """
     request[COUNTED] = True
     quota = await request.app[LIMITER].take(name, key)
@@ -19,9 +19,9 @@ async def count(request: web.Request, name: str, key: str) -> None:
 
 
 async def count_address(request: web.Request) -> None:
-    """Take a request from the budget of its address for sign-ins.
+    """Consume one request of the client address's rate limit for sign-ins.
 
     Raises:
-        QuotaExceeded: nothing is left.
+        QuotaExceeded: the quota is used up.
     """
     await count(request, "auth", limit_key("auth", client=request[CLIENT]))

@@ -1,7 +1,8 @@
-"""How requests reach the application: those, too, that aiohttp would refuse by itself, in its own words.
+"""The HTTP runner: requests that aiohttp would reject by itself pass through the middlewares, too.
 
-It answers in plain text, with a ``Server`` header and without a request id, what it cannot read (a header beyond its
-limit, a bad Content-Length, an unknown method) and what it is asked to expect. Here both go the way of every request.
+aiohttp responds in plain text, with a ``Server`` header and without a request id, to a request that it cannot parse (a
+header beyond the limit, a bad Content-Length, an unknown method) and to an unknown expectation. Here both get the same
+problem body, headers and log line as every other request.
 """
 
 import asyncio
@@ -18,9 +19,9 @@ from server.rest.keys import BROKEN_OFF, MALFORMED_REQUEST
 from server.rest.middlewares import problem, recognise
 
 MAX_TARGET_BYTES = 8 << 10  # of a path with its query
-MAX_FIELD_BYTES = 8190  # of a header field. Another number: the parser's error says which limit it was, not of what
+MAX_FIELD_BYTES = 8190  # of a header field. Not the same number, because the parser's error contains only the number
 MAX_FIELDS = 128
-LINGER_SECONDS = 2.0  # for the rest of a request that cannot be read
+LINGER_SECONDS = 2.0  # for the rest of a malformed request
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _BLANK = ERROR._replace(headers=CIMultiDictProxy(CIMultiDict()))
 _LIMITS = {"max_line_size": MAX_TARGET_BYTES, "max_field_size": MAX_FIELD_BYTES, "max_headers": MAX_FIELDS}
@@ -28,9 +29,9 @@ _LIMITS = {"max_line_size": MAX_TARGET_BYTES, "max_field_size": MAX_FIELD_BYTES,
 
 class Runner(web.AppRunner):
     async def _make_server(self) -> web.Server:
-        made: Any = await super()._make_server()
-        options = {**made._kwargs, **_LIMITS}
-        return _Server(_expecting(made.request_handler), request_factory=_marking(made.request_factory), **options)
+        server: Any = await super()._make_server()
+        options = {**server._kwargs, **_LIMITS}
+        return _Server(_expecting(server.request_handler), request_factory=_marking(server.request_factory), **options)
 
 
 class _Server(web.Server):
@@ -48,11 +49,11 @@ class _Connection(RequestHandler):
         super().connection_lost(exc)
 
     def _make_error_handler(self, err_info: Any) -> Any:
-        answer: Any = self._request_handler
+        handler: Any = self._request_handler
 
         async def refuse(request: web.Request) -> web.StreamResponse:
             request[MALFORMED_REQUEST] = _refusal(err_info.exc)
-            response: web.StreamResponse = await answer(request)
+            response: web.StreamResponse = await handler(request)
             await response.prepare(request)
             await response.write_eof()
             await self._linger()
@@ -61,11 +62,11 @@ class _Connection(RequestHandler):
         return refuse
 
     async def _linger(self) -> None:
-        """Discard what is still being sent, until the client has read the answer and closes (RFC 9112, section 9.6).
+        """Discard further data until the client has read the response and closes (RFC 9112, section 9.6).
 
-        A connection that is closed while data is unread is reset, and the client may lose the answer.
+        A connection that is closed with unread data is reset, and the client may lose the response.
         """
-        self.close()  # from here on data is discarded
+        self.close()  # from here on received data is discarded
         if self.transport is not None and self.transport.can_write_eof():
             self.transport.write_eof()
         try:
@@ -76,7 +77,7 @@ class _Connection(RequestHandler):
 
 
 def _refusal(error: BaseException) -> ServiceError:
-    """The refusal of what the parser cannot read."""
+    """Return the service error for an error of the parser."""
     if isinstance(error, LineTooLong) and error.args[1] == MAX_TARGET_BYTES:
         return UriTooLong(f"Path and query exceed the maximum size of {MAX_TARGET_BYTES} bytes")
     if isinstance(error, LineTooLong):
@@ -86,25 +87,25 @@ def _refusal(error: BaseException) -> ServiceError:
     return BadRequest("Malformed request")
 
 
-def _marking(make: Callable[..., web.Request]) -> Callable[..., web.Request]:
-    """aiohttp makes one and the same request of all that it cannot read."""
+def _marking(make_request: Callable[..., web.Request]) -> Callable[..., web.Request]:
+    """Return a request factory that marks malformed requests; aiohttp passes the message ``ERROR`` for all of them."""
 
     def marking(message: Any, *others: Any) -> web.Request:
         if message is not ERROR:
-            return make(message, *others)
-        request = make(_BLANK, *others)
+            return make_request(message, *others)
+        request = make_request(_BLANK, *others)
         request[BROKEN_OFF] = True
         return request
 
     return marking
 
 
-def _expecting(answer: Answer) -> Any:
+def _expecting(handler: Answer) -> Any:
     async def expecting(request: web.Request) -> web.StreamResponse:
         try:
-            return await answer(request)
+            return await handler(request)
         except web.HTTPExpectationFailed:  # before any middleware
             recognise(request)
-            return problem(request, BadRequest("Of Expect only 100-continue is known"))
+            return problem(request, BadRequest("Expect supports only 100-continue"))
 
     return expecting

@@ -1,4 +1,4 @@
-"""Workspaces over REST."""
+"""REST handlers of workspaces."""
 
 from datetime import datetime
 from functools import partial
@@ -35,7 +35,7 @@ WORKSPACE, ONLINE = schemas.Workspace(), schemas.UserHere()
 @requires(Role.COLLABORATOR, of=named("projectId"))
 async def create_workspace(request: web.Request) -> web.Response:
     body = request[BODY]
-    made = await store.create_workspace(
+    workspace = await store.create_workspace(
         request[DB],
         project=body["project_id"],
         actor=request[USER].id,
@@ -43,40 +43,40 @@ async def create_workspace(request: web.Request) -> web.Response:
         description=body["description"],
         meta=body["meta"],
     )
-    tag = etag(made["revision"], request[ACCESS].role.name)
-    return answers.created(f"/api/v1/workspaces/{made['id']}", WORKSPACE.dump(made), tag=tag)
+    tag = etag(workspace["revision"], request[ACCESS].role.name)
+    return answers.created(f"/api/v1/workspaces/{workspace['id']}", WORKSPACE.dump(workspace), tag=tag)
 
 
 @routes.get("/api/v1/workspaces/project/{projectId}")
-@docs(tags=["workspaces"], summary="The workspaces of a project, oldest first")
+@docs(tags=["workspaces"], summary="List the workspaces of a project, oldest first")
 @querystring_schema(PageQuery)
 @response_schema(page_of(schemas.Workspace), 200)
 @requires(Role.VIEWER)
 async def list_workspaces(request: web.Request) -> web.Response:
     query = request[QUERY]
-    ask = partial(
+    read = partial(
         store.list_workspaces,
         project=request[ACCESS].project,
         limit=query["limit"],
         after=keys_of(query["cursor"], datetime, UUID, of="workspaces"),
     )
-    rows = await request.app[RESOURCES].replicas.read(ask, proof=access.proof(request[ACCESS]))
+    rows = await request.app[RESOURCES].replicas.read(read, proof=access.proof(request[ACCESS]))
     return answers.page(WORKSPACE, *page(rows, query["limit"], "created_at", "id", of="workspaces"))
 
 
 @routes.get("/api/v1/workspaces/{workspaceId}")
-@docs(tags=["workspaces"], summary="One workspace")
+@docs(tags=["workspaces"], summary="Read a workspace")
 @response_schema(schemas.Workspace, 200)
 @requires(Role.VIEWER)
 async def read_workspace(request: web.Request) -> web.Response:
-    found = await store.read_workspace(request.app[RESOURCES].db, workspace=_id(request))
-    if found is None:
-        raise NotFound("No such workspace")
-    return answers.entity(request, WORKSPACE, found, role=request[ACCESS].role.name)
+    row = await store.read_workspace(request.app[RESOURCES].db, workspace=_id(request))
+    if row is None:
+        raise NotFound("Workspace not found")
+    return answers.entity(request, WORKSPACE, row, role=request[ACCESS].role.name)
 
 
 @routes.get("/api/v1/workspaces/{workspaceId}/users")
-@docs(tags=["workspaces"], summary="Who is online now, over all processes")
+@docs(tags=["workspaces"], summary="List the users who are online in a workspace, over all processes")
 @querystring_schema(PageQuery)
 @response_schema(page_of(schemas.UserHere), 200)
 @requires(Role.VIEWER)
@@ -85,15 +85,15 @@ async def list_online(request: web.Request) -> web.Response:
     (after,) = keys_of(query["cursor"], UUID, of="online")
     with reported():
         online = await request.app[REALTIME].presence.online(_id(request))
-    rows = [vars(each) for each in online if after is None or each.user_id > after]
+    rows = [vars(user) for user in online if after is None or user.user_id > after]
     return answers.page(ONLINE, *page(rows[: query["limit"] + 1], query["limit"], "user_id", of="online"))
 
 
 @routes.get("/api/v1/workspaces/{workspaceId}/events")
-@docs(tags=["workspaces"], summary="The retained history of realtime events, oldest first")
+@docs(tags=["workspaces"], summary="List the retained realtime events of a workspace, oldest first")
 @querystring_schema(schemas.EventsQuery)
 @response_schema(
-    page_of(AnyEvent, gap=fields.Boolean(metadata={"description": "`after` is not in the history any more"})),
+    page_of(AnyEvent, gap=fields.Boolean(metadata={"description": "`after` is no longer in the history"})),
     200,
 )
 @requires(Role.VIEWER)
@@ -114,42 +114,42 @@ async def list_events(request: web.Request) -> web.Response:
 @response_schema(schemas.Workspace, 200)
 @requires(Role.COLLABORATOR)
 async def change_workspace(request: web.Request) -> web.Response:
-    role, given, actor = request[ACCESS].role.name, request[BODY], request[USER].id
+    role, changes, actor = request[ACCESS].role.name, request[BODY], request[USER].id
     revisions = expected_revisions(request, role)
-    made = await store.change_workspace(
+    row = await store.change_workspace(
         request.app[RESOURCES].db,
         project=request[ACCESS].project,
         workspace=_id(request),
         actor=actor,
-        name=given.get("name"),
-        description=given.get("description"),
-        meta=given.get("meta"),
+        name=changes.get("name"),
+        description=changes.get("description"),
+        meta=changes.get("meta"),
         revisions=revisions,
     )
-    if made is None:
+    if row is None:
         raise lost(revisions)
     channels = request.app[REALTIME].channels
-    await channels.report("WORKSPACE_UPDATED", workspaces=[made["id"]], user=actor, name=made["actor_name"])
-    return answers.entity(request, WORKSPACE, made, role=role)
+    await channels.report("WORKSPACE_UPDATED", workspaces=[row["id"]], user=actor, name=row["actor_name"])
+    return answers.entity(request, WORKSPACE, row, role=role)
 
 
 @routes.delete("/api/v1/workspaces/{workspaceId}")
-@docs(tags=["workspaces"], summary="Delete a workspace and all that is in it")
+@docs(tags=["workspaces"], summary="Delete a workspace with its contents")
 @requires(Role.COLLABORATOR)
 async def delete_workspace(request: web.Request) -> web.Response:
     revisions = expected_revisions(request, request[ACCESS].role.name)
     actor, workspace = request[USER].id, _id(request)
-    gone = await store.delete_workspace(
+    row = await store.delete_workspace(
         request.app[RESOURCES].db,
         project=request[ACCESS].project,
         workspace=workspace,
         actor=actor,
         revisions=revisions,
     )
-    if gone is None:
+    if row is None:
         raise lost(revisions)
     channels = request.app[REALTIME].channels
-    await announcements.workspaces_deleted(channels, [workspace], actor=actor, name=gone["actor_name"])
+    await announcements.workspaces_deleted(channels, [workspace], actor=actor, name=row["actor_name"])
     return answers.nothing()
 
 

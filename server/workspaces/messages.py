@@ -1,4 +1,4 @@
-"""What is said in a workspace."""
+"""Socket messages of a workspace: join, leave, file changes and cursors."""
 
 from typing import Any
 from uuid import UUID
@@ -20,7 +20,9 @@ messages = MessageTable()
 class JoinWorkspace(Schema):
     workspace_id = Id(required=True)
     since = fields.String(
-        load_default=None, allow_none=True, metadata={"description": "the last event id you have; null: no replay"}
+        load_default=None,
+        allow_none=True,
+        metadata={"description": "id of the last event you have received; null: no replay"},
     )
 
 
@@ -29,9 +31,9 @@ class JoinedWorkspace(Schema):
     role = fields.String(required=True, validate=validate.OneOf([role.name for role in Role]))
     users = fields.List(fields.Nested(UserHere), required=True)
     last_event_id = fields.String(required=True)
-    events = fields.List(fields.Dict(), required=True, metadata={"description": "the missed ones, at most 1 MiB"})
+    events = fields.List(fields.Dict(), required=True, metadata={"description": "missed events, at most 1 MiB"})
     gap = fields.Boolean(required=True, metadata={"description": "`since` is not in the history: reload over REST"})
-    more = fields.Boolean(required=True, metadata={"description": "not in yet: join again with the last `eventId`"})
+    more = fields.Boolean(required=True, metadata={"description": "not joined yet: join again with the last `eventId`"})
 
 
 class LeaveWorkspace(Schema):
@@ -58,13 +60,13 @@ class CursorUpdate(Schema):
 @messages.on("join:workspace", JoinWorkspace, ack=JoinedWorkspace)
 @requires(Role.VIEWER, of=named("workspaceId"))
 async def join_workspace(socket: Connection, data: dict[str, Any]) -> dict[str, Any]:
-    """Enter a workspace: see who is there, hear what you missed, and from now on its events."""
+    """Join a workspace: receive the users online, the missed events, and from now on every event."""
     since = None if data["since"] is None else parse_event_id(data["since"], field="since")
     replay, online = await socket.realtime.join(socket, data["workspace_id"], since=since)
     return {
         "workspaceId": data["workspace_id"],
         "role": socket.access.role.name,
-        "users": [each.shown() for each in online],
+        "users": [user.shown() for user in online],
         "lastEventId": replay.last,
         "events": [Fragment(entry.event) for entry in replay.entries],
         "gap": replay.gap,
@@ -81,7 +83,7 @@ async def leave_workspace(socket: Connection, data: dict[str, Any]) -> None:
 @messages.on("file:change", FileChange, ack=FileChanged)
 @requires(Role.COLLABORATOR, of=named("workspaceId"))
 async def change_file(socket: Connection, data: dict[str, Any]) -> dict[str, Any]:
-    """Tell the others about a change; acknowledged when it is in the workspace's history."""
+    """Broadcast a file change; acknowledged when it is in the workspace's history."""
     workspace = _joined(socket, data)
     id = await socket.realtime.announce("FILE_CHANGE", workspace=workspace, connection=socket, **_sent(data))
     return {"eventId": id}
@@ -90,7 +92,7 @@ async def change_file(socket: Connection, data: dict[str, Any]) -> dict[str, Any
 @messages.on("cursor:update", CursorUpdate)
 @requires(Role.VIEWER, of=named("workspaceId"))
 async def update_cursor(socket: Connection, data: dict[str, Any]) -> None:
-    """Show the others where you are; ephemeral, the newest wins."""
+    """Broadcast your cursor position; ephemeral, the newest wins."""
     socket.realtime.move_cursor(_joined(socket, data), socket, **_sent(data))
 
 

@@ -1,4 +1,4 @@
-"""What workspaces look like from outside."""
+"""Schemas of workspaces for requests."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ class EventsQuery(PageQuery):
     after = fields.String(
         load_default=None,
         validate=validate.Length(max=64),
-        metadata={"description": "an event id; without: from the oldest"},
+        metadata={"description": "an event id; default: from the oldest event"},
     )
 
 

@@ -1,4 +1,4 @@
-"""SQL of workspaces."""
+"""SQL statements of workspaces."""
 
 from typing import Any
 from uuid import UUID
@@ -44,7 +44,7 @@ async def read_workspace(db: Database, *, workspace: UUID) -> Record | None:
 async def list_workspaces(
     db: Executor, *, project: UUID, limit: int, after: tuple[Any, Any] = (None, None)
 ) -> list[Record]:
-    """Oldest first; one more than ``limit``."""
+    """Return the workspaces of a project, oldest first; one more than ``limit``."""
     return await db.fetch(
         """
         SELECT * FROM workspaces
@@ -68,7 +68,7 @@ async def change_workspace(
     meta: dict[str, Any] | None,
     revisions: Revisions | None,
 ) -> Record | None:
-    """The changed workspace, with ``actor_name``; None where it is gone or its revision is not in the set."""
+    """Change and return the workspace, with ``actor_name``; None if deleted or its revision is not in the set."""
     return await db.fetchrow(
         """
         WITH project AS MATERIALIZED (
@@ -99,7 +99,7 @@ async def change_workspace(
 async def delete_workspace(
     db: Executor, *, project: UUID, workspace: UUID, actor: UUID, revisions: Revisions | None
 ) -> Record | None:
-    """``actor_name``; None where it is gone already or its revision is not in the set."""
+    """Delete a workspace and return ``actor_name``; None if it is deleted or its revision is not in the set."""
     return await db.fetchrow(
         """
         WITH project AS MATERIALIZED (

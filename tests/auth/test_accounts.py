@@ -1,4 +1,4 @@
-"""Accounts: register, profile, password, deletion, as their owners meet them."""
+"""Accounts: registration, profile, password and deletion over REST."""
 
 import asyncio
 from datetime import timedelta
@@ -24,8 +24,8 @@ async def register(http: aiohttp.ClientSession, base: str, **body: Any) -> Answe
     )
 
 
-async def invite(db: asyncpg.Connection, owner: Actor, project: str, email: str, *, lives: timedelta) -> str:
-    """A pending invitation; its token."""
+async def invite(db: asyncpg.Connection, owner: Actor, project: str, email: str, *, expires_in: timedelta) -> str:
+    """Insert a pending invitation; return its token."""
     token = f"invitation-for-{email}"
     await db.execute(
         """
@@ -36,7 +36,7 @@ async def invite(db: asyncpg.Connection, owner: Actor, project: str, email: str,
         email,
         token_hash(token),
         owner.id,
-        lives,
+        expires_in,
     )
     return token
 
@@ -48,23 +48,25 @@ async def db(database_url: str) -> Any:
     await connection.close()
 
 
-async def test_registering_signs_in_and_shows_no_secret(http: aiohttp.ClientSession, server: str) -> None:
-    made = await register(http, server, email=Actor(http, server, "Ada").email.title())
-    assert made.status == 201
-    assert made.body.keys() == {"user", "accessToken", "refreshToken", "tokenType", "expiresIn"}
-    assert made["user"].keys() == USER_KEYS
-    assert (made["tokenType"], made["expiresIn"]) == ("Bearer", 900)
-    assert made.headers["Cache-Control"] == "no-store"
-    assert made.headers["Location"] == "/api/v1/auth/profile"
+async def test_registration_signs_in_and_returns_no_secret(http: aiohttp.ClientSession, server: str) -> None:
+    registered = await register(http, server, email=Actor(http, server, "Ada").email.title())
+    assert registered.status == 201
+    assert registered.body.keys() == {"user", "accessToken", "refreshToken", "tokenType", "expiresIn"}
+    assert registered["user"].keys() == USER_KEYS
+    assert (registered["tokenType"], registered["expiresIn"]) == ("Bearer", 900)
+    assert registered.headers["Cache-Control"] == "no-store"
+    assert registered.headers["Location"] == "/api/v1/auth/profile"
 
 
-async def test_of_20_registrations_of_one_address_at_once_one_wins(http: aiohttp.ClientSession, server: str) -> None:
+async def test_one_of_20_concurrent_registrations_of_an_address_succeeds(
+    http: aiohttp.ClientSession, server: str
+) -> None:
     email = Actor(http, server, "Twin").email
     spellings = [email, email.upper(), email.title()]
-    answers = await asyncio.gather(*(register(http, server, email=spellings[n % 3]) for n in range(20)))
-    refused = [answer for answer in answers if answer.status != 201]
+    responses = await asyncio.gather(*(register(http, server, email=spellings[n % 3]) for n in range(20)))
+    refused = [response for response in responses if response.status != 201]
     assert len(refused) == 19
-    assert {(answer.status, answer.code) for answer in refused} == {(409, "email_taken")}
+    assert {(response.status, response.code) for response in refused} == {(409, "email_taken")}
 
 
 @pytest.mark.parametrize(
@@ -84,12 +86,12 @@ async def test_of_20_registrations_of_one_address_at_once_one_wins(http: aiohttp
         ("role", "OWNER"),
     ],
 )
-async def test_what_does_not_fit_is_named_by_its_field(
+async def test_invalid_registration_names_the_field(
     field: str, value: Any, http: aiohttp.ClientSession, server: str
 ) -> None:
     refused = await register(http, server, **{field: value})
     assert (refused.status, refused.code) == (422, "validation_failed")
-    assert "\0" in str(value) or {each["field"] for each in refused["details"]} == {field}
+    assert "\0" in str(value) or {detail["field"] for detail in refused["details"]} == {field}
 
 
 async def test_the_profile_is_read_and_changed_by_its_revision(alice: Actor) -> None:
@@ -128,16 +130,16 @@ async def test_an_avatar_is_set_kept_and_removed(alice: Actor) -> None:
         {"id": "00000000-0000-0000-0000-000000000000"},
     ],
 )
-async def test_nothing_else_of_a_profile_can_be_set(change: dict[str, Any], alice: Actor) -> None:
+async def test_other_fields_of_a_profile_cannot_be_set(change: dict[str, Any], alice: Actor) -> None:
     refused = await alice.patch("/auth/profile", change)
     assert (refused.status, refused.code) == (422, "validation_failed")
-    assert {each["field"] for each in refused["details"]} == change.keys()
+    assert {detail["field"] for detail in refused["details"]} == change.keys()
 
 
-async def test_of_50_changes_on_one_etag_one_wins(alice: Actor) -> None:
+async def test_one_of_50_changes_on_one_etag_succeeds(alice: Actor) -> None:
     tag = (await alice.get("/auth/profile")).headers["ETag"]
     changes = (alice.patch("/auth/profile", {"name": f"Alice {n}"}, headers={"If-Match": tag}) for n in range(50))
-    statuses = [answer.status for answer in await asyncio.gather(*changes)]
+    statuses = [response.status for response in await asyncio.gather(*changes)]
     assert sorted(statuses) == [200] + [412] * 49
 
 
@@ -164,26 +166,26 @@ async def test_a_new_password_ends_every_other_session(alice: Actor) -> None:
 async def test_a_login_with_the_old_password_does_not_outlive_its_change(
     alice: Actor, db: asyncpg.Connection, database_url: str
 ) -> None:
-    """The login has verified the old password, and its session is written while the new one is being committed."""
+    """The login has verified the old password, and inserts its session while the new password is being committed."""
     async with db.transaction():
         await db.execute("UPDATE users SET password_hash = 'new' WHERE id = $1", alice.id)
         login = asyncio.ensure_future(alice.post("/auth/login", {"email": alice.email, "password": PASSWORD}))
         await until_blocked(database_url)
-    answer = await login
-    assert (answer.status, answer.code) == (401, "invalid_credentials")
+    response = await login
+    assert (response.status, response.code) == (401, "invalid_credentials")
 
 
 async def test_passwords_count_beyond_72_bytes(http: aiohttp.ClientSession, server: str) -> None:
     long = "Aa1" + "ä" * 60  # 123 bytes
-    made = await register(http, server, password=long + "x")
-    email = made["user"]["email"]
-    nobody = Actor(http, server, "Nobody")
-    assert (await nobody.post("/auth/login", {"email": email, "password": long + "y"})).status == 401
-    assert (await nobody.post("/auth/login", {"email": email, "password": long})).status == 401
-    assert (await nobody.post("/auth/login", {"email": email.upper(), "password": long + "x"})).status == 200
+    registered = await register(http, server, password=long + "x")
+    email = registered["user"]["email"]
+    guest = Actor(http, server, "Nobody")
+    assert (await guest.post("/auth/login", {"email": email, "password": long + "y"})).status == 401
+    assert (await guest.post("/auth/login", {"email": email, "password": long})).status == 401
+    assert (await guest.post("/auth/login", {"email": email.upper(), "password": long + "x"})).status == 200
 
 
-async def test_deleting_an_account_takes_the_password_and_all_that_is_its_own(alice: Actor, bob: Actor) -> None:
+async def test_account_deletion_requires_the_password_and_deletes_owned_data(alice: Actor, bob: Actor) -> None:
     phone = await alice.at(alice.base).log_in()
     own = await alice.make_project(name="Diary")
     shared = await bob.make_project(alice, name="Engine")
@@ -192,8 +194,8 @@ async def test_deleting_an_account_takes_the_password_and_all_that_is_its_own(al
     missing = await alice.delete("/auth/profile")
     assert (missing.status, missing["details"][0]["field"]) == (422, "password")
 
-    gone = await alice.delete("/auth/profile", {"password": PASSWORD})
-    assert (gone.status, gone.body) == (204, "")
+    deleted = await alice.delete("/auth/profile", {"password": PASSWORD})
+    assert (deleted.status, deleted.body) == (204, "")
     for device in (alice, phone):
         assert (await device.get("/auth/profile")).status == 401
         assert (await device.get(f"/projects/{own}")).status == 401
@@ -206,7 +208,7 @@ async def test_deleting_an_account_takes_the_password_and_all_that_is_its_own(al
     assert again["user"]["id"] != alice.id
 
 
-async def test_an_account_that_others_depend_on_stays(alice: Actor, bob: Actor) -> None:
+async def test_account_that_owns_a_shared_project_cannot_be_deleted(alice: Actor, bob: Actor) -> None:
     own = await alice.make_project(name="Diary")
     shared = await alice.make_project(bob, name="Engine")
     refused = await alice.delete("/auth/profile", {"password": PASSWORD})
@@ -215,7 +217,7 @@ async def test_an_account_that_others_depend_on_stays(alice: Actor, bob: Actor) 
     assert (await bob.get(f"/projects/{shared}")).status == 200
 
 
-async def test_who_joins_while_the_account_is_being_deleted_saves_the_project(
+async def test_member_who_joins_during_account_deletion_keeps_the_project(
     alice: Actor, bob: Actor, db: asyncpg.Connection, database_url: str
 ) -> None:
     project = await alice.make_project()
@@ -234,8 +236,8 @@ async def test_an_account_whose_password_has_just_been_changed_is_not_deleted_wi
         await db.execute("UPDATE users SET password_hash = 'new' WHERE id = $1", alice.id)
         deletion = asyncio.ensure_future(alice.delete("/auth/profile", {"password": PASSWORD}))
         await until_blocked(database_url)
-    answer = await deletion
-    assert (answer.status, answer.code) == (401, "invalid_credentials")
+    response = await deletion
+    assert (response.status, response.code) == (401, "invalid_credentials")
 
 
 async def test_an_older_revision_of_an_account_is_not_deleted(alice: Actor) -> None:
@@ -246,10 +248,10 @@ async def test_an_older_revision_of_an_account_is_not_deleted(alice: Actor) -> N
     assert (await alice.get("/auth/profile")).status == 200
 
 
-async def test_who_registers_with_an_invitation_is_in_the_project(alice: Actor, db: asyncpg.Connection) -> None:
+async def test_registration_with_an_invitation_joins_the_project(alice: Actor, db: asyncpg.Connection) -> None:
     project = await alice.make_project()
     newcomer = Actor(alice.http, alice.base, "Newcomer")
-    token = await invite(db, alice, project, newcomer.email, lives=timedelta(days=1))
+    token = await invite(db, alice, project, newcomer.email, expires_in=timedelta(days=1))
     body = {"email": newcomer.email.upper(), "password": PASSWORD, "name": "New Comer", "invitationToken": token}
     newcomer.access_token = (await newcomer.post("/auth/register", body))["accessToken"]
     assert (await newcomer.get(f"/projects/{project}"))["role"] == "VIEWER"
@@ -258,7 +260,7 @@ async def test_who_registers_with_an_invitation_is_in_the_project(alice: Actor, 
 async def test_an_invitation_is_accepted_with_its_token_only(alice: Actor, db: asyncpg.Connection) -> None:
     project = await alice.make_project()
     newcomer = Actor(alice.http, alice.base, "Newcomer")
-    await invite(db, alice, project, newcomer.email, lives=timedelta(days=1))
+    await invite(db, alice, project, newcomer.email, expires_in=timedelta(days=1))
     await newcomer.register()
     assert (await newcomer.get(f"/projects/{project}")).status == 404
 
@@ -266,30 +268,30 @@ async def test_an_invitation_is_accepted_with_its_token_only(alice: Actor, db: a
 @pytest.mark.parametrize(
     ("flaw", "status", "code"), [("unknown", 404, "not_found"), ("expired", 410, "gone"), ("other's", 403, "forbidden")]
 )
-async def test_no_account_is_made_with_a_bad_invitation(
+async def test_bad_invitation_creates_no_account(
     flaw: str, status: int, code: str, alice: Actor, db: asyncpg.Connection
 ) -> None:
     project = await alice.make_project()
     newcomer = Actor(alice.http, alice.base, "Newcomer")
     email = f"other-{newcomer.email}" if flaw == "other's" else newcomer.email
-    token = await invite(db, alice, project, email, lives=timedelta(hours=-1 if flaw == "expired" else 1))
+    token = await invite(db, alice, project, email, expires_in=timedelta(hours=-1 if flaw == "expired" else 1))
     body = {"email": newcomer.email, "password": PASSWORD, "name": "New Comer"}
-    given = "unknown" if flaw == "unknown" else token
-    refused = await newcomer.post("/auth/register", body | {"invitationToken": given})
+    invitation_token = "unknown" if flaw == "unknown" else token
+    refused = await newcomer.post("/auth/register", body | {"invitationToken": invitation_token})
     assert (refused.status, refused.code) == (status, code)
     await newcomer.register()  # the address is still free
 
 
-async def test_a_signed_in_user_without_an_account_is_refused(make_actor: MakeActor, server: str) -> None:
-    """Deleted a moment ago by another device."""
+async def test_signed_in_user_without_an_account_is_rejected(make_actor: MakeActor, server: str) -> None:
+    """Another device has just deleted the account."""
     actor = await make_actor("Ghost", server)
     assert (await actor.delete("/auth/profile", {"password": PASSWORD})).status == 204
-    for answer in (await actor.patch("/auth/profile", {"name": "Back"}), await actor.get("/auth/sessions")):
-        assert (answer.status, answer.code) == (401, "unauthenticated")
+    for response in (await actor.patch("/auth/profile", {"name": "Back"}), await actor.get("/auth/sessions")):
+        assert (response.status, response.code) == (401, "unauthenticated")
 
 
 async def until_blocked(database_url: str, *, statements: int = 1) -> None:
-    """Until so many statements wait for a lock that the test holds."""
+    """Wait until so many statements wait for a lock that the test holds."""
     watcher = await asyncpg.connect(database_url)
     try:
         async with asyncio.timeout(PATIENCE_SECONDS):

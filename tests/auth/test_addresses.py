@@ -1,4 +1,4 @@
-"""Which addresses are accepted, and which are the same."""
+"""Validation of addresses, and keys that are equal for equal addresses."""
 
 import unicodedata
 
@@ -22,7 +22,7 @@ DOMAINS = st.text(
 
 
 @given(TEXTS)
-def test_any_text_is_an_address_in_ascii_or_refused_with_a_reason(text: str) -> None:
+def test_any_text_is_an_ascii_address_or_rejected_with_a_reason(text: str) -> None:
     try:
         address, reason = parse(text), "none"
     except InvalidAddressError as error:
@@ -36,16 +36,16 @@ def test_any_text_is_an_address_in_ascii_or_refused_with_a_reason(text: str) -> 
 
 
 @given(TEXTS)
-def test_any_text_has_a_key_which_is_its_own(text: str) -> None:
+def test_key_of_any_text_is_its_own_key(text: str) -> None:
     assert key(key(text)) == key(text)
     assert key(f" {text}\n") == key(text)
-    assert len(key(text)) <= 512  # as the column has it
+    assert len(key(text)) <= 512  # the limit of the column
     if text.strip().isascii():
-        assert key(text) == text.strip().lower()  # what the migration computes in SQL
+        assert key(text) == text.strip().lower()  # as the migration computes it in SQL
 
 
 @given(DOMAINS)
-def test_a_domain_in_unicode_and_in_ascii_is_one(label: str) -> None:
+def test_domain_has_one_key_in_unicode_and_in_ascii(label: str) -> None:
     try:
         address = parse(f"ada@{label}.example")
     except InvalidAddressError:
@@ -57,13 +57,13 @@ def test_a_domain_in_unicode_and_in_ascii_is_one(label: str) -> None:
 
 @pytest.mark.parametrize("text", ["mi\u212ae@x.example", "mi\uff4be@x.example", "\u017fam@x.example"])
 def test_a_look_alike_has_a_key_of_its_own(text: str) -> None:
-    """In the domain they are mapped: there they are what a browser would open."""
+    """In the domain such characters are mapped, as a browser maps them."""
     assert not key(text).isascii()
     assert parse(f"ada@{text.partition('@')[0]}.example").isascii()
 
 
 @pytest.mark.parametrize("local", ["Jürgen", "J\u030canko", "ΑΔΑΣ", "\u0130van", "ÅÅ\u0323"])
-def test_an_old_local_part_is_one_however_it_is_typed(local: str) -> None:
+def test_old_local_part_has_one_key_in_every_spelling(local: str) -> None:
     spellings = [f"{local}@x.example", f"{local.lower()}@X.example"]
     spellings += [unicodedata.normalize(form, text) for form in ("NFC", "NFD") for text in spellings]
     assert len({key(text) for text in spellings}) == 1
@@ -72,13 +72,13 @@ def test_an_old_local_part_is_one_however_it_is_typed(local: str) -> None:
 @pytest.mark.parametrize(
     "text", ["", "@", "ada", "ada@", "@x.org", "Ada <ada@x.org>", '"a b"@x.org', "ada@[127.0.0.1]", "ada@localhost"]
 )
-def test_what_is_no_address_of_a_new_account_is_refused(text: str) -> None:
+def test_invalid_address_of_a_new_account_is_rejected(text: str) -> None:
     with pytest.raises(InvalidAddressError):
         parse(text)
 
 
 @pytest.mark.parametrize("text", ["a@" + "b." * 500_000, "ä" * 1_000_000, "a@" + "ä." * 500_000])
-def test_a_long_text_is_refused_before_it_is_looked_at(text: str) -> None:
+def test_long_text_is_rejected_before_parsing(text: str) -> None:
     with pytest.raises(InvalidAddressError, match="Longer than maximum length 254"):
         parse(text)
     assert key(text) == text.lower()  # the library would take minutes

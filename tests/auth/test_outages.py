@@ -1,6 +1,6 @@
-"""Stores that are down, emptied, restarted or silent: nobody waits long, and no ended session comes back.
+"""Stores that are down, emptied, restarted or unresponsive delay no request for long and reopen no ended session.
 
-Every test has stores of its own. ``aged`` makes Redis one that has remembered for long, whose word counts.
+Every test has its own stores. ``aged`` makes Redis claim that it has kept entries for long, so that it is trusted.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ async def redis(own_stack: Stack) -> AsyncIterator[Redis]:
 
 @dataclass
 class Wired:
-    """A Redis, and a wire to it that can be cut; settings of servers without and with that wire."""
+    """A Redis, a proxy in front of it that can be cut, and settings of servers without and with that proxy."""
 
     redis: Redis
     wire: Proxy
@@ -58,7 +58,7 @@ async def status(actor: Actor, path: str = "/auth/sessions") -> int:
 
 
 async def aged(redis: Redis, *, since: float = 3600) -> None:
-    """Redis remembers since an hour ago (asked once before, so that it has met our script)."""
+    """Make Redis claim that it has kept entries for an hour. A request before it must have loaded our script."""
     await redis.set(SINCE, int(time.time() - since))
 
 
@@ -67,10 +67,10 @@ async def alice_and_her_phone(make_actor: MakeActor, base: str) -> tuple[Actor, 
     return alice, await alice.at(base).log_in()
 
 
-async def test_redis_that_has_remembered_for_long_answers_alone(
+async def test_complete_blacklist_is_trusted_without_postgresql(
     base: str, make_actor: MakeActor, redis: Redis, own_stack: Stack
 ) -> None:
-    """The quick answer is used: a row that ended behind its back is not looked at."""
+    """A session that is ended only in PostgreSQL stays open: the row is not read."""
     alice, phone = await alice_and_her_phone(make_actor, base)
     assert await status(alice) == 200
     await aged(redis)
@@ -84,7 +84,9 @@ async def test_redis_that_has_remembered_for_long_answers_alone(
     await db.close()
 
 
-async def test_redis_killed_the_rows_decide(base: str, make_actor: MakeActor, redis: Redis, own_stack: Stack) -> None:
+async def test_postgresql_decides_while_redis_is_down(
+    base: str, make_actor: MakeActor, redis: Redis, own_stack: Stack
+) -> None:
     alice, phone = await alice_and_her_phone(make_actor, base)
     assert await status(alice) == 200
     await aged(redis)
@@ -103,25 +105,25 @@ async def test_redis_killed_the_rows_decide(base: str, make_actor: MakeActor, re
     assert await status(alice) == 200
 
 
-async def test_redis_restarted_does_not_reopen_what_ended_meanwhile(
+async def test_restarted_redis_does_not_reopen_ended_sessions(
     base: str, other_base: str, make_actor: MakeActor, redis: Redis, own_stack: Stack
 ) -> None:
-    """Its first note survives in the append-only file; the logout while it was down does not."""
+    """The key of its age survives in the append-only file; the logout during its outage is not in it."""
     alice, phone = await alice_and_her_phone(make_actor, base)
     elsewhere, phone_elsewhere = alice.at(other_base), phone.at(other_base)
     assert await status(elsewhere) == 200
     await aged(redis)
     assert await status(phone_elsewhere) == 200
-    await asyncio.sleep(1.1)  # until it is in the file: appendfsync everysec
+    await asyncio.sleep(1.1)  # until the key is in the file: appendfsync everysec
     own_stack.valkey.kill()
     assert (await phone.post("/auth/logout")).status == 204
     own_stack.valkey.start()
-    assert await redis.get(SINCE) is not None  # it claims to remember
+    assert await redis.get(SINCE) is not None  # Redis claims to have kept all entries
     assert [await status(phone_elsewhere) for _ in range(3)] == [401] * 3
     assert await status(elsewhere) == 200
 
 
-async def test_redis_emptied_does_not_reopen_what_ended(base: str, make_actor: MakeActor, redis: Redis) -> None:
+async def test_emptied_redis_does_not_reopen_ended_sessions(base: str, make_actor: MakeActor, redis: Redis) -> None:
     alice, phone = await alice_and_her_phone(make_actor, base)
     assert await status(alice) == 200
     await aged(redis)
@@ -130,11 +132,13 @@ async def test_redis_emptied_does_not_reopen_what_ended(base: str, make_actor: M
     await redis.flushall()
     assert await status(phone) == 401
     assert await status(alice) == 200
-    assert await status(phone) == 401  # nor with the note that it was emptied
+    assert await status(phone) == 401  # nor after Redis has a new key of its age
 
 
 @pytest.mark.hurried("redis_url")
-async def test_a_silent_redis_delays_nobody_for_long(base: str, make_actor: MakeActor, own_stack: Stack) -> None:
+async def test_unresponsive_redis_delays_no_request_for_long(
+    base: str, make_actor: MakeActor, own_stack: Stack
+) -> None:
     alice, phone = await alice_and_her_phone(make_actor, base)
     pid = own_stack.valkey.pid
     assert pid is not None
@@ -146,13 +150,13 @@ async def test_a_silent_redis_delays_nobody_for_long(base: str, make_actor: Make
         assert (await alice.post("/auth/ws-ticket")).status == 503
         fresh = await alice.post("/auth/refresh", {"refreshToken": alice.refresh_token})
         assert fresh.status == 200
-        changed = {"currentPassword": PASSWORD, "newPassword": "Babbage1791"}
-        assert (await alice.post("/auth/password", changed)).status == 204
+        passwords = {"currentPassword": PASSWORD, "newPassword": "Babbage1791"}
+        assert (await alice.post("/auth/password", passwords)).status == 204
     finally:
         os.kill(pid, signal.SIGCONT)
 
 
-async def test_with_neither_store_nobody_is_let_in_and_nobody_waits(
+async def test_outage_of_both_stores_rejects_requests_without_delay(
     base: str, make_actor: MakeActor, redis: Redis, own_stack: Stack
 ) -> None:
     alice, phone = await alice_and_her_phone(make_actor, base)
@@ -161,7 +165,7 @@ async def test_with_neither_store_nobody_is_let_in_and_nobody_waits(
     await phone.post("/auth/logout")
     own_stack.postgres.kill()
     ended = await phone.get("/auth/sessions")
-    assert (ended.status, ended.code) == (401, "unauthenticated")  # Redis can tell, alone
+    assert (ended.status, ended.code) == (401, "unauthenticated")  # Redis alone has the entry
     own_stack.valkey.kill()
     for actor in (alice, phone):
         unknown = await actor.get("/auth/sessions")
@@ -173,7 +177,7 @@ async def test_with_neither_store_nobody_is_let_in_and_nobody_waits(
 
 @pytest.fixture
 async def wired(quiet: dict[str, str]) -> AsyncIterator[Wired]:
-    """For tests that leave Redis alone, and cut a wire to it: the shared one will do."""
+    """The shared Redis behind a proxy, for tests that cut the connection and leave Redis itself running."""
     async with (
         Network.to({"redis_url": quiet["redis_url"]}) as network,
         Redis.from_url(quiet["redis_url"]) as redis,
@@ -182,10 +186,10 @@ async def wired(quiet: dict[str, str]) -> AsyncIterator[Wired]:
         yield Wired(redis, network.stores["redis_url"], direct=quiet, wired=quiet | network.urls)
 
 
-async def test_a_note_that_one_server_could_not_make_is_not_missed_by_others(
+async def test_failed_blacklist_write_is_repaired_for_other_servers(
     make_server: MakeServer, make_actor: MakeActor, wired: Wired
 ) -> None:
-    """The wire between one server and Redis is cut while somebody logs out there."""
+    """The connection between one server and Redis is cut while a user logs out there."""
     other_base, base = await make_server(**wired.direct), await make_server(**wired.wired)
     alice, phone = await alice_and_her_phone(make_actor, base)
     elsewhere = phone.at(other_base)
@@ -193,7 +197,7 @@ async def test_a_note_that_one_server_could_not_make_is_not_missed_by_others(
     await aged(wired.redis)
     await wired.wire.turn(Mode.STOPPED)
     assert (await phone.post("/auth/logout")).status == 204
-    assert await status(elsewhere) == 200  # Redis knows nothing of it yet: this is what must not last
+    assert await status(elsewhere) == 200  # Redis has no entry yet: this state must not last
     assert await status(phone) == 401
     await wired.wire.turn(Mode.PASS)
     async with asyncio.timeout(PATIENCE_SECONDS):
@@ -202,7 +206,7 @@ async def test_a_note_that_one_server_could_not_make_is_not_missed_by_others(
     assert await status(alice.at(other_base)) == 200
 
 
-async def test_a_note_that_a_server_took_to_its_grave_is_made_by_the_next(
+async def test_blacklist_entry_lost_with_a_server_is_added_by_the_next_one(
     make_server: MakeServer, make_actor: MakeActor, wired: Wired
 ) -> None:
     other_base, base = await make_server(**wired.direct), await make_server(**wired.wired)
@@ -220,7 +224,7 @@ async def test_a_note_that_a_server_took_to_its_grave_is_made_by_the_next(
 
 
 @pytest.mark.hurried("redis_url")
-async def test_a_note_whose_maker_lost_patience_is_not_forgotten(wired: Wired) -> None:
+async def test_cancelled_blacklist_write_marks_the_blacklist_incomplete(wired: Wired) -> None:
     async with redis_client(wired.wired["redis_url"]) as redis:
         pipelines = Pipelines(redis)
         list_ = blacklist.Blacklist(redis, pipelines, token_ttl=900)
@@ -228,7 +232,7 @@ async def test_a_note_whose_maker_lost_patience_is_not_forgotten(wired: Wired) -
         async def ended() -> bool | None:
             return await list_.ended(session=uuid4(), token="x")
 
-        for _ in range(2):  # at first it may not know our script
+        for _ in range(2):  # the first call may have to load our script
             await ended()
         await aged(wired.redis)
         assert await ended() is False

@@ -1,4 +1,4 @@
-"""Passwords: slow to guess, no slower for others, told to nobody."""
+"""Passwords: guessing is slow, hashing delays no other request, and no password is stored or logged."""
 
 import asyncio
 import statistics
@@ -22,25 +22,28 @@ LAG_SECONDS = 0.02
 async def test_a_login_takes_as_long_for_an_unknown_address(
     make_server: MakeServer, http: aiohttp.ClientSession
 ) -> None:
-    """By the processor time of all threads: what other processes take of the machine does not count."""
+    """Measured in processor time of all threads, so that the load of other processes does not count."""
     alice = await Actor(http, await make_server(bcrypt_rounds=9), "Alice").register()
     guest = Actor(http, alice.base, "Guest")
-    took: dict[str, list[float]] = {alice.email: [], f"un{alice.email}": []}
+    durations: dict[str, list[float]] = {alice.email: [], f"un{alice.email}": []}
     for _ in range(15):
-        for email, times in took.items():
+        for email, times in durations.items():
             began = time.process_time()
             refused = await guest.post("/auth/login", {"email": email, "password": "Wrong12345"})
             times.append(time.process_time() - began)
             assert (refused.status, refused.code) == (401, "invalid_credentials")
             refused.body.pop("requestId")
             assert refused.body == refused.body | {"detail": "Email or password is wrong"}
-    known, unknown = map(statistics.median, took.values())
-    assert 0.6 < known / unknown < 1.6, took  # without the dummy hash unknown ones take a tenth
+    known, unknown = map(statistics.median, durations.values())
+    assert 0.6 < known / unknown < 1.6, durations  # without the dummy hash, unknown addresses take a tenth of the time
 
 
-async def test_a_storm_of_logins_leaves_the_loop_its_turn(full: bool) -> None:
-    """All cores hash, at a low priority; how late the loop's own timers come is what others feel. That depends on the
-    machine, and is held in the full form; but nowhere is a hash made in the loop's thread."""
+async def test_burst_of_logins_does_not_block_the_event_loop(full: bool) -> None:
+    """All cores hash, at a low priority; the delay of the loop's own timers is the delay of other requests.
+
+    That delay depends on the machine, so only the full form limits it. The loop's thread never computes a hash, in
+    both forms.
+    """
     hasher = Hasher(rounds=12)
     lags: list[float] = []
     turns: list[float] = []  # of the processor
@@ -61,41 +64,41 @@ async def test_a_storm_of_logins_leaves_the_loop_its_turn(full: bool) -> None:
         assert Fit.CURRENT in fits
     watcher.cancel()
     hasher.close()
-    assert sorted(turns)[-2] < one_hash / 2  # one may have collected garbage
+    assert sorted(turns)[-2] < one_hash / 2  # one turn may include garbage collection
     p99 = statistics.quantiles(lags, n=100)[98]
-    print(f"loop lag under a storm of logins: p50 {statistics.median(lags) * 1e3:.2f} ms, p99 {p99 * 1e3:.2f} ms")
-    assert p99 < LAG_SECONDS or not full  # on a machine of one's own
+    print(f"loop lag during a burst of logins: p50 {statistics.median(lags) * 1e3:.2f} ms, p99 {p99 * 1e3:.2f} ms")
+    assert p99 < LAG_SECONDS or not full  # the full form runs on a machine without other load
 
 
-async def test_a_storm_of_logins_at_a_running_server_leaves_others_their_turn(
+async def test_burst_of_logins_does_not_block_other_requests(
     processes: Processes, http: aiohttp.ClientSession, full: bool
 ) -> None:
     server = processes.server(BCRYPT_ROUNDS="12")
     alice = await Actor(http, server.base, "Alice").register()
     guest = Actor(http, server.base, "Guest")
-    calm = await answer_times(guest, seconds=1)
+    calm = await response_times(guest, seconds=1)
     is_over = asyncio.Event()
 
     async def sign_in_again_and_again() -> list[int]:
         statuses = []
         while not is_over.is_set():
-            answer = await guest.post("/auth/login", {"email": alice.email, "password": PASSWORD})
-            statuses.append(answer.status)
+            response = await guest.post("/auth/login", {"email": alice.email, "password": PASSWORD})
+            statuses.append(response.status)
         return statuses
 
     storm = asyncio.gather(*(sign_in_again_and_again() for _ in range(30)))
-    stormy = await answer_times(guest, seconds=15 if full else 4)
+    stormy = await response_times(guest, seconds=15 if full else 4)
     is_over.set()
-    statuses = Counter(status for each in await storm for status in each)
+    statuses = Counter(status for batch in await storm for status in batch)
     assert {200} <= statuses.keys() <= {200, 503}
-    # Inline, others would have their turn between two logins, each of which takes 200 ms and more.
+    # If hashing were inline, other requests could run only between two logins, each of which takes 200 ms or more.
     assert len(stormy) > 3 * statuses[200]
     quick, slow = (statistics.quantiles(times, n=100)[98] for times in (calm, stormy))
-    print(f"answers without stores: p99 {quick * 1e3:.1f} ms; in a storm of logins {slow * 1e3:.1f} ms")
+    print(f"responses without stores: p99 {quick * 1e3:.1f} ms; during a burst of logins {slow * 1e3:.1f} ms")
     assert slow < LAG_SECONDS or not full
 
 
-async def answer_times(guest: Actor, *, seconds: float) -> list[float]:
+async def response_times(guest: Actor, *, seconds: float) -> list[float]:
     times, until = [], time.perf_counter() + seconds
     while (began := time.perf_counter()) < until:
         assert (await guest.get("/health")).status == 200
@@ -109,58 +112,60 @@ async def test_secrets_are_neither_in_the_database_nor_in_the_logs(
 ) -> None:
     server = processes.server(LOG_LEVEL="debug")
     alice = await Actor(http, server.base, "Alice").register()
-    told = [alice.password, alice.access_token, alice.refresh_token]
+    secrets = [alice.password, alice.access_token, alice.refresh_token]
     fresh = (await alice.post("/auth/refresh", {"refreshToken": alice.refresh_token})).body
-    told += [fresh["accessToken"], fresh["refreshToken"], (await alice.post("/auth/ws-ticket"))["ticket"]]
+    secrets += [fresh["accessToken"], fresh["refreshToken"], (await alice.post("/auth/ws-ticket"))["ticket"]]
     project = await alice.make_project()
     invitation = await alice.post(
         f"/projects/{project}/collaborators", {"email": f"new-{alice.email}", "role": "VIEWER"}
     )
-    told.append(invitation["invitation"]["token"])
+    secrets.append(invitation["invitation"]["token"])
     await alice.post("/auth/login", {"email": alice.email, "password": "Mistyped1815"})
     await alice.post("/auth/login", {"email": alice.email, "password": {"Mistyped1815": None}})
-    await alice.get(f"/ws?ticket={told[-2]}")
-    told.append("Mistyped1815")
+    await alice.get(f"/ws?ticket={secrets[-2]}")
+    secrets.append("Mistyped1815")
     server.terminate()
 
-    kept = dump(database_url) + server.output
-    assert alice.id in kept  # the search would find what is there
-    spellings = [spelling for secret in told for spelling in (secret, secret.encode().hex())]  # bytea is shown as hex
-    assert [spelling for spelling in spellings if spelling in kept] == []
+    searched = dump(database_url) + server.output
+    assert alice.id in searched  # the search finds a value that is there
+    spellings = [
+        spelling for secret in secrets for spelling in (secret, secret.encode().hex())
+    ]  # bytea is shown as hex
+    assert [spelling for spelling in spellings if spelling in searched] == []
 
 
 def dump(database_url: str) -> str:
-    """Every row of every table, as text."""
+    """Return every row of every table, as text."""
     with psycopg.connect(database_url) as connection:
         tables = connection.execute(
             "SELECT quote_ident(table_name) FROM information_schema.tables WHERE table_schema = 'public'"
         ).fetchall()
         rows = [connection.execute(f"SELECT t::text FROM {table} t").fetchall() for (table,) in tables]
-    return "\n".join(str(row[0]) for each in rows for row in each)
+    return "\n".join(str(row[0]) for table_rows in rows for row in table_rows)
 
 
 async def test_a_password_is_kept_as_a_bcrypt_hash(alice: Actor, database_url: str) -> None:
     db = await asyncpg.connect(database_url)
-    kept = await db.fetchval("SELECT password_hash FROM users WHERE id = $1", alice.id)
+    password_hash = await db.fetchval("SELECT password_hash FROM users WHERE id = $1", alice.id)
     await db.close()
-    assert kept.startswith("$2b$04$")
+    assert password_hash.startswith("$2b$04$")
 
 
-async def test_of_too_many_sign_ins_each_is_let_in_or_told_to_come_back(
+async def test_too_many_concurrent_sign_ins_succeed_or_get_retry_after(
     make_server: MakeServer, http: aiohttp.ClientSession
 ) -> None:
-    """Far more than can be hashed in the time that the stores have; it is not they who are to blame."""
+    """Far more sign-ins than can be hashed before the stores' deadline: the error does not blame a store."""
     alice = await Actor(http, await make_server(bcrypt_rounds=12), "Alice").register()
     guest = Actor(http, alice.base, "Guest")
 
     async def sign_in() -> tuple[int, str]:
-        answer = await guest.post("/auth/login", {"email": alice.email, "password": PASSWORD})
-        assert answer.status == 200 or int(answer.headers["Retry-After"]) > 0
-        return answer.status, answer.body.get("detail", "")
+        response = await guest.post("/auth/login", {"email": alice.email, "password": PASSWORD})
+        assert response.status == 200 or int(response.headers["Retry-After"]) > 0
+        return response.status, response.body.get("detail", "")
 
-    answers = await asyncio.gather(*(sign_in() for _ in range(60)))
-    assert {status for status, _ in answers} == {200, 503}
-    assert {detail for status, detail in answers if status == 503} == {"Too many sign-ins at once"}
+    responses = await asyncio.gather(*(sign_in() for _ in range(60)))
+    assert {status for status, _ in responses} == {200, 503}
+    assert {detail for status, detail in responses if status == 503} == {"Too many concurrent sign-ins"}
 
 
 async def test_a_login_renews_a_hash_of_another_cost(
@@ -170,17 +175,17 @@ async def test_a_login_renews_a_hash_of_another_cost(
     dearer = alice.at(await make_server(bcrypt_rounds=5))
     connection = await asyncpg.connect(database_url)
 
-    async def kept() -> str:
+    async def stored_hash() -> str:
         return await connection.fetchval("SELECT password_hash FROM users WHERE id = $1", alice.id)
 
     try:
         refused = await dearer.post("/auth/login", {"email": alice.email, "password": "Wrong12345"})
-        assert (refused.status, (await kept())[:7]) == (401, "$2b$04$")
+        assert (refused.status, (await stored_hash())[:7]) == (401, "$2b$04$")
         await dearer.log_in()
-        renewed = await kept()
+        renewed = await stored_hash()
         assert renewed[:7] == "$2b$05$"
         await dearer.log_in()
-        assert await kept() == renewed
+        assert await stored_hash() == renewed
     finally:
         await connection.close()
 
@@ -198,7 +203,7 @@ hasher.close()
 """
 
 
-def test_who_is_nicer_already_hashes_all_the_same() -> None:
-    """Nobody but root may become less nice."""
+def test_hasher_works_in_a_process_with_a_high_niceness() -> None:
+    """Only root may lower the niceness of a thread."""
     done = subprocess.run([sys.executable, "-c", NICER], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("$2b$04$")

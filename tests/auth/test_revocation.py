@@ -1,4 +1,4 @@
-"""However a session ends, its sockets on any server are told and closed, within a second or so."""
+"""The end of a session, for any reason, closes its sockets on every server within about a second."""
 
 from collections.abc import Awaitable, Callable
 
@@ -46,7 +46,7 @@ ENDS: dict[str, End] = {
 
 
 @pytest.mark.parametrize("end", ENDS)
-async def test_a_session_takes_its_sockets_with_it(
+async def test_ended_session_closes_its_sockets(
     end: str, make_server: MakeServer, make_actor: MakeActor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here, there = await make_server(), await make_server()
@@ -76,7 +76,7 @@ async def test_a_ticket_opens_one_socket(alice: Actor, make_server: MakeServer) 
     assert (again.status, again.code) == (401, "unauthenticated")
 
 
-async def test_a_ticket_of_a_session_that_ended_opens_none(alice: Actor) -> None:
+async def test_ticket_of_an_ended_session_opens_no_socket(alice: Actor) -> None:
     ticket = (await alice.post("/auth/ws-ticket"))["ticket"]
     await alice.post("/auth/logout")
     refused = await Actor(alice.http, alice.base, "Guest").get(f"/ws?ticket={ticket}", headers=UPGRADE)

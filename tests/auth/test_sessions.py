@@ -1,4 +1,4 @@
-"""Sessions: devices that sign in, rotate their refresh tokens, and are signed out."""
+"""Sessions: devices sign in, rotate their refresh tokens, and are signed out."""
 
 import asyncio
 from collections import Counter
@@ -17,21 +17,21 @@ async def refresh(actor: Actor, token: str) -> Answer:
     return await actor.post("/auth/refresh", {"refreshToken": token}, headers={"Authorization": "none"})
 
 
-async def living(actor: Actor) -> list[str]:
+async def active_sessions(actor: Actor) -> list[str]:
     listed = await actor.get("/auth/sessions")
     assert listed.status == 200, listed
     return [session["id"] for session in listed["items"]]
 
 
-async def test_a_refresh_token_buys_one_new_pair(alice: Actor) -> None:
+async def test_refresh_token_is_exchanged_for_new_tokens(alice: Actor) -> None:
     fresh = await refresh(alice, alice.refresh_token)
     assert fresh.status == 200
     assert fresh.body.keys() == {"accessToken", "refreshToken", "tokenType", "expiresIn"}
     assert fresh.headers["Cache-Control"] == "no-store"
     assert fresh["refreshToken"] != alice.refresh_token
-    before = await living(alice)
+    before = await active_sessions(alice)
     alice.access_token = fresh["accessToken"]
-    assert await living(alice) == before  # the same session
+    assert await active_sessions(alice) == before  # the same session
 
 
 async def test_a_spent_token_used_again_ends_its_session(alice: Actor) -> None:
@@ -49,18 +49,20 @@ async def test_a_spent_token_used_again_ends_its_session(alice: Actor) -> None:
     for access in (alice.access_token, third["accessToken"]):
         alice.access_token = access
         assert (await alice.get("/auth/profile")).status == 401
-    assert len(await living(phone)) == 1  # the other device is not concerned
+    assert len(await active_sessions(phone)) == 1  # the other device stays signed in
 
 
-async def test_two_honest_refreshes_at_once_log_nobody_out(alice: Actor) -> None:
+async def test_two_concurrent_refreshes_keep_the_session(alice: Actor) -> None:
     tabs = await asyncio.gather(*(refresh(alice, alice.refresh_token) for _ in range(2)))
     assert [tab.status for tab in tabs] == [200, 200]
-    for tab in tabs:  # whichever answer came last is the one the client keeps
+    for tab in tabs:  # the client keeps the response that arrives last, and that may be either
         assert (await refresh(alice, tab["refreshToken"])).status == 200
-    assert len(await living(alice)) == 1
+    assert len(await active_sessions(alice)) == 1
 
 
-async def test_after_the_grace_a_spent_token_is_reuse(alice: Actor, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_spent_token_counts_as_reused_after_the_grace_period(
+    alice: Actor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert (await refresh(alice, alice.refresh_token)).status == 200
     monkeypatch.setattr(sessions, "GRACE_SECONDS", 0.0)
     late = await refresh(alice, alice.refresh_token)
@@ -73,23 +75,23 @@ async def test_200_refreshes_of_one_token_on_two_servers_leave_one_family(
     first, second = await make_server(), await make_server()
     alice = await make_actor("Alice", first)
     twin = alice.at(second)
-    answers = await asyncio.gather(*(refresh((alice, twin)[n % 2], alice.refresh_token) for n in range(200)))
-    statuses = Counter(answer.status for answer in answers)
-    assert statuses.keys() <= {200, 503}, statuses  # a busy machine may say: try again
+    responses = await asyncio.gather(*(refresh((alice, twin)[n % 2], alice.refresh_token) for n in range(200)))
+    statuses = Counter(response.status for response in responses)
+    assert statuses.keys() <= {200, 503}, statuses  # 503 on a busy machine
     assert statuses[200] >= 100, statuses
-    assert len(await living(twin)) == 1
-    (heir,) = {answer["refreshToken"] for answer in answers if answer.status == 200}
-    last = await refresh(twin, heir)
+    assert len(await active_sessions(twin)) == 1
+    (successor,) = {response["refreshToken"] for response in responses if response.status == 200}
+    last = await refresh(twin, successor)
     assert last.status == 200
 
-    replayed = await refresh(alice, alice.refresh_token)  # an ancestor, and its successor was spent
+    replayed = await refresh(alice, alice.refresh_token)  # its successor is spent
     assert (replayed.status, replayed.code) == REUSED
     assert (await refresh(twin, last["refreshToken"])).status == 401
     assert (await twin.get("/auth/sessions")).status == 401
 
 
 @pytest.mark.parametrize("token", ["x", "x" * 256, "ünïcode", "a.b.c"])
-async def test_an_unknown_refresh_token_is_refused(token: str, alice: Actor) -> None:
+async def test_unknown_refresh_token_is_rejected(token: str, alice: Actor) -> None:
     refused = await refresh(alice, token)
     assert (refused.status, refused.code) == UNKNOWN
 
@@ -112,7 +114,7 @@ async def test_logout_ends_the_session_and_its_tokens(alice: Actor, make_server:
     assert (await phone.get("/auth/profile")).status == 200
 
 
-async def test_logout_ends_the_session_of_a_refresh_token_only_when_it_is_ones_own(alice: Actor, bob: Actor) -> None:
+async def test_logout_ends_the_session_of_a_refresh_token_only_of_the_same_user(alice: Actor, bob: Actor) -> None:
     phone = await alice.at(alice.base).log_in()
     assert (await alice.post("/auth/logout", {"refreshToken": bob.refresh_token})).status == 204
     assert (await bob.get("/auth/profile")).status == 200
@@ -125,14 +127,16 @@ async def test_devices_are_listed_newest_first_page_by_page(alice: Actor) -> Non
     for n in range(4):
         device = alice.at(alice.base)
         login = {"email": alice.email, "password": PASSWORD}
-        made = await device.post("/auth/login", login, headers={"User-Agent": f"Device {n}", "Authorization": "none"})
-        assert made.status == 200, made
+        login_response = await device.post(
+            "/auth/login", login, headers={"User-Agent": f"Device {n}", "Authorization": "none"}
+        )
+        assert login_response.status == 200, login_response
     listed, cursor = [], ""
     while cursor is not None:
-        shown = await alice.get(f"/auth/sessions?limit=2{cursor and '&cursor=' + cursor}")
-        assert len(shown["items"]) <= 2
-        listed += shown["items"]
-        cursor = shown["nextCursor"]
+        page = await alice.get(f"/auth/sessions?limit=2{cursor and '&cursor=' + cursor}")
+        assert len(page["items"]) <= 2
+        listed += page["items"]
+        cursor = page["nextCursor"]
     assert [session["userAgent"] for session in listed[:4]] == [f"Device {n}" for n in (3, 2, 1, 0)]
     assert [session["current"] for session in listed] == [False] * 4 + [True]
     assert listed[0].keys() == {"id", "createdAt", "lastUsedAt", "expiresAt", "userAgent", "ip", "current"}
@@ -146,13 +150,13 @@ async def test_devices_are_listed_newest_first_page_by_page(alice: Actor) -> Non
         "limit=101",
         "limit=x",
         "limit=1.5",
-        "cursor=x",  # then: no id, no time zone, before the first year
+        "cursor=x",  # the next ones: not an id, no time zone, before the first year
         "cursor=WyJzZXNzaW9ucyIsICIyMDIwLTAxLTAxIiwgImEiXQ",
         "cursor=WyJzZXNzaW9ucyIsICIyMDIwLTAxLTAxIiwgIjAwMDAwMDAwLTAwMDAtMDAwMC0wMDAwLTAwMDAwMDAwMDAwMCJd",
         "cursor=WyJzZXNzaW9ucyIsICIwMDAxLTAxLTAxVDAwOjAwOjAwKzE0OjAwIiwgIjAwMDAwMDAwLTAwMDAtMDAwMC0wMDAwLTAwMDAwMDAwMDAwMCJd",
     ],
 )
-async def test_a_page_that_cannot_be_is_refused(query: str, alice: Actor) -> None:
+async def test_invalid_page_is_rejected(query: str, alice: Actor) -> None:
     refused = await alice.get(f"/auth/sessions?{query}")
     assert (refused.status, refused.code) == (422, "validation_failed")
 
@@ -166,7 +170,7 @@ async def test_a_device_can_be_signed_out_from_another(alice: Actor, bob: Actor)
     assert (foreign.status, foreign.code) == (404, "not_found")
     assert (await phone.get("/auth/profile")).status == 200
 
-    for path in (f"/auth/sessions/{current}", "/auth/sessions"):  # things without an ETag
+    for path in (f"/auth/sessions/{current}", "/auth/sessions"):  # resources without an ETag
         assert (await alice.delete(path, headers={"If-Match": '"1"'})).status == 412
     assert (await alice.delete(f"/auth/sessions/{current}")).status == 204
     assert (await phone.get("/auth/profile")).status == 401
@@ -176,28 +180,28 @@ async def test_a_device_can_be_signed_out_from_another(alice: Actor, bob: Actor)
     assert (await alice.delete("/auth/sessions")).status == 204
     assert (await tablet.get("/auth/profile")).status == 401
     assert (await refresh(tablet, tablet.refresh_token)).status == 401
-    assert len(await living(alice)) == 1
+    assert len(await active_sessions(alice)) == 1
 
 
-async def test_the_session_unused_longest_gives_way(alice: Actor, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_session_unused_longest_ends_beyond_the_maximum(alice: Actor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "SESSIONS_KEPT", 3)
     devices = [await alice.at(alice.base).log_in() for _ in range(3)]
     assert (await alice.get("/auth/profile")).status == 401
-    assert len(await living(devices[0])) == 3
+    assert len(await active_sessions(devices[0])) == 3
 
 
-async def test_a_device_may_call_itself_anything(alice: Actor) -> None:
-    """Bytes that are not UTF-8 in a header are no reason to refuse a login."""
+async def test_device_may_send_any_user_agent(alice: Actor) -> None:
+    """Header bytes that are not UTF-8 do not prevent a login."""
     login = {"email": alice.email, "password": PASSWORD}
-    strange = {"User-Agent": "Räuber \udcff\udc80 " + "x" * 600, "Authorization": "none"}
-    made = await alice.post("/auth/login", login, headers=strange)
-    assert made.status == 200, made
-    shown = (await alice.get("/auth/sessions"))["items"][0]["userAgent"]
-    assert shown.startswith("Räuber ")
-    assert len(shown) == 512
+    headers = {"User-Agent": "Räuber \udcff\udc80 " + "x" * 600, "Authorization": "none"}
+    login_response = await alice.post("/auth/login", login, headers=headers)
+    assert login_response.status == 200, login_response
+    user_agent = (await alice.get("/auth/sessions"))["items"][0]["userAgent"]
+    assert user_agent.startswith("Räuber ")
+    assert len(user_agent) == 512
 
 
-async def test_expired_sessions_and_their_tokens_are_forgotten(alice: Actor, bob: Actor, database_url: str) -> None:
+async def test_expired_sessions_and_their_tokens_are_deleted(alice: Actor, bob: Actor, database_url: str) -> None:
     db = await asyncpg.connect(database_url)
     try:
         await db.execute("UPDATE sessions SET expires_at = now() - interval '8 days' WHERE user_id = $1", alice.id)
@@ -214,10 +218,10 @@ async def test_expired_sessions_and_their_tokens_are_forgotten(alice: Actor, bob
     assert [row["user_id"] for row in left] == [bob.id]
 
 
-async def test_a_session_with_thousands_of_tokens_is_forgotten_piece_by_piece(alice: Actor, database_url: str) -> None:
+async def test_session_with_thousands_of_tokens_is_deleted_in_batches(alice: Actor, database_url: str) -> None:
     db = await asyncpg.connect(database_url)
     try:
-        session = (await living(alice))[0]
+        session = (await active_sessions(alice))[0]
         await db.execute(
             """
             INSERT INTO refresh_tokens (hash, session_id, expires_at)

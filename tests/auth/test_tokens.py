@@ -1,4 +1,4 @@
-"""Access tokens: what we did not sign, as we write it, opens nothing; what stands in for them does so once."""
+"""Access tokens and tickets: only unchanged tokens that we signed are accepted, and a ticket only once."""
 
 import asyncio
 import base64
@@ -37,13 +37,13 @@ def claims_of(token: str) -> dict[str, Any]:
 
 
 def same_signature(token: str) -> str:
-    """Another spelling of the same bytes: the last character has two bits that nobody reads."""
+    """Return another spelling of the same bytes: the last character has two unused bits."""
     alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
     return token[:-1] + alphabet[alphabet.index(token[-1]) + 1]
 
 
 def signed_brackets(key: str) -> str:
-    """A header of nothing but brackets, deeper than any parser goes."""
+    """Return a token whose header is nested brackets only, deeper than the parser's limit."""
     text = part(b"[" * 2000) + "." + part(b"{}")
     return text + "." + part(hmac.digest(key.encode(), text.encode(), hashlib.sha256))
 
@@ -105,16 +105,14 @@ async def test_a_forged_token_opens_nothing(forgery: str, alice: Actor, settings
     assert refused.headers["Content-Type"].startswith("application/problem+json")
 
 
-async def test_a_token_that_we_signed_opens_as_long_as_nothing_is_changed(alice: Actor, settings: Settings) -> None:
-    """The forgeries above fail for their flaw, not for the way they are made."""
+async def test_unchanged_token_that_we_signed_is_accepted(alice: Actor, settings: Settings) -> None:
+    """The forgeries above fail because of their flaw, not because of the way the test signs them."""
     alice.access_token = sign(claims_of(alice.access_token), settings.jwt_secret)
     assert (await alice.get("/auth/profile")).status == 200
 
 
-async def test_no_token_lives_longer_than_the_setting_says_now(
-    alice: Actor, make_server: MakeServer, settings: Settings
-) -> None:
-    """Nor do the notes of ended sessions."""
+async def test_token_expires_by_the_current_setting(alice: Actor, make_server: MakeServer, settings: Settings) -> None:
+    """The blacklist entries of ended sessions expire by it, too."""
     shorter = alice.at(await make_server(access_token_ttl=settings.access_token_ttl // 3))
     issued = {"iat": int(now().timestamp()) - settings.access_token_ttl // 2}
     alice.access_token = shorter.access_token = sign(claims_of(alice.access_token) | issued, settings.jwt_secret)
@@ -124,9 +122,9 @@ async def test_no_token_lives_longer_than_the_setting_says_now(
 
 @pytest.mark.parametrize("header", ["", "Bearer", "Bearer ", "Basic YTpi", "Token {}", "{}", "Bearer {} {}"])
 async def test_only_a_bearer_header_signs_in(header: str, alice: Actor) -> None:
-    sent = header.replace("{}", alice.access_token)
+    authorization = header.replace("{}", alice.access_token)
     alice.access_token = ""
-    assert (await alice.get("/auth/profile", headers={"Authorization": sent})).status == 401
+    assert (await alice.get("/auth/profile", headers={"Authorization": authorization})).status == 401
 
 
 async def test_the_scheme_may_be_written_in_any_case(alice: Actor) -> None:
@@ -139,7 +137,7 @@ async def test_a_refresh_token_is_no_access_token(alice: Actor) -> None:
     assert (await alice.get("/auth/profile")).status == 401
 
 
-async def test_secrets_can_be_changed_without_signing_anybody_out(
+async def test_secrets_can_be_rotated_without_signing_users_out(
     alice: Actor, make_server: MakeServer, settings: Settings
 ) -> None:
     changed = replace(
@@ -171,17 +169,17 @@ async def test_secrets_can_be_changed_without_signing_anybody_out(
 SECRETS = ("jwt_secret", "jwt_secret_previous", "jwt_refresh_secret", "jwt_refresh_secret_previous")
 
 
-async def test_a_ticket_stands_for_its_user_once(alice: Actor, settings: Settings) -> None:
-    made = await alice.post("/auth/ws-ticket")
-    assert (made.status, made["expiresIn"]) == (201, 30)
-    assert made.headers["Cache-Control"] == "no-store"
+async def test_ticket_returns_its_user_once(alice: Actor, settings: Settings) -> None:
+    issued = await alice.post("/auth/ws-ticket")
+    assert (issued.status, issued["expiresIn"]) == (201, 30)
+    assert issued.headers["Cache-Control"] == "no-store"
     redis = redis_client(settings.redis_url)
     try:
-        user = await tickets.redeem(redis, ticket=made["ticket"])
+        user = await tickets.redeem(redis, ticket=issued["ticket"])
         claims = claims_of(alice.access_token)
         assert (str(user.id), str(user.session), user.token) == (alice.id, claims["sid"], claims["jti"])
         assert user.expires_at.timestamp() == claims["exp"]
-        for ticket in (made["ticket"], "never issued", "\udcff"):
+        for ticket in (issued["ticket"], "never issued", "\udcff"):
             with pytest.raises(Unauthenticated):
                 await tickets.redeem(redis, ticket=ticket)
     finally:

@@ -1,4 +1,4 @@
-"""What is done in the background goes on, whatever happens."""
+"""Periodic tasks continue after every failure."""
 
 import asyncio
 
@@ -9,7 +9,7 @@ from server.errors import Unavailable
 from tests.patience import PATIENCE_SECONDS
 
 
-async def test_a_chore_that_fails_is_done_again() -> None:
+async def test_failed_task_runs_again() -> None:
     failures = [Unavailable("away"), ZeroDivisionError(), OSError()]
     done = asyncio.Event()
 
@@ -26,17 +26,17 @@ async def test_a_chore_that_fails_is_done_again() -> None:
     await asyncio.wait({task})
 
 
-async def test_a_chore_that_is_put_off_again_and_again_is_logged_once() -> None:
-    """Salts are erased every other second: a database that is away would fill the log."""
+async def test_repeatedly_deferred_task_is_logged_once() -> None:
+    """Salts are erased every 2 s: an outage of the database would fill the log."""
     done = asyncio.Event()
-    times = 0
+    runs = 0
 
     async def chore() -> None:
-        nonlocal times
-        times += 1
-        if times == 4:  # for a moment it is back
+        nonlocal runs
+        runs += 1
+        if runs == 4:  # the database is back for a moment
             return
-        if times == 7:
+        if runs == 7:
             done.set()
         raise Unavailable("away")
 

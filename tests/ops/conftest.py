@@ -1,6 +1,7 @@
 """Fixtures of servers whose stores fail.
 
-Every answer within 2 s is held in the full form alone, on a machine of one's own: there a request has its own budget.
+Only the full form, on a machine without other load, requires every response within 2 s: there a request has its real
+deadline.
 """
 
 import asyncio
@@ -29,7 +30,7 @@ PROMISED_SECONDS = 2.0
 
 @pytest.fixture
 def longest_seconds(full: bool, monkeypatch: pytest.MonkeyPatch) -> float:
-    """That an answer may take."""
+    """The longest time that a response may take."""
     if not full:
         return PATIENCE_SECONDS
     monkeypatch.setattr(OF_A_REQUEST, BUDGET_SECONDS)
@@ -38,7 +39,7 @@ def longest_seconds(full: bool, monkeypatch: pytest.MonkeyPatch) -> float:
 
 @dataclass
 class World:
-    """Alice's project, workspace and job; Mallory is a member of nothing."""
+    """Alice with a project, a workspace and a job; Mallory is not a member of any project."""
 
     alice: Actor
     mallory: Actor
@@ -48,7 +49,7 @@ class World:
     longest_seconds: float
 
     async def call(self, who: Actor, method: str, path: str, body: object = None) -> Answer:
-        """The answer, in time."""
+        """Return the response, or raise TimeoutError after ``response_timeout_seconds``."""
         async with asyncio.timeout(self.longest_seconds):
             return await who.call(method, path, body)
 

@@ -20,7 +20,7 @@ def basic(username: str, password: str) -> dict[str, str]:
 OPERATOR = basic(*CREDENTIALS.values())
 
 
-async def test_an_operator_sees_what_waits(
+async def test_operator_sees_waiting_jobs(
     http: aiohttp.ClientSession, make_server: MakeServer, make_actor: MakeActor, quiet: dict[str, str]
 ) -> None:
     base = await make_server(**quiet, **CREDENTIALS)
@@ -31,23 +31,23 @@ async def test_an_operator_sees_what_waits(
             assets = re.findall(r'(?:src|href)="(/[^"]+)"', await page.text())
     assert len(assets) == 3
     for asset in assets:
-        async with http.get(base + asset, headers=OPERATOR) as answer:
-            assert answer.status == 200
-            assert await answer.text()
-    async with http.get(f"{base}/ops/queues/api/queues", headers=OPERATOR) as answer:
-        queued = {each["name"]: each["queued"] for each in (await answer.json())["queues"]}
+        async with http.get(base + asset, headers=OPERATOR) as response:
+            assert response.status == 200
+            assert await response.text()
+    async with http.get(f"{base}/ops/queues/api/queues", headers=OPERATOR) as response:
+        queued = {queue["name"]: queue["queued"] for queue in (await response.json())["queues"]}
     assert queued == {"high": 0, "normal": 1, "low": 0}
-    async with http.get(f"{base}/ops/queues/api/queues/normal", headers=OPERATOR) as answer:
-        [message] = (await answer.json())["queue"]["jobs"]
+    async with http.get(f"{base}/ops/queues/api/queues/normal", headers=OPERATOR) as response:
+        [message] = (await response.json())["queue"]["jobs"]
     assert (message["key"], message["queue"]) == (f"{job}:1", "normal")
-    async with http.get(f"{base}/ops/queues/api/queues/normal/jobs/{message['key']}", headers=OPERATOR) as answer:
-        assert (await answer.json())["job"] == message
+    async with http.get(f"{base}/ops/queues/api/queues/normal/jobs/{message['key']}", headers=OPERATOR) as response:
+        assert (await response.json())["job"] == message
 
 
 @pytest.mark.parametrize(
     "auth", [{}, basic("operator", "guessed"), {"Authorization": "Basic !"}, {"Authorization": "Bearer x"}]
 )
-async def test_others_are_asked_who_they_are(
+async def test_requests_without_valid_credentials_get_a_challenge(
     http: aiohttp.ClientSession, make_server: MakeServer, auth: dict[str, str]
 ) -> None:
     base = await make_server(**CREDENTIALS)
@@ -57,39 +57,39 @@ async def test_others_are_asked_who_they_are(
             assert refused.headers["WWW-Authenticate"].startswith("Basic")
 
 
-async def test_in_production_it_is_not_there_until_operators_have_a_password(
+async def test_dashboard_does_not_exist_in_production_without_credentials(
     http: aiohttp.ClientSession, make_server: MakeServer
 ) -> None:
     production = {"app_env": "production", "cors_origin": (), "bcrypt_rounds": 10}
-    async with http.get(f"{await make_server(**production)}/ops/queues") as answer:
-        assert answer.status == 404
-    async with http.get(f"{await make_server(**production, **CREDENTIALS)}/ops/queues", headers=OPERATOR) as answer:
-        assert answer.status == 200
+    async with http.get(f"{await make_server(**production)}/ops/queues") as response:
+        assert response.status == 404
+    async with http.get(f"{await make_server(**production, **CREDENTIALS)}/ops/queues", headers=OPERATOR) as response:
+        assert response.status == 200
 
 
-async def test_nothing_can_be_changed_there(http: aiohttp.ClientSession, make_server: MakeServer) -> None:
+async def test_dashboard_cannot_change_jobs(http: aiohttp.ClientSession, make_server: MakeServer) -> None:
     base = await make_server(**CREDENTIALS)
     for change in ("abort", "retry"):
         async with http.post(f"{base}/ops/queues/api/queues/normal/jobs/any/{change}", headers=OPERATOR) as refused:
             assert refused.status == 405
             assert "POST /api/v1/jobs/{id}/cancel" in (await refused.json())["detail"]
     for unknown in ("/api/queues/none", "/api/queues/low/jobs/none", "/static/none.js"):
-        async with http.get(f"{base}/ops/queues{unknown}", headers=OPERATOR) as answer:
-            assert answer.status == 404
+        async with http.get(f"{base}/ops/queues{unknown}", headers=OPERATOR) as response:
+            assert response.status == 404
 
 
 @pytest.mark.parametrize(("old", "new"), dashboard.SCRIPT_CHANGES)
-def test_saqs_page_still_has_what_we_change_in_it(old: str, new: str) -> None:
-    shown = dashboard.file("app.js").decode()
-    assert new in shown
-    assert old not in shown.replace(new, "")
+def test_saqs_page_still_contains_the_patched_code(old: str, new: str) -> None:
+    script = dashboard.file("app.js").decode()
+    assert new in script
+    assert old not in script.replace(new, "")
 
 
-async def test_without_redis_it_is_a_503_and_no_fault_of_ours(
+async def test_dashboard_responds_503_without_redis(
     http: aiohttp.ClientSession, make_server: MakeServer, own_stack: Stack
 ) -> None:
     base = await make_server(**addresses_of(own_stack))
     own_stack.valkey.kill()
     for path in ("", "/normal", "/normal/jobs/any"):
-        async with http.get(f"{base}/ops/queues/api/queues{path}") as answer:
-            assert (answer.status, (await answer.json())["code"]) == (503, "unavailable")
+        async with http.get(f"{base}/ops/queues/api/queues{path}") as response:
+            assert (response.status, (await response.json())["code"]) == (503, "unavailable")

@@ -1,4 +1,4 @@
-"""A store stops, falls silent, is slow or hangs up: answers come in time, name it, and let nobody in."""
+"""A store that stops, hangs, is slow or resets connections: responses are in time, name it, and grant no access."""
 
 import asyncio
 
@@ -16,13 +16,13 @@ NAMES = {POSTGRES: "PostgreSQL", REDIS: "Redis", MONGO: "MongoDB"}
 
 
 def detail_of(store: str, mode: Mode) -> str:
-    """Return the detail of a 503 because of a store that behaves like this."""
-    failure = "is unavailable" if mode in (Mode.STOPPED, Mode.RESET) else "did not answer in time"
+    """Return the detail of a 503 that is caused by a store in this mode."""
+    failure = "is unavailable" if mode in (Mode.STOPPED, Mode.RESET) else "did not response in time"
     return f"{NAMES[store]} {failure}"
 
 
 def calls(who: Actor, world: World) -> list[tuple[str, str, object]]:
-    """At least one call for every store, and every combination of them."""
+    """Return at least one request for every store, and for every combination of them."""
     return [
         ("GET", "/auth/profile", None),
         ("GET", "/auth/sessions", None),
@@ -45,32 +45,32 @@ def calls(who: Actor, world: World) -> list[tuple[str, str, object]]:
     ]
 
 
-async def all_asked(world: World) -> list[tuple[str, Answer]]:
-    """Each path and its answer, some at a time: where a store is away most of it is waiting."""
-    asked, found = calls(world.alice, world), []
-    for start in range(0, len(asked), AT_ONCE):
-        some = asked[start : start + AT_ONCE]
-        answers = await asyncio.gather(*(world.call(world.alice, *each) for each in some))
-        found += [(path, answer) for (_, path, _), answer in zip(some, answers, strict=True)]
-    return found
+async def ask_all(world: World) -> list[tuple[str, Answer]]:
+    """Return each path with its response, a few at a time: during an outage most of the time is waiting."""
+    requests, path_answers = calls(world.alice, world), []
+    for start in range(0, len(requests), AT_ONCE):
+        batch = requests[start : start + AT_ONCE]
+        responses = await asyncio.gather(*(world.call(world.alice, *request) for request in batch))
+        path_answers += [(path, response) for (_, path, _), response in zip(batch, responses, strict=True)]
+    return path_answers
 
 
 @pytest.mark.parametrize("mode", AWAY, ids=lambda mode: mode.name.lower())
 @pytest.mark.hurried
 @pytest.mark.parametrize("store", [POSTGRES, REDIS, MONGO])
-async def test_every_answer_comes_in_time_and_names_what_is_away(
+async def test_every_response_is_in_time_and_names_the_store_that_is_down(
     store: str, mode: Mode, network: Network, world: World
 ) -> None:
     await network.stores[store].turn(mode)
-    told = []
-    for path, answer in await all_asked(world):
-        assert answer.status < 500 or answer.status == 503, (path, answer)
-        if answer.status == 503:
-            assert answer["detail"] == detail_of(store, mode), (path, answer)
-            assert int(answer.headers["Retry-After"]) > 0
-            told.append(path)
-    assert set(told) >= NEEDED[store]
-    assert not [path for path in told if path in FREE_OF[store]]
+    paths = []
+    for path, response in await ask_all(world):
+        assert response.status < 500 or response.status == 503, (path, response)
+        if response.status == 503:
+            assert response["detail"] == detail_of(store, mode), (path, response)
+            assert int(response.headers["Retry-After"]) > 0
+            paths.append(path)
+    assert set(paths) >= NEEDED[store]
+    assert not [path for path in paths if path in FREE_OF[store]]
 
 
 NEEDED = {
@@ -87,16 +87,16 @@ FREE_OF = {
 
 @pytest.mark.hurried
 @pytest.mark.parametrize("store", [POSTGRES, REDIS, MONGO])
-async def test_every_answer_comes_in_time_where_a_store_is_slow(store: str, network: Network, world: World) -> None:
+async def test_every_response_is_in_time_if_a_store_is_slow(store: str, network: Network, world: World) -> None:
     await network.stores[store].turn(Mode.SLOW)
-    for path, answer in await all_asked(world):
-        assert answer.status < 500 or answer["detail"] == detail_of(store, Mode.SLOW), (path, answer)
+    for path, response in await ask_all(world):
+        assert response.status < 500 or response["detail"] == detail_of(store, Mode.SLOW), (path, response)
 
 
 @pytest.mark.parametrize("mode", [*AWAY, Mode.SLOW], ids=lambda mode: mode.name.lower())
 @pytest.mark.hurried
 @pytest.mark.parametrize("store", [POSTGRES, REDIS, MONGO])
-async def test_nobody_is_let_in_by_a_failure(store: str, mode: Mode, network: Network, world: World) -> None:
+async def test_outage_grants_no_access(store: str, mode: Mode, network: Network, world: World) -> None:
     ended = world.alice.at(world.alice.base)
     await ended.log_in()
     await ended.post("/auth/logout")
@@ -105,5 +105,5 @@ async def test_nobody_is_let_in_by_a_failure(store: str, mode: Mode, network: Ne
     paths = (f"/projects/{world.project}", f"/workspaces/{world.workspace}", f"/jobs/{world.job}")
     refusals = {world.mallory: (404, 503), ended: (401, 503), stranger: (401,)}
     for who, refused in refusals.items():
-        answers = await asyncio.gather(*(world.call(who, "GET", path) for path in paths))
-        assert all(answer.status in refused for answer in answers), answers
+        responses = await asyncio.gather(*(world.call(who, "GET", path) for path in paths))
+        assert all(response.status in refused for response in responses), responses

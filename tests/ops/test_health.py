@@ -1,4 +1,4 @@
-"""What an operator asks a process."""
+"""Health, readiness, metrics and logs of a process, as an operator reads them."""
 
 import asyncio
 
@@ -11,21 +11,21 @@ from tests.patience import PATIENCE_SECONDS
 from tests.processes import Processes
 
 
-async def test_health_tells_that_the_process_lives(http: aiohttp.ClientSession, server: str) -> None:
-    answer = await Actor(http, server, "Operator").get("/health")
-    assert (answer.status, answer["status"]) == (200, "ok")
-    assert answer["uptime"] >= 0
-    assert answer["version"]
+async def test_health_reports_a_running_process(http: aiohttp.ClientSession, server: str) -> None:
+    response = await Actor(http, server, "Operator").get("/health")
+    assert (response.status, response["status"]) == (200, "ok")
+    assert response["uptime"] >= 0
+    assert response["version"]
 
 
 async def test_readiness_names_each_store_with_its_latency(http: aiohttp.ClientSession, server: str) -> None:
-    answer = await Actor(http, server, "Operator").get("/health/ready")
-    assert (answer.status, answer["status"]) == (200, "ready")
-    assert {"postgresql", "redis", "mongodb"} <= answer["stores"].keys()
-    assert all(store["status"] == "up" and store["latencyMs"] > 0 for store in answer["stores"].values())
+    response = await Actor(http, server, "Operator").get("/health/ready")
+    assert (response.status, response["status"]) == (200, "ready")
+    assert {"postgresql", "redis", "mongodb"} <= response["stores"].keys()
+    assert all(store["status"] == "up" and store["latencyMs"] > 0 for store in response["stores"].values())
 
 
-async def test_a_store_that_is_down_is_named_and_the_process_still_lives(
+async def test_store_that_is_down_is_named_and_the_process_stays_healthy(
     http: aiohttp.ClientSession, own_stack: Stack, make_server: MakeServer
 ) -> None:
     base = await make_server(**addresses_of(own_stack))
@@ -38,10 +38,10 @@ async def test_a_store_that_is_down_is_named_and_the_process_still_lives(
     ):
         store.kill()
         async with asyncio.timeout(PATIENCE_SECONDS):
-            answer = await operator.get("/health/ready")
-        assert (answer.status, answer["status"]) == (503, "unavailable")
-        assert answer["stores"][name]["status"] == "down"
-        assert answer.headers["Retry-After"]
+            response = await operator.get("/health/ready")
+        assert (response.status, response["status"]) == (503, "unavailable")
+        assert response["stores"][name]["status"] == "down"
+        assert response.headers["Retry-After"]
     assert (await operator.get("/health")).status == 200
 
 
@@ -57,8 +57,8 @@ async def test_metrics_count_requests_by_route_template(http: aiohttp.ClientSess
 
 async def test_every_request_is_one_line_of_json_with_its_id(http: aiohttp.ClientSession, processes: Processes) -> None:
     server = processes.server()
-    answer = await Actor(http, server.base, "Ada").get("/projects", headers={"X-Request-Id": "mine-1"})
-    assert answer.headers["X-Request-Id"] == answer["requestId"] == "mine-1"
+    response = await Actor(http, server.base, "Ada").get("/projects", headers={"X-Request-Id": "mine-1"})
+    assert response.headers["X-Request-Id"] == response["requestId"] == "mine-1"
     line = server.until(r'\{[^\n]*"request_id":"mine-1"[^\n]*\}').group(0)
     assert '"path":"/api/v1/projects"' in line
     assert '"status":401' in line

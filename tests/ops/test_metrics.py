@@ -1,4 +1,4 @@
-"""What Prometheus reads: of one process, of several, of workers; for operators only."""
+"""The metrics for Prometheus: of one process, of several, and of workers; for operators only."""
 
 import asyncio
 import os
@@ -23,30 +23,32 @@ HEALTH = 'http_request_duration_seconds_count{method="GET",route="/health",statu
 
 
 async def scrape(http: aiohttp.ClientSession, base: str) -> dict[str, float]:
-    """The samples by name and labels."""
-    async with http.get(f"{base}/metrics", headers={"Connection": "close"}) as answer:
-        assert answer.status == 200, await answer.text()
-        text = await answer.text()
-    list(text_string_to_metric_families(text))  # it is what Prometheus understands
+    """Return the samples by name and labels."""
+    async with http.get(f"{base}/metrics", headers={"Connection": "close"}) as response:
+        assert response.status == 200, await response.text()
+        text = await response.text()
+    list(text_string_to_metric_families(text))  # the text is valid for Prometheus
     pairs = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
     return {name: float(value) for name, _, value in pairs}
 
 
-async def measured(http: aiohttp.ClientSession, base: str, name: str, value: float) -> None:
-    """Returns when that sample has that value."""
+async def wait_for_sample(http: aiohttp.ClientSession, base: str, name: str, value: float) -> None:
+    """Wait until that sample has that value."""
     async with asyncio.timeout(PATIENCE_SECONDS):
         while (await scrape(http, base)).get(name) != value:
             await asyncio.sleep(0.1)
 
 
-async def test_sockets_rooms_and_the_loop_are_measured(http: aiohttp.ClientSession, server: str, alice: Actor) -> None:
+async def test_sockets_rooms_and_the_event_loop_are_measured(
+    http: aiohttp.ClientSession, server: str, alice: Actor
+) -> None:
     workspace = await alice.make_workspace()
-    await measured(http, server, "websocket_connections", 0)
+    await wait_for_sample(http, server, "websocket_connections", 0)
     first, _ = await alice.connect(workspace), await alice.connect(workspace)
-    await measured(http, server, "websocket_connections", 2)
-    await measured(http, server, "websocket_rooms", 1)
+    await wait_for_sample(http, server, "websocket_connections", 2)
+    await wait_for_sample(http, server, "websocket_rooms", 1)
     await first.close()
-    await measured(http, server, "websocket_connections", 1)
+    await wait_for_sample(http, server, "websocket_connections", 1)
     samples = await scrape(http, server)
     assert samples["event_loop_lag_seconds_count"] > 0
     assert samples["redis_publish_lag_seconds_count"] > 0
@@ -54,10 +56,10 @@ async def test_sockets_rooms_and_the_loop_are_measured(http: aiohttp.ClientSessi
     assert samples["websocket_outbox_frames"] == 0
 
 
-async def test_every_frame_and_every_close_is_counted_and_a_socket_is_no_request(
+async def test_frames_and_closes_are_counted_and_sockets_are_not_requests(
     http: aiohttp.ClientSession, server: str, alice: Actor, bob: Actor
 ) -> None:
-    before = await settled(http, server)
+    before = await scrape_after_a_sample(http, server)
     workspace = await alice.make_workspace(None, bob)
     document = await make_document(alice, workspace)
     speaking, hearing = await alice.connect(workspace), await bob.connect(workspace)
@@ -66,7 +68,7 @@ async def test_every_frame_and_every_close_is_counted_and_a_socket_is_no_request
     await editors[1].until("x")
     yjs = await http.ws_connect(f"{server}/yjs/{document}", headers=alice.headers)
     assert (await yjs.receive()).data
-    # Four welcomes, two joins, two opened documents, one edit: acknowledged, heard; USER_JOIN; and what /yjs says.
+    # Four welcomes, two joins, two opened documents, one edit (its ack and its broadcast), USER_JOIN, one of /yjs.
     frames = 4 + 2 + 2 + 2 + 1 + 1
     async with asyncio.timeout(PATIENCE_SECONDS):
         while grown(before, await scrape(http, server), "websocket_frames_sent_total") < frames:
@@ -78,12 +80,12 @@ async def test_every_frame_and_every_close_is_counted_and_a_socket_is_no_request
     async with asyncio.timeout(PATIENCE_SECONDS):
         while grown(before, await scrape(http, server), closed) < 3:
             await asyncio.sleep(0.1)
-    lived = [name for name in await scrape(http, server) if 'route="/ws"' in name or 'route="/yjs' in name]
-    assert not [name for name in lived if 'status="101"' in name]
+    socket_samples = [name for name in await scrape(http, server) if 'route="/ws"' in name or 'route="/yjs' in name]
+    assert not [name for name in socket_samples if 'status="101"' in name]
 
 
-async def settled(http: aiohttp.ClientSession, base: str) -> dict[str, float]:
-    """The samples, when what other tests have done is counted."""
+async def scrape_after_a_sample(http: aiohttp.ClientSession, base: str) -> dict[str, float]:
+    """Return the samples after a sampling interval, so that they include the effects of earlier tests."""
     await asyncio.sleep(2 * LOOK_SECONDS)
     return await scrape(http, base)
 
@@ -92,40 +94,40 @@ def grown(before: dict[str, float], after: dict[str, float], name: str) -> float
     return after.get(name, 0.0) - before.get(name, 0.0)
 
 
-async def test_every_process_tells_the_same_sums(processes: Processes, http: aiohttp.ClientSession) -> None:
+async def test_every_process_reports_the_same_sums(processes: Processes, http: aiohttp.ClientSession) -> None:
     server = await started(processes)
     connector = aiohttp.TCPConnector(force_close=True)
-    async with aiohttp.ClientSession(connector=connector) as strangers:
+    async with aiohttp.ClientSession(connector=connector) as session:
         for _ in range(40):
-            async with strangers.get(f"{server.base}/health") as answer:
-                assert answer.status == 200
+            async with session.get(f"{server.base}/health") as response:
+                assert response.status == 200
         for _ in range(10):
-            assert (await scrape(strangers, server.base))[HEALTH] == 40
+            assert (await scrape(session, server.base))[HEALTH] == 40
 
 
-async def test_what_a_dead_process_counted_stays_and_what_it_had_goes(
+async def test_counters_of_a_dead_process_stay_and_its_gauges_disappear(
     processes: Processes, http: aiohttp.ClientSession
 ) -> None:
     server = await started(processes)
     ada = await Actor(http, server.base, "Ada").register()
     sockets = [await ada.connect() for _ in range(8)]
     assert len(sockets) == 8
-    await measured(http, server.base, "websocket_connections", 8)
+    await wait_for_sample(http, server.base, "websocket_connections", 8)
     registered = 'http_request_duration_seconds_count{method="POST",route="/api/v1/auth/register",status="201"}'
     for pid in members(server):
         os.kill(pid, signal.SIGKILL)
-    await replaced(server, times=2)
-    await measured(http, server.base, "websocket_connections", 0)
+    await wait_for_restarts(server, times=2)
+    await wait_for_sample(http, server.base, "websocket_connections", 0)
     assert (await scrape(http, server.base))[registered] == 1
 
 
-async def replaced(server: Server, *, times: int) -> None:
+async def wait_for_restarts(server: Server, *, times: int) -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
         while len(re.findall("server ready", server.output)) < 2 + times:
             await asyncio.sleep(0.05)
 
 
-async def test_jobs_that_wait_are_counted_by_type_and_state(
+async def test_unfinished_jobs_are_counted_by_type_and_state(
     http: aiohttp.ClientSession, make_server: MakeServer, quiet: dict[str, str]
 ) -> None:
     base = await make_server(**quiet)
@@ -139,24 +141,24 @@ async def test_jobs_that_wait_are_counted_by_type_and_state(
     assert samples['jobs_oldest_seconds{state="pending",type="CODE_EXECUTION"}'] >= 0
 
 
-async def test_workers_tell_at_a_port_of_their_own(
+async def test_workers_serve_metrics_at_their_own_port(
     processes: Processes, quiet: dict[str, str], http: aiohttp.ClientSession
 ) -> None:
-    where, port = environment(quiet), free_port()
-    server = processes.server(**where)
-    workers = processes.worker("--processes", "2", METRICS_PORT=str(port), **where)
+    variables, port = environment(quiet), free_port()
+    server = processes.server(**variables)
+    workers = processes.worker("--processes", "2", METRICS_PORT=str(port), **variables)
     ada = await Actor(http, server.base, "Ada").register()
     job = await ask(ada, program("print(1)"))
     await ada.finished_job(job["id"])
     workers.ready()
     base = f"http://127.0.0.1:{port}"
-    await measured(http, base, 'jobs_finished_total{outcome="completed",type="CODE_EXECUTION"}', 1)
+    await wait_for_sample(http, base, 'jobs_finished_total{outcome="completed",type="CODE_EXECUTION"}', 1)
     samples = await scrape(http, base)
     assert samples['job_wait_seconds_count{type="CODE_EXECUTION"}'] == 1
     assert sum(value for name, value in samples.items() if name.startswith("sandbox_runs_total")) == 1
 
 
-async def test_a_metrics_port_that_somebody_else_has_is_one_line(
+async def test_metrics_port_in_use_is_reported_in_one_line(
     processes: Processes, quiet: dict[str, str], server: str
 ) -> None:
     port = server.rpartition(":")[2]
@@ -166,15 +168,15 @@ async def test_a_metrics_port_that_somebody_else_has_is_one_line(
 
 
 @pytest.mark.parametrize("app_env", ["development", "production"])
-async def test_credentials_are_asked_for_where_they_are_set(
+async def test_metrics_require_credentials_if_they_are_set(
     app_env: str, make_server: MakeServer, http: aiohttp.ClientSession
 ) -> None:
     base = await make_server(app_env=app_env, ops_username="ada", ops_password="difference engine")
 
     async def status(*login: str) -> int:
         auth = aiohttp.encode_basic_auth(*login) if login else ""
-        async with http.get(f"{base}/metrics", headers={"Authorization": auth} if auth else {}) as answer:
-            return answer.status
+        async with http.get(f"{base}/metrics", headers={"Authorization": auth} if auth else {}) as response:
+            return response.status
 
     assert await status() == 401
     assert await status("ada", "wrong") == 401
@@ -182,9 +184,9 @@ async def test_credentials_are_asked_for_where_they_are_set(
 
 
 @pytest.mark.parametrize(("app_env", "expected"), [("development", 200), ("production", 404)])
-async def test_without_credentials_production_has_no_metrics(
+async def test_production_has_no_metrics_without_credentials(
     app_env: str, expected: int, make_server: MakeServer, http: aiohttp.ClientSession
 ) -> None:
     base = await make_server(app_env=app_env)
-    async with http.get(f"{base}/metrics") as answer:
-        assert answer.status == expected
+    async with http.get(f"{base}/metrics") as response:
+        assert response.status == expected

@@ -1,4 +1,4 @@
-"""What was away comes back: so does the service, without a rush; and what else a failure may not do."""
+"""Recovery after an outage of a store: the service returns without a burst of connections, and access stays denied."""
 
 import asyncio
 import time
@@ -23,7 +23,7 @@ from tests.patience import PATIENCE_SECONDS
 from tests.realtime.clients import Member
 
 CROWD = 50  # at once
-# What a process may have open to each store, and what it may then still want for its own purposes.
+# Connections of a process to each store, and the spare ones that it may open for its own purposes.
 POOLS = {
     POSTGRES: postgres.POOL_SIZE,
     REDIS: resources.REDIS_CONNECTIONS,
@@ -31,14 +31,14 @@ POOLS = {
 }
 SPARE = 5
 NAME_OF_ARTIFACT = "export.zip"
-ARTIFACT_BYTES = 24 << 20  # more than the sockets on its way take without being read
+ARTIFACT_BYTES = 24 << 20  # more than the socket buffers on its way hold
 Call = tuple[str, str, object]
 OF_EACH_STORE: list[Call] = [("GET", "/auth/profile", None), ("GET", "/jobs", None), ("POST", "/auth/ws-ticket", None)]
 
 
 @dataclass
 class Things:
-    """More of Alice's: a document, a job that has made a file; Victor may only look."""
+    """More of Alice's resources: a document, and a job with an artifact. Victor is a viewer."""
 
     victor: Actor
     document: str
@@ -64,19 +64,19 @@ async def things(world: World, make_actor: MakeActor, stack: Stack) -> Things:
 
 
 async def give_artifact(stack: Stack, job: str) -> None:
-    """As if a worker had made it."""
+    """Store an artifact as a worker does."""
     client = resources.mongo_client(stack.mongo.url)
     mongo, now = client.get_default_database(), datetime.now(UTC)
     record = {"_id": job, "claim": 0}
     kind = {"name": NAME_OF_ARTIFACT, "content_type": "application/zip"}
     async with artifacts.upload(mongo, job=record, now=now, **kind) as upload:
         await upload.write(bytes(ARTIFACT_BYTES))
-    made = artifacts.described(upload, job=record, name=NAME_OF_ARTIFACT, now=now)
-    await mongo.jobs.update_one({"_id": job}, {"$set": {"status": "completed", "result": {"artifact": made}}})
+    described = artifacts.described(upload, job=record, name=NAME_OF_ARTIFACT, now=now)
+    await mongo.jobs.update_one({"_id": job}, {"$set": {"status": "completed", "result": {"artifact": described}}})
     client.close()
 
 
-def more_calls(world: World, things: Things) -> list[Call]:
+def further_calls(world: World, things: Things) -> list[Call]:
     return [
         ("GET", f"/documents/{things.document}", None),
         ("GET", f"/documents/{things.document}/content", None),
@@ -92,13 +92,13 @@ def more_calls(world: World, things: Things) -> list[Call]:
     ]
 
 
-async def asked(world: World, who: Actor, wanted: Iterable[Call]) -> list[tuple[str, Answer]]:
-    """All at once; each in time."""
-    wanted = list(wanted)
+async def ask_all(world: World, who: Actor, requests: Iterable[Call]) -> list[tuple[str, Answer]]:
+    """Send all requests concurrently; return each path with its response, which must arrive in time."""
+    requests = list(requests)
     return list(
         zip(
-            [path for _, path, _ in wanted],
-            await asyncio.gather(*(world.call(who, *each) for each in wanted)),
+            [path for _, path, _ in requests],
+            await asyncio.gather(*(world.call(who, *request) for request in requests)),
             strict=True,
         )
     )
@@ -107,48 +107,46 @@ async def asked(world: World, who: Actor, wanted: Iterable[Call]) -> list[tuple[
 @pytest.mark.parametrize("mode", [Mode.STOPPED, Mode.BLACK_HOLE], ids=lambda mode: mode.name.lower())
 @pytest.mark.hurried
 @pytest.mark.parametrize("store", [POSTGRES, REDIS, MONGO])
-async def test_all_are_answered_in_time_and_served_again_as_soon_as_the_store_is_back(
+async def test_requests_are_answered_in_time_and_succeed_when_the_store_is_back(
     store: str, mode: Mode, network: Network, world: World, things: Things
 ) -> None:
-    everything = [*calls(world.alice, world), *more_calls(world, things)]
+    requests = [*calls(world.alice, world), *further_calls(world, things)]
     await network.stores[store].turn(mode)
-    answers = await asked(world, world.alice, everything)
-    for path, answer in answers:
-        assert answer.status < 500 or answer.status == 503, (path, answer)
+    responses = await ask_all(world, world.alice, requests)
+    for path, response in responses:
+        assert response.status < 500 or response.status == 503, (path, response)
         if path == "/health/ready":
-            assert answer.status == 503
-            assert answer["stores"][NAMES[store].lower()]["status"] == "down"
-        elif answer.status == 503 and answer.body:
-            assert answer["detail"] == detail_of(store, mode), (path, answer)
-    assert {answer.status for path, answer in answers if path in ("/metrics", "/health")} == {200}
+            assert response.status == 503
+            assert response["stores"][NAMES[store].lower()]["status"] == "down"
+        elif response.status == 503 and response.body:
+            assert response["detail"] == detail_of(store, mode), (path, response)
+    assert {response.status for path, response in responses if path in ("/metrics", "/health")} == {200}
 
     before = network.stores[store].connections
     await network.stores[store].turn(Mode.PASS)
     async with asyncio.timeout(world.longest_seconds):
-        while any(answer.status >= 500 for _, answer in await asked(world, world.alice, OF_EACH_STORE)):
+        while any(response.status >= 500 for _, response in await ask_all(world, world.alice, OF_EACH_STORE)):
             await asyncio.sleep(0.05)
-    for each in everything:
-        [(path, answer)] = await asked(world, world.alice, [each])
-        assert answer.status < 500, (path, answer)
-    await asked(world, world.alice, [("GET", f"/jobs/{world.job}", None)] * CROWD)
+    for request in requests:
+        [(path, response)] = await ask_all(world, world.alice, [request])
+        assert response.status < 500, (path, response)
+    await ask_all(world, world.alice, [("GET", f"/jobs/{world.job}", None)] * CROWD)
     assert network.stores[store].connections - before <= POOLS[store] + SPARE
 
 
 @pytest.mark.parametrize("mode", [Mode.STOPPED, Mode.BLACK_HOLE], ids=lambda mode: mode.name.lower())
 @pytest.mark.hurried
 @pytest.mark.parametrize("store", [POSTGRES, MONGO])
-async def test_a_crowd_is_answered_in_time(store: str, mode: Mode, network: Network, world: World) -> None:
-    # One's own job needs PostgreSQL only while Redis is young, for the sessions that its blacklist may have lost.
+async def test_concurrent_requests_are_answered_in_time(store: str, mode: Mode, network: Network, world: World) -> None:
+    # The user's own job needs PostgreSQL only while the blacklist in Redis is young, and may lack ended sessions.
     path = {POSTGRES: f"/projects/{world.project}", MONGO: f"/jobs/{world.job}"}[store]
     await network.stores[store].turn(mode)
-    answers = await asked(world, world.alice, [("GET", path, None)] * CROWD)
-    assert {(answer.status, answer["detail"]) for _, answer in answers} == {(503, detail_of(store, mode))}
+    responses = await ask_all(world, world.alice, [("GET", path, None)] * CROWD)
+    assert {(response.status, response["detail"]) for _, response in responses} == {(503, detail_of(store, mode))}
 
 
 @pytest.mark.parametrize("mode", [Mode.STOPPED, Mode.BLACK_HOLE], ids=lambda mode: mode.name.lower())
-async def test_sockets_hear_of_each_other_again_as_soon_as_redis_is_back(
-    mode: Mode, network: Network, world: World
-) -> None:
+async def test_sockets_resync_as_soon_as_redis_is_back(mode: Mode, network: Network, world: World) -> None:
     async with Member(world.alice, world.workspace, [world.alice.base]) as member:
         await network.stores[REDIS].turn(mode)
         await asyncio.sleep(3)  # so that pauses between attempts have grown
@@ -162,9 +160,7 @@ async def test_sockets_hear_of_each_other_again_as_soon_as_redis_is_back(
 
 @pytest.mark.hurried
 @pytest.mark.parametrize("store", [POSTGRES, REDIS, MONGO])
-async def test_a_viewer_writes_nothing_whatever_is_away(
-    store: str, network: Network, world: World, things: Things
-) -> None:
+async def test_viewer_cannot_write_during_an_outage(store: str, network: Network, world: World, things: Things) -> None:
     await network.stores[store].turn(Mode.STOPPED)
     payload = {"language": "python", "documentId": things.document}
     writes: list[Call] = [
@@ -178,32 +174,32 @@ async def test_a_viewer_writes_nothing_whatever_is_away(
         ("POST", "/jobs", {"type": "CODE_EXECUTION", "payload": payload}),
     ]
     for who in (things.victor, world.mallory):
-        for path, answer in await asked(world, who, writes):
-            assert answer.status in (403, 404, 503), (who.name, path, answer)
+        for path, response in await ask_all(world, who, writes):
+            assert response.status in (403, 404, 503), (who.name, path, response)
     await network.stores[store].turn(Mode.PASS)
 
 
-async def test_a_download_that_breaks_in_the_middle_is_seen_to_be_broken(
+async def test_client_detects_an_interrupted_download(
     network: Network, world: World, things: Things, http: aiohttp.ClientSession
 ) -> None:
     address = f"{world.alice.base}/api/v1{things.file}"
-    async with http.get(address, headers=world.alice.headers) as answer:
-        assert (answer.status, int(answer.headers["Content-Length"])) == (200, ARTIFACT_BYTES)
-        await answer.content.readexactly(1)
+    async with http.get(address, headers=world.alice.headers) as response:
+        assert (response.status, int(response.headers["Content-Length"])) == (200, ARTIFACT_BYTES)
+        await response.content.readexactly(1)
         await network.stores[MONGO].turn(Mode.STOPPED)
         with pytest.raises((aiohttp.ClientPayloadError, aiohttp.ClientConnectionError)):
             async with asyncio.timeout(PATIENCE_SECONDS):
-                await answer.read()
+                await response.read()
 
 
 @pytest.fixture
-def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+def frequent_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "PROBE_SECONDS", 0.2)
 
 
 @pytest.mark.hurried("redis_url")
-@pytest.mark.usefixtures("quick_looks")
-async def test_the_process_itself_tells_which_store_is_away(network: Network, world: World) -> None:
+@pytest.mark.usefixtures("frequent_samples")
+async def test_metrics_report_the_store_that_is_down(network: Network, world: World) -> None:
     async def up(store: str, value: int) -> None:
         async with asyncio.timeout(PATIENCE_SECONDS):
             while f'store_up{{store="{store}"}} {value}.0' not in (await world.alice.get("/metrics")).body:

@@ -1,4 +1,4 @@
-"""The one place that decides: each role gets what it allows, of each kind of thing, and strangers learn nothing."""
+"""Access control: each role has its rights on every kind of resource, and strangers learn nothing."""
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ LEAST = {"Owner": Role.OWNER, "Collaborator": Role.COLLABORATOR, "Viewer": Role.
 
 @pytest.fixture
 async def db(database_url: str) -> AsyncIterator[Database]:
-    made = await postgres.connect(database_url)
-    yield made
-    await made.close()
+    database = await postgres.connect(database_url)
+    yield database
+    await database.close()
 
 
 @dataclass
@@ -51,7 +51,7 @@ async def things_in(owner: Actor, project: str) -> dict[Kind, UUID]:
 
 @pytest.mark.parametrize("needed", Role)
 @pytest.mark.parametrize("has", Role)
-def test_a_role_allows_what_the_lesser_ones_do(has: Role, needed: Role) -> None:
+def test_role_includes_the_lesser_roles(has: Role, needed: Role) -> None:
     granted = Access(project=uuid4(), role=has, revision=1)
     allowed = ["VIEWER", "COLLABORATOR", "OWNER"].index(has.name) >= ["VIEWER", "COLLABORATOR", "OWNER"].index(
         needed.name
@@ -67,7 +67,7 @@ def test_a_role_allows_what_the_lesser_ones_do(has: Role, needed: Role) -> None:
 
 
 @pytest.mark.parametrize("kind", Kind)
-async def test_members_have_their_role_in_each_kind_of_thing(db: Database, world: World, kind: Kind) -> None:
+async def test_members_have_their_role_in_every_kind_of_resource(db: Database, world: World, kind: Kind) -> None:
     for name, role in LEAST.items():
         granted = await access.check(db, user=world.users[name], kind=kind, id=world.things[kind], role=Role.VIEWER)
         assert granted == Access(world.things[Kind.PROJECT], role, world.revision)
@@ -76,23 +76,23 @@ async def test_members_have_their_role_in_each_kind_of_thing(db: Database, world
 
 
 @pytest.mark.parametrize("kind", Kind)
-async def test_strangers_cannot_tell_what_is_there(db: Database, world: World, kind: Kind) -> None:
-    told = []
+async def test_strangers_cannot_find_out_which_resources_exist(db: Database, world: World, kind: Kind) -> None:
+    details = []
     for user, id in ((world.users["Stranger"], world.things[kind]), (world.users["Owner"], uuid4())):
         with pytest.raises(NotFound) as refused:
             await access.check(db, user=user, kind=kind, id=id, role=Role.VIEWER)
-        told.append(refused.value.detail)
-    assert told == [f"No such {kind.value}"] * 2
+        details.append(refused.value.detail)
+    assert details == [f"{kind.value.capitalize()} not found"] * 2
 
 
-async def test_an_id_is_of_one_kind(db: Database, world: World) -> None:
+async def test_id_belongs_to_one_kind_of_resource(db: Database, world: World) -> None:
     for kind in Kind:
         for other in set(Kind) - {kind}:
             with pytest.raises(NotFound):
                 await access.check(db, user=world.users["Owner"], kind=other, id=world.things[kind], role=Role.VIEWER)
 
 
-def test_things_are_named_by_their_fields() -> None:
+def test_kinds_of_resources_follow_from_field_names() -> None:
     assert named("documentId", "projectId") == (Kind.DOCUMENT, Kind.PROJECT)
     assert named() == ()
 
@@ -104,46 +104,49 @@ def values(things: dict[Kind, UUID], *kinds: Kind) -> dict[str, Any]:
     return {f"{kind.value}_id": things[kind] for kind in kinds}
 
 
-async def test_what_is_named_needs_the_role_and_what_is_not_needs_none(db: Database, world: World) -> None:
+async def test_named_resources_require_the_role_and_missing_ones_do_not(db: Database, world: World) -> None:
     for kinds in ([Kind.PROJECT], [Kind.WORKSPACE], [Kind.DOCUMENT], list(Kind)):
-        given = values(world.things, *kinds)
-        granted = await access.check_named(db, NEEDED, user=world.users["Collaborator"], values=given)
+        payload = values(world.things, *kinds)
+        granted = await access.check_named(db, NEEDED, user=world.users["Collaborator"], values=payload)
         assert granted == Access(world.things[Kind.PROJECT], Role.COLLABORATOR, world.revision)
         with pytest.raises(Forbidden):
-            await access.check_named(db, NEEDED, user=world.users["Viewer"], values=given)
+            await access.check_named(db, NEEDED, user=world.users["Viewer"], values=payload)
         with pytest.raises(NotFound):
-            await access.check_named(db, NEEDED, user=world.users["Stranger"], values=given)
-    for nothing in ({}, {"project_id": None, "workspace_id": None}):
-        assert await access.check_named(db, NEEDED, user=world.users["Stranger"], values=nothing) is None
+            await access.check_named(db, NEEDED, user=world.users["Stranger"], values=payload)
+    for empty in ({}, {"project_id": None, "workspace_id": None}):
+        assert await access.check_named(db, NEEDED, user=world.users["Stranger"], values=empty) is None
 
 
-async def test_things_of_different_projects_contradict_each_other(db: Database, world: World, alice: Actor) -> None:
+async def test_resources_of_different_projects_are_rejected(db: Database, world: World, alice: Actor) -> None:
     other = await things_in(alice, await alice.make_project())
-    given = values(world.things, Kind.WORKSPACE) | values(other, Kind.PROJECT)
+    payload = values(world.things, Kind.WORKSPACE) | values(other, Kind.PROJECT)
     with pytest.raises(ValidationFailed) as refused:
-        await access.check_named(db, NEEDED, user=world.users["Owner"], values=given)
-    assert [each["field"] for each in refused.value.details] == ["projectId"]
+        await access.check_named(db, NEEDED, user=world.users["Owner"], values=payload)
+    assert [detail["field"] for detail in refused.value.details] == ["projectId"]
 
 
-async def test_one_look_at_many_sockets_tells_which_sessions_and_which_access_are_left(
+async def test_recheck_returns_the_active_sessions_and_the_remaining_access(
     db: Database, world: World, alice: Actor
 ) -> None:
-    sessions = [UUID(each["id"]) for each in (await alice.get("/auth/sessions"))["items"]]
+    sessions = [UUID(session["id"]) for session in (await alice.get("/auth/sessions"))["items"]]
     workspace, document = (Thing(kind.value, world.things[kind]) for kind in (Kind.WORKSPACE, Kind.DOCUMENT))
-    asked = [
+    grants = [
         (world.users["Stranger"], workspace),
         (world.users["Viewer"], document),
         (world.users["Owner"], workspace),
         (world.users["Owner"], Thing("workspace", uuid4())),
     ]
-    alive, granted = await access.recheck(db, [*sessions, uuid4()], asked)
-    assert alive == set(sessions)
-    assert {key: each.role for key, each in granted.items()} == {asked[1]: Role.VIEWER, asked[2]: Role.OWNER}
+    active, granted = await access.recheck(db, [*sessions, uuid4()], grants)
+    assert active == set(sessions)
+    assert {key: granted_access.role for key, granted_access in granted.items()} == {
+        grants[1]: Role.VIEWER,
+        grants[2]: Role.OWNER,
+    }
     assert await access.recheck(db, [], []) == (set(), {})
 
 
-async def test_a_replica_that_is_behind_is_told_from_one_that_is_not(db: Database, world: World) -> None:
-    for revision, is_new in ((world.revision - 1, True), (world.revision, True), (world.revision + 1, False)):
-        proof = access.proof(Access(world.things[Kind.PROJECT], Role.OWNER, revision))
-        assert await proof(db) is is_new
+async def test_freshness_check_rejects_a_replica_that_lags(db: Database, world: World) -> None:
+    for revision, is_fresh in ((world.revision - 1, True), (world.revision, True), (world.revision + 1, False)):
+        freshness_check = access.proof(Access(world.things[Kind.PROJECT], Role.OWNER, revision))
+        assert await freshness_check(db) is is_fresh
     assert not await access.proof(Access(uuid4(), Role.OWNER, 1))(db)

@@ -1,4 +1,4 @@
-"""The cache of projects: quick, in no process ever stale, and nothing that anybody depends on."""
+"""The cache of projects: it saves statements, is never stale in any process, and is not required."""
 
 import asyncio
 from uuid import UUID, uuid4
@@ -15,17 +15,17 @@ from tests.conftest import MakeServer, addresses_of
 from tests.patience import PATIENCE_SECONDS
 
 
-async def test_what_one_server_changes_no_other_shows_old(alice: Actor, bob: Actor, make_server: MakeServer) -> None:
+async def test_change_by_one_server_is_visible_on_the_others(alice: Actor, bob: Actor, make_server: MakeServer) -> None:
     project = await alice.make_project(bob)
-    there = alice.at(await make_server())
+    other = alice.at(await make_server())
     for number in range(20):
-        await there.get(f"/projects/{project}")  # cached, there
+        await other.get(f"/projects/{project}")  # fills the cache of that server
         await alice.patch(f"/projects/{project}", {"name": f"name {number}"})
-        assert (await there.get(f"/projects/{project}"))["name"] == f"name {number}"
-        assert (await bob.at(there.base).get(f"/projects/{project}"))["role"] == "COLLABORATOR"
+        assert (await other.get(f"/projects/{project}"))["name"] == f"name {number}"
+        assert (await bob.at(other.base).get(f"/projects/{project}"))["role"] == "COLLABORATOR"
 
 
-async def test_a_list_shows_what_the_project_shows_after_every_change(
+async def test_list_and_project_agree_after_every_change(
     alice: Actor, bob: Actor, carol: Actor, make_server: MakeServer
 ) -> None:
     project, there = await alice.make_project(bob, name="Engine"), await make_server()
@@ -54,7 +54,7 @@ async def test_a_list_shows_what_the_project_shows_after_every_change(
 
 
 @pytest.mark.parametrize("read_all", [False, True])
-async def test_readers_beside_a_writer_never_see_time_run_backwards(
+async def test_concurrent_readers_never_see_an_older_state(
     alice: Actor, make_server: MakeServer, read_all: bool
 ) -> None:
     project = await alice.make_project(name="0")
@@ -65,8 +65,8 @@ async def test_readers_beside_a_writer_never_see_time_run_backwards(
         last = 0
         while written < 40:
             known = written
-            shown = (await there.get("/projects"))["items"][0] if read_all else await there.get(f"/projects/{project}")
-            name = int(shown["name"])
+            seen = (await there.get("/projects"))["items"][0] if read_all else await there.get(f"/projects/{project}")
+            name = int(seen["name"])
             assert name >= max(known, last)
             last = name
 
@@ -81,25 +81,25 @@ async def test_readers_beside_a_writer_never_see_time_run_backwards(
 
 @pytest.fixture
 def statements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What servers of this process ask PostgreSQL, but for sessions: asked while Redis has not remembered for long."""
-    asked: list[str] = []
+    """The statements of servers in this process, without those about sessions: a young Redis is not trusted."""
+    queries: list[str] = []
 
     def count(name: str) -> None:
         run = getattr(postgres.Database, name)
 
         async def counted(self: postgres.Database, query: str, *args: object) -> object:
             if "sessions" not in query:
-                asked.append(query)
+                queries.append(query)
             return await run(self, query, *args)
 
         monkeypatch.setattr(postgres.Database, name, counted)
 
     for name in ("find", "fetch", "fetchrow"):
         count(name)
-    return asked
+    return queries
 
 
-async def test_a_list_that_comes_again_is_one_statement_unless_it_is_old(
+async def test_repeated_list_costs_one_statement_until_the_cache_expires(
     alice: Actor, statements: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     projects = [await alice.make_project() for _ in range(3)]
@@ -117,13 +117,13 @@ async def test_a_list_that_comes_again_is_one_statement_unless_it_is_old(
     assert len(statements) == 4
 
 
-async def test_a_listed_project_that_is_gone_by_now_is_left_out(alice: Actor, database_url: str) -> None:
-    here, gone = UUID(await alice.make_project()), uuid4()
+async def test_project_deleted_since_it_was_listed_is_left_out(alice: Actor, database_url: str) -> None:
+    existing, deleted = UUID(await alice.make_project()), uuid4()
     db = await postgres.connect(database_url)
-    rows = [{"id": id, "revision": 1, "role": "OWNER"} for id in (gone, here)]
-    shown = await cache.Listed().show(db, rows)
+    rows = [{"id": id, "revision": 1, "role": "OWNER"} for id in (deleted, existing)]
+    fragments = await cache.Listed().show(db, rows)
     await db.close()
-    assert [each["id"] for each in json.loads(json.dumps(shown))] == [str(here)]
+    assert [project["id"] for project in json.loads(json.dumps(fragments))] == [str(existing)]
 
 
 async def test_a_second_reader_costs_one_statement(alice: Actor, statements: list[str]) -> None:
@@ -132,11 +132,11 @@ async def test_a_second_reader_costs_one_statement(alice: Actor, statements: lis
     first = await alice.get(f"/projects/{project}")
     assert len(statements) == 2
     second = await alice.get(f"/projects/{project}")
-    assert len(statements) == 3  # who may see it, and which revision there is
+    assert len(statements) == 3  # only the access query, which returns the revision
     assert second.body == first.body
 
 
-async def test_without_redis_projects_are_read_all_the_same(
+async def test_projects_are_readable_without_redis(
     http: aiohttp.ClientSession, own_stack: Stack, make_server: MakeServer
 ) -> None:
     ada = await Actor(http, await make_server(**addresses_of(own_stack)), "Ada").register()
@@ -147,7 +147,7 @@ async def test_without_redis_projects_are_read_all_the_same(
             assert (await ada.get(f"/projects/{project}")).status == 200
 
 
-async def test_who_joins_while_they_change_their_name_is_shown_by_the_new_one(
+async def test_member_who_changes_their_name_while_joining_is_shown_by_the_new_one(
     alice: Actor, bob: Actor, database_url: str
 ) -> None:
     project = await alice.make_project()
@@ -157,9 +157,9 @@ async def test_who_joins_while_they_change_their_name_is_shown_by_the_new_one(
             await db.execute("UPDATE users SET name = 'Robert' WHERE id = $1", bob.id)
             joining = asyncio.ensure_future(alice.add(bob, project))
             await asyncio.wait({joining}, timeout=0.5)
-            await alice.get(f"/projects/{project}")  # cached, where they have joined by now
+            await alice.get(f"/projects/{project}")  # fills the cache, with the member if Bob has joined by now
     finally:
         await db.close()
     await joining
     members = (await alice.get(f"/projects/{project}"))["collaborators"]
-    assert [each["user"]["name"] for each in members] == ["Alice", "Robert"]
+    assert [member["user"]["name"] for member in members] == ["Alice", "Robert"]

@@ -1,4 +1,4 @@
-"""Who is in a project: added, raised, lowered, removed; the owner changes hands, never disappears."""
+"""Members of a project: added, changed and removed; a project is transferred, and never without an owner."""
 
 import asyncio
 from uuid import uuid4
@@ -21,12 +21,12 @@ async def test_a_known_user_is_added_at_once_and_only_once(alice: Actor, bob: Ac
         assert (again.status, again.code) == (409, "already_collaborator")
 
 
-async def test_twenty_additions_at_once_make_one_member(alice: Actor, bob: Actor) -> None:
+async def test_twenty_concurrent_additions_create_one_member(alice: Actor, bob: Actor) -> None:
     project = await alice.make_project()
-    answers = await asyncio.gather(
+    responses = await asyncio.gather(
         *(alice.post(f"/projects/{project}/collaborators", {"email": bob.email}) for _ in range(20))
     )
-    assert sorted(answer.status for answer in answers) == [201] + [409] * 19
+    assert sorted(response.status for response in responses) == [201] + [409] * 19
 
 
 async def test_members_are_listed_page_by_page_the_owner_first(
@@ -39,8 +39,8 @@ async def test_members_are_listed_page_by_page_the_owner_first(
     first = await alice.get(f"/projects/{project}/collaborators", params={"limit": "3"})
     rest = await alice.get(f"/projects/{project}/collaborators", params={"cursor": first["nextCursor"]})
     listed = first["items"] + rest["items"]
-    assert [each["user"]["id"] for each in listed] == [alice.id, *(other.id for other in others)]
-    assert [each["role"] for each in listed] == ["OWNER"] + ["COLLABORATOR"] * 4
+    assert [member["user"]["id"] for member in listed] == [alice.id, *(other.id for other in others)]
+    assert [member["role"] for member in listed] == ["OWNER"] + ["COLLABORATOR"] * 4
     assert rest["nextCursor"] is None
 
 
@@ -64,7 +64,7 @@ async def test_a_removed_collaborator_sees_nothing_more(alice: Actor, bob: Actor
     assert (await alice.delete(f"/projects/{project}/collaborators/{member}")).status == 404
 
 
-async def test_everybody_may_leave_and_only_the_owner_may_remove(alice: Actor, bob: Actor, carol: Actor) -> None:
+async def test_members_may_leave_and_only_the_owner_may_remove_others(alice: Actor, bob: Actor, carol: Actor) -> None:
     project = await alice.make_project()
     bobs, carols = await alice.add(bob, project), await alice.add(carol, project, role="VIEWER")
     path = f"/projects/{project}/collaborators"
@@ -79,8 +79,8 @@ async def test_the_owner_can_be_neither_changed_nor_removed(alice: Actor) -> Non
     project = await alice.make_project()
     owner = (await alice.get(f"/projects/{project}/collaborators"))["items"][0]["id"]
     path = f"/projects/{project}/collaborators/{owner}"
-    for answer in (await alice.patch(path, {"role": "VIEWER"}), await alice.delete(path)):
-        assert (answer.status, answer.code) == (409, "owner_immutable")
+    for response in (await alice.patch(path, {"role": "VIEWER"}), await alice.delete(path)):
+        assert (response.status, response.code) == (409, "owner_immutable")
 
 
 async def test_a_collaborator_of_one_project_is_none_of_another(alice: Actor, bob: Actor) -> None:
@@ -92,17 +92,17 @@ async def test_a_collaborator_of_one_project_is_none_of_another(alice: Actor, bo
     assert (await bob.get(f"/projects/{one}"))["role"] == "COLLABORATOR"
 
 
-async def test_nobody_is_made_an_owner_by_a_role(alice: Actor, bob: Actor) -> None:
+async def test_owner_role_cannot_be_assigned(alice: Actor, bob: Actor) -> None:
     project = await alice.make_project()
     member = await alice.add(bob, project)
-    for answer in (
+    for response in (
         await alice.patch(f"/projects/{project}/collaborators/{member}", {"role": "OWNER"}),
         await alice.post(f"/projects/{project}/collaborators", {"email": "x@example.org", "role": "OWNER"}),
     ):
-        assert (answer.status, answer["details"][0]["field"]) == (422, "role")
+        assert (response.status, response["details"][0]["field"]) == (422, "role")
 
 
-async def test_a_thing_without_an_etag_honours_if_match_by_refusing(alice: Actor, bob: Actor) -> None:
+async def test_resource_without_an_etag_rejects_if_match(alice: Actor, bob: Actor) -> None:
     project = await alice.make_project()
     member = await alice.add(bob, project)
     path = f"/projects/{project}/collaborators/{member}"
@@ -116,23 +116,23 @@ async def test_a_transfer_makes_the_old_owner_a_collaborator(alice: Actor, bob: 
     assert (moved.status, moved["role"], moved["owner"]["id"]) == (200, "COLLABORATOR", bob.id)
     assert (await bob.get(f"/projects/{project}"))["role"] == "OWNER"
     assert (await alice.post(f"/projects/{project}/transfer", {"userId": alice.id})).status == 403
-    for nobody in (carol.id, bob.id, str(uuid4())):
-        refused = await bob.post(f"/projects/{project}/transfer", {"userId": nobody})
+    for user_id in (carol.id, bob.id, str(uuid4())):
+        refused = await bob.post(f"/projects/{project}/transfer", {"userId": user_id})
         assert (refused.status, refused["details"][0]["field"]) == (422, "userId")
     assert (await bob.get(f"/projects/{project}"))["role"] == "OWNER"
 
 
-async def test_transfers_that_race_leave_one_owner(alice: Actor, bob: Actor, carol: Actor) -> None:
+async def test_concurrent_transfers_leave_one_owner(alice: Actor, bob: Actor, carol: Actor) -> None:
     project = await alice.make_project(bob, carol)
-    answers = await asyncio.gather(
+    responses = await asyncio.gather(
         *(alice.post(f"/projects/{project}/transfer", {"userId": to.id}) for to in (bob, carol) * 10)
     )
-    assert sorted(answer.status for answer in answers) == [200] + [403] * 19
-    roles = [each["role"] for each in (await alice.get(f"/projects/{project}/collaborators"))["items"]]
+    assert sorted(response.status for response in responses) == [200] + [403] * 19
+    roles = [member["role"] for member in (await alice.get(f"/projects/{project}/collaborators"))["items"]]
     assert sorted(roles) == ["COLLABORATOR", "COLLABORATOR", "OWNER"]
 
 
-async def test_the_activity_tells_who_did_what_newest_first(alice: Actor, bob: Actor) -> None:
+async def test_activity_lists_actors_and_actions_newest_first(alice: Actor, bob: Actor) -> None:
     project = await alice.make_project()
     member = await alice.add(bob, project)
     workspace = await bob.make_workspace(project)
@@ -140,8 +140,8 @@ async def test_the_activity_tells_who_did_what_newest_first(alice: Actor, bob: A
     await alice.patch(f"/projects/{project}/collaborators/{member}", {"role": "VIEWER"})
     first = await alice.get(f"/projects/{project}/activity", params={"limit": "2"})
     rest = await bob.get(f"/projects/{project}/activity", params={"cursor": first["nextCursor"]})
-    told = [(each["actor"]["id"], each["action"]) for each in first["items"] + rest["items"]]
-    assert told == [
+    actions = [(entry["actor"]["id"], entry["action"]) for entry in first["items"] + rest["items"]]
+    assert actions == [
         (alice.id, "collaborator.role_changed"),
         (bob.id, "workspace.updated"),
         (bob.id, "workspace.created"),
@@ -151,29 +151,29 @@ async def test_the_activity_tells_who_did_what_newest_first(alice: Actor, bob: A
     assert first["items"][1]["subject"] == {"workspaceId": workspace, "name": "Crunch"}
     await bob.delete("/auth/profile", {"password": bob.password})
     after = await alice.get(f"/projects/{project}/activity")
-    assert [each["action"] for each in after["items"] if each["actor"] is None] == [
+    assert [entry["action"] for entry in after["items"] if entry["actor"] is None] == [
         "workspace.updated",
         "workspace.created",
     ]
 
 
-async def test_of_the_activity_the_newest_ten_thousand_are_kept(alice: Actor, database_url: str) -> None:
+async def test_activity_keeps_the_newest_ten_thousand_entries(alice: Actor, database_url: str) -> None:
     project, other = await alice.make_project(), await alice.make_project()
     db = await asyncpg.connect(database_url)
     try:
-        for which, many in ((project, 10_500), (other, 10)):
+        for project_id, entries in ((project, 10_500), (other, 10)):
             await db.execute(
                 """
                 INSERT INTO activity (project_id, action, subject)
                 SELECT $1, 'test', to_jsonb(n) FROM generate_series(1, $2::int) n
                 """,
-                which,
-                many,
+                project_id,
+                entries,
             )
-        kept = "SELECT count(*), max(subject::text::int) FROM activity WHERE project_id = $1 AND action = 'test'"
-        count, newest = await db.fetchrow(kept, project)
+        query = "SELECT count(*), max(subject::text::int) FROM activity WHERE project_id = $1 AND action = 'test'"
+        count, newest = await db.fetchrow(query, project)
         assert 10_000 <= count < 10_200
         assert newest == 10_500
-        assert (await db.fetchrow(kept, other))[0] == 10
+        assert (await db.fetchrow(query, other))[0] == 10
     finally:
         await db.close()

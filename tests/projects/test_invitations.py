@@ -1,4 +1,4 @@
-"""Invitations: for an address without an account, by a token that is shown once."""
+"""Invitations: for an address without an account, by a token that is returned once."""
 
 import asyncio
 from uuid import uuid4
@@ -31,19 +31,19 @@ async def test_an_unknown_address_gets_an_invitation_whose_token_is_shown_once(a
     assert listed == [{key: value for key, value in invitation.items() if key != "token"}]
 
 
-async def test_who_has_token_and_address_joins(alice: Actor) -> None:
+async def test_user_with_token_and_address_joins(alice: Actor) -> None:
     project, new = await alice.make_project(), newcomer(alice)
     token = (await invite(alice, project, new.email, "VIEWER"))["invitation"]["token"]
     await new.register()
     assert (await new.get(f"/projects/{project}")).status == 404  # an account alone is no membership
-    assert [each["projectId"] for each in (await new.get("/invitations"))["items"]] == [project]
+    assert [invitation["projectId"] for invitation in (await new.get("/invitations"))["items"]] == [project]
     accepted = await new.post("/invitations/accept", {"token": token})
     assert (accepted.status, accepted["id"], accepted["role"]) == (200, project, "VIEWER")
     assert (await new.get("/invitations"))["items"] == []
     assert (await new.post("/invitations/accept", {"token": token})).status == 404  # used up
 
 
-async def test_registering_with_the_token_joins_at_once(alice: Actor, http: aiohttp.ClientSession) -> None:
+async def test_registration_with_the_token_joins_the_project(alice: Actor, http: aiohttp.ClientSession) -> None:
     project, new = await alice.make_project(), newcomer(alice)
     token = (await invite(alice, project, new.email))["invitation"]["token"]
     body = {"email": new.email, "password": new.password, "name": "New", "invitationToken": token}
@@ -53,7 +53,7 @@ async def test_registering_with_the_token_joins_at_once(alice: Actor, http: aioh
     assert (await new.get(f"/projects/{project}"))["role"] == "COLLABORATOR"
 
 
-async def test_a_token_is_of_no_use_to_another_address(alice: Actor, bob: Actor) -> None:
+async def test_token_cannot_be_used_by_another_address(alice: Actor, bob: Actor) -> None:
     project, new = await alice.make_project(), newcomer(alice)
     token = (await invite(alice, project, new.email))["invitation"]["token"]
     refused = await bob.post("/invitations/accept", {"token": token})
@@ -63,7 +63,7 @@ async def test_a_token_is_of_no_use_to_another_address(alice: Actor, bob: Actor)
     assert (unknown.status, unknown.code) == (404, "not_found")
 
 
-async def test_inviting_again_renews_and_the_old_token_dies(alice: Actor) -> None:
+async def test_second_invitation_invalidates_the_old_token(alice: Actor) -> None:
     project, new = await alice.make_project(), newcomer(alice)
     old = (await invite(alice, project, new.email))["invitation"]
     fresh = (await invite(alice, project, new.email.upper(), "VIEWER"))["invitation"]
@@ -87,7 +87,7 @@ async def test_an_invitation_expires(alice: Actor, database_url: str) -> None:
     assert (await alice.get(f"/projects/{project}/invitations"))["items"] == []
 
 
-async def test_a_withdrawn_invitation_is_worth_nothing(alice: Actor) -> None:
+async def test_withdrawn_invitation_cannot_be_accepted(alice: Actor) -> None:
     project, other, new = await alice.make_project(), await alice.make_project(), newcomer(alice)
     invitation = (await invite(alice, project, new.email))["invitation"]
     await new.register()
@@ -97,16 +97,16 @@ async def test_a_withdrawn_invitation_is_worth_nothing(alice: Actor) -> None:
     assert (await new.post("/invitations/accept", {"token": invitation["token"]})).status == 404
 
 
-async def test_one_token_accepted_twenty_times_at_once_is_used_once(alice: Actor) -> None:
+async def test_one_of_twenty_concurrent_acceptances_succeeds(alice: Actor) -> None:
     project, new = await alice.make_project(), newcomer(alice)
     token = (await invite(alice, project, new.email))["invitation"]["token"]
     await new.register()
-    answers = await asyncio.gather(*(new.post("/invitations/accept", {"token": token}) for _ in range(20)))
-    assert sorted(answer.status for answer in answers) == [200] + [404] * 19
+    responses = await asyncio.gather(*(new.post("/invitations/accept", {"token": token}) for _ in range(20)))
+    assert sorted(response.status for response in responses) == [200] + [404] * 19
     assert (await alice.get(f"/projects/{project}"))["counts"]["collaborators"] == 2
 
 
-async def test_adding_who_was_invited_uses_the_invitation_up(alice: Actor) -> None:
+async def test_adding_an_invited_user_uses_up_the_invitation(alice: Actor) -> None:
     project, new = await alice.make_project(), newcomer(alice)
     await invite(alice, project, new.email)
     await new.register()
@@ -115,13 +115,13 @@ async def test_adding_who_was_invited_uses_the_invitation_up(alice: Actor) -> No
     assert (await new.get("/invitations"))["items"] == []
 
 
-async def test_only_the_owner_sees_and_makes_invitations(alice: Actor, bob: Actor) -> None:
+async def test_only_the_owner_lists_and_creates_invitations(alice: Actor, bob: Actor) -> None:
     project = await alice.make_project(bob)
     assert (await bob.get(f"/projects/{project}/invitations")).status == 403
     assert (await bob.post(f"/projects/{project}/collaborators", {"email": "x@example.org"})).status == 403
 
 
-async def test_invitations_that_expired_long_ago_are_forgotten(alice: Actor, database_url: str) -> None:
+async def test_invitations_that_expired_long_ago_are_deleted(alice: Actor, database_url: str) -> None:
     project = await alice.make_project()
     old, new = [(await invite(alice, project, newcomer(alice).email))["invitation"]["id"] for _ in range(2)]
     db = await asyncpg.connect(database_url)

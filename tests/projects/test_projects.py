@@ -1,4 +1,4 @@
-"""Projects: made, found, changed, deleted."""
+"""Projects: created, listed, changed and deleted."""
 
 import asyncio
 
@@ -9,42 +9,42 @@ from tests.auth.test_accounts import until_blocked
 from tests.conftest import MakeActor, MakeServer
 
 
-async def test_a_project_shows_its_owner_its_counts_and_the_role_of_who_asks(alice: Actor, bob: Actor) -> None:
-    made = await alice.post("/projects", {"name": "  Engine  ", "description": "d", "settings": {"tabs": 4}})
-    assert made.status == 201
-    assert made.headers["Location"] == f"/api/v1/projects/{made['id']}"
+async def test_project_shows_its_owner_its_counts_and_the_role_of_the_caller(alice: Actor, bob: Actor) -> None:
+    created = await alice.post("/projects", {"name": "  Engine  ", "description": "d", "settings": {"tabs": 4}})
+    assert created.status == 201
+    assert created.headers["Location"] == f"/api/v1/projects/{created['id']}"
     person = {"id": alice.id, "email": alice.email, "name": "Alice", "avatarUrl": None}
-    shown = {"name": "Engine", "description": "d", "settings": {"tabs": 4}, "owner": person, "role": "OWNER"}
-    assert shown.items() <= made.body.items()
-    assert made["counts"] == {"workspaces": 0, "collaborators": 1}
-    await alice.add(bob, made["id"], role="VIEWER")
-    workspace = await alice.make_workspace(made["id"])
-    seen = await bob.get(f"/projects/{made['id']}")
+    expected = {"name": "Engine", "description": "d", "settings": {"tabs": 4}, "owner": person, "role": "OWNER"}
+    assert expected.items() <= created.body.items()
+    assert created["counts"] == {"workspaces": 0, "collaborators": 1}
+    await alice.add(bob, created["id"], role="VIEWER")
+    workspace = await alice.make_workspace(created["id"])
+    seen = await bob.get(f"/projects/{created['id']}")
     assert (seen["role"], seen["counts"]) == ("VIEWER", {"workspaces": 1, "collaborators": 2})
-    assert [each["id"] for each in seen["workspaces"]] == [workspace]
-    assert [(each["user"]["id"], each["role"]) for each in seen["collaborators"]] == [
+    assert [item["id"] for item in seen["workspaces"]] == [workspace]
+    assert [(member["user"]["id"], member["role"]) for member in seen["collaborators"]] == [
         (alice.id, "OWNER"),
         (bob.id, "VIEWER"),
     ]
 
 
-async def test_the_counts_are_right_whoever_comes_and_goes_at_once(
+async def test_counts_are_right_after_concurrent_changes(
     alice: Actor, bob: Actor, carol: Actor, make_actor: MakeActor
 ) -> None:
     project = await alice.make_project()
     dave = await make_actor("Dave", alice.base)
-    made = await asyncio.gather(*(alice.make_workspace(project) for _ in range(12)))
-    members = await asyncio.gather(*(alice.add(each, project) for each in (bob, carol, dave)))
+    workspaces = await asyncio.gather(*(alice.make_workspace(project) for _ in range(12)))
+    members = await asyncio.gather(*(alice.add(user, project) for user in (bob, carol, dave)))
     await asyncio.gather(
-        *(bob.delete(f"/workspaces/{each}") for each in made[:5]),
+        *(bob.delete(f"/workspaces/{workspace}") for workspace in workspaces[:5]),
         *(alice.make_workspace(project) for _ in range(3)),
         alice.delete(f"/projects/{project}/collaborators/{members[1]}"),
         dave.delete("/auth/profile", {"password": dave.password}),
         alice.patch(f"/projects/{project}", {"name": "other"}),
     )
     counts = {"workspaces": 10, "collaborators": 2}
-    shown = await bob.get(f"/projects/{project}")
-    assert (shown["counts"], len(shown["workspaces"]), len(shown["collaborators"])) == (counts, 10, 2)
+    seen = await bob.get(f"/projects/{project}")
+    assert (seen["counts"], len(seen["workspaces"]), len(seen["collaborators"])) == (counts, 10, 2)
     assert (await bob.get("/projects"))["items"][0]["counts"] == counts
 
 
@@ -57,17 +57,17 @@ async def test_the_single_project_shows_the_first_hundred_of_each(alice: Actor) 
     assert seen["counts"]["workspaces"] == 101
 
 
-async def test_a_change_sets_what_is_given_and_nothing_else(alice: Actor) -> None:
+async def test_change_sets_only_the_given_fields(alice: Actor) -> None:
     project = (await alice.post("/projects", {"name": "Engine", "description": "old", "settings": {"a": 1}})).body
     changed = await alice.patch(f"/projects/{project['id']}", {"name": "Engines"})
     assert changed.status == 200
-    kept = project | {"name": "Engines", "updatedAt": changed["updatedAt"]}
-    assert changed.body == kept
+    expected = project | {"name": "Engines", "updatedAt": changed["updatedAt"]}
+    assert changed.body == expected
     assert changed["updatedAt"] > project["updatedAt"]
     assert (await alice.patch(f"/projects/{project['id']}")).status == 200  # no body means {}
 
 
-async def test_a_deleted_project_is_gone_with_all_that_was_in_it(alice: Actor, bob: Actor) -> None:
+async def test_deleting_a_project_deletes_its_contents(alice: Actor, bob: Actor) -> None:
     project = await alice.make_project(bob)
     workspace = await alice.make_workspace(project)
     assert (await alice.delete(f"/projects/{project}")).status == 204
@@ -93,16 +93,16 @@ async def test_projects_are_listed_page_by_page_each_once(alice: Actor, bob: Act
     assert [project["name"] for project in newest_first["items"]] == names[::-1]
 
 
-async def test_a_page_holds_its_place_while_projects_come_and_go(alice: Actor) -> None:
+async def test_cursor_keeps_its_position_while_projects_are_deleted(alice: Actor) -> None:
     ids = [await alice.make_project(name=f"p{number}") for number in range(6)]
     first = await alice.get("/projects", params={"limit": "3", "sort": "createdAt"})
     await alice.delete(f"/projects/{ids[0]}")
-    await alice.delete(f"/projects/{ids[2]}")  # the very one that the cursor points at
+    await alice.delete(f"/projects/{ids[2]}")  # the project that the cursor points at
     rest = await alice.get("/projects", params={"limit": "3", "sort": "createdAt", "cursor": first["nextCursor"]})
     assert [project["id"] for project in rest["items"]] == ids[3:]
 
 
-async def test_a_cursor_is_of_its_list_only(alice: Actor) -> None:
+async def test_cursor_of_another_list_is_rejected(alice: Actor) -> None:
     for name in ("a", "b"):
         await alice.make_project(name=name)
     cursor = (await alice.get("/projects", params={"limit": "1", "sort": "name"}))["nextCursor"]
@@ -117,23 +117,23 @@ async def test_a_cursor_is_of_its_list_only(alice: Actor) -> None:
         ("/projects?sort=name", newest),
         ("/projects", cursor[:-2] + "!!"),
     ):
-        answer = await alice.get(path, params={"cursor": bad})
-        assert (answer.status, answer.code) == (422, "validation_failed"), path
-        assert answer["details"][0]["field"] == "cursor"
+        response = await alice.get(path, params={"cursor": bad})
+        assert (response.status, response.code) == (422, "validation_failed"), path
+        assert response["details"][0]["field"] == "cursor"
 
 
-async def test_projects_are_found_by_role_and_words(alice: Actor, bob: Actor) -> None:
+async def test_projects_can_be_searched_by_role_and_words(alice: Actor, bob: Actor) -> None:
     await alice.make_project(bob, name="Difference Engine")
     await bob.make_project(name="Loom")
 
-    async def found(**params: str) -> list[str]:
+    async def search(**params: str) -> list[str]:
         return sorted(project["name"] for project in (await bob.get("/projects", params=params))["items"])
 
-    assert await found() == ["Difference Engine", "Loom"]
-    assert await found(role="owned") == ["Loom"]
-    assert await found(role="collaborating") == ["Difference Engine"]
-    assert await found(q="ENGINE") == ["Difference Engine"]
-    assert await found(q="%") == []  # words, not patterns
+    assert await search() == ["Difference Engine", "Loom"]
+    assert await search(role="owned") == ["Loom"]
+    assert await search(role="collaborating") == ["Difference Engine"]
+    assert await search(q="ENGINE") == ["Difference Engine"]
+    assert await search(q="%") == []  # words, not patterns
 
 
 async def test_an_etag_names_revision_and_role(alice: Actor, bob: Actor) -> None:
@@ -158,7 +158,7 @@ async def test_an_etag_names_revision_and_role(alice: Actor, bob: Actor) -> None
     assert (await alice.delete(path, headers={"If-Match": "*"})).status == 204
 
 
-async def test_whatever_changes_what_is_shown_raises_the_revision(alice: Actor, bob: Actor, carol: Actor) -> None:
+async def test_every_visible_change_raises_the_revision(alice: Actor, bob: Actor, carol: Actor) -> None:
     project = await alice.make_project(bob)
     path, tags = f"/projects/{project}", set()
 
@@ -187,22 +187,22 @@ async def test_whatever_changes_what_is_shown_raises_the_revision(alice: Actor, 
     assert len(tags) == 10
 
 
-async def test_fifty_changes_on_one_etag_have_one_winner(alice: Actor, make_server: MakeServer) -> None:
+async def test_one_of_fifty_changes_on_one_etag_succeeds(alice: Actor, make_server: MakeServer) -> None:
     project = await alice.make_project()
     both = [alice, alice.at(await make_server())]
     tag = (await alice.get(f"/projects/{project}")).headers["ETag"]
-    answers = await asyncio.gather(
+    responses = await asyncio.gather(
         *(
             both[number % 2].patch(f"/projects/{project}", {"name": f"n{number}"}, headers={"If-Match": tag})
             for number in range(50)
         )
     )
-    assert sorted(answer.status for answer in answers) == [200] + [412] * 49
-    winner = next(answer for answer in answers if answer.status == 200)
+    assert sorted(response.status for response in responses) == [200] + [412] * 49
+    winner = next(response for response in responses if response.status == 200)
     assert (await alice.get(f"/projects/{project}"))["name"] == winner["name"]
 
 
-async def test_what_races_with_the_deletion_of_its_project_is_told_that_it_is_gone(
+async def test_requests_that_race_with_the_deletion_of_their_project_get_404(
     alice: Actor, bob: Actor, database_url: str
 ) -> None:
     project = await alice.make_project()
@@ -223,5 +223,5 @@ async def test_what_races_with_the_deletion_of_its_project_is_told_that_it_is_go
             await until_blocked(database_url, statements=len(calls))
     finally:
         await db.close()
-    for answer in await asyncio.gather(*calls):
-        assert (answer.status, answer.code) == (404, "not_found"), answer
+    for response in await asyncio.gather(*calls):
+        assert (response.status, response.code) == (404, "not_found"), response

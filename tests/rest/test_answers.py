@@ -1,4 +1,4 @@
-"""What every answer has, whatever it is."""
+"""Headers and problem bodies that all responses have in common."""
 
 import asyncio
 import io
@@ -16,48 +16,48 @@ from tests.patience import PATIENCE_SECONDS
 
 
 async def test_an_error_is_a_problem(alice: Actor) -> None:
-    answer = await alice.post("/projects", {"name": "", "colour": "red"})
-    assert answer.headers["Content-Type"].startswith("application/problem+json")
-    assert answer.status == 422
-    problem = answer.body
+    response = await alice.post("/projects", {"name": "", "colour": "red"})
+    assert response.headers["Content-Type"].startswith("application/problem+json")
+    assert response.status == 422
+    problem = response.body
     assert problem["type"] == "about:blank"
     assert (problem["title"], problem["status"], problem["code"]) == ("Unprocessable Content", 422, "validation_failed")
     assert problem["error"] == problem["detail"]
-    assert {each["field"] for each in problem["details"]} == {"name", "colour"}
-    assert problem["requestId"] == answer.headers["X-Request-Id"]
+    assert {detail["field"] for detail in problem["details"]} == {"name", "colour"}
+    assert problem["requestId"] == response.headers["X-Request-Id"]
 
 
 @pytest.mark.parametrize("path", ["/nowhere", "/api/v1/nowhere", "/api/v1/projects/", "/api/v1//projects"])
 async def test_an_unknown_path_is_not_found(path: str, alice: Actor) -> None:
-    async with alice.http.get(alice.base + path, headers={**alice.headers, "Accept": "text/html"}) as answer:
-        assert answer.status == 404
-        assert answer.content_type == "application/problem+json"
-        assert (await answer.json())["code"] == "not_found"
+    async with alice.http.get(alice.base + path, headers={**alice.headers, "Accept": "text/html"}) as response:
+        assert response.status == 404
+        assert response.content_type == "application/problem+json"
+        assert (await response.json())["code"] == "not_found"
 
 
-async def test_a_wrong_method_is_told_the_right_ones(alice: Actor) -> None:
-    answer = await alice.call("PUT", "/projects")
-    assert (answer.status, answer.code) == (405, "method_not_allowed")
-    assert {"GET", "POST"} <= set(answer.headers["Allow"].split(", "))
+async def test_wrong_method_gets_the_allowed_methods(alice: Actor) -> None:
+    response = await alice.call("PUT", "/projects")
+    assert (response.status, response.code) == (405, "method_not_allowed")
+    assert {"GET", "POST"} <= set(response.headers["Allow"].split(", "))
 
 
-async def test_a_sane_request_id_is_kept_and_any_other_replaced(alice: Actor) -> None:
+async def test_well_formed_request_id_is_kept_and_any_other_replaced(alice: Actor) -> None:
     kept = await alice.get("/projects", headers={"X-Request-Id": "trace-1.2:3"})
     assert kept.headers["X-Request-Id"] == "trace-1.2:3"
-    for strange in ("", "a" * 129, "with space", 'quote"', "<script>"):
-        replaced = await alice.get("/projects", headers={"X-Request-Id": strange})
+    for malformed_id in ("", "a" * 129, "with space", 'quote"', "<script>"):
+        replaced = await alice.get("/projects", headers={"X-Request-Id": malformed_id})
         assert re.fullmatch(r"[0-9a-f]{32}", replaced.headers["X-Request-Id"])
 
 
-async def test_every_answer_has_the_headers_of_a_json_api(alice: Actor, http: aiohttp.ClientSession) -> None:
+async def test_every_response_has_the_headers_of_a_json_api(alice: Actor, http: aiohttp.ClientSession) -> None:
     for path in ("/api/v1/projects", "/api/v1/nowhere", "/health", "/api/v1/projects/1"):
-        answer = await alice.get(path)
-        assert answer.headers["X-Content-Type-Options"] == "nosniff"
-        assert answer.headers["X-Frame-Options"] == "DENY"
-        assert answer.headers["Referrer-Policy"] == "no-referrer"
-        assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
-        assert answer.headers["Cache-Control"] == "private, no-cache"
-        assert "Server" not in answer.headers
+        response = await alice.get(path)
+        assert response.headers["X-Content-Type-Options"] == "nosniff"
+        assert response.headers["X-Frame-Options"] == "DENY"
+        assert response.headers["Referrer-Policy"] == "no-referrer"
+        assert "default-src 'none'" in response.headers["Content-Security-Policy"]
+        assert response.headers["Cache-Control"] == "private, no-cache"
+        assert "Server" not in response.headers
 
 
 async def test_production_insists_on_tls(alice: Actor, make_server: MakeServer) -> None:
@@ -85,15 +85,15 @@ READABLE = b"POST /api/v1/auth/login HTTP/1.1\r\nHost: x\r\n"
         (b"\x16\x03\x01\x02\x00\x01\x00<html>", 400, "bad_request"),
     ],
 )
-async def test_what_cannot_be_read_is_answered_as_everything_else_is(
+async def test_malformed_request_gets_a_problem_like_any_other(
     head: bytes, expected: int, code: str, server: str
 ) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", int(server.rpartition(":")[2]))
     writer.write(head + b"\r\nConnection: close\r\n\r\n")
     async with asyncio.timeout(PATIENCE_SECONDS):
-        sent, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        response_head, _, body = (await reader.read()).partition(b"\r\n\r\n")
     writer.close()
-    status, *lines = sent.decode().split("\r\n")
+    status, *lines = response_head.decode().split("\r\n")
     headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
     assert f" {expected} " in status
     assert headers["content-type"].startswith("application/problem+json")
@@ -104,14 +104,14 @@ async def test_what_cannot_be_read_is_answered_as_everything_else_is(
     assert problem["requestId"] == headers["x-request-id"]
 
 
-async def test_tokens_are_kept_by_no_cache(alice: Actor) -> None:
-    answer = await alice.post("/auth/refresh", {"refreshToken": alice.refresh_token})
-    assert answer.headers["Cache-Control"] == "no-store"
+async def test_responses_with_tokens_forbid_caching(alice: Actor) -> None:
+    response = await alice.post("/auth/refresh", {"refreshToken": alice.refresh_token})
+    assert response.headers["Cache-Control"] == "no-store"
 
 
-async def test_static_assets_may_be_kept_for_ever(alice: Actor) -> None:
-    async with alice.http.get(f"{alice.base}/api-docs/static/swagger-ui.css") as answer:
-        assert "immutable" in answer.headers["Cache-Control"]
+async def test_static_assets_are_immutable(alice: Actor) -> None:
+    async with alice.http.get(f"{alice.base}/api-docs/static/swagger-ui.css") as response:
+        assert "immutable" in response.headers["Cache-Control"]
 
 
 def test_every_code_has_one_status_and_a_meaning() -> None:
@@ -142,22 +142,22 @@ def test_every_code_has_one_status_and_a_meaning() -> None:
         (b" " * (1 << 20) + b"{}", {}, 413, "too_large"),
     ],
 )
-async def test_a_body_that_cannot_be_is_told_why(
+async def test_invalid_body_gets_a_specific_error(
     body: bytes, headers: dict[str, str], status: int, code: str, alice: Actor
 ) -> None:
-    sent = {"Content-Type": "application/json"} | headers
-    answer = await alice.call("POST", "/projects", headers=sent, data=io.BytesIO(body))
-    assert (answer.status, answer.code) == (status, code), answer
+    request_headers = {"Content-Type": "application/json"} | headers
+    response = await alice.call("POST", "/projects", headers=request_headers, data=io.BytesIO(body))
+    assert (response.status, response.code) == (status, code), response
     assert (await alice.get("/projects"))["items"] == []
 
 
-async def test_a_slow_body_is_nobodys_fault(alice: Actor) -> None:
-    """It takes longer than the stores may; the stores have their time all the same."""
+async def test_slow_body_does_not_use_up_the_deadline_of_the_stores(alice: Actor) -> None:
+    """The body takes longer than the deadline of the stores, which is paused while the body arrives."""
 
     async def slow_body() -> AsyncIterator[bytes]:
         yield b'{"name": '
         await asyncio.sleep(2)
         yield b'"Engine"}'
 
-    answer = await alice.call("POST", "/projects", headers={"Content-Type": "application/json"}, data=slow_body())
-    assert answer.status == 201, answer
+    response = await alice.call("POST", "/projects", headers={"Content-Type": "application/json"}, data=slow_body())
+    assert response.status == 201, response

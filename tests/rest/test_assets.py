@@ -1,4 +1,4 @@
-"""Scripts, styles, pages and documents: compressed, kept by browsers, and never out of date."""
+"""Scripts, styles, pages and documents: compressed, cached by browsers, and never out of date."""
 
 import gzip
 import re
@@ -15,32 +15,32 @@ DOCUMENTS = ("/api-docs/swagger.json", "/api-docs/asyncapi.json")
 
 @pytest.fixture
 async def raw() -> AsyncIterator[aiohttp.ClientSession]:
-    """A client that shows bodies as they were sent."""
+    """A client that does not decompress bodies."""
     async with aiohttp.ClientSession(auto_decompress=False) as session:
         yield session
 
 
-async def parts_of(http: aiohttp.ClientSession, base: str, page: str) -> list[str]:
-    async with http.get(base + page) as answer:
-        return re.findall(r'(?:src|href)="(/[^"]+/static/[^"]+)"', await answer.text())
+async def static_urls_of(http: aiohttp.ClientSession, base: str, page: str) -> list[str]:
+    async with http.get(base + page) as response:
+        return re.findall(r'(?:src|href)="(/[^"]+/static/[^"]+)"', await response.text())
 
 
-async def everything(http: aiohttp.ClientSession, base: str) -> list[str]:
-    parts = [part for page in PAGES for part in await parts_of(http, base, page)]
+async def all_urls(http: aiohttp.ClientSession, base: str) -> list[str]:
+    parts = [part for page in PAGES for part in await static_urls_of(http, base, page)]
     return [*PAGES, *DOCUMENTS, *parts]
 
 
-async def test_what_is_text_comes_compressed_to_clients_that_take_it_and_only_to_them(
+async def test_text_is_compressed_only_for_clients_that_accept_it(
     http: aiohttp.ClientSession, raw: aiohttp.ClientSession, server: str
 ) -> None:
     small = "/ops/queues/"
-    paths = [path for path in await everything(http, server) if ".png" not in path and path != small]
+    paths = [path for path in await all_urls(http, server) if ".png" not in path and path != small]
     assert len(paths) >= 10
     for path in paths:
-        async with raw.get(server + path, headers={"Accept-Encoding": "gzip, br"}) as answer:
-            packed, zipped = await answer.read(), answer.headers
-        async with raw.get(server + path, headers={"Accept-Encoding": "identity"}) as answer:
-            body, plain = await answer.read(), answer.headers
+        async with raw.get(server + path, headers={"Accept-Encoding": "gzip, br"}) as response:
+            packed, zipped = await response.read(), response.headers
+        async with raw.get(server + path, headers={"Accept-Encoding": "identity"}) as response:
+            body, plain = await response.read(), response.headers
         assert zipped.get("Content-Encoding") == "gzip", path
         assert "Content-Encoding" not in plain
         assert gzip.decompress(packed) == body
@@ -54,16 +54,14 @@ async def test_what_is_text_comes_compressed_to_clients_that_take_it_and_only_to
 
 
 @pytest.mark.parametrize("path", ["/api-docs/static/favicon-32x32.png", "/ops/queues/"])
-async def test_pictures_and_small_pages_are_not_compressed(raw: aiohttp.ClientSession, server: str, path: str) -> None:
-    async with raw.get(server + path, headers={"Accept-Encoding": "gzip"}) as answer:
-        assert answer.status == 200
-        assert "Content-Encoding" not in answer.headers
+async def test_images_and_small_pages_are_not_compressed(raw: aiohttp.ClientSession, server: str, path: str) -> None:
+    async with raw.get(server + path, headers={"Accept-Encoding": "gzip"}) as response:
+        assert response.status == 200
+        assert "Content-Encoding" not in response.headers
 
 
-async def test_what_has_not_changed_is_answered_304_with_the_policy_that_the_page_needs(
-    http: aiohttp.ClientSession, server: str
-) -> None:
-    for path in await everything(http, server):
+async def test_unchanged_asset_gets_304_with_its_security_policy(http: aiohttp.ClientSession, server: str) -> None:
+    for path in await all_urls(http, server):
         async with http.get(server + path) as first:
             expected = {name: first.headers.get(name) for name in ("ETag", "Cache-Control", "Content-Security-Policy")}
         async with http.get(server + path, headers={"If-None-Match": str(expected["ETag"])}) as again:
@@ -71,16 +69,16 @@ async def test_what_has_not_changed_is_answered_304_with_the_policy_that_the_pag
             assert {name: again.headers.get(name) for name in expected} == expected
 
 
-async def test_scripts_and_styles_are_immutable_at_an_address_that_changes_with_them(
+async def test_scripts_and_styles_are_immutable_at_a_url_with_their_version(
     http: aiohttp.ClientSession, server: str
 ) -> None:
     for page, cache in (("/api-docs", "public"), ("/ops/queues/", "private")):
-        parts = await parts_of(http, server, page)
+        parts = await static_urls_of(http, server, page)
         assert len(parts) >= 3
         for part in parts:
-            async with http.get(server + part) as answer:
-                assert answer.headers["Cache-Control"] == f"{cache}, max-age=31536000, immutable"
-                assert part.partition("?v=")[2] in answer.headers["ETag"]
+            async with http.get(server + part) as response:
+                assert response.headers["Cache-Control"] == f"{cache}, max-age=31536000, immutable"
+                assert part.partition("?v=")[2] in response.headers["ETag"]
 
 
 @pytest.mark.parametrize(
@@ -99,5 +97,5 @@ async def test_scripts_and_styles_are_immutable_at_an_address_that_changes_with_
         ("xgzip", False),
     ],
 )
-def test_accept_encoding_is_read_as_the_rfc_has_it(header: str, accepted: bool) -> None:
+def test_accept_encoding_follows_the_rfc(header: str, accepted: bool) -> None:
     assert accepts_gzip(header) is accepted

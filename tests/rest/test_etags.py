@@ -1,4 +1,4 @@
-"""Preconditions by RFC 9110, section 13: which tags match, and what a write may then change."""
+"""Preconditions by RFC 9110, section 13: matching of tags, and the revisions that a write may change."""
 
 import pytest
 from aiohttp import hdrs
@@ -10,28 +10,28 @@ from server.errors import NotFound, PreconditionFailed
 from server.rest.etags import Preconditions, changed, etag, expected_revisions, lost, preconditions, unchanged, untagged
 
 
-def asking(**headers: str) -> Request:
-    """``if_match='"1"'``: a request with this header."""
+def request_with(**headers: str) -> Request:
+    """Return a request with these headers: ``if_match='"1"'``."""
     return make_mocked_request("GET", "/", {name.replace("_", "-"): value for name, value in headers.items()})
 
 
-def asking_twice(name: str, *values: str) -> Request:
-    request = asking()
+def request_with_repeated(name: str, *values: str) -> Request:
+    request = request_with()
     return request.clone(headers=[(name, value) for value in values])  # type: ignore[arg-type]
 
 
 def holds(revision: int, header: str, *, role: str = "OWNER", name: str = "if_match") -> bool:
-    """Whether a write at this revision would be made, as its WHERE clause has it."""
+    """Return whether a write would change this revision, as its WHERE clause decides."""
     try:
-        revisions = expected_revisions(asking(**{name: header}), role)
+        revisions = expected_revisions(request_with(**{name: header}), role)
     except PreconditionFailed:
         return False
-    return revisions is None or any(contains(each, revision) for each in revisions)
+    return revisions is None or any(contains(revision_range, revision) for revision_range in revisions)
 
 
-def contains(found: Range, value: int) -> bool:
-    above = found.lower is None or value > found.lower or (found.lower_inc and value == found.lower)
-    below = found.upper is None or value < found.upper or (found.upper_inc and value == found.upper)
+def contains(span: Range, value: int) -> bool:
+    above = span.lower is None or value > span.lower or (span.lower_inc and value == span.lower)
+    below = span.upper is None or value < span.upper or (span.upper_inc and value == span.upper)
     return above and below
 
 
@@ -63,30 +63,30 @@ NOT_MATCHING = {
 
 
 @pytest.mark.parametrize("header", MATCHING)
-def test_if_match_takes_the_tag_itself(header: str) -> None:
+def test_if_match_accepts_the_exact_tag(header: str) -> None:
     assert holds(7, header)
     assert holds(8, header) is (header == "*")
 
 
 @pytest.mark.parametrize("header", NOT_MATCHING.values(), ids=list(NOT_MATCHING))
-def test_if_match_takes_nothing_else(header: str) -> None:
+def test_if_match_accepts_no_other_tag(header: str) -> None:
     assert not holds(7, header)
 
 
-def test_if_match_lists_every_revision_that_is_meant() -> None:
+def test_if_match_accepts_every_listed_revision() -> None:
     assert [revision for revision in range(12) if holds(revision, '"3-owner", "9-owner", W/"5-owner"')] == [3, 9]
 
 
-def test_a_list_ends_where_it_cannot_be_read() -> None:
+def test_list_ends_at_the_first_malformed_tag() -> None:
     assert holds(3, '"3-owner", nonsense, "9-owner"')
     assert not holds(9, '"3-owner", nonsense, "9-owner"')
 
 
-def test_headers_that_come_twice_are_one_list() -> None:
-    request = asking_twice(hdrs.IF_MATCH, '"3-owner"', '"9-owner"')
+def test_repeated_headers_are_one_list() -> None:
+    request = request_with_repeated(hdrs.IF_MATCH, '"3-owner"', '"9-owner"')
     revisions = expected_revisions(request, "OWNER")
     assert revisions is not None
-    assert [each.lower for each in revisions] == [3, 9]
+    assert [revision_range.lower for revision_range in revisions] == [3, 9]
 
 
 @pytest.mark.parametrize("digits", [17, 18])
@@ -95,55 +95,55 @@ def test_the_largest_revisions_can_be_named(digits: int) -> None:
 
 
 def test_no_header_is_no_condition() -> None:
-    assert expected_revisions(asking(), "OWNER") is None
-    assert preconditions(asking()) == Preconditions(None, frozenset())
+    assert expected_revisions(request_with(), "OWNER") is None
+    assert preconditions(request_with()) == Preconditions(None, frozenset())
 
 
-def test_if_none_match_leaves_out_what_it_names() -> None:
+def test_if_none_match_excludes_the_listed_revisions() -> None:
     for header in ('"3-owner", W/"9-owner"', '"3-owner","9-owner", "4-viewer", "05-owner", "5"'):
-        found = [revision for revision in range(1, 12) if holds(revision, header, name="if_none_match")]
-        assert found == [1, 2, 4, 5, 6, 7, 8, 10, 11]
-    assert not holds(3, "*", name="if_none_match")  # it exists
+        accepted = [revision for revision in range(1, 12) if holds(revision, header, name="if_none_match")]
+        assert accepted == [1, 2, 4, 5, 6, 7, 8, 10, 11]
+    assert not holds(3, "*", name="if_none_match")  # the resource exists
     assert holds(3, "nonsense", name="if_none_match")
 
 
 def test_both_conditions_must_hold() -> None:
-    request = asking(if_match='"3-owner", "9-owner"', if_none_match='"9-owner"')
+    request = request_with(if_match='"3-owner", "9-owner"', if_none_match='"9-owner"')
     [left] = expected_revisions(request, "OWNER") or []
     assert (left.lower, left.upper) == (3, 3)
     with pytest.raises(PreconditionFailed):
-        expected_revisions(asking(if_match='"9-owner"', if_none_match='"9-owner"'), "OWNER")
+        expected_revisions(request_with(if_match='"9-owner"', if_none_match='"9-owner"'), "OWNER")
 
 
-def test_a_thing_of_several_tags_meets_a_condition_by_any_of_them() -> None:
-    demanded = preconditions(asking(if_match='"a", "b"'))
-    assert demanded.hold_for("b", "c")
-    assert not demanded.hold_for("c", "d")
-    refused = preconditions(asking(if_none_match='"b"'))
-    assert not refused.hold_for("b", "c")
-    assert refused.hold_for("c", "d")
+def test_resource_with_several_tags_meets_a_condition_by_any_of_them() -> None:
+    if_match = preconditions(request_with(if_match='"a", "b"'))
+    assert if_match.hold_for("b", "c")
+    assert not if_match.hold_for("c", "d")
+    if_none_match = preconditions(request_with(if_none_match='"b"'))
+    assert not if_none_match.hold_for("b", "c")
+    assert if_none_match.hold_for("c", "d")
 
 
-def test_a_thing_without_a_tag_meets_what_names_no_tag() -> None:
-    for request in (asking(), asking(if_match="*"), asking(if_none_match='"1"')):
+def test_resource_without_a_tag_meets_conditions_that_name_no_tag() -> None:
+    for request in (request_with(), request_with(if_match="*"), request_with(if_none_match='"1"')):
         untagged(request)
-    for request in (asking(if_match='"1"'), asking(if_match=""), asking(if_none_match="*")):
+    for request in (request_with(if_match='"1"'), request_with(if_match=""), request_with(if_none_match="*")):
         with pytest.raises(PreconditionFailed):
             untagged(request)
 
 
 @pytest.mark.parametrize("header", ['"7-owner"', 'W/"7-owner"', '"1", W/"7-owner"', "*", " * "])
-def test_a_reader_that_has_it_is_told_so_by_weak_comparison(header: str) -> None:
-    assert unchanged(asking(if_none_match=header), "7-owner")
+def test_if_none_match_compares_weakly_for_reads(header: str) -> None:
+    assert unchanged(request_with(if_none_match=header), "7-owner")
 
 
 @pytest.mark.parametrize("header", ['"07-owner"', '"7-viewer"', "7-owner", '"', "", '"x", nonsense, "7-owner"'])
-def test_a_reader_that_has_another_gets_it(header: str) -> None:
-    assert not unchanged(asking(if_none_match=header), "7-owner")
-    assert not unchanged(asking(), "7-owner")
+def test_other_tags_do_not_match_if_none_match(header: str) -> None:
+    assert not unchanged(request_with(if_none_match=header), "7-owner")
+    assert not unchanged(request_with(), "7-owner")
 
 
-def test_a_write_that_found_no_row_says_why() -> None:
+def test_write_that_found_no_row_gets_the_reason() -> None:
     assert isinstance(lost(None), NotFound)
     assert isinstance(lost([Range(1, 1, upper_inc=True)]), PreconditionFailed)
     assert isinstance(changed(), PreconditionFailed)

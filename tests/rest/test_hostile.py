@@ -1,4 +1,4 @@
-"""Bad input never makes a 5xx: hostile values in every field of every body, query and header."""
+"""Hostile values in every field of every body, query and header never cause a 5xx."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ from tests.processes import Processes
 from tests.test_roles import fill, route_id, things_of, valid_body
 from tests.test_roles import routes as private_routes
 
-# As JSON, so that they can be what no encoder would write.
+# In JSON syntax, because an encoder would not write some of them.
 VALUES = {
     "nul": r'"a\u0000b"',
     "lone surrogate": r'"a\ud800b"',
@@ -61,7 +61,9 @@ VALUES = {
 
 
 def schemas(route: web.RouteDef, location: str) -> list[Any]:
-    return [each["schema"] for each in getattr(route.handler, "__schemas__", ()) if each["location"] == location]
+    return [
+        declared["schema"] for declared in getattr(route.handler, "__schemas__", ()) if declared["location"] == location
+    ]
 
 
 ALL = [*private_routes()]
@@ -71,70 +73,70 @@ WITH_QUERY = [route for route in ALL if schemas(route, "querystring")]
 
 async def send(actor: Actor, method: str, path: str, raw: str) -> int:
     headers = actor.headers | {"Content-Type": "application/json"}
-    async with actor.http.request(method, actor.base + path, data=raw.encode(), headers=headers) as answer:
-        await answer.read()
-        return answer.status
+    async with actor.http.request(method, actor.base + path, data=raw.encode(), headers=headers) as response:
+        await response.read()
+        return response.status
 
 
 def is_text(schema: Any, name: str) -> bool:
-    """Free text: nothing but its length is prescribed, or that one can see it."""
+    """Return whether a field is free text: only its length, or a visible character, is required."""
     field = next(field for key, field in schema.fields.items() if (field.data_key or key) == name)
     limits = (validate.Length, NoneType)
     return type(field) in (fields.String, Text, Name) and isinstance(field.validate, limits)
 
 
-async def bodies(actor: Actor, route: web.RouteDef, path: str, ids: dict[str, str]) -> None:
-    """Every value in every field, everything else being right; in a text, some get as far as what is right gets."""
+async def send_bodies(actor: Actor, route: web.RouteDef, path: str, ids: dict[str, str]) -> None:
+    """Send every value in every field of a body that is else valid; free text accepts some of them."""
     for schema in schemas(route, "json"):
         names = [field.data_key or name for name, field in schema.fields.items()]
         right = await send(actor, route.method, path, json.dumps(fresh(route, ids)))
         for name in [*names, "unknownField"]:
-            got = set()
+            statuses = set()
             for kind, value in VALUES.items():
                 raw = json.dumps({**fresh(route, ids), name: "@@"}).replace('"@@"', value)
                 status = await send(actor, route.method, path, raw)
                 assert status < 500, (route_id(route), name, kind)
-                got.add(status)
+                statuses.add(status)
                 if status in ENDED and not is_public(route.handler):
                     await actor.log_in()
             if name in names and is_text(schema, name):
-                assert right in got, (route_id(route), name, right, got)
+                assert right in statuses, (route_id(route), name, right, statuses)
 
 
-ENDED = (204, 401)  # logged out, or told that a password is wrong
+ENDED = (204, 401)  # logged out, or rejected for a wrong password
 
 
 def fresh(route: web.RouteDef, ids: dict[str, str]) -> dict[str, Any]:
-    """A valid body, which can be sent again and again."""
+    """Return a valid body that can be sent repeatedly."""
     body, word = valid_body(route, ids), uuid4().hex
     unique = {"path": f"{word}.py", "email": f"{word}@example.org"}
     return body | {name: value for name, value in unique.items() if name in body}
 
 
 @pytest.mark.parametrize("route", WITH_BODY, ids=route_id)
-async def test_no_value_in_a_body_is_our_fault(route: web.RouteDef, server: str, make_actor: MakeActor) -> None:
+async def test_body_values_never_cause_a_server_error(route: web.RouteDef, server: str, make_actor: MakeActor) -> None:
     actor = await make_actor("Mallory", server)
-    actor.password = "Babbage1791"  # not the document's example, which would delete the account
+    actor.password = "Babbage1791"  # not the example in the OpenAPI document, which would delete the account
     await actor.post("/auth/password", {"currentPassword": PASSWORD, "newPassword": actor.password})
     ids = await things_of(actor)
-    await bodies(actor, route, fill(route.path, ids), ids)
+    await send_bodies(actor, route, fill(route.path, ids), ids)
     await actor.log_in()
     assert (await actor.get("/projects")).status == 200
 
 
 @pytest.mark.parametrize("path", ["register", "login", "refresh"])
-async def test_no_value_sent_by_a_stranger_is_our_fault(path: str, server: str, alice: Actor) -> None:
+async def test_body_values_without_a_token_never_cause_a_server_error(path: str, server: str, alice: Actor) -> None:
     from server.app import API
 
-    nobody = Actor(alice.http, server, "Nobody")
+    guest = Actor(alice.http, server, "Nobody")
     route = next(route for table in API for route in table if str(getattr(route, "path", "")).endswith(f"/auth/{path}"))
     assert isinstance(route, web.RouteDef)
     assert is_public(route.handler)
-    await bodies(nobody, route, route.path, {})
+    await send_bodies(guest, route, route.path, {})
 
 
 @pytest.mark.parametrize("route", WITH_QUERY, ids=route_id)
-async def test_no_value_in_a_query_is_our_fault(route: web.RouteDef, server: str, make_actor: MakeActor) -> None:
+async def test_query_values_never_cause_a_server_error(route: web.RouteDef, server: str, make_actor: MakeActor) -> None:
     actor = await make_actor("Mallory", server)
     path = fill(route.path, await things_of(actor))
     values = [json.loads(value) for value in VALUES.values() if value.startswith('"') and "ud800" not in value]
@@ -170,22 +172,22 @@ HEADERS = [
 
 
 @pytest.mark.parametrize(("name", "value"), HEADERS)
-async def test_no_header_is_our_fault(name: str, value: str, alice: Actor) -> None:
+async def test_header_values_never_cause_a_server_error(name: str, value: str, alice: Actor) -> None:
     project = await alice.make_project()
     for method, path in (("GET", f"/projects/{project}"), ("PATCH", f"/projects/{project}"), ("GET", "/health")):
-        answer = await alice.call(method, path, headers={name: value})
-        assert answer.status < 500, answer
+        response = await alice.call(method, path, headers={name: value})
+        assert response.status < 500, response
 
 
 async def raw_answer(port: int, *parts: bytes, pause: float = 0) -> tuple[bytes, float]:
-    """What a server answers to these bytes, and after how many seconds it has closed or answered."""
+    """Return a server's response to these bytes, and the seconds until it responded or closed."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     started = time.monotonic()
     trickle = asyncio.create_task(send_slowly(writer, parts, pause))
     try:
         async with asyncio.timeout(PATIENCE_SECONDS):
-            answer = await reader.read(65536)
-        return answer, time.monotonic() - started
+            response = await reader.read(65536)
+        return response, time.monotonic() - started
     except ConnectionError:
         return b"", time.monotonic() - started
     finally:
@@ -202,12 +204,12 @@ async def send_slowly(writer: asyncio.StreamWriter, parts: tuple[bytes, ...], pa
                 await asyncio.sleep(pause)
             if not pause:
                 return
-            parts = parts[-1:]  # the last one again and again
+            parts = parts[-1:]  # repeat the last part
     except ConnectionError:
         return
 
 
-async def test_slow_headers_and_slow_bodies_are_cut_off_and_garbage_gets_no_html(processes: Processes) -> None:
+async def test_slow_headers_and_bodies_time_out_and_malformed_requests_get_no_html(processes: Processes) -> None:
     port = int(processes.server().base.rpartition(":")[2])
     head = b"POST /api/v1/auth/login HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     headers, body, chunks, silence, garbage, large = await asyncio.gather(
@@ -221,23 +223,24 @@ async def test_slow_headers_and_slow_bodies_are_cut_off_and_garbage_gets_no_html
     assert headers[0] == silence[0] == b""
     for _, seconds in (headers, body, chunks, silence):
         assert seconds > 8
-    for answer, _ in (body, chunks):
-        assert answer.startswith(b"HTTP/1.1 400 ")
-        assert b"too slowly" in answer
+    for response, _ in (body, chunks):
+        assert response.startswith(b"HTTP/1.1 400 ")
+        assert b"Request body exceeds the timeout of 10 seconds" in response
     assert b" 400 Bad Request" in garbage[0]
     assert b"text/html" not in garbage[0]
     assert large[0].startswith(b"HTTP/1.1 413 ")
 
 
-async def test_who_hangs_up_in_the_middle_of_a_body_is_not_a_fault_of_ours(server: str) -> None:
-    def faults() -> float:
+async def test_client_that_disconnects_during_the_body_causes_no_server_error(server: str) -> None:
+    def count_server_errors() -> float:
         samples = [sample for metric in metrics.REQUESTS.collect() for sample in metric.samples]
-        return sum(each.value for each in samples if each.name.endswith("_count") and each.labels["status"] == "500")
+        counts = [sample for sample in samples if sample.name.endswith("_count")]
+        return sum(sample.value for sample in counts if sample.labels["status"] == "500")
 
-    def refusals() -> float:
+    def count_rejected() -> float:
         return metrics.REQUESTS.labels("POST", "/api/v1/auth/login", "400")._sum.get()
 
-    before, refused = faults(), refusals()
+    errors_before, rejected_before = count_server_errors(), count_rejected()
     head = b"POST /api/v1/auth/login HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     for body in (
         b"Content-Length: 1000\r\n\r\n",
@@ -250,6 +253,6 @@ async def test_who_hangs_up_in_the_middle_of_a_body_is_not_a_fault_of_ours(serve
         await asyncio.sleep(0.1)
         writer.close()
     async with asyncio.timeout(PATIENCE_SECONDS):
-        while refusals() == refused:
+        while count_rejected() == rejected_before:
             await asyncio.sleep(0.05)
-    assert faults() == before
+    assert count_server_errors() == errors_before

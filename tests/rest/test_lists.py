@@ -1,4 +1,4 @@
-"""Every list page by page: each item once, in the order of the whole list."""
+"""Pagination of every list: each item appears once, in the order of the whole list."""
 
 import asyncio
 import io
@@ -14,23 +14,23 @@ SORTS = ("updatedAt", "-updatedAt", "createdAt", "-createdAt", "name", "-name")
 
 
 async def make_things(alice: Actor) -> tuple[dict[str, str], int]:
-    """A list of each kind with so many items."""
+    """Create a list of each kind; return the ids for paths and the number of items."""
     project = await alice.make_project(name="P0")
     workspace = await alice.make_workspace(project)
     document = await make_document(alice, workspace, content="0")
-    made = 5
-    for number in range(1, made):
+    count = 5
+    for number in range(1, count):
         await alice.make_project(name=f"P{number // 2}")  # pairs of one name
         await alice.make_workspace(project)
         await make_document(alice, workspace, path=f"{number}.py")
         headers = {"Content-Type": "text/plain", "If-Match": "*"}
         await alice.put(f"/documents/{document}/content", data=io.BytesIO(str(number).encode()), headers=headers)
         await alice.at(alice.base).log_in()
-    for number in range(made):
+    for number in range(count):
         await alice.post(f"/projects/{project}/collaborators", {"email": f"{number}-{alice.email}"})
         await alice.post("/jobs", {**program(), "runAt": "2100-01-01T00:00:00Z", "workspaceId": workspace})
     ids = {"project": project, "workspace": workspace, "document": document}
-    return ids, made
+    return ids, count
 
 
 LISTS = [
@@ -54,13 +54,13 @@ async def items(actor: Actor, path: str, **query: str) -> tuple[list[Any], str |
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3])
-async def test_each_item_of_a_list_is_on_one_page(alice: Actor, limit: int) -> None:
-    ids, made = await make_things(alice)
+async def test_every_item_of_a_list_is_on_exactly_one_page(alice: Actor, limit: int) -> None:
+    ids, count = await make_things(alice)
 
     async def check(template: str) -> None:
         path = template.format_map(ids)
         whole, _ = await items(alice, path, limit="100")
-        assert len(whole) >= made, path
+        assert len(whole) >= count, path
         seen, cursor = await items(alice, path, limit=str(limit))
         while cursor is not None:
             page, cursor = await items(alice, path, limit=str(limit), cursor=cursor)

@@ -1,4 +1,4 @@
-"""Pages of lists: the rows that are shown, and cursors that lead to the next ones."""
+"""Keyset pagination: the rows of a page, and the cursor of the next one."""
 
 import base64
 from datetime import UTC, datetime, timedelta, timezone
@@ -23,30 +23,30 @@ def rows(count: int) -> list[dict[str, int]]:
     return [{"id": number} for number in range(count)]
 
 
-@pytest.mark.parametrize("there", [0, 1, 2])
-def test_a_page_that_is_the_last_has_no_cursor(there: int) -> None:
-    assert page(rows(there), 2, "id", of="things") == (rows(there), None)
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_last_page_has_no_cursor(count: int) -> None:
+    assert page(rows(count), 2, "id", of="things") == (rows(count), None)
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3])
-def test_a_page_shows_its_limit_and_its_cursor_holds_the_last_row_shown(limit: int) -> None:
-    shown, cursor = page(rows(limit + 1), limit, "id", of="things")
-    assert shown == rows(limit)
+def test_page_has_limit_rows_and_the_cursor_of_the_last_one(limit: int) -> None:
+    page_rows, cursor = page(rows(limit + 1), limit, "id", of="things")
+    assert page_rows == rows(limit)
     assert cursor is not None
     assert keys_of(cursor, int, of="things") == (limit - 1,)
 
 
 def test_a_cursor_keeps_the_microseconds_of_a_time() -> None:
-    # Rounded to milliseconds it would repeat rows, or skip them.
+    # A time rounded to milliseconds would repeat or skip rows.
     id = uuid4()
     _, cursor = page([{"at": MOMENT, "id": id}] * 2, 1, "at", "id", of="things")
     assert keys_of(cursor, datetime, UUID, of="things") == (MOMENT, id)
 
 
 def test_a_time_of_another_zone_is_the_same_moment_in_utc() -> None:
-    there = MOMENT.astimezone(timezone(timedelta(hours=5)))
-    [found] = keys_of(cursor_of(there.isoformat(), of="things"), datetime, of="things")
-    assert (found, found.tzinfo) == (MOMENT, UTC)
+    elsewhere = MOMENT.astimezone(timezone(timedelta(hours=5)))
+    [decoded] = keys_of(cursor_of(elsewhere.isoformat(), of="things"), datetime, of="things")
+    assert (decoded, decoded.tzinfo) == (MOMENT, UTC)
 
 
 def test_no_cursor_is_the_first_page() -> None:
@@ -54,7 +54,7 @@ def test_no_cursor_is_the_first_page() -> None:
 
 
 @pytest.mark.parametrize("length", range(1, 13))
-def test_a_cursor_of_any_length_can_be_read(length: int) -> None:
+def test_cursor_of_any_length_can_be_decoded(length: int) -> None:
     name = "x" * length  # base64 pads one in three
     cursor = cursor_of(name, of="things")
     assert "=" not in cursor
@@ -93,7 +93,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("cursor", BAD.values(), ids=list(BAD))
-def test_what_is_no_cursor_of_the_list_is_refused(cursor: str) -> None:
+def test_cursor_that_is_malformed_or_of_another_list_is_rejected(cursor: str) -> None:
     with pytest.raises(ValidationFailed) as refused:
         keys_of(cursor, int, of="things")
     assert refused.value.details == [{"field": "cursor", "message": "Not a cursor of this list."}]
@@ -109,17 +109,17 @@ BAD_TIMES = {
 
 
 @pytest.mark.parametrize("time", BAD_TIMES.values(), ids=list(BAD_TIMES))
-def test_a_time_that_cannot_be_asked_for_is_refused(time: str) -> None:
+def test_cursor_with_an_invalid_time_is_rejected(time: str) -> None:
     with pytest.raises(ValidationFailed):
         keys_of(encoded(["things", time]), datetime, of="things")
 
 
-def test_a_bad_id_is_refused() -> None:
+def test_cursor_with_an_invalid_id_is_rejected() -> None:
     with pytest.raises(ValidationFailed):
         keys_of(encoded(["things", "1"]), UUID, of="things")
 
 
-def test_a_page_has_twenty_items_unless_asked_for_others() -> None:
+def test_page_has_twenty_items_by_default() -> None:
     assert PageQuery().load({}) == {"limit": 20, "cursor": None}
     for limit in ("1", "100"):
         assert PageQuery().load({"limit": limit})["limit"] == int(limit)
@@ -128,7 +128,7 @@ def test_a_page_has_twenty_items_unless_asked_for_others() -> None:
             PageQuery().load({"limit": limit})
 
 
-def test_a_long_cursor_is_not_even_read() -> None:
+def test_long_cursor_is_rejected_before_decoding() -> None:
     assert PageQuery().load({"cursor": "x" * 1000})["cursor"] == "x" * 1000
     with pytest.raises(ValidationError):
         PageQuery().load({"cursor": "x" * 1001})

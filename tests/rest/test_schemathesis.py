@@ -1,4 +1,4 @@
-"""The generated document against the running server: whatever fits it, or just does not, is answered as it says."""
+"""The OpenAPI document against the running server: requests that conform, or just do not, get documented responses."""
 
 import asyncio
 import json
@@ -21,9 +21,9 @@ CHECKS = (
     "response_headers_conformance",
     "unsupported_method",
 )
-# They would end the session that the run lives on.
+# These would end the session of the run.
 NOT_CALLED = {"logout", "delete_profile", "end_session", "end_other_sessions", "change_password"}
-UNKNOWN = {"accept_invitation", "read_artifact"}  # no token can be guessed; there is no such file
+UNKNOWN = {"accept_invitation", "read_artifact"}  # a token cannot be guessed; the file does not exist
 SHORT_SECONDS, FULL_SECONDS = 10, 60
 
 
@@ -49,31 +49,32 @@ async def test_the_server_does_what_its_document_says(
     )
     assert done.returncode == 0, done.stdout[-20_000:]
     assert "Traceback" not in server.output
-    nothing, called = found_nothing(document, server.output)
+    nothing, called = operations_without_success(document, server.output)
     assert nothing <= UNKNOWN
-    every = {it["operationId"] for methods in document["paths"].values() for it in methods.values()} - NOT_CALLED
-    assert called >= every if full else called  # how many fit into the short time depends on the machine
+    operations = [operation for methods in document["paths"].values() for operation in methods.values()]
+    every = {operation["operationId"] for operation in operations} - NOT_CALLED
+    assert called >= every if full else called  # the number of calls in the short form depends on the machine
 
 
 async def name_things(document: dict[str, Any], actor: Actor) -> None:
-    """Things that exist, in every path; what is deleted is missed by no other operation."""
-    kept = await things_of(actor)
+    """Put the ids of existing resources into every path; operations that delete get resources of their own."""
+    ids_to_keep = await things_of(actor)
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
-            ids = await things_of(actor) if method == "delete" and "{" in path else kept
-            for each in operation["parameters"]:
-                if each["in"] == "path":
-                    each["enum"] = [ids[each["name"]]]
+            ids = await things_of(actor) if method == "delete" and "{" in path else ids_to_keep
+            for parameter in operation["parameters"]:
+                if parameter["in"] == "path":
+                    parameter["enum"] = [ids[parameter["name"]]]
 
 
-def found_nothing(document: dict[str, Any], log: str) -> tuple[set[str], set[str]]:
-    """Of the operations that were called, those that were answered with nothing but 404; and all of them."""
+def operations_without_success(document: dict[str, Any], log: str) -> tuple[set[str], set[str]]:
+    """Return the operations that got 404 only, and all operations that were called."""
     statuses: dict[str, set[int]] = {}
     for line in log.split("\n"):
-        told = json.loads(line) if line.startswith('{"') else {}
-        if told.get("event") == "request":
-            name = operation_of(document, told["method"].lower(), told["path"])
-            statuses.setdefault(name, set()).add(told["status"])
+        entry = json.loads(line) if line.startswith('{"') else {}
+        if entry.get("event") == "request":
+            name = operation_of(document, entry["method"].lower(), entry["path"])
+            statuses.setdefault(name, set()).add(entry["status"])
     statuses.pop("", None)
     return {name for name, of_name in statuses.items() if of_name <= {404}}, set(statuses)
 

@@ -1,4 +1,4 @@
-"""The document that developers read: every route, with what it takes, answers and refuses."""
+"""The OpenAPI document: every route with its parameters, responses and errors."""
 
 import asyncio
 import shutil
@@ -15,72 +15,74 @@ from tests.actors import Actor
 from tests.test_roles import fill, things_of
 
 DOCUMENT = swagger_document()
-OPERATIONS = [(path, method, it) for path, methods in DOCUMENT["paths"].items() for method, it in methods.items()]
+OPERATIONS = [
+    (path, method, operation) for path, methods in DOCUMENT["paths"].items() for method, operation in methods.items()
+]
 
 
 def name(value: object) -> str:
     return str(value) if isinstance(value, str) else ""
 
 
-def test_every_route_is_in_it_and_nothing_else() -> None:
+def test_document_contains_exactly_the_routes() -> None:
     routes = {(route.path, route.method.lower()) for table in API for route in table if isinstance(route, web.RouteDef)}
     assert {(path, method) for path, method, _ in OPERATIONS} == routes
 
 
-def test_a_second_document_is_the_same_as_the_first() -> None:
+def test_second_document_equals_the_first() -> None:
     assert swagger_document.__wrapped__() == DOCUMENT
 
 
 @pytest.mark.parametrize(("path", "method", "operation"), OPERATIONS, ids=name)
-def test_each_says_what_it_does_takes_answers_and_refuses(path: str, method: str, operation: dict) -> None:
+def test_operation_documents_summary_parameters_and_responses(path: str, method: str, operation: dict) -> None:
     assert operation["summary"]
     assert operation["tags"]
     assert any(status.startswith("2") for status in operation["responses"])
     in_path = {part.strip("{}") for part in path.split("/") if part.startswith("{")}
-    assert {each["name"] for each in operation["parameters"] if each["in"] == "path"} == in_path
-    for status, answer in operation["responses"].items():
+    assert {parameter["name"] for parameter in operation["parameters"] if parameter["in"] == "path"} == in_path
+    for status, response in operation["responses"].items():
         if status >= "4" and path.startswith("/api/"):
-            assert answer["schema"] == {"$ref": "#/definitions/Problem"}
-            assert CODES[answer["examples"]["application/problem+json"]["code"]][0] == int(status)
+            assert response["schema"] == {"$ref": "#/definitions/Problem"}
+            assert CODES[response["examples"]["application/problem+json"]["code"]][0] == int(status)
 
 
 @pytest.mark.parametrize(("path", "method", "operation"), OPERATIONS, ids=name)
-def test_each_shows_an_example_of_what_it_answers(path: str, method: str, operation: dict) -> None:
-    for status, answer in operation["responses"].items():
-        if "schema" in answer:
-            assert answer["examples"], status
-        assert "X-Request-Id" in answer["headers"]
-        assert ("Retry-After" in answer["headers"]) == (status in ("429", "503"))
-        assert ("RateLimit" in answer["headers"]) == path.startswith("/api/")
-    sent = {each["name"] for each in operation["parameters"] if each["in"] == "header"}
+def test_operation_documents_examples_and_headers_of_responses(path: str, method: str, operation: dict) -> None:
+    for status, response in operation["responses"].items():
+        if "schema" in response:
+            assert response["examples"], status
+        assert "X-Request-Id" in response["headers"]
+        assert ("Retry-After" in response["headers"]) == (status in ("429", "503"))
+        assert ("RateLimit" in response["headers"]) == path.startswith("/api/")
+    header_parameters = {parameter["name"] for parameter in operation["parameters"] if parameter["in"] == "header"}
     changes = method in ("patch", "put", "delete") or operation["operationId"] == "restore_version"
-    assert ("If-Match" in sent) == changes
-    assert ("If-None-Match" in sent) == (changes or "304" in operation["responses"])
+    assert ("If-Match" in header_parameters) == changes
+    assert ("If-None-Match" in header_parameters) == (changes or "304" in operation["responses"])
 
 
 def test_every_property_has_an_example() -> None:
     for defined, schema in DOCUMENT["definitions"].items():
-        for each, it in schema["properties"].items():
-            if it.get("type") not in ("array", "object") and "$ref" not in it:
-                assert it["example"] != each, (defined, each)
+        for property_name, property_schema in schema["properties"].items():
+            if property_schema.get("type") not in ("array", "object") and "$ref" not in property_schema:
+                assert property_schema["example"] != property_name, (defined, property_name)
 
 
-def test_nobody_is_told_to_send_null_in_a_query() -> None:
+def test_parameters_never_document_null() -> None:
     for path, _, operation in OPERATIONS:
-        for each in operation["parameters"]:
-            assert None not in [*each.get("enum", ()), each.get("default", "")], (path, each)
+        for parameter in operation["parameters"]:
+            assert None not in [*parameter.get("enum", ()), parameter.get("default", "")], (path, parameter)
 
 
-async def test_what_has_an_etag_says_so_and_has_it(alice: Actor) -> None:
+async def test_etags_are_sent_exactly_if_documented(alice: Actor) -> None:
     ids = await things_of(alice)
     for path, method, operation in OPERATIONS:
         if method == "get" and path.startswith("/api/"):
-            answer = await alice.get(fill(path, ids))
-            if answer.status == 200:
-                assert ("ETag" in answer.headers) == ("ETag" in operation["responses"]["200"]["headers"]), path
+            response = await alice.get(fill(path, ids))
+            if response.status == 200:
+                assert ("ETag" in response.headers) == ("ETag" in operation["responses"]["200"]["headers"]), path
 
 
-def test_each_says_whether_it_needs_a_token() -> None:
+def test_operation_documents_whether_it_requires_a_token() -> None:
     for table in API:
         for route in table:
             assert isinstance(route, web.RouteDef)
@@ -106,6 +108,7 @@ async def test_a_browser_shows_every_operation(alice: Actor, tmp_path: Path) -> 
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
     flags += ["--disable-quic", "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}"]
     command = [chromium, *flags, "--virtual-time-budget=10000", "--dump-dom", f"{alice.base}/api-docs"]
-    shown = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=60, check=True)
-    missing = [it["operationId"] for _, _, it in OPERATIONS if f'-{it["operationId"]}"' not in shown.stdout]
+    page = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=60, check=True)
+    ids = [operation["operationId"] for _, _, operation in OPERATIONS]
+    missing = [id for id in ids if f'-{id}"' not in page.stdout]
     assert missing == []

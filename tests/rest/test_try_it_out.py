@@ -1,4 +1,4 @@
-"""Swagger UI in a real browser: with a token, every operation can be tried."""
+"""Swagger UI in a real browser: with a token, a developer can try every operation."""
 
 import asyncio
 import shutil
@@ -26,9 +26,9 @@ class Browser:
         self._driver.get(address)
 
     def click(self, where: str) -> None:
-        found = self.find(where)
-        self._driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", found)
-        self._wait.until(expected_conditions.element_to_be_clickable(found)).click()
+        element = self.find(where)
+        self._driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+        self._wait.until(expected_conditions.element_to_be_clickable(element)).click()
 
     def type(self, where: str, text: str) -> None:
         self.find(where).send_keys(text)
@@ -41,12 +41,12 @@ class Browser:
         return int(self._driver.execute_script("return document.documentElement.scrollWidth"))
 
     def until(self, where: str, *texts: str) -> None:
-        """Wait until these texts, and no others, stand there."""
+        """Wait until the elements have exactly these texts."""
         wait = WebDriverWait(self._driver, PATIENCE_SECONDS, ignored_exceptions=[StaleElementReferenceException])
         wait.until(lambda _: self._texts(where) == list(texts), f"{texts} in {where}")
 
     def _texts(self, where: str) -> list[str]:
-        return [found.text for found in self._driver.find_elements(By.CSS_SELECTOR, where)]
+        return [element.text for element in self._driver.find_elements(By.CSS_SELECTOR, where)]
 
     def count(self, where: str) -> int:
         return len(self._driver.find_elements(By.CSS_SELECTOR, where))
@@ -56,7 +56,7 @@ class Browser:
         return str(self._driver.current_url)
 
     def complaints(self) -> list[str]:
-        """What stands in the console."""
+        """Return the messages in the browser's console."""
         return [entry["message"] for entry in self._driver.get_log("browser")]
 
     def find(self, where: str) -> WebElement:
@@ -80,7 +80,7 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
 
 
 def try_profile(browser: Browser, base: str, token: str) -> tuple[str, str]:
-    """As a developer does it: the status and the body that are shown."""
+    """Read the profile as a developer does it; return the status and the body that the page shows."""
     browser.open(f"{base}/api-docs")
     browser.click(".btn.authorize")
     browser.type(".auth-container input", token)
@@ -90,8 +90,8 @@ def try_profile(browser: Browser, base: str, token: str) -> tuple[str, str]:
     browser.click(f":is({operation}) .opblock-summary-control")
     browser.click(f":is({operation}) .try-out__btn")
     browser.click(f":is({operation}) .execute")
-    answer = f":is({operation}) .live-responses-table .response"
-    return browser.find(f"{answer} .response-col_status").text, browser.find(f"{answer} .microlight").text
+    response = f":is({operation}) .live-responses-table .response"
+    return browser.find(f"{response} .response-col_status").text, browser.find(f"{response} .microlight").text
 
 
 async def test_a_developer_tries_an_operation_with_a_token(browser: Browser, alice: Actor) -> None:
