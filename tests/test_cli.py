@@ -95,14 +95,14 @@ def test_migrate_applies_what_check_finds_pending(processes: Processes, empty_da
     assert status == 1
     assert told.startswith("pending: 0001.users\n")
     assert migrate()[1].startswith("applied: 0001.users\n")
-    assert migrate("--check") == (0, "nothing is pending")
-    assert migrate() == (0, "nothing to apply")
+    assert migrate("--check") == (0, "no pending migrations")
+    assert migrate() == (0, "no migrations to apply")
 
 
 def test_two_deploys_may_migrate_at_once(processes: Processes, empty_database_url: str) -> None:
     both = [processes.command("migrate", DATABASE_URL=empty_database_url) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
-    assert sorted(process.output.split(":")[0].strip() for process in both) == ["applied", "nothing to apply"]
+    assert sorted(process.output.split(":")[0].strip() for process in both) == ["applied", "no migrations to apply"]
 
 
 def test_openapi_prints_the_document_that_is_served(processes: Processes) -> None:

@@ -80,8 +80,8 @@ async def test_dev_tells_its_addresses_restarts_what_dies_and_leaves_nothing_beh
     assert first.keys() == {"postgres", "valkey-server", "secantusd-py", "server", "worker"}
     for name in ("server", "valkey-server"):
         os.kill(first[name], signal.SIGKILL)
-    running.until("server: ended with -9; starting it again in 1 s")
-    running.until("Valkey: ended with -9; starting it again in 1 s")
+    running.until("server: ended with -9; restarting it in 1 s")
+    running.until("Valkey: ended with -9; restarting it in 1 s")
     await asyncio.sleep(1.5)
     await until_ready(running)
 

@@ -252,4 +252,4 @@ def test_of_the_directories_above_only_what_must_be_passed_is_opened_and_said(tm
     said: list[str] = []
     Postgres(Place(open_already, 1, said.append), password="x")._let_pass(open_already / "postgres")
     assert (mode(closed), mode(open_already)) == (0o701, 0o755)
-    assert f"made {closed} passable (o+x): PostgreSQL runs as nobody, not as root" in said
+    assert f"set o+x on {closed}, because PostgreSQL runs as nobody, not as root" in said
