@@ -1,4 +1,4 @@
-"""What the README says is what the code does: its tables, its map, its commands."""
+"""The README equals the code: its tables, its map, its commands."""
 
 import re
 from collections.abc import Iterator
@@ -19,14 +19,14 @@ README = (ROOT / "README.md").read_text()
 
 
 def table_under(heading: str) -> list[tuple[str, ...]]:
-    """The rows of the first table below a heading."""
+    """Return the rows of the first table below a heading."""
     section = README.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
     return [tuple(cell.strip() for cell in line.strip("|").split(" | ")) for line in lines[2:]]
 
 
 def field_names(schema: object) -> str:
-    """As the tables write them: ``a, b?``."""
+    """Format the fields of a schema as in the tables: ``a, b?``."""
     return ", ".join(
         f"`{field.data_key or name}{'' if field.required else '?'}`"
         for name, field in schema.fields.items()  # type: ignore[attr-defined]
@@ -77,24 +77,24 @@ def test_job_types() -> None:
 
 
 def mapped() -> Iterator[str]:
-    """Every path that the map shows: indentation is depth."""
+    """Yield every path of the map: the indentation is the depth."""
     block = README.split("\n## The map\n", 1)[1].split("```")[1]
-    above: list[str] = []
+    parents: list[str] = []
     for line in block.strip("\n").splitlines():
         depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
-        above[depth:] = [name]
-        yield "".join(above)
+        parents[depth:] = [name]
+        yield "".join(parents)
 
 
 @pytest.mark.parametrize("path", list(mapped()))
-def test_what_the_map_shows_exists(path: str) -> None:
+def test_every_path_of_the_map_exists(path: str) -> None:
     assert (ROOT / path).exists()
     assert (ROOT / path).is_dir() == path.endswith("/")
 
 
-def test_the_map_shows_every_room() -> None:
-    rooms = {f"server/{path.parent.name}/" for path in (ROOT / "server").glob("*/__init__.py")}
-    assert rooms <= set(mapped())
+def test_map_shows_every_package() -> None:
+    packages = {f"server/{path.parent.name}/" for path in (ROOT / "server").glob("*/__init__.py")}
+    assert packages <= set(mapped())
 
 
 def test_every_path_that_is_linked_exists() -> None:
