@@ -141,7 +141,7 @@ def _queues(text: str) -> tuple[str, ...]:
     names = {part.strip() for part in text.split(",")}
     if not names <= set(CLASSES):
         raise argparse.ArgumentTypeError(f"choose from {', '.join(CLASSES)}")
-    return tuple(name for name in CLASSES if name in names)  # by priority, in whatever order the user wrote them
+    return tuple(name for name in CLASSES if name in names)  # by priority, not in the order of the argument
 
 
 def _command(

@@ -37,7 +37,7 @@ def dumps(value: Any) -> bytes:
 
 
 def canonical(value: Any) -> bytes:
-    """Return the same JSON for the same value, in whatever order its keys are."""
+    """Return JSON that does not depend on the order of keys: equal values have equal bytes."""
     return orjson.dumps(value, default=_default, option=orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_SORT_KEYS)
 
 

@@ -198,11 +198,11 @@ class RateLimiter:
         allowed = count <= rate.amount
         if not allowed:
             count = await self._local.decr(counter)
-        left = await self._local.get_expiry(counter) - time.time()
-        return _quota(name, rate, count, left, passed=allowed)
+        seconds_left = await self._local.get_expiry(counter) - time.time()
+        return _quota(name, rate, count, seconds_left, passed=allowed)
 
 
-def _quota(name: str, rate: limits.RateLimitItem, count: int, left: float, *, passed: bool) -> Quota:
+def _quota(name: str, rate: limits.RateLimitItem, count: int, seconds_left: float, *, passed: bool) -> Quota:
     window = rate.get_expiry()
     return Quota(
         name=name,
@@ -210,6 +210,6 @@ def _quota(name: str, rate: limits.RateLimitItem, count: int, left: float, *, pa
         window=window,
         remaining=max(0, rate.amount - count),
         # The expiry is read separately from the count: before the first hit there is none yet.
-        reset=math.ceil(left) if 0 < left <= window else window,
+        reset=math.ceil(seconds_left) if 0 < seconds_left <= window else window,
         passed=passed,
     )

@@ -1,6 +1,6 @@
 """A client socket for tests: ``push`` sends and returns the ack, ``assert_push`` and ``refute_push`` receive.
 
-Every frame of the server is validated against the AsyncAPI document, whatever a test is about.
+In every test the frames of the server are validated against the AsyncAPI document.
 """
 
 import asyncio

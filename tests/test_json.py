@@ -136,7 +136,7 @@ def test_rejection_of_a_hostile_body_is_quick_and_short(body: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("moment", "shown"),
+    ("moment", "formatted"),
     [
         (datetime(2026, 1, 2, 3, 4, 5, 678999, UTC), "2026-01-02T03:04:05.678Z"),
         (datetime(2026, 1, 2, 3, 4, 5, 0, UTC), "2026-01-02T03:04:05.000Z"),
@@ -145,6 +145,6 @@ def test_rejection_of_a_hostile_body_is_quick_and_short(body: str) -> None:
         (datetime(1, 1, 1, tzinfo=UTC), "0001-01-01T00:00:00.000Z"),
     ],
 )
-def test_times_are_utc_with_milliseconds(moment: datetime, shown: str) -> None:
-    assert json.timestamp(moment) == shown
-    assert json.dumps([moment]) == f'["{shown}"]'.encode()
+def test_times_are_utc_with_milliseconds(moment: datetime, formatted: str) -> None:
+    assert json.timestamp(moment) == formatted
+    assert json.dumps([moment]) == f'["{formatted}"]'.encode()

@@ -1,4 +1,4 @@
-"""A process ends after its main coroutine, whatever tasks libraries have started."""
+"""A process ends after its main coroutine, even if libraries have started other tasks."""
 
 import subprocess
 import sys

@@ -44,9 +44,9 @@ async def wrong_login(actor: Actor, address: str) -> Answer:
     return await actor.post("/auth/login", body, headers=from_address(address))
 
 
-def shown(answer: Answer) -> tuple[str, int, int]:
+def shown(response: Answer) -> tuple[str, int, int]:
     """Return the name of the quota, the remaining requests, and the seconds until its reset."""
-    name, left, seconds = re.fullmatch(r'"(\w+)";r=(\d+);t=(\d+)', answer.headers["RateLimit"]).groups()
+    name, left, seconds = re.fullmatch(r'"(\w+)";r=(\d+);t=(\d+)', response.headers["RateLimit"]).groups()
     return name, int(left), int(seconds)
 
 
@@ -54,33 +54,33 @@ async def test_limit_of_10_allows_exactly_10_of_300_concurrent_requests(
     make_server: MakeServer, http: aiohttp.ClientSession
 ) -> None:
     servers = [await make_server(rate_limit_auth=TEN, **PROXY) for _ in range(2)]
-    actors = [Actor(http, base, "Nobody") for base in servers]
+    actors = [Actor(http, base, "Anonymous") for base in servers]
     address = fresh_address()
-    answers = await asyncio.gather(*(wrong_login(actors[n % 2], address) for n in range(300)))
-    assert Counter(answer.status for answer in answers) == {401: 10, 429: 290}
-    assert {answer.code for answer in answers if answer.status == 429} == {"rate_limited"}
+    responses = await asyncio.gather(*(wrong_login(actors[n % 2], address) for n in range(300)))
+    assert Counter(response.status for response in responses) == {401: 10, 429: 290}
+    assert {response.code for response in responses if response.status == 429} == {"rate_limited"}
 
 
 async def test_headers_show_the_remaining_quota_and_its_reset(
     make_server: MakeServer, http: aiohttp.ClientSession
 ) -> None:
-    actor = Actor(http, await make_server(rate_limit_auth=TEN, **PROXY), "Nobody")
+    actor = Actor(http, await make_server(rate_limit_auth=TEN, **PROXY), "Anonymous")
     address, started = fresh_address(), time.monotonic()
     for left in (*range(9, -1, -1), 0):
-        answer = await wrong_login(actor, address)
-        assert answer.headers["RateLimit-Policy"] == '"auth";q=10;w=900'
-        name, remaining, seconds = shown(answer)
+        response = await wrong_login(actor, address)
+        assert response.headers["RateLimit-Policy"] == '"auth";q=10;w=900'
+        name, remaining, seconds = shown(response)
         assert (name, remaining) == ("auth", left)
         assert WINDOW - (time.monotonic() - started) - 1 <= seconds <= WINDOW
-    assert answer.status == 429
-    assert answer.headers["Retry-After"] == str(seconds)
-    assert answer.body.keys() >= {"title", "detail", "status", "requestId"}
+    assert response.status == 429
+    assert response.headers["Retry-After"] == str(seconds)
+    assert response.body.keys() >= {"title", "detail", "status", "requestId"}
 
 
 async def test_client_that_waits_for_retry_after_is_allowed(
     make_server: MakeServer, http: aiohttp.ClientSession
 ) -> None:
-    actor = Actor(http, await make_server(rate_limit_auth=limits.parse("1/6seconds"), **PROXY), "Nobody")
+    actor = Actor(http, await make_server(rate_limit_auth=limits.parse("1/6seconds"), **PROXY), "Anonymous")
     address = fresh_address()
     assert (await wrong_login(actor, address)).status == 401
     await asyncio.sleep(0.6)  # a rounded clock would return 5 seconds, while 5.4 are left
@@ -103,9 +103,9 @@ async def test_register_login_refresh_and_password_share_one_quota(
         ("/auth/register", {}),  # requests with an invalid body count, too
     ]
     for spent, (path, body) in enumerate(calls, 1):
-        answer = await actor.post(path, body, headers=headers)
-        assert shown(answer)[:2] == ("auth", 10 - spent), path
-        actor.access_token = actor.access_token or answer["accessToken"]
+        response = await actor.post(path, body, headers=headers)
+        assert shown(response)[:2] == ("auth", 10 - spent), path
+        actor.access_token = actor.access_token or response["accessToken"]
     other = await actor.get("/auth/profile", headers=headers)
     assert shown(other)[:2] == ("default", 9)
 
@@ -123,12 +123,12 @@ async def test_signed_in_users_have_their_own_quotas(make_server: MakeServer, ma
 async def test_anonymous_requests_share_the_quota_of_their_address(
     make_server: MakeServer, http: aiohttp.ClientSession
 ) -> None:
-    actor = Actor(http, await make_server(rate_limit_default=limits.parse("3/15minutes"), **PROXY), "Nobody")
+    actor = Actor(http, await make_server(rate_limit_default=limits.parse("3/15minutes"), **PROXY), "Anonymous")
     for token in ("", "forged"):
         actor.access_token, headers = token, from_address(fresh_address())
-        answers = [await actor.get("/auth/profile", headers=headers) for _ in range(4)]
-        assert [answer.status for answer in answers] == [401, 401, 401, 429]
-        assert [shown(answer)[1] for answer in answers] == [2, 1, 0, 0]
+        responses = [await actor.get("/auth/profile", headers=headers) for _ in range(4)]
+        assert [response.status for response in responses] == [401, 401, 401, 429]
+        assert [shown(response)[1] for response in responses] == [2, 1, 0, 0]
 
 
 async def test_token_of_an_ended_session_does_not_consume_the_quota_of_its_user(
@@ -140,8 +140,8 @@ async def test_token_of_an_ended_session_does_not_consume_the_quota_of_its_user(
     await ada.log_in()
     assert (await thief.post("/auth/logout")).status == 204  # one of Ada's five requests
     headers = from_address(fresh_address())
-    answers = [await thief.get("/auth/profile", headers=headers) for _ in range(6)]
-    assert [answer.status for answer in answers] == [401] * 5 + [429]
+    responses = [await thief.get("/auth/profile", headers=headers) for _ in range(6)]
+    assert [response.status for response in responses] == [401] * 5 + [429]
     assert shown(await ada.get("/auth/profile"))[1] == 3
 
 
@@ -149,7 +149,7 @@ async def test_forwarded_address_counts_from_trusted_proxies_only(
     make_server: MakeServer, http: aiohttp.ClientSession
 ) -> None:
     two = limits.parse("2/15minutes")
-    trusting = Actor(http, await make_server(rate_limit_auth=two, **PROXY), "Nobody")
+    trusting = Actor(http, await make_server(rate_limit_auth=two, **PROXY), "Anonymous")
     address = fresh_address()
     forged = f"1.2.3.4, {address}, 10.1.2.3"  # set by the client, the real client, an inner proxy
     assert shown(await wrong_login(trusting, address))[1] == 1
@@ -159,7 +159,7 @@ async def test_forwarded_address_counts_from_trusted_proxies_only(
 
     # A limit of this test only: no other test uses this window from 127.0.0.1.
     odd = limits.parse("2/17minutes")
-    wary = Actor(http, await make_server(rate_limit_auth=odd), "Nobody")
+    wary = Actor(http, await make_server(rate_limit_auth=odd), "Anonymous")
     assert [(await wrong_login(wary, fresh_address())).status for _ in range(3)] == [401, 401, 429]
 
 
@@ -243,14 +243,14 @@ async def test_server_counts_locally_during_a_redis_outage_and_globally_afterwar
     async with Network.to({"redis_url": quiet["redis_url"]}) as network:
         limited: dict[str, Any] = {"rate_limit_auth": TEN, **PROXY}
         here, there = [
-            Actor(http, await make_server(**urls, **limited), "Nobody") for urls in (quiet | network.urls, quiet)
+            Actor(http, await make_server(**urls, **limited), "Anonymous") for urls in (quiet | network.urls, quiet)
         ]
         address = fresh_address()
         assert [shown(await wrong_login(actor, address))[1] for actor in (here, there)] == [9, 8]
         await network.stores["redis_url"].turn(Mode.STOPPED)
         address = fresh_address()
-        answers = await asyncio.gather(*(wrong_login(here, address) for _ in range(40)))
-        assert Counter(answer.status for answer in answers) == {401: 10, 429: 30}
+        responses = await asyncio.gather(*(wrong_login(here, address) for _ in range(40)))
+        assert Counter(response.status for response in responses) == {401: 10, 429: 30}
         assert shown(await wrong_login(there, address))[1] == 9  # the other server does not see these hits
         await network.stores["redis_url"].turn(Mode.PASS)
         async with asyncio.timeout(PATIENCE_SECONDS):
@@ -285,8 +285,8 @@ async def test_concurrent_requests_wait_only_once_for_a_hanging_redis(
 
 
 async def test_disabled_limit_counts_nothing(make_server: MakeServer, http: aiohttp.ClientSession) -> None:
-    answer = await wrong_login(Actor(http, await make_server(), "Nobody"), fresh_address())
-    assert "RateLimit" not in answer.headers
+    response = await wrong_login(Actor(http, await make_server(), "Anonymous"), fresh_address())
+    assert "RateLimit" not in response.headers
 
 
 @pytest.mark.parametrize("status", [401, 404, 405, 422])
@@ -295,12 +295,12 @@ async def test_error_responses_carry_the_rate_limit_headers(
 ) -> None:
     base = await make_server(rate_limit_default=limits.parse("100/15minutes"))
     alice = await make_actor("Alice", base)
-    answers = {
-        401: lambda: Actor(alice.http, base, "Nobody").get("/auth/profile"),
+    responses = {
+        401: lambda: Actor(alice.http, base, "Anonymous").get("/auth/profile"),
         404: lambda: alice.get("/projects/no-id"),
         405: lambda: alice.put("/auth/profile", {}),
         422: lambda: alice.patch("/auth/profile", {"name": 1}),
     }
-    answer = await answers[status]()
-    assert answer.status == status
-    assert ("RateLimit" in answer.headers) == (status != 405)  # no endpoint, no limit
+    response = await responses[status]()
+    assert response.status == status
+    assert ("RateLimit" in response.headers) == (status != 405)  # no endpoint, no limit

@@ -30,17 +30,17 @@ SELF_OR_OWNER = {
 }  # @requires gives the least role; tests/projects/test_collaborators.py tests the rest
 
 
-def workspace_body(world: "World", where: dict[str, str]) -> dict[str, Any]:
-    return {"projectId": where["projectId"], "name": "x"}
+def workspace_body(world: "World", ids: dict[str, str]) -> dict[str, Any]:
+    return {"projectId": ids["projectId"], "name": "x"}
 
 
-def job_body(world: "World", where: dict[str, str]) -> dict[str, Any]:
+def job_body(world: "World", ids: dict[str, str]) -> dict[str, Any]:
     payload = {"language": "python", "code": "print()"}
-    return {"type": "CODE_EXECUTION", "payload": payload, "workspaceId": where["workspaceId"]}
+    return {"type": "CODE_EXECUTION", "payload": payload, "workspaceId": ids["workspaceId"]}
 
 
-def project_query(world: "World", where: dict[str, str]) -> dict[str, Any]:
-    return {"projectId": where["projectId"]}
+def project_query(world: "World", ids: dict[str, str]) -> dict[str, Any]:
+    return {"projectId": ids["projectId"]}
 
 
 BODIES = {"create_workspace": workspace_body, "create_job": job_body, "list_jobs": project_query}

@@ -210,10 +210,10 @@ def test_only_development_reads_a_dotenv_file(app_env: str, tmp_path: Path) -> N
 
 
 def test_repr_of_the_settings_hides_the_secrets() -> None:
-    shown = repr(load(**GOOD, OPS_USERNAME="ops", OPS_PASSWORD="hidden-6"))
-    assert "hidden" not in shown
-    assert "port=3000" in shown
-    assert "jwt_secret='***'" in shown
+    text = repr(load(**GOOD, OPS_USERNAME="ops", OPS_PASSWORD="hidden-6"))
+    assert "hidden" not in text
+    assert "port=3000" in text
+    assert "jwt_secret='***'" in text
 
 
 def test_settings_do_not_change() -> None:

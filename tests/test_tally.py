@@ -19,16 +19,16 @@ sys.stdin.read()
 """
 
 
-def counted(folder: str, name: str) -> float:
-    with tally.read(folder) as registry:
+def counted(directory: str, name: str) -> float:
+    with tally.read(directory) as registry:
         samples = [sample for family in registry.collect() for sample in family.samples if sample.name == name]
     return sum(sample.value for sample in samples)
 
 
-def one_that_counts(folder: str) -> "subprocess.Popen[bytes]":
+def one_that_counts(directory: str) -> "subprocess.Popen[bytes]":
     process = subprocess.Popen(
         [sys.executable, "-c", COUNTS],
-        env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": folder},
+        env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": directory},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )

@@ -21,22 +21,22 @@ class Mongo(Store):
 
     name = "MongoDB stand-in"
 
-    def __init__(self, place: Place) -> None:
-        self._data = place.folder / "mongo"
-        self._file = place.folder / "mongo.toml"
-        self.url = f"mongodb://{HOST}:{place.port}/{DATABASE}?directConnection=true"
+    def __init__(self, config: Place) -> None:
+        self._data = config.folder / "mongo"
+        self._file = config.folder / "mongo.toml"
+        self.url = f"mongodb://{HOST}:{config.port}/{DATABASE}?directConnection=true"
         self.child = Child(
             self.name,
             [
                 str(script("secantusd-py")),
                 *("--config", str(self._file)),
                 *("--host", HOST),
-                *("--port", str(place.port)),
+                *("--port", str(config.port)),
                 *("--storage-path", str(self._data)),
                 *OPTIONS,
             ],
-            log=place.log("mongo"),
-            lock=place.lock("mongo"),
+            log=config.log("mongo"),
+            lock=config.lock("mongo"),
         )
 
     def prepare(self) -> None:

@@ -16,12 +16,12 @@ class Valkey(Store):
 
     name = "Valkey"
 
-    def __init__(self, place: Place, *, password: str) -> None:
-        self._data = place.folder / "valkey"
+    def __init__(self, config: Place, *, password: str) -> None:
+        self._data = config.folder / "valkey"
         self._file = self._data / "valkey.conf"
         self._settings = {
             "bind": HOST,
-            "port": str(place.port),
+            "port": str(config.port),
             "dir": str(self._data),
             "requirepass": password,
             "protected-mode": "yes",
@@ -30,10 +30,10 @@ class Valkey(Store):
             "save": "",
             "daemonize": "no",
         }
-        self.url = f"redis://:{password}@{HOST}:{place.port}/0"
-        program = _runnable(_program(), place.folder / "bin")
+        self.url = f"redis://:{password}@{HOST}:{config.port}/0"
+        program = _runnable(_program(), config.folder / "bin")
         self.child = Child(
-            self.name, [str(program), str(self._file)], log=place.log("valkey"), lock=place.lock("valkey")
+            self.name, [str(program), str(self._file)], log=config.log("valkey"), lock=config.lock("valkey")
         )
 
     def prepare(self) -> None:

@@ -45,14 +45,14 @@ class Dev(Process):
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
+def directory() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="dev-", ignore_cleanup_errors=True) as path:
         yield Path(path)
 
 
 @pytest.fixture
-def running(folder: Path) -> Iterator[Dev]:
-    process = Dev(folder, shorter="server.devstack.dev.STOP_SECONDS=600")
+def running(directory: Path) -> Iterator[Dev]:
+    process = Dev(directory, shorter="server.devstack.dev.STOP_SECONDS=600")
     try:
         process.until(READY)
         yield process
@@ -111,17 +111,17 @@ def test_no_process_outlives_dev(running: Dev) -> None:
     assert gone(children.values(), seconds=PATIENCE_SECONDS)
 
 
-def test_a_taken_port_ends_dev_before_anything_is_started(folder: Path) -> None:
+def test_a_taken_port_ends_dev_before_anything_is_started(directory: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        process = Dev(folder, PORT=str(port))
+        process = Dev(directory, PORT=str(port))
         assert process.wait() == 1
     assert process.output == f"error: Port {port} on 127.0.0.1 is taken; set PORT to another\n"
     assert not process.data_dir.exists()
 
 
-def test_second_dev_on_a_directory_in_use_ends(stack: Stack, folder: Path) -> None:
-    process = Dev(folder, DATA_DIR=str(stack.data_dir))
+def test_second_dev_on_a_directory_in_use_ends(stack: Stack, directory: Path) -> None:
+    process = Dev(directory, DATA_DIR=str(stack.data_dir))
     assert process.wait() == 1
     assert process.output.splitlines()[-1] == f"error: DATA_DIR {stack.data_dir} is in use by another `run.py dev`"
 

@@ -30,7 +30,7 @@ Insert = Callable[[int], None]
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
+def directory() -> Iterator[Path]:
     """A directory that other users can open, since PostgreSQL may run as one; with a space in its name."""
     with tempfile.TemporaryDirectory(prefix="a stack ", ignore_cleanup_errors=True) as path:
         yield Path(path)
@@ -117,15 +117,15 @@ def test_a_store_restarts_at_its_address(stack: Stack) -> None:
     assert stack.valkey.answers()
 
 
-def test_a_stack_keeps_its_addresses_and_secrets_and_only_a_taken_port_changes(folder: Path) -> None:
-    with Stack(folder / "data") as first:
+def test_a_stack_keeps_its_addresses_and_secrets_and_only_a_taken_port_changes(directory: Path) -> None:
+    with Stack(directory / "data") as first:
         before = first.environment
         first.mongo.kill()
-    with Stack(folder / "data") as second:
+    with Stack(directory / "data") as second:
         assert second.environment == before
         second.mongo.kill()
     port = int(before["REDIS_URL"].rpartition(":")[2].removesuffix("/0"))
-    with socket.create_server(("127.0.0.1", port)), Stack(folder / "data") as third:
+    with socket.create_server(("127.0.0.1", port)), Stack(directory / "data") as third:
         changed = {name for name, value in third.environment.items() if value != before[name]}
         assert changed == {"REDIS_URL"}
         third.mongo.kill()
@@ -158,22 +158,22 @@ def test_second_stack_in_the_same_directory_is_rejected(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize("below", ["file", "file/data"])
-def test_data_directory_that_cannot_be_written_is_named(folder: Path, below: str) -> None:
-    (folder / "file").touch()
+def test_data_directory_that_cannot_be_written_is_named(directory: Path, below: str) -> None:
+    (directory / "file").touch()
     with pytest.raises(StackError) as caught:
-        Stack(folder / below).__enter__()
-    assert str(caught.value).startswith(f"DATA_DIR {folder / below} cannot be written: ")
+        Stack(directory / below).__enter__()
+    assert str(caught.value).startswith(f"DATA_DIR {directory / below} cannot be written: ")
     assert "\n" not in str(caught.value)
 
 
-def test_a_damaged_record_of_the_passwords_is_named(folder: Path) -> None:
-    (folder / "stack.json").write_text("{")
+def test_a_damaged_record_of_the_passwords_is_named(directory: Path) -> None:
+    (directory / "stack.json").write_text("{")
     with pytest.raises(StackError, match=r"stack\.json is damaged"):
-        Stack(folder).__enter__()
+        Stack(directory).__enter__()
 
 
-def test_existing_directory_keeps_its_mode_and_an_interrupted_initdb_is_discarded(folder: Path) -> None:
-    data = folder / "data"
+def test_existing_directory_keeps_its_mode_and_an_interrupted_initdb_is_discarded(directory: Path) -> None:
+    data = directory / "data"
     half = data / "postgres.new"
     half.mkdir(parents=True)
     data.chmod(0o755)
@@ -196,24 +196,24 @@ with Stack(Path(sys.argv[1])) as stack:
 """
 
 
-def hold(folder: Path) -> tuple["subprocess.Popen[str]", list[int], list[str]]:
+def hold(directory: Path) -> tuple["subprocess.Popen[str]", list[int], list[str]]:
     """Start a process with its own stack; return it with the process ids and URLs of its stores."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder)], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=-1, text=True
+        [sys.executable, "-c", HOLD, str(directory)], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=-1, text=True
     )
     assert process.stdout
     words = process.stdout.readline().split()
     return process, [int(pid) for pid in words[:3]], words[3:]
 
 
-def test_stores_end_with_their_parent_and_the_next_stack_waits_for_them(folder: Path) -> None:
-    first, old, urls = hold(folder / "data")
+def test_stores_end_with_their_parent_and_the_next_stack_waits_for_them(directory: Path) -> None:
+    first, old, urls = hold(directory / "data")
     os.kill(old[0], signal.SIGSTOP)  # PostgreSQL is slow to stop and still has its port
     thaw = threading.Timer(1, os.kill, (old[0], signal.SIGCONT))
     first.kill()
     first.communicate()
     thaw.start()
-    with Stack(folder / "data") as second:
+    with Stack(directory / "data") as second:
         assert gone(old)
         assert list(second.urls.values()) == urls
         second.mongo.kill()
