@@ -247,7 +247,7 @@ def open_standard_streams() -> None:
 
 
 def try_lock(file: int) -> bool:
-    """Try to lock an open file; return whether it is locked now. The last process that holds it open keeps the lock."""
+    """Try to lock an open file; return whether it is locked now. The lock ends when its last holder closes the file."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    """Run ``main``, then cancel all other tasks, also those that libraries have started; else exit the process."""
+    """Run ``main``, then cancel all other tasks, also those of libraries; exit the process if some do not end."""
     gc.enable()  # it is off during imports
     return uvloop.run(_and_the_rest(main))
 

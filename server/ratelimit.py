@@ -3,8 +3,8 @@
 Hits are counted in Redis, so limits hold over all processes. While Redis is unavailable each process counts for
 itself, and a metric counts these checks. Notation, keys, windows and the local count are those of the limits library.
 Its Redis storage is not used: it takes three round trips for what one script returns, outside of the shared pipelines
-(measured with 64 at once: 180 µs of processor time for a check, the script 40), and it rounds down to seconds, so
-Retry-After would be too early.
+(measured with 64 at once: 180 µs of processor time for a check, the script 40), and it rounds to seconds, also down,
+so Retry-After would be too early.
 """
 
 import math

@@ -33,7 +33,7 @@ BACKLOG = 1024
 async def supervise(
     arguments: Sequence[str], *, processes: int, patience: float, address: tuple[str, int] | None = None
 ) -> int:
-    """Run several processes of ``run.py ARGUMENTS`` until SIGTERM or SIGINT; return 0 if all of them exited with 0.
+    """Run several processes of ``run.py ARGUMENTS`` until SIGTERM or SIGINT; return 0 if all of them stopped properly.
 
     ``stop_timeout`` is how long the processes may take to stop, in seconds; then they are killed. All of them listen
     on ``address``.

@@ -53,7 +53,7 @@ class Together(Generic[Q, A]):
         self._starting = False
         self._open: dict[asyncio.Future[A], _Patience] = {}
         self._looks = 0
-        self._silent_looks = 0  # since anybody was answered
+        self._silent_looks = 0  # since the last result
         self._timer: asyncio.TimerHandle | None = None
 
     def ask(self, question: Q, *, seconds: float, silence: float = math.inf) -> "asyncio.Future[A]":

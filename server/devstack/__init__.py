@@ -1,5 +1,5 @@
 """Real stores from pip wheels, for development and tests: PostgreSQL, Valkey and a MongoDB-compatible server.
 
-The stores run as child processes on loopback ports, under one data directory. Only their URLs pass from here to the
-product, which never depends on this package; no deployment uses it.
+The stores run as child processes on loopback ports, under one data directory. Servers and workers get their URLs and
+secrets as environment variables, and never know that the stores are embedded; no deployment uses this package.
 """

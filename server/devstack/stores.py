@@ -85,7 +85,7 @@ class Store:
 
 
 def package(name: str) -> Path:
-    """Return the directory of an installed package without importing it: some of them start processes on import.
+    """Return the directory of an installed package without importing it: an import would have side effects.
 
     Raises:
         StackError: it is not installed.
