@@ -73,7 +73,7 @@ class Letter(Schema):
 def test_route_with_a_resource_id_in_body_or_query_but_no_role_is_refused_at_start(declared: Callable) -> None:
     for marks in (
         lambda handler: handler,
-        requires(Role.VIEWER, of=named("projectId")),  # and the workspace?
+        requires(Role.VIEWER, of=named("projectId")),  # lacks workspaceId
         requires(Role.VIEWER),  # checks the path, which contains no id
     ):
         with pytest.raises(RuntimeError, match="has no @requires"):

@@ -33,18 +33,18 @@ def field_names(schema: object) -> str:
     )
 
 
-def test_settings() -> None:
+def test_table_of_settings_equals_the_code() -> None:
     assert table_under("Settings") == [(f"`{name}`", default, help) for name, default, help in settings.table()]
 
 
-def test_error_codes() -> None:
+def test_table_of_error_codes_equals_the_code() -> None:
     assert table_under("Error codes") == [
         (f"`{code}`", str(status or "socket"), meaning.removeprefix("socket: "))
         for code, (status, meaning) in CODES.items()
     ]
 
 
-def test_messages() -> None:
+def test_table_of_socket_messages_equals_the_code() -> None:
     def needs(handler: object) -> str:
         requirement = requirement_of(handler)  # type: ignore[arg-type]
         return Role(requirement.role).name.lower() if requirement else "–"
@@ -55,7 +55,7 @@ def test_messages() -> None:
     ]
 
 
-def test_routes_and_their_roles() -> None:
+def test_table_of_routes_and_roles_equals_the_code() -> None:
     def needs(handler: object) -> str:
         if is_public(handler):  # type: ignore[arg-type]
             return "all"
@@ -70,7 +70,7 @@ def test_routes_and_their_roles() -> None:
     ]
 
 
-def test_job_types() -> None:
+def test_table_of_job_types_equals_the_code() -> None:
     assert table_under("Types of jobs") == [
         (f"`{name}`", field_names(type.schema), f"{type.timeout} s", type.summary) for name, type in JOB_TYPES.items()
     ]
