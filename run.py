@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The one entry point: ``python run.py server | worker | dev | migrate | openapi | asyncapi``."""
+"""The entry point: ``python run.py server | worker | dev | migrate | openapi | asyncapi``."""
 
 import sys
 
@@ -10,7 +10,7 @@ except ModuleNotFoundError as error:
         raise
     sys.exit(
         f"error: {sys.executable} lacks the package {error.name}. "
-        "Run scripts/dev once: it makes .venv. Then run .venv/bin/python run.py"
+        "Run scripts/dev once, which makes .venv; then run .venv/bin/python run.py"
     )
 
 if __name__ == "__main__":

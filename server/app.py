@@ -1,4 +1,4 @@
-"""The web process, put together on one page."""
+"""The web process, assembled on one page."""
 
 import asyncio
 import functools
@@ -59,7 +59,7 @@ log = structlog.get_logger()
 
 BODY_BYTES = 1 << 20
 BACKLOG = 1024
-LINGER_SECONDS = 0.3  # for the requests of connections that have just come: aiohttp would close these unheard
+LINGER_SECONDS = 0.3  # for requests of connections that were just accepted: aiohttp would close these unread
 API: tuple[Iterable[web.AbstractRouteDef], ...] = (
     auth.routes,
     projects.routes,
@@ -68,13 +68,13 @@ API: tuple[Iterable[web.AbstractRouteDef], ...] = (
     jobs.routes,
     ops.routes,
 )
-OWN_DOORS = frozenset({"/yjs/{documentId}"})  # decides after the upgrade: its clients only understand close codes
+OWN_DOORS = frozenset({"/yjs/{documentId}"})  # authorizes after the upgrade: its clients only understand close codes
 
 MESSAGES: tuple[MessageTable, ...] = (socket_messages, workspace_messages, document_messages)
 
 
 def create_app(settings: Settings, stores: Resources) -> web.Application:
-    """The application over open stores. The caller owns the stores and closes them afterwards."""
+    """Return the application over open stores. The caller owns the stores and closes them afterwards."""
     issuer, limiter = make_issuer(settings, stores), make_limiter(settings, stores)
     app = web.Application(
         middlewares=middlewares(
@@ -127,7 +127,7 @@ def create_app(settings: Settings, stores: Resources) -> web.Application:
 
 @functools.cache
 def swagger_document() -> dict[str, Any]:
-    """Not to be changed by who gets it: it is the same for every application."""
+    """Return the OpenAPI document. Callers must not change it: all applications share it."""
     return openapi.document(
         chain.from_iterable(API), needs_role=lambda handler: access.requirement_of(handler) is not None
     )
@@ -135,7 +135,7 @@ def swagger_document() -> dict[str, Any]:
 
 @functools.cache
 def asyncapi_document() -> dict[str, Any]:
-    """Not to be changed by who gets it."""
+    """Return the AsyncAPI document. Callers must not change it: all applications share it."""
 
     def role_of(message: Message) -> str | None:
         requirement = access.requirement_of(message.handler)
@@ -245,9 +245,9 @@ async def keep_accounts(app: web.Application) -> AsyncIterator[None]:
 
 async def watch_itself(app: web.Application) -> AsyncIterator[None]:
     realtime = app[REALTIME]
-    looking = watch.look(app[RESOURCES].db, functools.partial(watch.show_sockets, realtime))
-    endless = (looking, watch.probe(realtime), watch.ask_stores(app[RESOURCES]))
-    tasks = {asyncio.ensure_future(each) for each in endless}
+    sampling = watch.look(app[RESOURCES].db, functools.partial(watch.show_sockets, realtime))
+    coroutines = (sampling, watch.probe(realtime), watch.ask_stores(app[RESOURCES]))
+    tasks = {asyncio.ensure_future(coroutine) for coroutine in coroutines}
     yield
     for task in tasks:
         task.cancel()
@@ -255,20 +255,20 @@ async def watch_itself(app: web.Application) -> AsyncIterator[None]:
 
 
 async def insist_on_tls(_: web.Request, response: web.StreamResponse) -> None:
-    """Signal: whoever has come over TLS once is to come over nothing else. Over plain HTTP no browser heeds it."""
+    """Tell browsers to use TLS only (HSTS); a response signal. Browsers ignore the header over plain HTTP."""
     response.headers["Strict-Transport-Security"] = "max-age=31536000"
 
 
 def run(settings: Settings, *, listener: int | None = None, ready: int | None = None) -> None:
-    """One server process, until SIGTERM or SIGINT.
+    """Run one server process until SIGTERM or SIGINT.
 
-    From a supervisor: ``listener``, an open socket, and ``ready``, a pipe that hears when requests are served.
+    A supervisor passes ``listener``, an open socket, and ``ready``, a pipe to report readiness to.
     """
     loop.run(serve(settings, listener=listener, ready=ready))
 
 
 async def serve(settings: Settings, *, listener: int | None = None, ready: int | None = None) -> None:
-    """Open the stores, listen, and stop gently when told to.
+    """Open the stores, listen, and shut down gracefully on a signal.
 
     Raises:
         StoreDownError: a store cannot be used.
@@ -306,17 +306,20 @@ async def listen(runner: web.AppRunner, settings: Settings, listener: int | None
     try:
         await site.start()
     except OSError as error:
-        # Of a taken port asyncio's own text is long; of an unknown name the number is none of the system's.
-        why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
-        raise SettingsError(f"Cannot listen on {authority(settings.host, settings.port)}: {why}") from error
+        # asyncio's own text for a taken port is long. An unknown host name has an errno that the system does not know.
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
+        raise SettingsError(f"Cannot listen on {authority(settings.host, settings.port)}: {reason}") from error
     host, port = runner.addresses[0][:2]
     log.info("server ready", address=f"http://{authority(host, port)}")
     return site
 
 
 async def linger(runner: web.AppRunner, *, replaced: bool) -> None:
-    """Returns when nobody is connected any more who might be about to ask: who uses a connection again is told that
-    it ends, and finds the successor; who does not is sent away as ever. Without a successor nobody is waited for."""
+    """Wait until the idle keep-alive connections are closed, at most for the keep-alive timeout.
+
+    A client that reuses its connection gets ``Connection: close`` and then reaches the successor; an unused connection
+    reaches its timeout as usual. Without a successor the server does not wait.
+    """
     if not replaced or runner.server is None:
         return
     for _ in range(round(KEEPALIVE_SECONDS / LINGER_SECONDS)):
@@ -326,7 +329,7 @@ async def linger(runner: web.AppRunner, *, replaced: bool) -> None:
 
 
 async def send_away(draining: ops.Draining, _: web.Request, response: web.StreamResponse) -> None:
-    """Signal: while the process stops, each answer is the last of its connection."""
+    """Close each connection after its response while the process drains; a response signal."""
     if draining.begun:
         response.headers[hdrs.CONNECTION] = "close"
         response.force_close()

@@ -1,6 +1,6 @@
-"""What migrations cannot do in SQL: columns that are filled by Python, after ``migrations.apply``.
+"""Backfill of columns whose values only Python can compute; runs after ``migrations.apply``.
 
-Each run takes up what is left to do, so it may be interrupted, run twice at once, and run beside servers.
+Each run continues with the rows that are left, so it may be interrupted, run twice at once, and run beside servers.
 """
 
 from collections.abc import AsyncIterator
@@ -22,10 +22,10 @@ STATEMENT_SECONDS = 60.0
 
 
 async def run(database_url: str) -> list[str]:
-    """Fill what is empty; return what an operator should know, a line each.
+    """Fill the empty columns; return lines for the operator, one for each account that cannot have a key.
 
     Raises:
-        StartError: PostgreSQL is away.
+        StartError: PostgreSQL is unavailable.
     """
     async with _connected(database_url) as db:
         await _fill_keys_of_invitations(db)
@@ -33,14 +33,14 @@ async def run(database_url: str) -> list[str]:
 
 
 async def _fill_keys_of_accounts(db: Executor) -> list[str]:
-    """Give each account its ``email_key``, the oldest first; return a line for each whose key another one has."""
+    """Set the ``email_key`` of each account, oldest first; return a line for each whose key another account has."""
     lines: list[str] = []
     count = 0
     after: tuple[Any, Any] = (None, None)
     while batch := await accounts.users_without_key(db, limit=BATCH_ROWS, after=after):
-        left = [user for user in batch if not await _give_key(db, user)]
-        lines += map(_described, left[: MAX_LISTED - len(lines)])
-        count += len(left)
+        skipped = [user for user in batch if not await _give_key(db, user)]
+        lines += map(_described, skipped[: MAX_LISTED - len(lines)])
+        count += len(skipped)
         after = (batch[-1]["created_at"], batch[-1]["id"])
     return lines if count == len(lines) else [*lines, f"without a key: {count - len(lines)} more"]
 
@@ -48,7 +48,7 @@ async def _fill_keys_of_accounts(db: Executor) -> list[str]:
 async def _give_key(db: Executor, user: Record) -> bool:
     try:
         return await accounts.give_key(db, user=user["id"], email_key=addresses.key(user["email"]))
-    except asyncpg.UniqueViolationError:  # a registration has just taken it
+    except asyncpg.UniqueViolationError:  # a concurrent registration took the key
         return False
 
 
@@ -59,14 +59,17 @@ async def _fill_keys_of_invitations(db: Executor) -> None:
 
 
 def _described(user: Record) -> str:
-    """In ASCII: twins look the same, and old addresses may hold what a terminal obeys."""
+    """Describe an account without a key, in ASCII: homographs look alike, and old addresses may hold escape codes."""
     email, key = user["email"], addresses.key(user["email"])
     return f"without a key: {user['id']} {email!a}: another account has {key!a}"
 
 
 @asynccontextmanager
 async def _connected(database_url: str) -> AsyncIterator[Executor]:
-    """Not the pool of ``server.postgres``: its deadline is for requests, and after a migration disks are busy."""
+    """Open one connection with a long statement timeout.
+
+    The pool of ``server.postgres`` has the timeout of requests, and after a migration disks are busy.
+    """
     try:
         connection: Any = await asyncpg.connect(
             database_url, timeout=CONNECT_SECONDS, command_timeout=STATEMENT_SECONDS

@@ -1,8 +1,8 @@
-"""How long a request may wait for its stores: each call has a limit of its own, or what is left where that is less.
+"""A request's deadline for its store calls: each call gets its own timeout or the remaining time, whichever is less.
 
-So however many calls a request makes, and however slow a store is, the answer comes in time. What is not the stores'
-time does not count: a client that sends its body slowly, or a password's hash. What outlives the request (a task that
-it started) has the calls' own limits again.
+So the response comes in time, however many calls a request makes and however slow a store is. Other waits do not
+count: a client that sends its body slowly, or the hash of a password. A task that outlives the request gets the
+calls' own timeouts again.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 
-LEAST_SECONDS = 0.02  # also for the last call: to say that a store is away takes no longer
+LEAST_SECONDS = 0.02  # also for a call past the deadline: to find out that a store is unavailable takes no longer
 
 
 class Budget:
@@ -24,30 +24,30 @@ _BUDGET: ContextVar[Budget | None] = ContextVar("budget", default=None)
 
 @contextlib.contextmanager
 def budget(seconds: float) -> Iterator[None]:
-    """For all store calls inside."""
-    mine = Budget(asyncio.get_running_loop().time() + seconds)
-    token = _BUDGET.set(mine)
+    """Set the deadline of all store calls inside the block, in seconds from now."""
+    current = Budget(asyncio.get_running_loop().time() + seconds)
+    token = _BUDGET.set(current)
     try:
         yield
     finally:
-        mine.over = True
+        current.over = True
         _BUDGET.reset(token)
 
 
 @contextlib.contextmanager
 def uncounted() -> Iterator[None]:
-    """For a wait that no store is to blame for."""
-    mine, began = _BUDGET.get(), asyncio.get_running_loop().time()
+    """Extend the deadline by the time that the block takes: a wait that no store causes."""
+    current, started = _BUDGET.get(), asyncio.get_running_loop().time()
     try:
         yield
     finally:
-        if mine is not None:
-            mine.deadline += asyncio.get_running_loop().time() - began
+        if current is not None:
+            current.deadline += asyncio.get_running_loop().time() - started
 
 
 def within(limit: float) -> float:
-    """The seconds that a call with this limit may take."""
-    mine = _BUDGET.get()
-    if mine is None or mine.over:
+    """Return the seconds that a call with this timeout may take before the deadline."""
+    current = _BUDGET.get()
+    if current is None or current.over:
         return limit
-    return max(LEAST_SECONDS, min(limit, mine.deadline - asyncio.get_running_loop().time()))
+    return max(LEAST_SECONDS, min(limit, current.deadline - asyncio.get_running_loop().time()))

@@ -1,4 +1,4 @@
-"""Child processes: in a session of their own, with no descriptor of ours but those they are given."""
+"""Child processes: each in its own session, without the parent's descriptors except those passed to it."""
 
 import asyncio
 import contextlib
@@ -17,27 +17,27 @@ from server.settings import StartError
 START_SECONDS = 30.0
 STOP_SECONDS = 15.0
 POLL_SECONDS = 0.02
-LOG_BYTES = 16 << 20  # of one log; the one before it is kept as well
+LOG_BYTES = 16 << 20  # a larger log is rotated; the previous one is kept as well
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
-# Looked up here: between fork and exec nothing may wait for a lock.
+# Looked up at import: between fork and exec nothing may wait for a lock.
 _prctl, _syscall, _fcntl = _LIBC.prctl, _LIBC.syscall, _LIBC.fcntl
 _CLOSE_RANGE, _CLOSE_RANGE_CLOEXEC = 436, 4  # close_range(2), Linux 5.11; the number is the same on all machines
 _LAST_DESCRIPTOR = ctypes.c_uint(0xFFFFFFFF)
 
 
 class StackError(StartError):
-    """Something cannot be started; the text is one line."""
+    """A process or store cannot be started; the text is one line."""
 
 
 class Child:
-    """Started from the main thread only: the kernel ends a child with the *thread* that made it.
+    """A child process. Start it in the main thread only: the kernel kills it when the *thread* that made it ends.
 
-    ``goodbye`` is the signal that asks it to stop in order; ``orphaned`` is what the kernel sends it when we are
-    killed: SIGKILL is certain, while a Python program that waits in its main thread may sleep through another.
-    ``lock`` is a file whose lock the program and all its processes inherit: as long as one of them lives,
-    whoever started it, the next start waits. Two of a store on one directory would ruin the data. ``inherit`` are
-    further open files that it gets.
+    ``stop_signal`` asks the child for a graceful shutdown. ``parent_death_signal`` is what the kernel sends to the
+    child when this process is killed: SIGKILL is certain, while a Python program that waits in its main thread may
+    not react to another signal. ``lock`` is a file whose lock the child and all its processes inherit: the next start
+    waits until all of them have ended, whichever process started them. Two instances of a store on one directory
+    would corrupt the data. ``inherit`` are further open files for the child.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Child:
 
     @property
     def number(self) -> int | None:
-        """Its process number, also when it is dead."""
+        """The process id of the current or last run."""
         return self._process.pid if self._process else None
 
     @property
@@ -83,10 +83,10 @@ class Child:
         return self._process.poll() if self._process else None
 
     def start(self, prepare: Callable[[], None] = lambda: None) -> None:
-        """Call ``prepare`` once nothing of an earlier life is left, then start.
+        """Wait for the processes of an earlier run, call ``prepare``, then start.
 
         Raises:
-            StackError: an earlier life does not end, or the program cannot be executed.
+            StackError: an earlier run does not end, or the program cannot be executed.
         """
         with self._alone() as inherited, self._output() as output:
             prepare()
@@ -102,14 +102,18 @@ class Child:
                     user=self._user,
                     group=self._user,
                     extra_groups=None if self._user is None else [],
-                    # After the change of user, which would clear it.
+                    # Runs after the change of user, which would clear the parent death signal.
                     preexec_fn=_dies_with_us(self._orphaned, os.getpid()),
                 )
             except OSError as error:
                 raise StackError(f"{self.name} cannot be started: {error}") from error
 
     def wait_until(self, ready: Callable[[], bool], *, seconds: float = START_SECONDS) -> None:
-        """Raises StackError with what its log tells where it ends or is not ready in time."""
+        """Poll ``ready`` until it is true.
+
+        Raises:
+            StackError: the child ends or is not ready in time; the text quotes its log.
+        """
         deadline = time.monotonic() + seconds
         while not ready():
             if not self.alive:
@@ -119,7 +123,11 @@ class Child:
             time.sleep(POLL_SECONDS)
 
     def wait_until_gone(self, *, seconds: float = STOP_SECONDS) -> None:
-        """Raises StackError where processes of an earlier life, ours or a killed parent's, do not end in time."""
+        """Wait for the processes of an earlier run, of this parent or of a killed one.
+
+        Raises:
+            StackError: they do not end in time.
+        """
         deadline = time.monotonic() + seconds
         while not self._gone():
             if time.monotonic() > deadline:
@@ -133,7 +141,7 @@ class Child:
             self._process.send_signal(how or self._goodbye)
 
     def wait(self, *, seconds: float = STOP_SECONDS) -> bool:
-        """Wait for its end; kill it when it takes too long. Whether it ended by itself."""
+        """Wait for the child to end, else kill it; return whether it ended by itself."""
         try:
             if self._process is not None:
                 self._process.wait(timeout=seconds)
@@ -147,16 +155,16 @@ class Child:
         self.wait()
 
     def kill(self) -> None:
-        """SIGKILL to the whole session, at once."""
+        """Send SIGKILL to the whole process group."""
         if self._process is None or not self.alive:
-            return  # the number may be another's by now
+            return  # the kernel may have reused the process id
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[tuple[int, ...]]:
-        """The lock, ours until the child has it; nothing where it has none."""
+        """Hold the lock until the child has inherited it; yield the descriptors to inherit."""
         if self._lock is None:
             yield ()
             return
@@ -174,7 +182,7 @@ class Child:
 
     @contextlib.contextmanager
     def _output(self) -> Iterator[int | None]:
-        """The log; nothing where it writes to our own terminal."""
+        """Open the log, rotated; yield its descriptor, or None if the child writes to this process's terminal."""
         if self._log is None:
             yield None
             return
@@ -186,13 +194,13 @@ class Child:
 
     def _last_words(self) -> str:
         if self._log is None:
-            return "see above"
+            return "see its output above"
         with self._log.open("rb") as log:
             log.seek(self._log_begin)
             lines = log.read().decode(errors="replace").strip().splitlines()
-        # PostgreSQL's last line is only that it has shut down.
-        telling = [line for line in lines if "FATAL" in line or "rror" in line] or lines or ["it wrote nothing"]
-        return f"{telling[-1].strip()} ({self._log})"
+        # PostgreSQL's last line only says that it has shut down.
+        errors = [line for line in lines if "FATAL" in line or "rror" in line] or lines or ["no output"]
+        return f"{errors[-1].strip()} ({self._log})"
 
 
 async def spawn(
@@ -205,14 +213,14 @@ async def spawn(
     cwd: str | Path | None = None,
     limit: int = 1 << 16,
 ) -> asyncio.subprocess.Process:
-    """Start a program in a session of its own, on the running loop.
+    """Start a program in its own session, on the running loop.
 
-    It gets the three streams and ``inherit``, and no other descriptor. uvloop does not close what is inheritable, and
-    for a stream that is None it leaves an inheritable copy of ours behind: hence no stream may be None. ``limit`` is
-    the most bytes of a line that its output is read by.
+    The program gets the three streams and ``inherit``, and no other descriptor. uvloop does not close inheritable
+    descriptors, and for a stream that is None it leaves an inheritable copy of the parent's stream: hence no stream
+    may be None. ``limit`` is the maximum line length of its output, in bytes.
 
     Raises:
-        OSError: it cannot be executed.
+        OSError: the program cannot be executed.
     """
     return await asyncio.create_subprocess_exec(
         *command,
@@ -229,9 +237,9 @@ async def spawn(
 
 
 def open_standard_streams() -> None:
-    """Open the null device for each of 0, 1 and 2 that is closed.
+    """Open the null device for each of the descriptors 0, 1 and 2 that is closed.
 
-    Otherwise the next file or socket would get that number, and child processes would write their errors into it.
+    Else the next file or socket would get that number, and child processes would write their errors into it.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
@@ -239,7 +247,7 @@ def open_standard_streams() -> None:
 
 
 def try_lock(file: int) -> bool:
-    """Whether the lock is ours now; it ends when the last holder of this open file is gone."""
+    """Try to lock an open file; return whether it is locked now. The lock ends when its last holder closes the file."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -248,7 +256,11 @@ def try_lock(file: int) -> bool:
 
 
 def _close_on_exec(inherit: tuple[int, ...]) -> None:
-    """Between fork and exec. The streams have still other numbers, and a failed exec is yet to be told."""
+    """Mark all descriptors from 3 upwards close-on-exec, except ``inherit``; runs between fork and exec.
+
+    Closing them at once would be too early: the streams still have other numbers, and the pipe that reports a failed
+    exec is among them.
+    """
     if _syscall(_CLOSE_RANGE, 3, _LAST_DESCRIPTOR, _CLOSE_RANGE_CLOEXEC) != 0:
         raise OSError("close_range")
     for descriptor in inherit:
@@ -258,7 +270,7 @@ def _close_on_exec(inherit: tuple[int, ...]) -> None:
 def _dies_with_us(orphaned: signal.Signals, parent: int) -> Callable[[], None]:
     def prepare() -> None:
         _prctl(_PR_SET_PDEATHSIG, int(orphaned), 0, 0, 0)
-        if os.getppid() != parent:  # we died in between
+        if os.getppid() != parent:  # the parent died in between
             os._exit(1)
 
     return prepare

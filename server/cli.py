@@ -1,6 +1,7 @@
 """The commands of ``run.py``.
 
-Each imports what it needs by itself: a worker has no use for the web, --help for neither, and starts are frequent.
+Each command imports its own modules: a worker does not need the web process, ``--help`` needs neither, and starts
+are frequent.
 """
 
 import argparse
@@ -30,14 +31,15 @@ def main() -> None:
 def serve(arguments: argparse.Namespace) -> int:
     loaded = settings.load()
     logs.configure(loaded)
-    if arguments.listener is None:  # else the supervisor has looked
+    if arguments.listener is None:  # else the supervisor has checked
         _refuse_pending(loaded.database_url)
     if arguments.processes is not None:
         from server.supervisor import supervise
 
-        address, patience = (loaded.host, loaded.port), ending.server_seconds(loaded)
-        return asyncio.run(supervise(["server"], processes=arguments.processes, patience=patience, address=address))
-    gc.disable()  # for the imports, of which nothing is garbage: to find so takes a tenth of the start
+        address = (loaded.host, loaded.port)
+        stop_timeout = ending.server_seconds(loaded)
+        return asyncio.run(supervise(["server"], processes=arguments.processes, patience=stop_timeout, address=address))
+    gc.disable()  # during imports, which leave no garbage: collections would take a tenth of the start
     from server import app
 
     app.run(loaded, listener=arguments.listener, ready=arguments.ready)
@@ -70,10 +72,10 @@ def migrate(arguments: argparse.Namespace) -> int:
 
     url = settings.load().database_url
     if arguments.check:
-        waiting = migrations.pending(url)
-        print("\n".join(f"pending: {name}" for name in waiting) or "nothing is pending")
-        return 1 if waiting else 0
-    print("\n".join(f"applied: {name}" for name in migrations.apply(url)) or "nothing to apply")
+        pending = migrations.pending(url)
+        print("\n".join(f"pending: {name}" for name in pending) or "no pending migrations")
+        return 1 if pending else 0
+    print("\n".join(f"applied: {name}" for name in migrations.apply(url)) or "no migrations to apply")
     for line in asyncio.run(backfill.run(url)):
         print(line)
     return 0
@@ -96,9 +98,9 @@ def print_asyncapi(_: argparse.Namespace) -> int:
 def _refuse_pending(url: str) -> None:
     from server import migrations
 
-    waiting = migrations.pending(url)
-    if waiting:
-        raise StartError(f"{len(waiting)} migrations are pending; run: python run.py migrate")
+    pending = migrations.pending(url)
+    if pending:
+        raise StartError(f"{len(pending)} migrations are pending; run: python run.py migrate")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,37 +110,38 @@ def _parser() -> argparse.ArgumentParser:
     _several(server)
     server.add_argument("--listener", type=int, help=argparse.SUPPRESS)  # an open socket, from the supervisor
     worker = _command(commands, work, "worker", "run queued jobs")
-    worker.add_argument("--queues", type=_queues, default="high,normal,low", metavar="LIST", help="%(default)s")
+    worker.add_argument(
+        "--queues", type=_queues, default="high,normal,low", metavar="LIST", help="default: %(default)s"
+    )
     _several(worker)
-    _command(commands, develop, "dev", "embedded stores, migrations, one server and one worker")
-    check = _command(commands, migrate, "migrate", "apply what is pending in sql/migrations")
-    check.add_argument("--check", action="store_true", help="apply nothing; exit 1 when something is pending")
+    _command(commands, develop, "dev", "run embedded stores, migrations, one server and one worker")
+    check = _command(commands, migrate, "migrate", "apply the pending migrations of sql/migrations")
+    check.add_argument("--check", action="store_true", help="list pending migrations; exit 1 if there are any")
     _command(commands, print_openapi, "openapi", "print the OpenAPI document")
     _command(commands, print_asyncapi, "asyncapi", "print the AsyncAPI document of the socket")
     return parser
 
 
 def _several(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--processes", type=_at_least_one, metavar="N", help="so many, supervised")
-    command.add_argument(
-        "--supervised", action="store_true", help=argparse.SUPPRESS
-    )  # SIGHUP means: a successor is there
+    command.add_argument("--processes", type=_at_least_one, metavar="N", help="number of supervised processes")
+    # With --supervised, SIGHUP means that a successor is ready.
+    command.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)
     command.add_argument("--ready", type=int, help=argparse.SUPPRESS)  # a pipe, from the supervisor
 
 
 def _at_least_one(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= MOST_PROCESSES:
-        raise argparse.ArgumentTypeError(f"a number from 1 to {MOST_PROCESSES}")
+        raise argparse.ArgumentTypeError(f"must be a number from 1 to {MOST_PROCESSES}")
     return int(text)
 
 
 def _queues(text: str) -> tuple[str, ...]:
     from server.jobs.queue import CLASSES
 
-    chosen = {part.strip() for part in text.split(",")}
-    if not chosen <= set(CLASSES):
+    names = {part.strip() for part in text.split(",")}
+    if not names <= set(CLASSES):
         raise argparse.ArgumentTypeError(f"choose from {', '.join(CLASSES)}")
-    return tuple(name for name in CLASSES if name in chosen)  # drained in this order, whatever was written
+    return tuple(name for name in CLASSES if name in names)  # by priority, not in the order of the argument
 
 
 def _command(

@@ -1,7 +1,7 @@
-"""The one family of refusals, rendered once per door.
+"""The errors that clients receive; each transport renders them in one place.
 
-REST answers with the status and an RFC 9457 problem body, the socket with an ``error`` frame, the queue with
-a failure that is not tried again. ``code`` is stable: clients rely on it.
+REST responds with the status and an RFC 9457 problem body, the socket with an ``error`` frame, the queue with a
+failure without retry. ``code`` is stable: clients rely on it.
 """
 
 from collections.abc import Sequence
@@ -14,47 +14,50 @@ class FieldError(TypedDict):
 
 
 CODES = {
-    "bad_request": (400, "malformed JSON, or a request that cannot be read"),
-    "unauthenticated": (401, "no token, or one that is not valid; the session has ended"),
+    "bad_request": (400, "malformed JSON, or a malformed request"),
+    "unauthenticated": (401, "no token, or an invalid one; or the session has ended"),
     "invalid_credentials": (401, "email or password is wrong"),
     "refresh_reused": (401, "a spent refresh token was used again; its session has ended"),
-    "forbidden": (403, "a member without the needed role"),
-    "not_found": (404, "unknown, or a thing the caller is no member of"),
-    "method_not_allowed": (405, "the path knows other methods"),
-    "conflict": (409, "it contradicts what is there"),
-    "email_taken": (409, "that address has an account"),
-    "already_collaborator": (409, "they are in the project already"),
+    "forbidden": (403, "a member without the required role"),
+    "not_found": (404, "does not exist, or the caller has no access to it"),
+    "method_not_allowed": (405, "the path does not allow this method; see `Allow`"),
+    "conflict": (409, "the change conflicts with the current state"),
+    "email_taken": (409, "an account with that email exists"),
+    "already_collaborator": (409, "the user is a member of the project already"),
     "owner_immutable": (409, "the owner can be neither changed nor removed; transfer the project"),
-    "path_taken": (409, "the path is another document's, a folder of one, or inside of one"),
-    "idempotency_in_progress": (409, "the first request with that `Idempotency-Key` is under way"),
-    "idempotency_secret": (409, "the answer to that `Idempotency-Key` held a secret; `Location` is what was made"),
+    "path_taken": (409, "the path is that of another document, a folder of one, or inside of one"),
+    "idempotency_in_progress": (409, "the first request with that `Idempotency-Key` is still running"),
+    "idempotency_secret": (
+        409,
+        "the first response contained a secret, which is not replayed; `Location` names the resource",
+    ),
     "not_cancellable": (409, "the job has finished"),
     "not_retryable": (409, "the job has neither failed nor been cancelled"),
-    "gone": (410, "it existed and has expired"),
-    "precondition_failed": (412, "`If-Match` or `If-None-Match` does not hold"),
-    "too_large": (413, "the body is over the limit"),
-    "uri_too_long": (414, "the path with its query is over the limit"),
-    "unsupported_media_type": (415, "the body is not of the type that the path takes"),
-    "range_not_satisfiable": (416, "`Range` asks for a part that the file has not"),
-    "validation_failed": (422, "well-formed, but not valid; see `details`"),
-    "idempotency_key_reused": (422, "the same key came with another body"),
+    "gone": (410, "the resource has expired"),
+    "precondition_failed": (412, "the condition of `If-Match` or `If-None-Match` is false"),
+    "too_large": (413, "the body exceeds the maximum size"),
+    "uri_too_long": (414, "the path with its query exceeds the maximum length"),
+    "unsupported_media_type": (415, "the path does not accept the body's `Content-Type`"),
+    "range_not_satisfiable": (416, "`Range` lies outside of the file"),
+    "validation_failed": (422, "the request is well-formed, but invalid; see `details`"),
+    "idempotency_key_reused": (422, "the same `Idempotency-Key` was used with another body"),
     "language_unavailable": (422, "no worker offers that language"),
     "precondition_required": (428, "`If-Match` is required"),
     "rate_limited": (429, "too many requests; see `Retry-After`"),
-    "header_fields_too_large": (431, "a header field, or their number, is over the limit"),
-    "internal": (500, "our fault"),
-    "unavailable": (503, "a store is down or slow, or writes collided; see `Retry-After`"),
-    "sandbox_unavailable": (503, "no worker has a sandbox"),
+    "header_fields_too_large": (431, "a header field exceeds the maximum size, or there are too many"),
+    "internal": (500, "internal server error"),
+    "unavailable": (503, "a store is down or slow, or writes conflicted; see `Retry-After`"),
+    "sandbox_unavailable": (503, "no worker offers a sandbox"),
     "malformed": (None, "socket: the frame is not a JSON object with an event"),
     "unknown_event": (None, "socket: no such event"),
     "not_joined": (None, "socket: join the workspace first"),
     "not_open": (None, "socket: open the document first"),
 }
-"""Every code that a client can meet: its HTTP status (None on sockets only) and its meaning."""
+"""Every error code that clients receive: its HTTP status (None for codes of sockets only) and its meaning."""
 
 
 class ServiceError(Exception):
-    """A refusal. ``code`` and ``detail`` are for the client; the class gives the HTTP status."""
+    """An error for the client, with ``code`` and ``detail``; its class gives the HTTP status."""
 
     status = 500
     default_code = "internal"
@@ -145,7 +148,7 @@ class RateLimited(ServiceError):
 
 
 class Unavailable(ServiceError):
-    """A store is down, did not answer in time, or could not settle writes at once; always with ``retry_after``."""
+    """A store is down, did not answer in time, or rolled back conflicting writes; always with ``retry_after``."""
 
     status, default_code, title = 503, "unavailable", "Service Unavailable"
 
@@ -154,26 +157,26 @@ class Unavailable(ServiceError):
 
 
 def store_down(store: str) -> Unavailable:
-    """No connection to the store: it refuses, hangs up or cannot be found."""
+    """Return the error for a store without a connection: it is refused, closed, or the name does not resolve."""
     return Unavailable(f"{store} is unavailable")
 
 
 def store_slow(store: str) -> Unavailable:
-    """A call to the store reached its timeout. The store may work, and take longer than a request may wait."""
+    """Return the error for a call that reached its timeout. The store may still complete the call later."""
     return Unavailable(f"{store} did not answer in time")
 
 
 KINDS: tuple[type[ServiceError], ...] = (ServiceError, *ServiceError.__subclasses__())
-"""Every class of the family; each has a status of its own."""
+"""All error classes; each has its own status."""
 
 
 def invalid(field: str, message: str) -> ValidationFailed:
-    """One field that does not fit."""
+    """Return the validation error of one field."""
     return ValidationFailed("Validation failed", details=[{"field": field, "message": message}])
 
 
 def problem(error: ServiceError, *, request_id: str) -> dict[str, Any]:
-    """The body of RFC 9457, with ``error`` repeating ``detail`` for older clients."""
+    """Return the problem body (RFC 9457); ``error`` repeats ``detail`` for older clients."""
     body: dict[str, Any] = {
         "type": "about:blank",
         "title": error.title,

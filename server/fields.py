@@ -1,6 +1,6 @@
-"""The base schema and the fields that every door validates with (marshmallow).
+"""The base schema and the fields that all transports validate with (marshmallow).
 
-Keys are camelCase outside and snake_case inside; unknown fields are refused; nothing is converted silently.
+Keys are camelCase outside and snake_case inside; unknown fields are rejected; values are never converted silently.
 """
 
 import math
@@ -21,10 +21,10 @@ from server import json
 from server.errors import FieldError, ValidationFailed, invalid
 
 JSON_OBJECT_BYTES = 16 * 1024
-MOST_PROBLEMS = 50  # of one body; who makes more of them does not read them
+MOST_PROBLEMS = 50  # of one body: clients do not read more
 _DIGITS = re.compile(r"[0-9]{1,19}")
-# What has Unicode's Default_Ignorable_Code_Point (DerivedCoreProperties.txt) and is neither a format character nor
-# combining, and the blank Braille pattern: letters and symbols by category, and yet nothing to see.
+# Characters with Unicode's Default_Ignorable_Code_Point (DerivedCoreProperties.txt) that are neither format characters
+# nor combining, and the blank Braille pattern: letters and symbols by category, but invisible.
 _BLANK = re.compile("[\u115f\u1160\u2065\u2800\u3164\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]")
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.IGNORECASE)
 
@@ -43,8 +43,10 @@ class Schema(MarshmallowSchema):
             field_obj.data_key = camel(field_name)
 
     def dump(self, obj: Any, *, many: bool | None = None) -> Any:
-        """As marshmallow does, of rows and dictionaries only, which need no search for attributes and hooks: that took
-        most of the time of a page of twenty."""
+        """Serialize as marshmallow does, but rows and dictionaries only.
+
+        They need no search for attributes and hooks, which took most of the time of a page of twenty.
+        """
         return list(map(self._shown, obj)) if many else self._shown(obj)
 
     @cached_property
@@ -52,18 +54,18 @@ class Schema(MarshmallowSchema):
         return [(name, field.data_key or name, _shower(field)) for name, field in self.dump_fields.items()]
 
     def _shown(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        shown = {}
-        for name, key, show in self._columns:
+        values = {}
+        for name, key, serialize in self._columns:
             try:
                 value = row[name]
             except KeyError:
                 continue
-            shown[key] = value if value is None or show is None else show(value)
-        return shown
+            values[key] = value if value is None or serialize is None else serialize(value)
+        return values
 
 
 def _shower(field: fields.Field[Any]) -> Callable[[Any], Any] | None:
-    """What makes JSON of a field's values; None where they are."""
+    """Return the function that serializes the values of a field, or None if they are JSON already."""
     if isinstance(field, Ready):
         return orjson.Fragment
     if isinstance(field, fields.Nested):
@@ -71,8 +73,8 @@ def _shower(field: fields.Field[Any]) -> Callable[[Any], Any] | None:
         assert isinstance(nested, Schema)
         return partial(nested.dump, many=True) if field.many else nested._shown
     if isinstance(field, fields.List):
-        show = _shower(field.inner)
-        return None if show is None else lambda values: list(map(show, values))
+        serialize = _shower(field.inner)
+        return None if serialize is None else lambda values: list(map(serialize, values))
     if isinstance(field, Id | fields.String):
         return str
     if type(field) is fields.Integer:
@@ -95,9 +97,9 @@ class Text(fields.String):
 
 
 class Name(Text):
-    """A name that people read: trimmed, with a visible character, without control characters and line breaks.
+    """A display name: trimmed, with a visible character, without control characters and line breaks.
 
-    Anything else is kept as sent, such as the joiners within an emoji.
+    All other characters stay as sent, such as the joiners within an emoji.
     """
 
     def __init__(self, low: int, high: int, **options: Any) -> None:
@@ -112,13 +114,13 @@ class Name(Text):
 
 
 def _is_visible(character: str) -> bool:
-    """Whether it shows by itself. Unassigned ones may: emoji that are newer than Python's tables."""
+    """Return whether a character is visible by itself. Unassigned ones count: emoji newer than Python's tables."""
     category = unicodedata.category(character)
     return category[0] not in "ZM" and category not in ("Cc", "Cf", "Cs") and not _BLANK.match(character)
 
 
 class Id(fields.UUID):
-    """A UUID in its canonical form; ``int``, ``bytes`` and braces are refused."""
+    """A UUID in its canonical form; ``int``, ``bytes`` and braces are rejected."""
 
     def _deserialize(self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **options: Any) -> UUID:
         if not isinstance(value, str):
@@ -130,7 +132,7 @@ class Id(fields.UUID):
 
 
 class QueryInteger(fields.Integer):
-    """An integer that is given as text: ASCII digits and nothing else, where Python's ``int`` takes much more."""
+    """An integer in text form: ASCII digits only, while Python's ``int`` accepts much more."""
 
     def _deserialize(self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **options: Any) -> int:
         if not _DIGITS.fullmatch(value):
@@ -139,23 +141,23 @@ class QueryInteger(fields.Integer):
 
 
 class Time(fields.DateTime):
-    """ISO 8601; outgoing in UTC with milliseconds."""
+    """A timestamp in ISO 8601; responses have UTC with milliseconds."""
 
     def _serialize(self, value: datetime | str | None, attr: str | None, obj: Any, **options: Any) -> str | None:
-        if isinstance(value, str):  # out of a jsonb value
+        if isinstance(value, str):  # from a jsonb value
             value = datetime.fromisoformat(value)
         return None if value is None else json.timestamp(value)
 
 
 class Ready(fields.Nested):
-    """JSON text that a statement has made in the nested schema's shape, shown as it is."""
+    """JSON text that a statement built in the shape of the nested schema; passed on unchanged."""
 
     def _serialize(self, nested_obj: Any, attr: Any, obj: Any, **options: Any) -> Any:  # type: ignore[override]
         return None if nested_obj is None else orjson.Fragment(nested_obj)
 
 
 class WebAddress(fields.Url):
-    """Of a page or picture; its length is checked first: the pattern takes long on a long text."""
+    """An http(s) URL. Its length is checked first, because the pattern takes long on a long text."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(schemes={"http", "https"}, **options)
@@ -175,11 +177,13 @@ class JsonObject(fields.Dict):
 def _small_enough(value: dict[str, Any]) -> None:
     size = len(json.dumps(value))
     if size > JSON_OBJECT_BYTES or size + sum(map(_zeros, _floats(value))) > JSON_OBJECT_BYTES:
-        raise ValidationError(f"Must be at most {JSON_OBJECT_BYTES} bytes of JSON, numbers with all their digits.")
+        raise ValidationError(
+            f"Must not exceed {JSON_OBJECT_BYTES >> 10} KiB of JSON, with numbers written out in full."
+        )
 
 
 def _zeros(number: float) -> int:
-    """About as many as PostgreSQL adds when it shows the number: it writes 1e300 with 301 digits."""
+    """Return about how many digits PostgreSQL adds when it prints the number: it writes 1e300 with 301 digits."""
     return abs(math.frexp(number)[1]) * 3 // 10
 
 
@@ -187,27 +191,27 @@ def _floats(value: Any) -> Iterator[float]:
     if isinstance(value, float):
         yield value
     elif isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _floats(inner)
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _floats(item)
 
 
 def parse_id(text: str) -> UUID | None:
-    """The UUID, or None where the text is none in canonical form."""
+    """Return the UUID, or None if the text is not a UUID in canonical form."""
     return UUID(text) if _UUID.fullmatch(text) else None
 
 
 def load(schema: MarshmallowSchema, value: Any) -> dict[str, Any]:
-    """The validated value.
+    """Return the validated value.
 
     Raises:
-        ValidationFailed: with one entry of ``details`` a problem, not more than 50; ``field`` is a dotted path.
+        ValidationFailed: ``details`` has an entry for each problem, at most 50; ``field`` is a dotted path.
     """
     if not isinstance(value, dict):
         raise invalid("", "Must be a JSON object.")
     known = {field.data_key or name for name, field in schema.fields.items()}
     unknown = list(islice((name for name in value if name not in known), MOST_PROBLEMS))
     try:
-        if len(unknown) == MOST_PROBLEMS:  # marshmallow would tell of all that there are
+        if len(unknown) == MOST_PROBLEMS:  # marshmallow would report all of them
             raise ValidationError(dict.fromkeys(unknown, "Unknown field."))
         loaded: dict[str, Any] = schema.load(value)
     except ValidationError as error:
@@ -219,9 +223,9 @@ def _flatten(messages: Any, path: str = "") -> list[FieldError]:
     if isinstance(messages, dict):
         return [
             problem
-            for key, each in messages.items()
-            for problem in _flatten(each, path if key == "_schema" else f"{path}.{key}" if path else str(key))
+            for key, nested in messages.items()
+            for problem in _flatten(nested, path if key == "_schema" else f"{path}.{key}" if path else str(key))
         ]
     if isinstance(messages, list):
-        return [problem for each in messages for problem in _flatten(each, path)]
+        return [problem for nested in messages for problem in _flatten(nested, path)]
     return [{"field": path[:200], "message": str(messages)}]

@@ -1,4 +1,4 @@
-"""JSON, in and out, for every door: fast (orjson) and strict about hostile input."""
+"""JSON input and output of all transports: fast (orjson) and strict about hostile input."""
 
 import json as standard
 import re
@@ -14,17 +14,17 @@ NUL_MESSAGE = "NUL characters are not allowed"
 SURROGATE_MESSAGE = "Lone surrogates are not allowed"
 INTEGER_MESSAGE = "Integers must be within the signed 64-bit range"
 MIN_INTEGER, MAX_INTEGER = -(1 << 63), (1 << 63) - 1
-MAX_SEARCHED_BYTES = 64 << 10  # of a text in which the place of a bad integer is looked for
-DEEPEST = 200  # levels of what is taken, which is shown inside of something
-_WRITABLE = 254  # levels that orjson writes
+MAX_SEARCHED_BYTES = 64 << 10  # of a text that is searched for the path of a bad integer
+DEEPEST = 200  # levels of an input; responses nest it further
+_WRITABLE = 254  # levels that orjson can write
 _ZEROS = bytes.maketrans(b"123456789", b"0" * 9)
-_LONG_INTEGER = b"0" * 19  # what has fewer digits has 64 bits
+_LONG_INTEGER = b"0" * 19  # an integer with fewer digits fits into 64 bits
 _BEYOND = object()
-_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")  # only an escape can bring one
+_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")  # JSON text can contain NUL as an escape only
 
 
 class IntegerOutOfRangeError(ValidationFailed):
-    """``value`` is the parsed text with a float in the integer's place; None where orjson knows no such float."""
+    """An integer beyond 64 bits; ``value`` is the parsed text with a float for it, or None if orjson rejects it."""
 
     def __init__(self, field: str, value: Any) -> None:
         super().__init__(INTEGER_MESSAGE, details=[{"field": field, "message": f"{INTEGER_MESSAGE}."}])
@@ -32,22 +32,22 @@ class IntegerOutOfRangeError(ValidationFailed):
 
 
 def dumps(value: Any) -> bytes:
-    """Compact JSON; times as ISO 8601 UTC with milliseconds and ``Z``."""
+    """Return compact JSON; times are ISO 8601 in UTC with milliseconds and ``Z``."""
     return orjson.dumps(value, default=_default, option=orjson.OPT_PASSTHROUGH_DATETIME)
 
 
 def canonical(value: Any) -> bytes:
-    """The same bytes for the same value, whatever the order of its keys."""
+    """Return JSON that does not depend on the order of keys: equal values have equal bytes."""
     return orjson.dumps(value, default=_default, option=orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_SORT_KEYS)
 
 
 def loads(raw: bytes | str) -> Any:
-    """The value of a JSON text from outside.
+    """Return the value of a JSON text from a client.
 
     Raises:
-        BadRequest: it is not JSON (or nested beyond 1,024 levels, or holds a number beyond a double).
-        ValidationFailed: it is, but nested too deep, or with NUL characters or lone surrogates, which no store
-            could keep, or with an integer beyond 64 bits (``IntegerOutOfRangeError``).
+        BadRequest: the text is not JSON (or nested beyond 1,024 levels, or contains a number beyond a double).
+        ValidationFailed: it is JSON, but nested too deep, or contains NUL characters or lone surrogates, which no
+            store can keep, or an integer beyond 64 bits (``IntegerOutOfRangeError``).
     """
     try:
         value = orjson.loads(raw)
@@ -58,10 +58,10 @@ def loads(raw: bytes | str) -> Any:
         if "surrogate" in str(error):
             raise _refused(SURROGATE_MESSAGE) from None
         raise BadRequest(f"Malformed JSON: {error}") from None
-    # Both are looked for in C: a walk of ours would keep the loop for long, and could not go as deep.
+    # Both checks run in C: a walk in Python would block the event loop for long, and could not go as deep.
     text = raw.encode("utf-8", "replace") if isinstance(raw, str) else raw
     if text.count(b"[") + text.count(b"{") > DEEPEST and _is_too_deep(value):
-        raise _refused(f"JSON may be nested {DEEPEST} levels deep")
+        raise _refused(f"JSON must not be nested deeper than {DEEPEST} levels")
     if _NUL.search(text):
         raise _refused(NUL_MESSAGE)
     _check_integers(text, value)
@@ -69,35 +69,38 @@ def loads(raw: bytes | str) -> Any:
 
 
 def _check_integers(raw: bytes | str, value: Any) -> None:
-    """orjson makes floats of integers that it cannot hold. The standard library does not, but takes longer."""
+    """Raise IntegerOutOfRangeError if the text contains an integer beyond 64 bits.
+
+    orjson turns such integers into floats. The standard library does not, but is slower.
+    """
     text = raw.encode("utf-8", "replace") if isinstance(raw, str) else raw
     if _LONG_INTEGER not in text.translate(_ZEROS):
         return
-    beyond: list[object] = []
+    out_of_range: list[object] = []
 
     def integer(digits: str) -> object:
         if len(digits) < len(_LONG_INTEGER) or (len(digits) <= 20 and MIN_INTEGER <= int(digits) <= MAX_INTEGER):
             return 0
-        beyond.append(_BEYOND)
+        out_of_range.append(_BEYOND)
         return _BEYOND
 
     try:
         parsed = standard.loads(text, parse_int=integer)
-        place = _place(parsed) if beyond and len(text) <= MAX_SEARCHED_BYTES else None
-    except (ValueError, RecursionError):  # then it is no JSON for orjson either
+        path = _place(parsed) if out_of_range and len(text) <= MAX_SEARCHED_BYTES else None
+    except (ValueError, RecursionError):  # then it is not JSON for orjson either
         return
-    if beyond:
-        raise IntegerOutOfRangeError(place or "", value)
+    if out_of_range:
+        raise IntegerOutOfRangeError(path or "", value)
 
 
 def _place(value: Any) -> str | None:
-    """The dotted path to the first integer beyond 64 bits; None where there is none in here."""
+    """Return the dotted path of the first integer beyond 64 bits, or None if there is none."""
     if value is _BEYOND:
         return ""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, each in inner:
-        if (place := _place(each)) is not None:
-            return f"{key}.{place}".rstrip(".")[:200]
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        if (path := _place(item)) is not None:
+            return f"{key}.{path}".rstrip(".")[:200]
     return None
 
 
@@ -112,16 +115,16 @@ def _is_utf8(raw: bytes | str) -> bool:
 
 def timestamp(moment: datetime) -> str:
     utc = moment if moment.tzinfo is UTC else moment.astimezone(UTC)
-    text = orjson.dumps(utc).decode()  # in a sixth of isoformat's time; without a fraction where that is 0
+    text = orjson.dumps(utc).decode()  # takes a sixth of isoformat's time; omits a fraction of 0
     return f"{text[1:20]}{text[20:24] if utc.microsecond else '.000'}Z"
 
 
 def _default(value: Any) -> str:
     if isinstance(value, datetime):
         return timestamp(value)
-    if isinstance(value, UUID):  # asyncpg's subclass; orjson knows the plain class only
+    if isinstance(value, UUID):  # asyncpg's subclass; orjson supports the plain class only
         return str(value)
-    raise TypeError(f"not serialisable: {type(value).__name__}")
+    raise TypeError(f"not serializable: {type(value).__name__}")
 
 
 def _is_too_deep(value: Any) -> bool:
@@ -134,5 +137,5 @@ def _is_too_deep(value: Any) -> bool:
     return False
 
 
-def _refused(why: str) -> ValidationFailed:
-    return ValidationFailed(why, details=[{"field": "", "message": why}])
+def _refused(reason: str) -> ValidationFailed:
+    return ValidationFailed(reason, details=[{"field": "", "message": reason}])

@@ -14,7 +14,7 @@ from server.settings import Settings
 
 
 def configure(settings: Settings) -> None:
-    """Once, at the start of a process. Libraries' own logs go the same way, from warning up."""
+    """Configure logging, once at the start of a process. Logs of libraries go the same way, from warning up."""
     level = getattr(logging, settings.log_level.upper())
     structlog.configure(
         processors=[_complete, *_renderers(settings.log_format)],
@@ -36,12 +36,12 @@ def configure(settings: Settings) -> None:
     logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING), force=True)
     for library in ("saq", "asyncpg.pool"):
         logging.getLogger(library).addFilter(_in_a_line)
-    # It warns of subprotocols that it does not know: of the access token that one of them may carry.
+    # It logs unknown subprotocols as warnings, and one of them may contain an access token.
     logging.getLogger("aiohttp.websocket").setLevel(logging.CRITICAL)
 
 
 def _in_a_line(record: logging.LogRecord) -> bool:
-    """Every second, while a store is away, they would tell so by a traceback."""
+    """Replace the traceback by one line: while a store is down, the libraries would log one every second."""
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, (RedisError, OSError)):
         record.msg, record.exc_info = f"{record.getMessage()}: {error}", None
@@ -51,9 +51,9 @@ def _in_a_line(record: logging.LogRecord) -> bool:
 
 def _renderers(style: str) -> list[Any]:
     if style == "text":
-        # Else structlog takes rich where that is installed, and rich shows what all variables hold.
-        plainly = structlog.dev.plain_traceback
-        return [structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty(), exception_formatter=plainly)]
+        # Else structlog uses rich if it is installed, and rich prints the values of all variables.
+        formatter = structlog.dev.plain_traceback
+        return [structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty(), exception_formatter=formatter)]
     return [
         structlog.processors.format_exc_info,
         structlog.processors.JSONRenderer(serializer=lambda value, **_: orjson.dumps(value, default=str)),
@@ -71,7 +71,10 @@ def _decoded(_: Any, __: str, line: Any) -> str:
 
 
 def _complete(_: Any, level: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """What every line tells besides; nothing of what is not known. One step: four took as long as the writing."""
+    """Add context, level and timestamp; drop fields that are None.
+
+    One processor, because four took as long as the writing itself.
+    """
     line: MutableMapping[str, Any] = structlog.contextvars.get_contextvars()
     line.update({key: value for key, value in event.items() if value is not None})
     line["level"], line["timestamp"] = level, f"{datetime.now(UTC).isoformat(timespec='microseconds')[:-6]}Z"

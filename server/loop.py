@@ -1,4 +1,4 @@
-"""The event loop of a process of ours, and how what runs in it ends: for certain."""
+"""The event loop of a process, its garbage collection, and the reliable cancellation of its tasks."""
 
 import asyncio
 import gc
@@ -19,16 +19,16 @@ T = TypeVar("T")
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    """Run ``main``, in a process of which nothing is left afterwards, whatever libraries have begun meanwhile."""
-    gc.enable()  # which is off for imports
+    """Run ``main``, then cancel all other tasks, also those of libraries; exit the process if some do not end."""
+    gc.enable()  # it is off during imports
     return uvloop.run(_and_the_rest(main))
 
 
 def settle() -> None:
-    """To be called once all is made that a process is made of: the garbage collector need not look at it again.
+    """Exclude the objects of the start from garbage collection, and collect less often; call once all are made.
 
-    Nor often at the rest: of a request nearly everything goes by itself, and its first generation of 700 objects is
-    full after a few of them (measured: 8 % of the processor time of a server under load).
+    Reference counting frees nearly all objects of a request, and the default first generation of 700 objects is full
+    after a few requests (measured: 8 % of the processor time of a server under load).
     """
     gc.collect()
     gc.freeze()
@@ -36,15 +36,15 @@ def settle() -> None:
 
 
 async def end(tasks: Iterable["asyncio.Future[Any]"], *, seconds: float | None = None) -> set["asyncio.Future[Any]"]:
-    """Cancel these until they have ended; those that have not within ``seconds``.
+    """Cancel tasks until they have ended; return those that have not within the timeout.
 
-    Once is not enough: a client of Redis, or a pool, that is just connecting may swallow a cancellation.
+    One cancellation is not enough: a Redis client or a pool that is just connecting may swallow it.
     """
-    pending = {each for each in tasks if not each.done()}
+    pending = {task for task in tasks if not task.done()}
     deadline = None if seconds is None else time.monotonic() + seconds
     while pending and (deadline is None or time.monotonic() < deadline):
-        for each in pending:
-            each.cancel()
+        for task in pending:
+            task.cancel()
         _, pending = await asyncio.wait(pending, timeout=AGAIN_SECONDS)
     return pending
 
@@ -55,6 +55,6 @@ async def _and_the_rest(main: Coroutine[Any, Any, T]) -> T:
     finally:
         rest = await end(asyncio.all_tasks() - {asyncio.current_task()}, seconds=LAST_SECONDS)
         if rest:
-            # asyncio would wait for them for ever.
-            log.error("tasks do not end", tasks=[repr(each) for each in rest])
+            # asyncio would wait for them forever.
+            log.error("tasks do not end", tasks=[repr(task) for task in rest])
             os._exit(1)

@@ -1,7 +1,7 @@
 """Migrations: yoyo applies ``sql/migrations``, one process at a time.
 
-yoyo's own lock is a row, which a killed run leaves behind; ours is an advisory lock, which PostgreSQL drops
-with the connection, so that several deploys at once are safe.
+yoyo's own lock is a row, which a killed run leaves behind. This module takes an advisory lock, which PostgreSQL
+releases with the connection, so several deploys at once are safe.
 """
 
 import logging
@@ -22,37 +22,37 @@ CONNECT_SECONDS = 5
 
 
 class MigrationError(StartError):
-    """The migrations could not be read or applied; the text is one line."""
+    """The migrations cannot be read or applied; the text is one line."""
 
 
 def pending(database_url: str) -> list[str]:
-    """Names of the migrations that the database lacks, oldest first.
+    """Return the names of the migrations that the database lacks, oldest first.
 
     Raises:
-        MigrationError: the database is away.
+        MigrationError: the database is unavailable.
     """
     with _backend(database_url) as backend:
-        return [each.id for each in backend.to_apply(_all())]
+        return [migration.id for migration in backend.to_apply(_all())]
 
 
 def apply(database_url: str) -> list[str]:
-    """Apply what is pending, in one process at a time; the names of what was applied.
+    """Apply the pending migrations, in one process at a time; return the names of those that were applied.
 
     Raises:
-        MigrationError: the database is away, or a migration failed (and was rolled back).
+        MigrationError: the database is unavailable, or a migration failed (and was rolled back).
     """
     with _alone(database_url), _backend(database_url) as backend:
         steps = backend.to_apply(_all())
         backend.apply_migrations(steps)
-        return [each.id for each in steps]
+        return [migration.id for migration in steps]
 
 
 def roll_back(database_url: str) -> list[str]:
-    """Undo every migration, newest first; for tests of the rollback scripts."""
+    """Undo all migrations, newest first; for tests of the rollback scripts."""
     with _alone(database_url), _backend(database_url) as backend:
         steps = backend.to_rollback(_all())
         backend.rollback_migrations(steps)
-        return [each.id for each in steps]
+        return [migration.id for migration in steps]
 
 
 def _all() -> Any:
@@ -78,7 +78,7 @@ def _backend(database_url: str) -> Iterator[Any]:
 
 
 def _bounded(database_url: str) -> str:
-    """The address with a time limit for connecting."""
+    """Return the URL with a timeout for connecting."""
     parts = urlsplit(database_url)
     options = {"connect_timeout": str(CONNECT_SECONDS), **dict(parse_qsl(parts.query))}
     return urlunsplit(parts._replace(query=urlencode(options)))
@@ -89,6 +89,6 @@ def _reported(database_url: str) -> Iterator[None]:
     try:
         yield
     except psycopg.Error as error:
-        where = urlsplit(database_url).netloc.rpartition("@")[2]
-        what = "cannot be used" if isinstance(error, psycopg.OperationalError) else "refused a migration"
-        raise MigrationError(f"PostgreSQL at {where} {what}: {' '.join(str(error).split())}") from error
+        address = urlsplit(database_url).netloc.rpartition("@")[2]
+        problem = "cannot be used" if isinstance(error, psycopg.OperationalError) else "rejected a migration"
+        raise MigrationError(f"PostgreSQL at {address} {problem}: {' '.join(str(error).split())}") from error

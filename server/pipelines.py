@@ -1,6 +1,6 @@
-"""Redis for what every request asks: commands of many requests share round trips.
+"""Redis commands that every request sends: a pipeline batches the commands of many requests into shared round trips.
 
-On connections of their own: a client's pool, its retries and its timers cost more than a small batch of commands does.
+Pipelines have their own connections, because the pool, retries and timers of a client cost more than a small batch.
 """
 
 import asyncio
@@ -26,7 +26,10 @@ class Pipelines:
         self._commands: Together[tuple[Any, ...], Any] = Together(self._connected)
 
     def ask(self, *command: Any, seconds: float = REDIS_SECONDS, silence: float = math.inf) -> "asyncio.Future[Any]":
-        """The answer, as ``Together`` has it, within what a request has left. Or RedisError, OSError, TimeoutError."""
+        """Submit a command; return the future of its reply, within the deadline of the request (see ``Batcher``).
+
+        The future may raise RedisError, OSError or TimeoutError.
+        """
         return self._commands.ask(command, seconds=within(seconds), silence=silence)
 
     async def close(self) -> None:
@@ -47,9 +50,9 @@ class Pipelines:
         self._idle.append(connection)
 
     def _made(self) -> Connection:
-        made: Connection = self._pool.make_connection()
-        made.socket_timeout = None  # the round trip as a whole has a deadline
-        return made
+        connection: Connection = self._pool.make_connection()
+        connection.socket_timeout = None  # the whole round trip has a timeout
+        return connection
 
 
 async def _send(connection: Connection, commands: list[tuple[Any, ...]]) -> list[Any]:
@@ -61,5 +64,5 @@ async def _send(connection: Connection, commands: list[tuple[Any, ...]]) -> list
 async def _answer(connection: Connection) -> Any:
     try:
         return await connection.read_response()
-    except ResponseError as refusal:  # of this command only
-        return refusal
+    except ResponseError as error:  # of this command only
+        return error

@@ -1,32 +1,31 @@
-"""PostgreSQL: one pool, JSON codecs, and a deadline on every statement.
+"""PostgreSQL: one pool, JSON codecs, and a timeout for every statement.
 
 Lock order
-    Statements and transactions that lock several rows lock them in this order, so that none waits for another that
-    waits for it:
+    Statements and transactions that lock several rows lock them in this order, so that they cannot deadlock:
 
     1. users: the projects of a user cannot change meanwhile
     2. projects, by id
-    3. members, invitations, workspaces: several of them only under a project's NO KEY UPDATE, which one holds alone
+    3. members, invitations, workspaces: several of them only under a project's NO KEY UPDATE lock, which is exclusive
     4. documents, by id
     5. updates, snapshots and versions of documents; activity
 
     and, apart from these: users, then sessions by id, then refresh tokens.
 
     Cascades run downwards, and an insert locks its parents (foreign keys), so a statement that changes rows of a
-    project locks the project itself first: in its first CTE, which the others read from. ``FOR NO KEY UPDATE`` if it
-    changes what the project shows, because a trigger then raises the project's revision: a weaker lock would have to
-    be raised, and two that raise theirs while a deletion waits for both wait for each other. Else ``FOR KEY SHARE``,
-    which many hold at once and a deletion waits for.
+    project locks the project itself first: in its first CTE, which the others read from. The lock is ``FOR NO KEY
+    UPDATE`` if the statement changes what a GET of the project returns, because a trigger then raises the project's
+    revision: a weaker lock would have to be upgraded, and two transactions that upgrade theirs while a deletion waits
+    for both are a deadlock. Else the lock is ``FOR KEY SHARE``, which many hold at once and a deletion waits for.
 
-    A new workspace is nobody else's to lock: there the trigger takes the lock, as late as it can. A commit of live
-    edits changes documents only, so it begins with these. Housekeeping takes what is free (``SKIP LOCKED``).
+    No other transaction can lock a new workspace: there the trigger takes the lock, as late as it can. A commit of
+    live edits changes documents only, so it begins with these. Housekeeping skips locked rows (``SKIP LOCKED``).
 
-    tests/field/test_deadlocks.py holds every statement and every endpoint to this.
+    tests/field/test_deadlocks.py checks every statement and every endpoint against this order.
 
-Collisions
-    What still collides (a deadlock, a serialization failure) is rolled back by PostgreSQL and runs once more here.
-    PostgreSQL notices a deadlock after its ``deadlock_timeout``, 1 s by default; a request may wait 1.6 s for its
-    stores, so there is time for one more attempt, and none for a third.
+Conflicts
+    PostgreSQL rolls back writes that still conflict (a deadlock, a serialization failure); they are retried here once.
+    PostgreSQL detects a deadlock after its ``deadlock_timeout``, 1 s by default; a request may wait 1.6 s for its
+    stores, so there is time for one retry, but not for a second.
 """
 
 import asyncio
@@ -47,20 +46,20 @@ from server.together import Send, Together
 log = structlog.get_logger()
 
 POOL_SIZE = 20
-LANES = 6  # of the pool, for single statements; the rest is for transactions, and for what is asked together
+LANES = 6  # connections of the pool for single statements; the others are for transactions and batched lookups
 CONNECT_SECONDS = 3.0
 GIVE_BACK_SECONDS = 0.2
-STATEMENT_SECONDS = 1.5  # every answer within 2 s, also when the server hangs
+STATEMENT_SECONDS = 1.5  # for responses within 2 s, also when PostgreSQL hangs
 T = TypeVar("T")
 Q = TypeVar("Q")
 A = TypeVar("A")
-Statement = Callable[[Any], Awaitable[Any]]  # on a connection
+Statement = Callable[[Any], Awaitable[Any]]  # takes a connection
 Search = tuple[str, tuple[Any, ...]]  # a statement and a key
-Revisions = list[asyncpg.Range]  # a set of them, as an int8multirange
+Revisions = list[asyncpg.Range]  # a set of revisions, as an int8multirange
 
 
 class Executor(Protocol):
-    """What a store function needs: the pool or a transaction."""
+    """The pool or a transaction: the handle that store functions take."""
 
     async def fetch(self, query: str, *args: Any) -> list[asyncpg.Record]: ...
     async def fetchrow(self, query: str, *args: Any) -> asyncpg.Record | None: ...
@@ -69,10 +68,10 @@ class Executor(Protocol):
 
 
 class Database:
-    """asyncpg's pool, with a deadline that also holds when the server is stopped or black-holed.
+    """asyncpg's pool, with timeouts that also hold when the server is stopped or black-holed.
 
-    asyncpg itself waits for the server to confirm a cancelled statement, before it takes the connection back; so
-    the connection of a statement that failed is given back in a task of its own, which nobody waits for.
+    asyncpg itself waits until the server confirms a cancelled statement before it releases the connection; so a
+    background task releases connections, and no request waits for it.
     """
 
     def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]") -> None:
@@ -96,24 +95,24 @@ class Database:
         return await self._run(lambda connection: connection.execute(query, *args))
 
     async def find(self, query: str, *key: Any) -> asyncpg.Record | None:
-        """The row of one key, asked together with other requests' keys; None where there is none.
+        """Return the row of one key, or None; lookups of many requests share a batch. For reads of every request.
 
-        The statement takes an array for each part of the key (``unnest($1::uuid[]) WITH ORDINALITY``), and each of
-        its rows says by ``asked`` which key it belongs to, the first is 1. It looks each key up in an index, by
-        ``LATERAL (... LIMIT 1)``: for a join PostgreSQL would read a small table whole, and keep to that plan while
-        the table grows, until it is analysed. It is for reads that every request makes.
+        The statement takes an array for each part of the key (``unnest($1::uuid[]) WITH ORDINALITY``), and the column
+        ``asked`` of its rows is the number of the key, from 1. It looks each key up in an index, by
+        ``LATERAL (... LIMIT 1)``: for a join PostgreSQL would scan a small table, and keep that plan while the table
+        grows, until it is analysed.
         """
         with translate_errors():
             return await self._finder.ask((query, key), seconds=within(STATEMENT_SECONDS))
 
     async def transact(self, work: Callable[[Executor], Awaitable[T]]) -> T:
-        """Return what ``work`` returns, run in one transaction: all of its statements take effect, or none.
+        """Run ``work`` in one transaction and return its result: all of its statements take effect, or none.
 
-        It has the time of one statement. If it collides with other writes it runs once more from its beginning, so
-        it has no effects but those on the database.
+        The transaction has the timeout of one statement. If it conflicts with other writes, it is retried once from
+        its beginning, so ``work`` must not have effects outside the database.
 
         Raises:
-            Unavailable: PostgreSQL is down or slow, or it collided twice.
+            Unavailable: PostgreSQL is down or slow, or both attempts met a conflict.
         """
 
         async def attempt() -> T:
@@ -130,7 +129,7 @@ class Database:
         await self._runner.close()
         if self._given_back:
             _, late = await asyncio.wait(self._given_back, timeout=GIVE_BACK_SECONDS)
-            for task in late:  # of a server that does not confirm it
+            for task in late:  # the server does not confirm the cancellation
                 task.cancel()
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
@@ -140,14 +139,14 @@ class Database:
 
     async def _run(self, statement: Callable[[Any], Awaitable[T]]) -> T:
         async def attempt() -> T:
-            answer: T = await self._runner.ask(statement, seconds=within(STATEMENT_SECONDS))
-            return answer
+            result: T = await self._runner.ask(statement, seconds=within(STATEMENT_SECONDS))
+            return result
 
         return await _retried(attempt)
 
     @asynccontextmanager
     async def _transaction(self) -> AsyncIterator[Executor]:
-        """At its deadline the connection is terminated, which ends the transaction."""
+        """Open a transaction; at its deadline the connection is terminated, which ends the transaction."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + within(STATEMENT_SECONDS)
         connection: Any = await self.pool.acquire(timeout=deadline - loop.time())
@@ -165,7 +164,7 @@ class Database:
 
     @asynccontextmanager
     async def _connected(self, send: Callable[[Any, list[Q]], Awaitable[list[A]]]) -> AsyncIterator[Send[Q, A]]:
-        """A connection for as long as others wait for it: to give it back and take another costs as much as to ask."""
+        """Acquire a connection for successive batches: releasing and acquiring one costs as much as a lookup."""
         async with asyncio.timeout(STATEMENT_SECONDS):
             connection = await self.pool.acquire()
         try:
@@ -181,7 +180,7 @@ class Database:
     def _forget(self, task: "asyncio.Task[None]") -> None:
         self._given_back.discard(task)
         if not task.cancelled():
-            task.exception()  # seen: the caller was told already
+            task.exception()  # mark it as retrieved: the caller has an error already
 
 
 async def _execute(connection: Any, statements: list[Statement]) -> list[Any]:
@@ -195,20 +194,20 @@ async def _execute(connection: Any, statements: list[Statement]) -> list[Any]:
 
 
 async def _find(connection: Any, searches: list[Search]) -> list[asyncpg.Record | None]:
-    found: list[asyncpg.Record | None] = [None] * len(searches)
-    places: dict[str, list[int]] = {}
-    for place, (query, _) in enumerate(searches):
-        places.setdefault(query, []).append(place)
+    rows: list[asyncpg.Record | None] = [None] * len(searches)
+    indexes_by_query: dict[str, list[int]] = {}
+    for index, (query, _) in enumerate(searches):
+        indexes_by_query.setdefault(query, []).append(index)
     async with asyncio.timeout(STATEMENT_SECONDS):
-        for query, asked in places.items():
-            keys = (searches[place][1] for place in asked)
+        for query, indexes in indexes_by_query.items():
+            keys = (searches[index][1] for index in indexes)
             for row in await connection.fetch(query, *map(list, zip(*keys, strict=True))):
-                found[asked[row["asked"] - 1]] = row
-    return found
+                rows[indexes[row["asked"] - 1]] = row
+    return rows
 
 
 async def _retried(attempt: Callable[[], Awaitable[T]]) -> T:
-    """Return what ``attempt`` returns, made again if it collided with other writes, once."""
+    """Return the result of ``attempt``; retry once if it conflicts with other writes."""
     with translate_errors():
         try:
             return await attempt()
@@ -218,17 +217,17 @@ async def _retried(attempt: Callable[[], Awaitable[T]]) -> T:
 
 
 class translate_errors:  # noqa: N801 - reads as a statement: with translate_errors():
-    """Turn what asyncpg raises into our 503, which says whether PostgreSQL is down, is slow or gave up.
+    """Translate asyncpg's errors to a 503, which says whether PostgreSQL is down, is slow or rolled the write back.
 
-    And, if what a new row belongs to has been deleted since it was looked up, into our 404.
+    A violated foreign key becomes a 404: the parent of a new row was deleted after it was looked up.
     """
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None and (answer := _answer(error)) is not None:
-            raise answer from error
+        if error is not None and (translated := _answer(error)) is not None:
+            raise translated from error
 
 
 def _answer(error: BaseException) -> Unavailable | NotFound | None:
@@ -237,14 +236,14 @@ def _answer(error: BaseException) -> Unavailable | NotFound | None:
     if isinstance(error, _DOWN) or _is_closed_transport(error):
         return store_down("PostgreSQL")
     if isinstance(error, _COLLIDED):
-        return Unavailable("Concurrent writes collided; try again")
+        return Unavailable("Concurrent writes conflicted; retry the request")
     if isinstance(error, asyncpg.ForeignKeyViolationError):
-        return NotFound("It is gone")
+        return NotFound("Resource not found")
     return None
 
 
 def _is_closed_transport(error: BaseException | None) -> bool:
-    """What uvloop says when asyncpg writes to a connection that the server has just dropped."""
+    """Recognize uvloop's error for asyncpg's write to a connection that the server has just closed."""
     return isinstance(error, RuntimeError) and "closed" in str(error)
 
 
@@ -267,10 +266,10 @@ _COLLIDED = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
 
 
 async def connect(url: str, *, size: int = POOL_SIZE, least: int = 1) -> Database:
-    """The pool, with at least so many live connections.
+    """Open the pool.
 
     Raises:
-        OSError, TimeoutError, asyncpg.PostgresError: the server is away or refuses us.
+        OSError, TimeoutError, asyncpg.PostgresError: the server is unavailable or rejects the login.
     """
     pool = await asyncpg.create_pool(
         url,
@@ -285,7 +284,7 @@ async def connect(url: str, *, size: int = POOL_SIZE, least: int = 1) -> Databas
             "statement_timeout": str(int(STATEMENT_SECONDS * 1000)),
             "idle_in_transaction_session_timeout": "10000",
             "timezone": "UTC",
-            # Plans of ours are cached per connection; JIT only adds latency to short statements.
+            # Plans are cached per connection; JIT only adds latency to short statements.
             "jit": "off",
         },
     )
@@ -294,7 +293,7 @@ async def connect(url: str, *, size: int = POOL_SIZE, least: int = 1) -> Databas
 
 
 async def _leave_as_it_is(_: Any) -> None:
-    """asyncpg would spend a round trip on undoing what nobody here does: SET, LISTEN, advisory locks of a session."""
+    """Skip asyncpg's reset, a round trip that undoes SET, LISTEN and advisory locks of a session: none are used."""
 
 
 async def _prepare(connection: Any) -> None:

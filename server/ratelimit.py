@@ -1,9 +1,10 @@
-"""Rate limits: the ``@limit`` mark and the check.
+"""Rate limits: the ``@limit`` decorator and the check of a quota.
 
-Counted in Redis, so they hold over all processes. While Redis is away each process counts for itself, and counts
-that it did. Notation, keys, windows and the local count are the limits library's; its Redis storage is not used: it
-would ask three times for what one script tells, in round trips of its own (measured with 64 at once: 180 µs of
-processor time for a check, ours 40), and it rounds to seconds, down too, so that Retry-After would be too early.
+Hits are counted in Redis, so limits hold over all processes. While Redis is unavailable each process counts for
+itself, and a metric counts these checks. Notation, keys, windows and the local count are those of the limits library.
+Its Redis storage is not used: it takes three round trips for what one script returns, outside of the shared pipelines
+(measured with 64 at once: 180 µs of processor time for a check, the script 40), and it rounds to seconds, also down,
+so Retry-After would be too early.
 """
 
 import math
@@ -24,14 +25,14 @@ from server.pipelines import Pipelines
 from server.settings import Network
 
 H = TypeVar("H", bound=Callable[..., Any])
-# So long may Redis answer nobody before the local count does. A plain timeout would let a burst of requests, which are
-# answered one after the other, slip into the local count, and pass there once more.
+# The local count takes over after so long without any reply of Redis. With a plain timeout, requests of a burst, whose
+# replies come one after the other, would switch to the local count and pass there once more.
 SILENCE_SECONDS = 0.5
-LONGEST_SECONDS = 1.0  # for one answer, however many others get theirs
-LOCAL_SECONDS = 1.5  # how long to count locally before Redis is asked again
+LONGEST_SECONDS = 1.0  # timeout of one hit, even while others get their replies
+LOCAL_SECONDS = 1.5  # how long to count locally before Redis is tried again
 IPV6_PREFIX = 64
-# What the library does on Redis, and the time that is left in the same breath, in milliseconds. A hit that is refused
-# is not counted: else what is given back later would be missing from the window.
+# Does what the library does on Redis, and also returns the time that is left in the window, in milliseconds. A rejected
+# hit is not counted: else a later refund would not free a place in the window.
 _HIT = """
 local count = redis.call('INCR', KEYS[1])
 if redis.call('PTTL', KEYS[1]) < 0 then redis.call('PEXPIRE', KEYS[1], ARGV[1]) end
@@ -39,17 +40,17 @@ local passed = count <= tonumber(ARGV[2])
 if not passed then count = redis.call('DECR', KEYS[1]) end
 return {passed and 1 or 0, count, redis.call('PTTL', KEYS[1])}
 """
-# Of a window that has ended nothing is left to give back to.
+# After the end of the window there is no count to refund to.
 _GIVE_BACK = """
 if tonumber(redis.call('GET', KEYS[1]) or 0) > 0 then redis.call('DECR', KEYS[1]) end
 """
 _AWAY = (RedisError, OSError, TimeoutError)
-BY_ADDRESS = frozenset({"auth"})  # budgets that the users of one address share, signed in or not
-BY_HANDLER = frozenset({"refresh"})  # budgets that the handler takes from: only it knows of which session
+BY_ADDRESS = frozenset({"auth"})  # quotas that the users of one address share, signed in or not
+BY_HANDLER = frozenset({"refresh"})  # quotas that the handler consumes: only it knows the session
 
 
 def limit(name: str | None) -> Callable[[H], H]:
-    """Mark a handler: which budget its requests are taken from; None for none."""
+    """Mark a handler with the quota that its requests consume; None for none."""
 
     def mark(handler: H) -> H:
         handler.__limit__ = name  # type: ignore[attr-defined]
@@ -63,19 +64,19 @@ def limit_of(handler: Callable[..., Any]) -> str | None:
 
 
 def limit_key(name: str, *, client: str, user: object | None = None) -> str:
-    """Return whose budget a request is taken from: the user's, or the address's for anonymous requests."""
+    """Return the key of the quota that a request consumes: of the user, or of the address for anonymous requests."""
     return f"address:{client_subnet(client) or client}" if user is None or name in BY_ADDRESS else f"user:{user}"
 
 
 def session_key(session: UUID) -> str:
-    """Return the key of a budget that one session has for itself."""
+    """Return the key of the quota of one session."""
     return f"session:{session}"
 
 
 def client_subnet(client: str) -> Network | None:
     """Return the network that counts as one client; None for a client without an address.
 
-    Of IPv6 the first 64 bits: a host that has one such address has all of them.
+    For IPv6 it is the first 64 bits: a host that has one address of such a network has all of them.
     """
     try:
         address = ip_address(client)
@@ -88,7 +89,7 @@ def client_subnet(client: str) -> Network | None:
 
 @dataclass(frozen=True)
 class Quota:
-    """The state of a budget after a hit, as draft-ietf-httpapi-ratelimit-headers shows it."""
+    """The state of a quota after a hit, in the terms of draft-ietf-httpapi-ratelimit-headers."""
 
     name: str
     amount: int
@@ -105,10 +106,10 @@ class Quota:
 
 
 class QuotaExceeded(RateLimited):
-    """A budget has nothing left; the answer shows that budget and no other."""
+    """The quota is used up; the response describes this quota and no other."""
 
     def __init__(self, quota: Quota) -> None:
-        super().__init__("Too many requests", retry_after=max(1, quota.reset))
+        super().__init__("Rate limit exceeded", retry_after=max(1, quota.reset))
         self.quota = quota
 
 
@@ -123,14 +124,14 @@ class RateLimiter:
         self._local_until = 0.0
 
     def counts(self, name: str) -> bool:
-        """Whether that limit is on."""
+        """Return whether that limit is on."""
         return self.rates[name] is not None
 
     async def take(self, name: str, key: str) -> Quota | None:
-        """Take one from the budget ``name`` of ``key``; None for a limit that is off.
+        """Consume one hit of the quota ``name`` of ``key``; return None for a limit that is off.
 
         Raises:
-            QuotaExceeded: none is left.
+            QuotaExceeded: the quota is used up.
         """
         quota = await self.hit(name, key)
         if quota is not None and not quota.passed:
@@ -138,7 +139,7 @@ class RateLimiter:
         return quota
 
     async def hit(self, name: str, key: str) -> Quota | None:
-        """As ``take``, but ``passed`` says whether one was left."""
+        """Consume one hit as ``consume`` does, but report an exceeded quota by ``allowed``."""
         rate = self.rates[name]
         if rate is None:
             return None
@@ -146,14 +147,14 @@ class RateLimiter:
         if self._is_local():
             return await self._hit_local(name, rate, counter)
         try:
-            passed, count, left = await self._ask(_HIT, counter, rate.get_expiry() * 1000, rate.amount)
+            allowed, count, milliseconds_left = await self._ask(_HIT, counter, rate.get_expiry() * 1000, rate.amount)
         except _AWAY:
             self._count_locally()
             return await self._hit_local(name, rate, counter)
-        return _quota(name, rate, count, left / 1000, passed=bool(passed))
+        return _quota(name, rate, count, milliseconds_left / 1000, passed=bool(allowed))
 
     async def give_back(self, name: str, key: str) -> None:
-        """Undo a hit that passed. Without Redis it may stay counted until its window ends."""
+        """Undo an allowed hit. Without Redis it may stay counted until its window ends."""
         rate = self.rates[name]
         if rate is None:
             return
@@ -167,7 +168,7 @@ class RateLimiter:
             self._count_locally()
 
     async def move(self, quota: Quota, wrong: str, right: str) -> Quota:
-        """Give back a hit of the wrong key and take it from the right one."""
+        """Refund a hit of the wrong key and consume it from the right one."""
         if wrong == right:
             return quota
         if quota.passed:
@@ -194,21 +195,21 @@ class RateLimiter:
     async def _hit_local(self, name: str, rate: limits.RateLimitItem, counter: str) -> Quota:
         metrics.LIMITER_FALLBACKS.inc()
         count = await self._local.incr(counter, rate.get_expiry())
-        passed = count <= rate.amount
-        if not passed:
+        allowed = count <= rate.amount
+        if not allowed:
             count = await self._local.decr(counter)
-        left = await self._local.get_expiry(counter) - time.time()
-        return _quota(name, rate, count, left, passed=passed)
+        seconds_left = await self._local.get_expiry(counter) - time.time()
+        return _quota(name, rate, count, seconds_left, passed=allowed)
 
 
-def _quota(name: str, rate: limits.RateLimitItem, count: int, left: float, *, passed: bool) -> Quota:
+def _quota(name: str, rate: limits.RateLimitItem, count: int, seconds_left: float, *, passed: bool) -> Quota:
     window = rate.get_expiry()
     return Quota(
         name=name,
         amount=rate.amount,
         window=window,
         remaining=max(0, rate.amount - count),
-        # The expiry is read beside the count: before the first hit there is none yet.
-        reset=math.ceil(left) if 0 < left <= window else window,
+        # The expiry is read separately from the count: before the first hit there is none yet.
+        reset=math.ceil(seconds_left) if 0 < seconds_left <= window else window,
         passed=passed,
     )

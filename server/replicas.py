@@ -1,8 +1,8 @@
 """Reads on replicas of PostgreSQL, which lag: DATABASE_REPLICA_URLS.
 
-Who may do what is always asked of the primary. What a replica says counts where it is as new as what the primary has
-just told (the proof), so that nobody misses their own write nor what an event has told them of, or where it cannot
-change; else the primary is asked. A replica that fails is left alone for a moment, and the primary stands in.
+Permissions always come from the primary. A replica serves a read if it is as new as the primary's own state (the
+freshness check), so that users see their own writes and all that an event has announced, or if the row cannot
+change; else the primary serves it. A circuit breaker pauses a replica that fails, and the primary takes its reads.
 """
 
 import asyncio
@@ -21,12 +21,12 @@ from server.postgres import Database, Executor
 
 log = structlog.get_logger()
 
-ANSWER_SECONDS = 0.5  # then there is time left for the primary
+ANSWER_SECONDS = 0.5  # leaves time for the primary within the deadline of the request
 REST_SECONDS = 2.0
 POOL_SIZE = 10
 T = TypeVar("T")
 Proof = Callable[[Executor], Awaitable[bool]]
-"""Whether this replica is new enough. Asked before the read: what it has applied, it keeps."""
+"""Returns whether a replica is fresh enough. It runs before the read: a replica never loses what it has applied."""
 
 
 class Replicas:
@@ -37,25 +37,25 @@ class Replicas:
         self._turn = 0
 
     async def read(self, ask: Callable[[Database], Awaitable[T]], *, proof: Proof | None = None) -> T:
-        """What ``ask`` finds: on a replica, or on the primary where the replica cannot prove it or has not found it.
+        """Run ``query`` on a replica, or on the primary if the replica is stale, fails or does not find the row.
 
-        Without a proof it must be something that does not change once it is there.
+        Without a freshness check the row must be immutable.
         """
         replica = self._next()
         if replica is not None:
             limit = within(ANSWER_SECONDS)
-            patient_until = time.monotonic() + limit
+            deadline = time.monotonic() + limit
             try:
                 async with asyncio.timeout(limit):
                     if proof is None or await proof(replica):
-                        found = await ask(replica)
+                        result = await ask(replica)
                         metrics.REPLICA_READS.labels("replica").inc()
-                        return found
+                        return result
             except NotFound:
-                pass  # not there yet
+                pass  # not replicated yet
             except (Unavailable, TimeoutError, asyncpg.PostgresError) as error:
-                # A request that had less time left says nothing about the replica.
-                if limit == ANSWER_SECONDS or time.monotonic() < patient_until:
+                # If the request's deadline was shorter, its timeout says nothing about the replica.
+                if limit == ANSWER_SECONDS or time.monotonic() < deadline:
                     self._rest(replica, error)
             metrics.REPLICA_READS.labels("primary").inc()
         return await ask(self._primary)
@@ -65,18 +65,18 @@ class Replicas:
         log.warning("replica left alone", error=str(error) or type(error).__name__, seconds=REST_SECONDS)
 
     def _next(self) -> Database | None:
-        """They take turns; None where there is none to ask."""
+        """Return the next replica, round robin; None if the circuit of every replica is open."""
         now = time.monotonic()
         for _ in self._replicas:
             self._turn = (self._turn + 1) % len(self._replicas)
-            chosen = self._replicas[self._turn]
-            if self._resting_until[chosen] <= now:
-                return chosen
+            replica = self._replicas[self._turn]
+            if self._resting_until[replica] <= now:
+                return replica
         return None
 
 
 async def connect(stack: AsyncExitStack, primary: Database, urls: Sequence[str]) -> Replicas:
-    """A pool for each, to be closed with ``stack``. One that is down at the start is asked again later."""
+    """Open a pool for each replica, to be closed with ``stack``. A replica that is down at the start is tried later."""
     replicas = []
     for url in urls:
         replica = await postgres.connect(url, size=POOL_SIZE, least=0)

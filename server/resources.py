@@ -1,6 +1,6 @@
-"""The stores a process talks to: opened in order, closed in reverse.
+"""The connections of a process to its stores: opened in order, closed in reverse.
 
-Only the doors know ``Resources``; below them functions get plain arguments.
+Only the transports know ``Resources``; below them functions take plain arguments.
 """
 
 import asyncio
@@ -28,11 +28,11 @@ from server.pipelines import REDIS_SECONDS, Pipelines
 from server.replicas import Replicas
 from server.settings import Settings, StartError
 
-START_SECONDS = 3.0  # for each store at start: all three are named within 10 s
+START_SECONDS = 3.0  # for each store at start, so that all three are checked within 10 s
 REDIS_CONNECTIONS = 50
 MONGO_SECONDS = 1.5
 MONGO_CONNECTIONS = 50
-MONGO_ANSWER_SECONDS = 1.2  # where somebody waits: pymongo notices a little late
+MONGO_ANSWER_SECONDS = 1.2  # while a request waits: pymongo notices a timeout a little late
 
 
 class StoreDownError(StartError):
@@ -43,19 +43,19 @@ class StoreDownError(StartError):
 class Resources:
     settings: Settings
     db: postgres.Database
-    replicas: Replicas  # of the same, for reads that may lag
+    replicas: Replicas  # of the same database, for reads that may lag
     redis: Redis
-    pipelines: Pipelines  # the same Redis, for what every request asks
+    pipelines: Pipelines  # the same Redis, for the commands of every request
     blocking_redis: Redis
     mongo: Any  # AsyncIOMotorDatabase, which carries no types
 
 
 @asynccontextmanager
 async def connect(settings: Settings) -> AsyncIterator[Resources]:
-    """All stores, each asked once whether it answers.
+    """Connect to all stores and check each once.
 
     Raises:
-        StoreDownError: one does not, within 3 s.
+        StoreDownError: a store does not respond within 3 s.
     """
     async with AsyncExitStack() as stack:
         db = await _started("PostgreSQL", settings.database_url, postgres.connect(settings.database_url))
@@ -81,9 +81,9 @@ async def connect(settings: Settings) -> AsyncIterator[Resources]:
 
 
 def redis_client(url: str) -> Redis:
-    """Bounded: waits for a free connection instead of failing, gives up after a second, never repeats.
+    """Return a client with a bounded pool: it waits for a free connection, times out after a second, never retries.
 
-    Nothing is sent twice, because a repeated script would announce its event twice.
+    A retried script would announce its event twice.
     """
     pool = BlockingConnectionPool.from_url(
         url,
@@ -98,7 +98,7 @@ def redis_client(url: str) -> Redis:
 
 
 class TimedRedis(Redis):
-    """Every call has a deadline as a whole: a free connection, the connecting, the command, the answer."""
+    """A client whose calls each have one timeout for everything: a free connection, connecting, command and reply."""
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         with _silence():
@@ -125,7 +125,10 @@ def _silence() -> Iterator[None]:
 
 
 def blocking_redis_client(url: str) -> Redis:
-    """For connections that wait for Redis to speak: no read timeout; keepalive and PINGs notice a dead peer."""
+    """Return a client for connections that wait for messages.
+
+    It has no read timeout; keepalive and PINGs detect a dead peer.
+    """
     return Redis.from_url(
         url,
         socket_timeout=None,
@@ -137,13 +140,13 @@ def blocking_redis_client(url: str) -> Redis:
 
 
 async def ping(redis: Redis) -> None:
-    await cast("Awaitable[bool]", redis.ping())  # typed for its synchronous sibling too
+    await cast("Awaitable[bool]", redis.ping())  # its type is that of the synchronous client, too
 
 
 async def _open_mongo(stack: AsyncExitStack, uri: str) -> Any:
     client = mongo_client(uri)
     stack.push_async_callback(asyncio.to_thread, _close_mongo, client)
-    with pymongo.timeout(START_SECONDS):  # a moment longer than a request would wait
+    with pymongo.timeout(START_SECONDS):  # longer than the timeout of requests
         await client.admin.command("ping")
     return client
 
@@ -155,7 +158,7 @@ def mongo_client(uri: str) -> Any:
         tz_aware=True,
         uuidRepresentation="standard",
         maxPoolSize=MONGO_CONNECTIONS,
-        # Of a call as a whole: with its repetition, and with the search for a server.
+        # For a call as a whole: with its retry, and with server selection.
         timeoutMS=milliseconds,
         serverSelectionTimeoutMS=milliseconds,
         connectTimeoutMS=milliseconds,
@@ -164,14 +167,14 @@ def mongo_client(uri: str) -> Any:
 
 
 def _close_mongo(client: Any) -> None:
-    """It says goodbye to MongoDB and waits for the answer, which is not to be had of one that is silent."""
+    """Close the client with a timeout: it ends its sessions on the server, and a hanging server does not respond."""
     with pymongo.timeout(MONGO_SECONDS):
         client.close()
 
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Turns what the clients of Redis and MongoDB raise when these are away or slow into our 503, in time."""
+    """Translate errors of Redis and MongoDB to a 503 that says whether the store is down or slow, within a timeout."""
     try:
         with pymongo.timeout(within(MONGO_ANSWER_SECONDS)):
             yield
@@ -183,8 +186,11 @@ def reported() -> Iterator[None]:
 
 @asynccontextmanager
 async def answered(mongo: Any) -> AsyncIterator[None]:
-    """As ``reported``, for what asks MongoDB alone: in time also where a crowd asks while it is away. Each of motor's
-    few threads waits for it then, and whoever got none would wait for the second round."""
+    """Translate errors as ``translate_store_errors``, for MongoDB only; in time also for many requests at once.
+
+    While MongoDB is unavailable each of motor's few threads waits for it, and requests without a thread would wait for
+    two timeouts.
+    """
     try:
         with reported():
             async with asyncio.timeout(within(MONGO_ANSWER_SECONDS)):
@@ -194,14 +200,14 @@ async def answered(mongo: Any) -> AsyncIterator[None]:
 
 
 def _is_down(mongo: Any) -> bool:
-    """Whether connections to MongoDB fail: the client keeps looking for a server until the timeout either way."""
+    """Return whether connections to MongoDB fail; the client searches for a server until the timeout either way."""
     topology = mongo.client.topology_description
     errors = [server.error for server in topology.server_descriptions().values()]
     return not topology.has_known_servers and any(error is not None and not _timed_out(error) for error in errors)
 
 
 def _timed_out(error: Exception) -> bool:
-    """Whether the server was slow. The search for a server ends at its timeout also if connections are refused."""
+    """Return whether the server was slow. Server selection reaches its timeout also if connections are refused."""
     if isinstance(error, ServerSelectionTimeoutError):
         return "timed out" in str(error)
     return bool(getattr(error, "timeout", False))
@@ -219,6 +225,6 @@ async def _started(name: str, url: str, opening: Awaitable[Any]) -> Any:
         RedisError,
         PyMongoError,
     ) as error:
-        where = urlsplit(url).netloc.rpartition("@")[2] or urlsplit(url).path
-        why = " ".join(str(error).split())[:200] or "no answer in time"
-        raise StoreDownError(f"{name} at {where} cannot be used: {why}") from error
+        address = urlsplit(url).netloc.rpartition("@")[2] or urlsplit(url).path
+        reason = " ".join(str(error).split())[:200] or "no answer in time"
+        raise StoreDownError(f"{name} at {address} cannot be used: {reason}") from error

@@ -1,8 +1,7 @@
 """Settings: read from the environment and validated once, then frozen.
 
-The only module that reads the environment. Every field knows its help text and its default, so that the
-table in docs/reference.md, ``.env.example`` and the code can be compared by a test. The variable is the field's
-name in upper case.
+No other module reads the environment. Every field has its help text and its default, so that a test can compare the
+table in docs/reference.md and ``.env.example`` with the code. The variable is the name of the field in upper case.
 """
 
 import os
@@ -25,15 +24,15 @@ Network = IPv4Network | IPv6Network
 
 
 class StartError(Exception):
-    """A process cannot start, or not go on; the text is one line for whoever started it."""
+    """A process cannot start or continue; the text is one line for the operator."""
 
 
 class SettingsError(StartError):
-    """A setting is missing or bad; the text is one line that names it."""
+    """A setting is missing or invalid; the text is one line that names it."""
 
 
 def invalid(name: str, why: str) -> SettingsError:
-    """Return the error for a bad value; ``why`` is a sentence that shows no secret."""
+    """Return the error for an invalid value; ``why`` is a sentence without secrets."""
     return SettingsError(f'Environment variable "{name}" invalid: {why}')
 
 
@@ -52,7 +51,7 @@ Parse = Callable[[Env, str, Any], Any]
 
 
 def setting(parse: Parse, *, default: Any = MISSING, help: str, secret: bool = False) -> Any:
-    """A field of Settings; without a default the variable is required."""
+    """Return a field of Settings; without a default the variable is required."""
     return field(metadata={"parse": parse, "default": default, "help": help, "secret": secret})
 
 
@@ -61,10 +60,10 @@ def text(env: Env, name: str, default: Any) -> str:
 
 
 def host(env: Env, name: str, default: Any) -> str:
-    """An address or a name to listen on. Empty would mean every address, unnoticed."""
-    if not (given := text(env, name, default)):
+    """Return an address or host name to listen on. An empty one is rejected: it would mean all addresses."""
+    if not (address := text(env, name, default)):
         raise invalid(name, "Must be an address, such as 127.0.0.1 or ::1.")
-    return given
+    return address
 
 
 def folder(env: Env, name: str, default: Any) -> Path:
@@ -86,7 +85,7 @@ def fraction(env: Env, name: str, default: Any) -> float:
 
 
 def seconds(env: Env, name: str, default: Any) -> int:
-    """A duration such as ``15m`` or ``7d`` (GEP-2257), in whole seconds."""
+    """Return a duration such as ``15m`` or ``7d`` (GEP-2257), in whole seconds."""
     parsed = env.timedelta(name, default)
     if parsed.total_seconds() < 1:
         raise invalid(name, "Must be at least 1s.")
@@ -98,12 +97,12 @@ def names(env: Env, name: str, default: Any) -> tuple[str, ...]:
 
 
 def origins(env: Env, name: str, default: Any) -> tuple[str, ...]:
-    """As browsers send them: ``scheme://host[:port]``, or ``*``."""
-    found = names(env, name, default)
-    for origin in found:
+    """Return origins as browsers send them: ``scheme://host[:port]``, or ``*``."""
+    values = names(env, name, default)
+    for origin in values:
         if origin != "*" and not _is_origin(origin):
-            raise invalid(name, f"{origin} is not like https://app.example.org")
-    return found
+            raise invalid(name, f"{origin} is not an origin such as https://app.example.org")
+    return values
 
 
 def _is_origin(text: str) -> bool:
@@ -122,15 +121,15 @@ def networks(env: Env, name: str, default: Any) -> tuple[Network, ...]:
 
 
 def rate(env: Env, name: str, default: Any) -> limits.RateLimitItem | None:
-    """In the notation of the limits library, ``10/15minutes``; ``off`` for none."""
-    written = env.str(name, default).strip()
-    if written == "off":
+    """Return a rate in the notation of the limits library, such as ``10/15minutes``; None for ``off``."""
+    value = env.str(name, default).strip()
+    if value == "off":
         return None
     try:
-        [item] = limits.parse_many(written)
+        [item] = limits.parse_many(value)
     except ValueError:
         raise invalid(name, "Must be one rate such as 10/15minutes, or off.") from None
-    if item.amount < 1 or _NO_TIME.search(written):  # that library reads 0minutes as 1minute
+    if item.amount < 1 or _NO_TIME.search(value):  # the library parses 0minutes as 1minute
         raise invalid(name, "Must allow at least 1 request in at least 1 second; off for no limit.")
     return item
 
@@ -139,7 +138,7 @@ _NO_TIME = re.compile(r"[/ ]0+\s*[a-z]", re.IGNORECASE)
 
 
 def url(*schemes: str, database: bool = False) -> Parse:
-    """One address with one of these schemes; with ``database``, it names one in its path."""
+    """Return a parser for a URL with one of these schemes; with ``database`` its path must name a database."""
 
     def parse(env: Env, name: str, default: Any) -> str:
         return check_url(name, text(env, name, default), schemes, database=database)
@@ -149,22 +148,22 @@ def url(*schemes: str, database: bool = False) -> Parse:
 
 def urls(*schemes: str) -> Parse:
     def parse(env: Env, name: str, default: Any) -> tuple[str, ...]:
-        return tuple(check_url(name, each, schemes, database=True) for each in names(env, name, default))
+        return tuple(check_url(name, value, schemes, database=True) for value in names(env, name, default))
 
     return parse
 
 
 def optional(parse: Parse) -> Parse:
-    """The empty value, or what ``parse`` takes."""
+    """Return a parser that also accepts the empty value."""
     return lambda env, name, default: parse(env, name, default) if text(env, name, default) else ""
 
 
 def check_url(name: str, value: str, schemes: tuple[str, ...], *, database: bool) -> str:
     try:
         parts = urlsplit(value)
-        if "," not in parts.netloc:  # several hosts of PostgreSQL or MongoDB: their clients know these
-            parts.port  # noqa: B018 - it raises where it is none
-    except ValueError:  # its text shows part of the value, which may be part of a password
+        if "," not in parts.netloc:  # PostgreSQL and MongoDB allow several hosts: their clients check these
+            parts.port  # noqa: B018 - raises if it is not a port
+    except ValueError:  # its text contains part of the value, maybe of a password
         raise invalid(
             name, "Must have a port up to 65535, IPv6 in brackets, and / : @ of a password as %2F %3A %40."
         ) from None
@@ -183,13 +182,13 @@ def authority(host: str, port: int) -> str:
 
 
 def redis_url(env: Env, name: str, default: Any) -> str:
-    """REDIS_URL, else put together from REDIS_HOST, REDIS_PORT and REDIS_PASSWORD."""
+    """Return REDIS_URL, else a URL made of REDIS_HOST, REDIS_PORT and REDIS_PASSWORD."""
     if env.str(name, None) is not None or not text(env, "REDIS_HOST", ""):
         return str(url("redis", "rediss", "unix")(env, name, default))
     address = authority(text(env, "REDIS_HOST", ""), integer(1, 65535)(env, "REDIS_PORT", 6379))
     password = env.str("REDIS_PASSWORD", "")
-    login = f":{quote(password, safe='')}@" if password else ""
-    return check_url("REDIS_HOST", f"redis://{login}{address}/0", ("redis",), database=False)
+    credentials = f":{quote(password, safe='')}@" if password else ""
+    return check_url("REDIS_HOST", f"redis://{credentials}{address}/0", ("redis",), database=False)
 
 
 POSTGRES = ("postgresql", "postgres")
@@ -197,12 +196,12 @@ POSTGRES = ("postgresql", "postgres")
 
 @dataclass(frozen=True, repr=False)
 class Settings:
-    """What a server or worker process needs to know; all of it, and nothing that changes later."""
+    """The complete configuration of a server or worker process; it never changes."""
 
     app_env: str = setting(
         one_of(DEVELOPMENT, TEST, PRODUCTION),
         default=DEVELOPMENT,
-        help="`development`, `test` or `production`; production refuses unsafe settings",
+        help="`development`, `test` or `production`; production rejects unsafe settings",
     )
     host: str = setting(host, default="0.0.0.0", help="address to listen on (`127.0.0.1` in `run.py dev`)")  # noqa: S104
     port: int = setting(integer(0, 65535), default=3000, help="port to listen on; 0 picks a free one")
@@ -212,10 +211,10 @@ class Settings:
         secret=True,
     )
     database_replica_urls: tuple[str, ...] = setting(
-        urls(*POSTGRES), default="", help="comma list of replicas, for reads that may lag", secret=True
+        urls(*POSTGRES), default="", help="comma-separated list of replicas, for reads that may lag", secret=True
     )
     mongodb_uri: str = setting(
-        url("mongodb", "mongodb+srv", database=True), help="MongoDB 7+, the database in the path", secret=True
+        url("mongodb", "mongodb+srv", database=True), help="MongoDB 7+; the path names the database", secret=True
     )
     redis_url: str = setting(
         redis_url,
@@ -225,92 +224,111 @@ class Settings:
     jwt_secret: str = setting(
         text,
         default=PerEnvironment("development-access-secret-change-me!", ""),
-        help="signs access tokens; at least 32 bytes",
+        help="key that signs access tokens; at least 32 bytes",
         secret=True,
     )
     jwt_secret_previous: str = setting(
-        text, default="", help="still accepted for access tokens while you rotate", secret=True
+        text, default="", help="previous key, accepted for access tokens during a rotation", secret=True
     )
     jwt_refresh_secret: str = setting(
         text,
         default=PerEnvironment("development-refresh-secret-change-me", ""),
-        help="keys refresh tokens, their hashes and successors; differs from `JWT_SECRET`",
+        help="key of refresh tokens, their hashes and successors; must differ from `JWT_SECRET`",
         secret=True,
     )
     jwt_refresh_secret_previous: str = setting(
-        text, default="", help="still accepted for refresh tokens while you rotate", secret=True
+        text, default="", help="previous key, accepted for refresh tokens during a rotation", secret=True
     )
     access_token_ttl: int = setting(seconds, default=timedelta(minutes=15), help="lifetime of an access token")
     refresh_token_ttl: int = setting(seconds, default=timedelta(days=7), help="lifetime of a refresh token")
-    bcrypt_rounds: int = setting(integer(4, 31), default=12, help="bcrypt cost, 4–31; production refuses less than 10")
+    bcrypt_rounds: int = setting(integer(4, 31), default=12, help="bcrypt cost, 4–31; at least 10 in production")
     rate_limit_auth: limits.RateLimitItem | None = setting(
-        rate, default="10/15minutes", help="register, login, password; per address; `off` for none"
+        rate,
+        default="10/15minutes",
+        help="rate limit of register, login and password requests, per address; `off` for none",
     )
     rate_limit_refresh: limits.RateLimitItem | None = setting(
-        rate, default="60/15minutes", help="refreshes of a session's tokens; per session; `off` for none"
+        rate, default="60/15minutes", help="rate limit of token refreshes, per session; `off` for none"
     )
     rate_limit_account: limits.RateLimitItem | None = setting(
-        rate, default="10/15minutes", help="failed password checks; per account or session; `off` for none"
+        rate,
+        default="10/15minutes",
+        help="rate limit of failed password checks, per account or session; `off` for none",
     )
     rate_limit_default: limits.RateLimitItem | None = setting(
-        rate, default="100/15minutes", help="all other `/api` requests; per user, or address; `off` for none"
+        rate,
+        default="100/15minutes",
+        help="rate limit of all other `/api` requests, per user or address; `off` for none",
     )
     trusted_proxies: tuple[Network, ...] = setting(
-        networks, default="", help="comma list of addresses whose `X-Forwarded-For` is believed"
+        networks, default="", help="comma-separated list of addresses whose `X-Forwarded-For` is trusted"
     )
     cors_origin: tuple[str, ...] = setting(
         origins,
         default=PerEnvironment("*", ""),
-        help="comma list of origins; `*` only outside production",
+        help="comma-separated list of origins; `*` only outside production",
     )
     job_fault_rate: float = setting(
-        fraction, default=PerEnvironment(0.05, 0), help="part of the job attempts that fail on purpose"
+        fraction, default=PerEnvironment(0.05, 0), help="fraction of job attempts that fail on purpose"
     )
     worker_concurrency: int = setting(integer(1, 1000), default=10, help="jobs that one worker runs at once")
     jobs_per_user: int = setting(
         integer(1, 1000), default=4, help="attempts of one user queued or running, over all workers"
     )
-    ws_frames_per_second: int = setting(integer(1, 100_000), default=100, help="frames a socket may send per second")
-    ws_burst: int = setting(integer(1, 100_000), default=200, help="frames a socket may send at once")
-    ws_max_message_bytes: int = setting(
-        integer(1024, 64 << 20), default=256 << 10, help="largest frame of a JSON client"
+    ws_frames_per_second: int = setting(
+        integer(1, 100_000), default=100, help="frames that a socket may send per second"
     )
-    ws_outbox_frames: int = setting(integer(8, 1_000_000), default=256, help="frames that may wait for a slow socket")
+    ws_burst: int = setting(integer(1, 100_000), default=200, help="frames that a socket may send in a burst")
+    ws_max_message_bytes: int = setting(
+        integer(1024, 64 << 20), default=256 << 10, help="maximum frame size of a JSON client, in bytes"
+    )
+    ws_outbox_frames: int = setting(
+        integer(8, 1_000_000), default=256, help="maximum number of frames queued for a slow socket"
+    )
     ws_outbox_bytes: int = setting(
-        integer(64 << 10, 1 << 30), default=4 << 20, help="bytes that may wait for a slow socket"
+        integer(64 << 10, 1 << 30), default=4 << 20, help="maximum number of bytes queued for a slow socket"
     )
     history_events: int = setting(
-        integer(10, 100_000), default=1000, help="newest events kept of each workspace, for 24 h"
+        integer(10, 100_000), default=1000, help="maximum number of events kept of each workspace, for 24 h"
     )
     history_bytes: int = setting(
-        integer(1 << 20, 1 << 30), default=16 << 20, help="bytes of events kept of each workspace"
+        integer(1 << 20, 1 << 30), default=16 << 20, help="maximum number of bytes of events kept of each workspace"
     )
-    drain_seconds: int = setting(integer(0, 3600), default=10, help="time that a stopping server gives its sockets")
-    ops_username: str = setting(text, default="", help="Basic credentials for `/metrics` and `/ops/queues`")
-    ops_password: str = setting(text, default="", help="the same; unset, both answer 404 in production", secret=True)
+    drain_seconds: int = setting(
+        integer(0, 3600), default=10, help="seconds in which a stopping server drains its sockets"
+    )
+    ops_username: str = setting(
+        text, default="", help="user name for `/metrics` and `/ops/queues` (Basic authentication)"
+    )
+    ops_password: str = setting(
+        text, default="", help="its password; if unset, both respond with 404 in production", secret=True
+    )
     metrics_port: int = setting(
         integer(0, 65535), default=0, help="port of a worker's own `/health` and `/metrics`; 0 for none"
     )
     otel_exporter_otlp_endpoint: str = setting(
         optional(url("http", "https")),
         default="",
-        help="collector of OpenTelemetry traces, OTLP over HTTP; needs the extra `otel`",
+        help="URL of a collector of OpenTelemetry traces, OTLP over HTTP; needs the extra `otel`",
     )
     log_level: str = setting(
         one_of("debug", "info", "warning", "error"),
         default="info",
-        help="`debug`, `info`, `warning`, `error`",
+        help="`debug`, `info`, `warning` or `error`",
     )
     log_format: str = setting(one_of("text", "json"), default=PerEnvironment("text", "json"), help="`text` or `json`")
     data_dir: Path = setting(
         folder,
         default=Path(".data"),
-        help="where `run.py dev` keeps its data",
+        help="data directory of `run.py dev`",
     )
 
     def __repr__(self) -> str:
-        shown = (f"{f.name}={'***' if f.metadata['secret'] else getattr(self, f.name)!r}" for f in fields(self))
-        return f"Settings({', '.join(shown)})"
+        values = (
+            f"{setting.name}={'***' if setting.metadata['secret'] else getattr(self, setting.name)!r}"
+            for setting in fields(self)
+        )
+        return f"Settings({', '.join(values)})"
 
     @property
     def production(self) -> bool:
@@ -318,14 +336,14 @@ class Settings:
 
 
 def load() -> Settings:
-    """All settings from the environment.
+    """Read and validate all settings.
 
     Raises:
-        SettingsError: one is missing or bad.
+        SettingsError: a setting is missing or invalid.
     """
     env = _environment()
     app_env = _value(_field("app_env"), env, DEVELOPMENT)
-    settings = Settings(**{f.name: _value(f, env, app_env) for f in fields(Settings)})
+    settings = Settings(**{setting.name: _value(setting, env, app_env) for setting in fields(Settings)})
     for problem in _problems(settings):
         raise SettingsError(problem)
     return settings
@@ -333,7 +351,7 @@ def load() -> Settings:
 
 @dataclass(frozen=True)
 class StackSettings:
-    """What ``run.py dev`` needs: it brings its own stores and secrets."""
+    """The settings of ``run.py dev``, which has its own stores and secrets."""
 
     data_dir: Path
     host: str
@@ -341,10 +359,10 @@ class StackSettings:
 
 
 def load_stack() -> StackSettings:
-    """The few settings that come before the stores' addresses are known.
+    """Read the settings that do not depend on the stores' addresses.
 
     Raises:
-        SettingsError: one is bad.
+        SettingsError: a setting is invalid.
     """
     env = _environment()
     return StackSettings(
@@ -355,26 +373,26 @@ def load_stack() -> StackSettings:
 
 
 def child_environment(**changes: str) -> dict[str, str]:
-    """The environment of a process that we start: ours, with these changes."""
+    """Return the environment for a child process: that of this process, with these changes."""
     return {**os.environ, **changes}
 
 
 def metrics_folder() -> str | None:
-    """Where the processes of a supervisor, which names it, count together (prometheus_client's own variable)."""
+    """Return the metrics directory that a supervisor has set (prometheus_client's own variable), or None."""
     return os.environ.get("PROMETHEUS_MULTIPROC_DIR")
 
 
 def table() -> Iterator[tuple[str, str, str]]:
-    """Variable, default as one writes it, and help: the table in docs/reference.md and ``.env.example``."""
-    for each in fields(Settings):
-        yield each.name.upper(), _written(each), each.metadata["help"]
+    """Yield name, formatted default and help text of each variable, for the table in docs/reference.md and ``.env.example``."""
+    for setting in fields(Settings):
+        yield setting.name.upper(), _written(setting), setting.metadata["help"]
 
 
-def _written(each: Field[Any]) -> str:
-    match each.metadata["default"]:
+def _written(setting: Field[Any]) -> str:
+    match setting.metadata["default"]:
         case default if default is MISSING:
             return "required"
-        case PerEnvironment() if each.metadata["secret"]:
+        case PerEnvironment() if setting.metadata["secret"]:
             return "required outside development"
         case PerEnvironment(development, otherwise):
             return f"`{development}` in development, else {f'`{otherwise}`' if otherwise != '' else 'none'}"
@@ -390,22 +408,22 @@ def _environment() -> Env:
     env = Env()
     if os.environ.get("APP_ENV", DEVELOPMENT) == DEVELOPMENT and Path(".env").is_file():
         try:
-            env.read_env(".env", recurse=False)  # seen by this reader only; the environment wins
+            env.read_env(".env", recurse=False)  # for this reader only; the environment takes precedence
         except (OSError, UnicodeDecodeError) as error:
             raise SettingsError(f"The file .env cannot be read: {error}") from error
     return env
 
 
 def _field(name: str) -> Field[Any]:
-    return next(f for f in fields(Settings) if f.name == name)
+    return next(setting for setting in fields(Settings) if setting.name == name)
 
 
-def _value(each: Field[Any], env: Env, app_env: str) -> Any:
-    default = each.metadata["default"]
+def _value(setting: Field[Any], env: Env, app_env: str) -> Any:
+    default = setting.metadata["default"]
     if isinstance(default, PerEnvironment):
         default = default.choose(app_env)
-    # environs takes Ellipsis for "required".
-    return _parsed(each.metadata["parse"], env, each.name.upper(), ... if default is MISSING else default)
+    # For environs, Ellipsis means "required".
+    return _parsed(setting.metadata["parse"], env, setting.name.upper(), ... if default is MISSING else default)
 
 
 def _parsed(parse: Parse, env: Env, name: str, default: Any) -> Any:
@@ -413,7 +431,7 @@ def _parsed(parse: Parse, env: Env, name: str, default: Any) -> Any:
         os.environ.get(name, "").encode()
         return parse(env, name, default)
     except EnvValidationError as error:
-        variable = str(error).split('"')[1]  # REDIS_URL has parts with names of their own
+        variable = str(error).split('"')[1]  # REDIS_URL also reads other variables
         raise invalid(variable, " ".join(error.error_messages)) from error
     except EnvError as error:
         raise SettingsError(str(error)) from error
@@ -422,7 +440,7 @@ def _parsed(parse: Parse, env: Env, name: str, default: Any) -> Any:
 
 
 def _problems(settings: Settings) -> Iterator[str]:
-    """What may not be, setting by setting; the first one stops the start."""
+    """Yield the violated rules that concern several settings or production; the first one prevents the start."""
     if settings.jwt_secret == settings.jwt_refresh_secret and settings.jwt_secret:
         yield 'Environment variable "JWT_REFRESH_SECRET" invalid: Must differ from JWT_SECRET.'
     for name in ("jwt_secret", "jwt_refresh_secret", "jwt_secret_previous", "jwt_refresh_secret_previous"):
@@ -450,7 +468,7 @@ def _secret_problems(settings: Settings, name: str) -> Iterator[str]:
 
 def _published_secrets() -> Mapping[str, str]:
     return {
-        f.metadata["default"].development: f.name
-        for f in fields(Settings)
-        if f.metadata["secret"] and isinstance(f.metadata["default"], PerEnvironment)
+        setting.metadata["default"].development: setting.name
+        for setting in fields(Settings)
+        if setting.metadata["secret"] and isinstance(setting.metadata["default"], PerEnvironment)
     }

@@ -1,4 +1,4 @@
-"""What a process is told by signals: SIGTERM and SIGINT ask it to stop, SIGHUP to make room for its successor."""
+"""Signals of a process: SIGTERM and SIGINT start a graceful shutdown, SIGHUP hands over to a successor."""
 
 import asyncio
 import os
@@ -10,13 +10,13 @@ log = structlog.get_logger()
 
 
 class Stop(asyncio.Event):
-    replaced = False  # a successor has taken over: it has our listening socket, too
+    replaced = False  # a successor has taken over and shares the listening socket
 
 
 def stop_signal(*, replaceable: bool = False) -> Stop:
-    """Set at the first SIGTERM or SIGINT, or SIGHUP where replaceable; else that is ignored: nobody would take over.
+    """Return an event that SIGTERM and SIGINT set, and SIGHUP if ``replaceable``.
 
-    To be called inside the running loop.
+    Else SIGHUP is ignored, because there is no successor. Call it inside the running loop.
     """
     stop, loop = Stop(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -34,14 +34,14 @@ def stop_signal(*, replaceable: bool = False) -> Stop:
 
 
 def reload_signal() -> asyncio.Event:
-    """Set at SIGHUP."""
+    """Return an event that SIGHUP sets."""
     reload = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload.set)
     return reload
 
 
 def tell_ready(pipe: int | None) -> None:
-    """To the supervisor, where there is one that waits."""
+    """Report readiness to the supervisor, if there is one."""
     if pipe is not None:
         os.write(pipe, b"1")
         os.close(pipe)

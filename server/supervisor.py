@@ -1,8 +1,8 @@
-"""Several processes of one command, under one: who dies is replaced, signals reach them all.
+"""The supervisor of several processes of one command: it restarts those that exit and forwards signals to all.
 
-SIGTERM and SIGINT drain all of them. SIGHUP replaces one after the other: a new process is ready before the old
-one drains. Servers share a port: each has a socket of its own (SO_REUSEPORT), which is opened here and stays open
-while processes come and go, because closing it would reset the connections that wait in it.
+SIGTERM and SIGINT drain all processes. SIGHUP starts a rolling restart: each new process is ready before the old one
+drains. Servers share a port: each has its own socket (SO_REUSEPORT), which the supervisor opens and keeps open across
+restarts, because closing it would reset the connections in its backlog.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ log = structlog.get_logger()
 
 LOOK_SECONDS = 0.2
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
-LONG_LIFE = 60.0  # who lived this long is replaced quickly
+LONG_LIFE = 60.0  # a process that ran this long restarts without delay
 READY_SECONDS = 30.0
 BACKLOG = 1024
 
@@ -33,29 +33,29 @@ BACKLOG = 1024
 async def supervise(
     arguments: Sequence[str], *, processes: int, patience: float, address: tuple[str, int] | None = None
 ) -> int:
-    """Run ``run.py ARGUMENTS`` so many times until SIGTERM or SIGINT; 0 where all of them ended well.
+    """Run several processes of ``run.py ARGUMENTS`` until SIGTERM or SIGINT; return 0 if all of them stopped properly.
 
-    ``patience`` is how long the processes may take to stop, in seconds; who needs more is killed. At ``address``
-    they listen together.
+    ``stop_timeout`` is how long the processes may take to stop, in seconds; then they are killed. All of them listen
+    on ``address``.
 
     Raises:
-        StackError: a process cannot be started at all.
+        StackError: a process cannot be started.
         SettingsError: the address cannot be listened on.
     """
     stop, reload = stop_signal(), reload_signal()
     with listeners(address, processes) as sockets, tally.folder() as measured:
         members = [
-            Member(f"{arguments[0]} {number}", arguments, listener=each, measured=measured, patience=patience)
-            for number, each in enumerate(sockets, 1)
+            Member(f"{arguments[0]} {number}", arguments, listener=listener, measured=measured, patience=patience)
+            for number, listener in enumerate(sockets, 1)
         ]
         rolling: asyncio.Task[None] | None = None
         try:
-            for each in members:
-                each.start()
+            for member in members:
+                member.start()
             log.info("processes started", command=arguments[0], processes=processes)
             while not stop.is_set():
-                for each in members:
-                    each.look(time.monotonic())
+                for member in members:
+                    member.look(time.monotonic())
                 if reload.is_set() and (rolling is None or rolling.done()):
                     reload.clear()
                     rolling = asyncio.ensure_future(roll(members))
@@ -67,23 +67,23 @@ async def supervise(
             if rolling is not None:
                 rolling.cancel()
                 await asyncio.gather(rolling, return_exceptions=True)
-            codes = await end([child for each in members for child in each.children], patience=patience)
+            codes = await end([child for member in members for child in member.children], patience=patience)
     log.info("processes stopped", command=arguments[0])
     return max(codes, default=0)
 
 
 async def roll(members: Sequence["Member"]) -> None:
-    """Replace them one after the other; where a new one does not become ready, all that is left stays as it is."""
+    """Replace the processes one after the other; abort if a new one does not become ready."""
     log.info("processes restarting", processes=len(members))
-    for each in members:
-        if not await each.replace():
-            log.error("restart given up: the new process is not ready", process=each.name)
+    for member in members:
+        if not await member.replace():
+            log.error("restart given up: the new process is not ready", process=member.name)
             return
     log.info("processes restarted", processes=len(members))
 
 
 class Member:
-    """One process and its successors, each started a little later when they die young."""
+    """One process and its successors; restarts after early exits back off exponentially."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class Member:
 
     @property
     def children(self) -> list[Child]:
-        return [each for each in (self._current, self._successor, self._draining) if each]
+        return [child for child in (self._current, self._successor, self._draining) if child]
 
     def start(self) -> None:
         self._started, self._due = time.monotonic(), None
@@ -116,15 +116,15 @@ class Member:
 
     def look(self, now: float) -> None:
         if self._current is None or self._current.alive or self._successor:
-            return  # with a successor at hand it is replaced already
+            return  # a rolling restart is replacing it already
         if self._due is None:
             self._wait(self._current, now)
         elif now >= self._due:
-            with contextlib.suppress(StackError):  # no process to be had: it is dead, and seen to be at the next look
+            with contextlib.suppress(StackError):  # it did not start: the next poll schedules another restart
                 self.start()
 
     async def replace(self) -> bool:
-        """Whether a new process has taken over, and the old one has ended."""
+        """Start a successor and stop the old process; return False if the successor does not become ready."""
         reading, writing = os.pipe()
         try:
             new = self._launch("--ready", str(writing), inherit=(writing,))
@@ -145,17 +145,17 @@ class Member:
         self._draining, self._current, self._successor = self._current, new, None
         self._started, self._due, self._pause = time.monotonic(), None, 0.0
         if self._draining is not None:
-            self._draining.ask_to_stop(signal.SIGHUP)  # no more connections: they are the other's
+            self._draining.ask_to_stop(signal.SIGHUP)  # stop accepting connections: the successor has them
             await _ended(self._draining, seconds=self._patience)
             tally.bury(self._measured, self._draining.number)
             self._draining = None
         return True
 
-    def _launch(self, *more: str, inherit: tuple[int, ...] = ()) -> Child:
+    def _launch(self, *options: str, inherit: tuple[int, ...] = ()) -> Child:
         child = Child(
             self.name,
-            [sys.executable, sys.argv[0], *self._arguments, *more],
-            orphaned=signal.SIGTERM,  # an orphan drains; nothing of it is lost if it cannot
+            [sys.executable, sys.argv[0], *self._arguments, *options],
+            orphaned=signal.SIGTERM,  # an orphan drains; nothing is lost if it cannot
             inherit=(*inherit, *((self._listener.fileno(),) if self._listener else ())),
             environment=child_environment(PROMETHEUS_MULTIPROC_DIR=self._measured),
         )
@@ -173,28 +173,28 @@ class Member:
 
 async def _says_ready(pipe: int) -> bool:
     loop = asyncio.get_running_loop()
-    told = asyncio.Event()
-    loop.add_reader(pipe, told.set)
+    readable = asyncio.Event()
+    loop.add_reader(pipe, readable.set)
     try:
         async with asyncio.timeout(READY_SECONDS):
-            await told.wait()
+            await readable.wait()
     except TimeoutError:
         return False
     finally:
         loop.remove_reader(pipe)
-    return os.read(pipe, 1) != b""  # the end where it died
+    return os.read(pipe, 1) != b""  # empty at the end of the pipe: the process exited
 
 
 async def end(children: Sequence[Child], *, patience: float) -> list[int]:
-    """Ask them all to stop and wait; their exit codes."""
-    running = [each for each in children if each.alive]
-    for each in running:
-        each.ask_to_stop()
+    """Send the stop signal to all, wait, kill those that reach the timeout; return the exit codes."""
+    running = [child for child in children if child.alive]
+    for child in running:
+        child.ask_to_stop()
     deadline = time.monotonic() + patience
-    for each in running:
-        await _ended(each, seconds=max(0.0, deadline - time.monotonic()))
-    # Who was told to stop before it could listen to signals has stopped as well.
-    return [abs(each.exit_code or 0) for each in running if each.exit_code != -signal.SIGTERM]
+    for child in running:
+        await _ended(child, seconds=max(0.0, deadline - time.monotonic()))
+    # A process that got SIGTERM before it installed its signal handlers has stopped properly, too.
+    return [abs(child.exit_code or 0) for child in running if child.exit_code != -signal.SIGTERM]
 
 
 async def _ended(child: Child, *, seconds: float) -> None:
@@ -204,38 +204,38 @@ async def _ended(child: Child, *, seconds: float) -> None:
 
 @contextlib.contextmanager
 def listeners(address: tuple[str, int] | None, number: int) -> Iterator[Sequence[socket.socket | None]]:
-    """So many sockets that listen at one address; without an address none.
+    """Open ``number`` sockets that listen on one address; without an address yield None for each.
 
     Raises:
-        SettingsError: it is in use, or not ours.
+        SettingsError: the address is in use, or not an address of this machine.
     """
     if address is None:
         yield [None] * number
         return
     with contextlib.ExitStack() as stack:
         try:
-            family, *_, place = socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-            # First without SO_REUSEPORT, which would let us share the port with a stranger of the same user.
-            with _bound(family, place, shared=False) as probe:
-                place = probe.getsockname()
-            made = [stack.enter_context(_bound(family, place, shared=True)) for _ in range(number)]
-            for each in made:
-                each.listen(BACKLOG)
+            family, *_, resolved = socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+            # First without SO_REUSEPORT, which would share the port with unrelated processes of the same user.
+            with _bound(family, resolved, shared=False) as probe:
+                resolved = probe.getsockname()
+            sockets = [stack.enter_context(_bound(family, resolved, shared=True)) for _ in range(number)]
+            for listener in sockets:
+                listener.listen(BACKLOG)
         except OSError as error:
             raise SettingsError(f"Cannot listen on {authority(*address)}: {error.strerror}") from error
-        yield made
+        yield sockets
 
 
-def _bound(family: int, place: tuple[object, ...], *, shared: bool) -> socket.socket:
-    made = socket.socket(family, socket.SOCK_STREAM)
+def _bound(family: int, address: tuple[object, ...], *, shared: bool) -> socket.socket:
+    listener = socket.socket(family, socket.SOCK_STREAM)
     try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
-            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         if shared:
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        made.bind(place)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind(address)
     except OSError:
-        made.close()
+        listener.close()
         raise
-    return made
+    return listener

@@ -1,8 +1,8 @@
-"""The folder in which the processes of a supervisor count together (prometheus_client's multiprocess mode).
+"""The directory of the metrics of a supervisor's processes (prometheus_client's multiprocess mode).
 
-Each process has files of its own there. What a dead one counted is added to one file of all the dead, so that the
-folder does not grow with each restart. Who reads or changes it has its lock, so that nothing is missing or counted
-twice in between.
+Each process has its own files there. The counts of a dead process are added to one file for all dead processes, so
+that the directory does not grow with each restart. Readers and writers take its lock, so that no count is missing or
+counted twice in between.
 """
 
 import contextlib
@@ -18,21 +18,21 @@ from prometheus_client import CollectorRegistry, multiprocess
 from prometheus_client.mmap_dict import MmapedDict
 
 PREFIX = "tally-"
-KEPT = ("counter", "histogram")  # a dead process has nothing else any more
-NEW_SECONDS = 60.0  # so young a folder may not have its owner's lock yet
+KEPT = ("counter", "histogram")  # the values of a dead process that stay valid
+NEW_SECONDS = 60.0  # a younger directory may not have the lock of its owner yet
 
 
 @contextlib.contextmanager
 def folder() -> Iterator[str]:
-    """A new one, for as long as this block; those that killed supervisors have left are removed."""
+    """Make the directory for the time of the block; remove those that killed supervisors have left behind."""
     _sweep(Path(tempfile.gettempdir()))
-    with tempfile.TemporaryDirectory(prefix=PREFIX) as made, _locked(made, fcntl.LOCK_EX):
-        yield made
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as path, _locked(path, fcntl.LOCK_EX):
+        yield path
 
 
 @contextlib.contextmanager
 def read(folder: str) -> Iterator[CollectorRegistry]:
-    """What all of them have counted, for as long as this block."""
+    """Yield a registry with the counts of all processes, locked for the time of the block."""
     registry = CollectorRegistry()
     multiprocess.MultiProcessCollector(registry, path=folder)  # type: ignore[no-untyped-call]
     with _locked(f"{folder}/lock", fcntl.LOCK_SH):
@@ -40,7 +40,7 @@ def read(folder: str) -> Iterator[CollectorRegistry]:
 
 
 def bury(folder: str, process: int | None) -> None:
-    """A process is dead: what it counted stays counted; what it had (sockets, documents) is gone with it."""
+    """Merge the counters of a dead process; drop its gauges (open sockets, documents)."""
     with _locked(f"{folder}/lock", fcntl.LOCK_EX):
         multiprocess.mark_process_dead(process, path=folder)  # type: ignore[no-untyped-call]
         for kind in KEPT:
@@ -57,19 +57,19 @@ def _add(counted: Path, *, to: Path) -> None:
     counted.unlink()
 
 
-def _sweep(place: Path) -> None:
-    for each in place.glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError):  # another user's, another's at this moment, or in use
-            if time.time() - each.stat().st_mtime > NEW_SECONDS:
-                with _locked(str(each), fcntl.LOCK_EX | fcntl.LOCK_NB):
-                    shutil.rmtree(each)
+def _sweep(parent: Path) -> None:
+    for directory in parent.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):  # another user owns it, it is in use, or it was just removed
+            if time.time() - directory.stat().st_mtime > NEW_SECONDS:
+                with _locked(str(directory), fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    shutil.rmtree(directory)
 
 
 @contextlib.contextmanager
-def _locked(path: str, how: int) -> Iterator[None]:
+def _locked(path: str, operation: int) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDONLY | (0 if Path(path).is_dir() else os.O_CREAT), 0o600)
     try:
-        fcntl.flock(descriptor, how)
+        fcntl.flock(descriptor, operation)
         yield
     finally:
         os.close(descriptor)

@@ -1,9 +1,9 @@
-"""OpenTelemetry traces: one from a request to the sandbox that its job ran in.
+"""OpenTelemetry traces: one trace spans a request, its job and the sandbox of the job.
 
-The API is always there and does nothing by itself. With the extra ``otel`` installed and OTEL_EXPORTER_OTLP_ENDPOINT
-set, spans are exported by OTLP over HTTP; the SDK reads its other variables itself (OTEL_TRACES_SAMPLER,
-OTEL_EXPORTER_OTLP_HEADERS, ...). Names follow OpenTelemetry's semantic conventions. A trace crosses processes as a
-``traceparent`` (W3C Trace Context).
+The API is always installed and does nothing by itself. With the extra ``otel`` and OTEL_EXPORTER_OTLP_ENDPOINT set,
+spans are exported by OTLP over HTTP; the SDK reads its other variables itself (OTEL_TRACES_SAMPLER,
+OTEL_EXPORTER_OTLP_HEADERS, ...). Names follow OpenTelemetry's semantic conventions. A ``traceparent`` (W3C Trace
+Context) carries a trace between processes.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ _propagator = TraceContextTextMapPropagator()
 
 @asynccontextmanager
 async def exported(settings: Settings, service: str) -> AsyncIterator[None]:
-    """Spans are sent to the collector meanwhile, from a thread of the SDK's, and the last ones at the end.
+    """Export spans to the collector during the block, from a thread of the SDK, and the last ones at its end.
 
     Raises:
         SettingsError: the extra is not installed.
@@ -68,18 +68,18 @@ def _provider(endpoint: str, service: str) -> Any:
 def span(
     name: str, kind: SpanKind = SpanKind.INTERNAL, *, parent: str | None = None, **attributes: str | int
 ) -> Iterator[Span]:
-    """A span around what is inside: a child of ``parent`` (a ``traceparent``), else of the span we are in.
+    """Open a span around the block: a child of ``parent`` (a ``traceparent``), else of the current span.
 
-    Attributes are written with ``_`` for their dots.
+    Attribute names have ``_`` in place of their dots.
     """
     context = _propagator.extract({_TRACEPARENT: parent}) if parent else None
-    named = {key.replace("_", "."): value for key, value in attributes.items()}
-    with _tracer.start_as_current_span(name, context=context, kind=kind, attributes=named) as started:
+    renamed = {key.replace("_", "."): value for key, value in attributes.items()}
+    with _tracer.start_as_current_span(name, context=context, kind=kind, attributes=renamed) as started:
         yield started
 
 
 def request(method: str, headers: Mapping[str, str]) -> Any:
-    """The span of a request; the client may have begun the trace."""
+    """Open the span of a request; its parent is the client's span, if it sent one."""
     return span(method, SpanKind.SERVER, parent=headers.get(_TRACEPARENT), http_request_method=method)
 
 
@@ -91,7 +91,7 @@ def answered(started: Span, *, method: str, route: str, status: int) -> None:
 
 
 def here() -> str | None:
-    """The ``traceparent`` of the span that we are in, to go on elsewhere; None outside of any."""
+    """Return the ``traceparent`` of the current span, to continue it elsewhere; None outside of a span."""
     carrier: dict[str, str] = {}
     _propagator.inject(carrier)
     return carrier.get(_TRACEPARENT)

@@ -1,4 +1,4 @@
-"""Users as tests speak of them: ``await alice.post("/projects", {"name": "Engine"})``."""
+"""Users of the API in tests: ``await alice.post("/projects", {"name": "Engine"})``."""
 
 import asyncio
 from dataclasses import dataclass
@@ -25,12 +25,12 @@ class Answer:
 
     @property
     def code(self) -> str:
-        """The problem's code, or the answer itself where it is none."""
+        """The code of the problem, or the body if it is not a problem."""
         return self.body.get("code", f"no problem: {self.body}")
 
 
 class Actor:
-    """A user who speaks to one server; ``at`` gives the same user at another."""
+    """A user of one server; ``at`` returns the same user at another server."""
 
     def __init__(self, http: aiohttp.ClientSession, base: str, name: str) -> None:
         self.http, self.base, self.name = http, str(base).rstrip("/"), name
@@ -56,10 +56,10 @@ class Actor:
         headers = self.headers | options.pop("headers", {})
         if body is not None:
             options["json"] = body
-        async with self.http.request(method, url, headers=headers, **options) as answer:
-            raw = await answer.read()
-            is_json = answer.content_type.endswith("json")
-            return Answer(answer.status, orjson.loads(raw) if is_json and raw else raw.decode(), answer.headers)
+        async with self.http.request(method, url, headers=headers, **options) as response:
+            raw = await response.read()
+            is_json = response.content_type.endswith("json")
+            return Answer(response.status, orjson.loads(raw) if is_json and raw else raw.decode(), response.headers)
 
     async def get(self, path: str, **options: Any) -> Answer:
         return await self.call("GET", path, **options)
@@ -84,40 +84,40 @@ class Actor:
         self.access_token = ""
         return self._signed_in(await self.post("/auth/login", {"email": self.email, "password": self.password}), 200)
 
-    def _signed_in(self, answer: Answer, status: int) -> "Actor":
-        assert answer.status == status, answer
-        self.id = answer["user"]["id"]
-        self.access_token, self.refresh_token = answer["accessToken"], answer["refreshToken"]
+    def _signed_in(self, response: Answer, status: int) -> "Actor":
+        assert response.status == status, response
+        self.id = response["user"]["id"]
+        self.access_token, self.refresh_token = response["accessToken"], response["refreshToken"]
         return self
 
     async def make_project(self, *members: "Actor", role: str = "COLLABORATOR", name: str = "Engine") -> str:
-        made = await self.post("/projects", {"name": name})
-        assert made.status == 201, made
+        project = await self.post("/projects", {"name": name})
+        assert project.status == 201, project
         for member in members:
-            await self.add(member, made["id"], role=role)
-        return made["id"]
+            await self.add(member, project["id"], role=role)
+        return project["id"]
 
     async def add(self, member: "Actor", project: str, *, role: str = "COLLABORATOR") -> str:
-        """The collaborator's id."""
+        """Add a member to a project; return the id of the collaborator."""
         added = await self.post(f"/projects/{project}/collaborators", {"email": member.email, "role": role})
         assert added.status == 201, added
         return added["collaborator"]["id"]
 
     async def make_workspace(self, project: str | None = None, *members: "Actor", role: str = "COLLABORATOR") -> str:
         project = project or await self.make_project(*members, role=role)
-        made = await self.post("/workspaces", {"projectId": project, "name": "Numbers"})
-        assert made.status == 201, made
-        return made["id"]
+        workspace = await self.post("/workspaces", {"projectId": project, "name": "Numbers"})
+        assert workspace.status == 201, workspace
+        return workspace["id"]
 
     async def finished_job(self, job: str, *, seconds: float = PATIENCE_SECONDS) -> dict[str, Any]:
-        """The job, once it is completed, failed or cancelled."""
+        """Wait until a job is completed, failed or cancelled; return it."""
         async with asyncio.timeout(seconds):
-            while (read := await self.get(f"/jobs/{job}"))["status"] in ("pending", "processing"):
+            while (response := await self.get(f"/jobs/{job}"))["status"] in ("pending", "processing"):
                 await asyncio.sleep(0.05)
-        return read.body
+        return response.body
 
     async def connect(self, workspace: str | None = None, **options: Any) -> Socket:
-        """A socket, in the workspace where one is named."""
+        """Open a socket, and join the workspace if one is given."""
         raw = await self.http.ws_connect(f"{self.base}/ws", headers=self.headers, max_msg_size=0, **options)
         socket = Socket(raw)
         self.sockets.append(socket)

@@ -1,24 +1,25 @@
-"""Fixtures. All stores are real; nothing of the product is replaced.
+"""Fixtures. All stores are real; no part of the product is replaced.
 
 Stores
-    stack               one PostgreSQL, Valkey and MongoDB stand-in for the whole run, in a throw-away directory; or
-                        those that run already in the directory TEST_STACK
-    own_stack           the same and migrated, for one test alone that kills them: ``own_stack.valkey.kill()``
+    stack               one PostgreSQL, Valkey and MongoDB stand-in for the whole run, in a temporary directory; or
+                        those that already run in the directory TEST_STACK
+    own_stack           migrated stores for one test that kills them: ``own_stack.valkey.kill()``
     database_url        a migrated database on ``stack``
-    empty_database_url  one without a table; ``make_database()`` makes several
-    quiet               settings of records and queues apart from all others, on ``stack``: ``make_server(**quiet)``,
-                        ``processes.worker(**environment(quiet))``
+    empty_database_url  a database without tables; ``make_database()`` makes several
+    isolated_stores     settings of a Redis and a MongoDB database apart from all others, on ``stack``:
+                        ``make_server(**isolated_stores)``, ``processes.worker(**environment_of(isolated_stores))``
 Servers
-    settings            of an application in this process: cheap passwords, no limits; ``override`` changes some
-    make_server         starts applications in this process: ``await make_server(**settings)`` → its address
-    notices_alone       what they are not told of changed access they do not find by looking, either
-    unhurried           these take no store for one that is away because the machine is slow; of itself in every test,
-                        but for the stores that hang in it: ``@pytest.mark.hurried("redis_url")``
-    server              one such application
+    settings            of an application in this process: cheap passwords, no rate limits
+    make_server         starts applications in this process: ``await make_server(**settings)`` returns the URL
+    no_periodic_recheck
+                        these learn of changed access by notices only, not by a periodic recheck
+    relaxed_timeouts    these do not take a store for unavailable because the machine is slow; automatic in every test,
+                        except for the stores that hang in it: ``@pytest.mark.real_timeouts("redis_url")``
+    server              the URL of one such application
     processes           starts real processes: ``processes.server()``, ``processes.worker()``
-People
+Users
     make_actor          registers users: ``await make_actor("Ada", server)``
-    alice, bob, carol   three of them on ``server``
+    alice, bob, carol   three users on ``server``
 """
 
 import asyncio
@@ -50,7 +51,7 @@ from server.settings import Settings, load
 from tests.actors import Actor
 from tests.processes import Processes
 
-# As server/logs.py has it: else the values of all variables are printed, for seconds.
+# As in server/logs.py: else tracebacks print the values of all variables, for seconds.
 structlog.configure(
     processors=[
         *structlog.get_config()["processors"][:-1],
@@ -63,7 +64,7 @@ MakeActor = Callable[..., Awaitable[Actor]]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Name what was skipped, a line for each reason: few of them, and each says what to install."""
+    """List the reasons of skipped tests, one line each: there are few, and each says what to install."""
     reasons = Counter(report.longrepr[2] for report in terminalreporter.getreports("skipped"))
     if reasons:
         terminalreporter.section("skipped")
@@ -72,19 +73,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--chaos-seconds", help="how long things are killed in the chaos story")
-    parser.addoption("--chaos-seed", help="which, and in which order")
-    parser.addoption("--full", action="store_true", help="the full form of the tests that have a short one")
+    parser.addoption("--chaos-seconds", help="how long the chaos story kills processes")
+    parser.addoption("--chaos-seed", help="seed of the order in which it kills them")
+    parser.addoption("--full", action="store_true", help="run the full form of tests that have a short one")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", "hurried(*stores): the product's own limits hold for these, or the one in ``store``, which hang"
+        "markers", "hurried(*stores): keep the product's timeouts for these hanging stores, or for the one in ``store``"
     )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test that looks at other processes coverage would see nothing, and slow it down."""
+    """Disable coverage in tests of other processes: it would measure nothing there, and slow them down."""
     for item in items:
         if "processes" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.no_cover)
@@ -92,15 +93,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def full(request: pytest.FixtureRequest) -> bool:
-    """Whether the full forms are asked for."""
+    """Return whether tests run in their full form."""
     return bool(request.config.getoption("--full"))
 
 
 @pytest.fixture(scope="session")
 def stack() -> Iterator[Stack]:
     running = os.environ.get("TEST_STACK")
-    with contextlib.nullcontext(Stack.running_in(Path(running))) if running else throw_away_stack() as found:
-        yield found
+    with contextlib.nullcontext(Stack.running_in(Path(running))) if running else throw_away_stack() as stack:
+        yield stack
 
 
 @pytest.fixture
@@ -112,10 +113,13 @@ def own_stack() -> Iterator[Stack]:
 
 @contextlib.contextmanager
 def throw_away_stack() -> Iterator[Stack]:
-    """Not in pytest's directories: every session closes these to other users, of whom PostgreSQL may be one."""
+    """Run a stack in a temporary directory.
+
+    It is not one of pytest's: these are closed to other users, and PostgreSQL may run as another user.
+    """
     with (
-        tempfile.TemporaryDirectory(prefix="stack-", ignore_cleanup_errors=True) as folder,
-        Stack(Path(folder) / "data") as running,
+        tempfile.TemporaryDirectory(prefix="stack-", ignore_cleanup_errors=True) as directory,
+        Stack(Path(directory) / "data") as running,
     ):
         yield running
         running.mongo.kill()  # it would take 2 s to stop
@@ -129,16 +133,16 @@ def database_url(stack: Stack) -> str:
 
 @pytest.fixture
 def make_database(stack: Stack) -> Iterator[Callable[[], str]]:
-    made: list[str] = []
+    names: list[str] = []
     with psycopg.connect(stack.postgres.url, autocommit=True) as connection:
 
         def make() -> str:
-            made.append(f"test_{secrets.token_hex(6)}")
-            connection.execute(f"CREATE DATABASE {made[-1]}")
-            return re.sub(r"/[^/]*$", f"/{made[-1]}", stack.postgres.url)
+            names.append(f"test_{secrets.token_hex(6)}")
+            connection.execute(f"CREATE DATABASE {names[-1]}")
+            return re.sub(r"/[^/]*$", f"/{names[-1]}", stack.postgres.url)
 
         yield make
-        for name in made:
+        for name in names:
             connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
@@ -223,17 +227,17 @@ def quiet(stack: Stack) -> dict[str, str]:
 
 
 def environment(settings: dict[str, str]) -> dict[str, str]:
-    """Settings of ``make_server`` as a process takes them."""
+    """Return settings of ``make_server`` as environment variables of a process."""
     return {name.upper(): value for name, value in settings.items()}
 
 
 def addresses_of(stack: Stack) -> dict[str, str]:
-    """For ``make_server``: a server on this stack instead."""
+    """Return settings for ``make_server`` that make a server use this stack."""
     return {name: stack.environment[name.upper()] for name in ("database_url", "redis_url", "mongodb_uri")}
 
 
 class RunServer(TestServer):
-    """As ``run.py server`` has it."""
+    """A test server with the HTTP runner of ``run.py server``."""
 
     async def _make_runner(self, **options: Any) -> Runner:
         return Runner(self.app, **options)
@@ -244,9 +248,9 @@ async def make_server(settings: Settings) -> AsyncIterator[MakeServer]:
     running: list[tuple[TestServer, Any]] = []
 
     async def make(**override: Any) -> str:
-        chosen = dataclasses.replace(settings, **override)
-        stores = resources.connect(chosen)
-        server = RunServer(create_app(chosen, await stores.__aenter__()))
+        overridden = dataclasses.replace(settings, **override)
+        stores = resources.connect(overridden)
+        server = RunServer(create_app(overridden, await stores.__aenter__()))
         await server.start_server(access_log=None)
         running.append((server, stores))
         return str(server.make_url("")).rstrip("/")
@@ -271,14 +275,14 @@ async def http() -> AsyncIterator[aiohttp.ClientSession]:
 
 @pytest.fixture
 async def make_actor(http: aiohttp.ClientSession) -> AsyncIterator[MakeActor]:
-    made: list[Actor] = []
+    actors: list[Actor] = []
 
     async def make(name: str, base: str) -> Actor:
-        made.append(await Actor(http, base, name).register())
-        return made[-1]
+        actors.append(await Actor(http, base, name).register())
+        return actors[-1]
 
     yield make
-    await asyncio.gather(*(socket.close() for actor in made for socket in actor.sockets))
+    await asyncio.gather(*(socket.close() for actor in actors for socket in actor.sockets))
 
 
 @pytest.fixture
@@ -304,7 +308,7 @@ def processes(stack: Stack, database_url: str, tmp_path: Path) -> Iterator[Proce
 
 @pytest.fixture(scope="session")
 def node() -> str:
-    found = shutil.which("node")
-    if found is None:
+    path = shutil.which("node")
+    if path is None:
         pytest.skip("Node is missing: apt-get install nodejs")
-    return found
+    return path

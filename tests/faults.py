@@ -12,10 +12,10 @@ SLOW_SECONDS = 0.3  # each way
 
 class Mode(enum.Enum):
     PASS = "pass"
-    STOPPED = "stopped"  # refuses connections, and has reset those that were open
-    BLACK_HOLE = "black hole"  # takes everything, and answers nothing
+    STOPPED = "stopped"  # refuses connections, and has reset the open ones
+    BLACK_HOLE = "black hole"  # accepts everything, and never responds
     SLOW = "slow"
-    RESET = "reset"  # accepts, and hangs up at once
+    RESET = "reset"  # accepts connections, and closes them at once
 
 
 class Proxy:
@@ -38,15 +38,15 @@ class Proxy:
         self._passing.set()
 
     async def turn(self, mode: Mode) -> None:
-        """From now on it behaves like that."""
-        was, self.mode = self.mode, mode
+        """Switch to another mode."""
+        previous, self.mode = self.mode, mode
         (self._passing.clear if mode is Mode.BLACK_HOLE else self._passing.set)()
         if mode is Mode.STOPPED:
             await self._hang_up()
-        elif was is Mode.STOPPED:
+        elif previous is Mode.STOPPED:
             await self._listen()
-        if mode in (Mode.STOPPED, Mode.RESET) or was is Mode.BLACK_HOLE:
-            self._abort_all()  # what a black hole has swallowed does not come back
+        if mode in (Mode.STOPPED, Mode.RESET) or previous is Mode.BLACK_HOLE:
+            self._abort_all()  # bytes that a black hole has swallowed are lost
 
     async def _listen(self) -> None:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
@@ -70,16 +70,16 @@ class Proxy:
             if self.mode is Mode.RESET:
                 return
             await self._passing.wait()
-            answers, inner = await asyncio.open_connection(*self._target)
+            inner_reader, inner = await asyncio.open_connection(*self._target)
             self._writers.add(inner)
-            await asyncio.gather(self._pump(reader, inner), self._pump(answers, writer))
+            await asyncio.gather(self._pump(reader, inner), self._pump(inner_reader, writer))
         except OSError:
             return
         finally:
-            for each in (writer, inner):
-                if each is not None:
-                    self._writers.discard(each)
-                    each.transport.abort()
+            for stream in (writer, inner):
+                if stream is not None:
+                    self._writers.discard(stream)
+                    stream.transport.abort()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while chunk := await reader.read(CHUNK):
@@ -88,11 +88,11 @@ class Proxy:
                 await asyncio.sleep(SLOW_SECONDS)
             writer.write(chunk)
             await writer.drain()
-        raise ConnectionResetError  # one side has hung up: so does the other
+        raise ConnectionResetError  # one side has closed: close the other
 
 
 class Network:
-    """A proxy before each store; ``urls`` are for ``make_server``."""
+    """A proxy in front of each store; ``urls`` are settings for ``make_server``."""
 
     def __init__(self, urls: dict[str, str]) -> None:
         self._urls = urls
@@ -105,12 +105,12 @@ class Network:
         network = cls(urls)
         try:
             for name, url in urls.items():
-                place = urlsplit(url)
-                assert place.hostname
-                assert place.port
-                proxy = network.stores[name] = Proxy(place.hostname, place.port)
+                address = urlsplit(url)
+                assert address.hostname
+                assert address.port
+                proxy = network.stores[name] = Proxy(address.hostname, address.port)
                 await proxy.begin()
-                network.urls[name] = url.replace(f":{place.port}/", f":{proxy.port}/")
+                network.urls[name] = url.replace(f":{address.port}/", f":{proxy.port}/")
             yield network
         finally:
             for proxy in network.stores.values():

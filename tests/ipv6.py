@@ -1,4 +1,4 @@
-"""Whether this machine has IPv6."""
+"""The mark of tests that need IPv6 on this machine."""
 
 import socket
 

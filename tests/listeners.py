@@ -1,8 +1,8 @@
-"""Who hears a channel, where what is heard does not matter."""
+"""Listeners of a channel for tests that do not check what they receive."""
 
 
 class Nobody:
-    """A ``Listener`` of which nothing is asked."""
+    """A ``Listener`` that ignores everything."""
 
     def deliver(self, origin: str, kind: str, payload: bytes) -> None:
         pass

@@ -1,9 +1,9 @@
-"""How long tests wait for what must come: it bounds a hang, and measures nothing.
+"""Timeouts of tests that wait for an expected event: they bound a hang, and measure nothing.
 
-What comes at once on an idle machine may take seconds on a busy one. Where a bound is to tell a mechanism from what
-would help in its place (a notice from the next recheck), the test puts that far beyond this patience. How quick the
-product is, ``scripts/bench`` measures.
+An event that is immediate on an idle machine may take seconds on a busy one. A test that must distinguish a mechanism
+from its fallback (a notice from the next recheck) sets the fallback's interval far beyond these timeouts.
+``scripts/bench`` measures how quick the product is.
 """
 
 PATIENCE_SECONDS = 30.0
-START_SECONDS = 100.0  # for a process to be ready, or to end; less than a test may take as a whole
+START_SECONDS = 100.0  # for a process to become ready, or to end; shorter than the timeout of a whole test

@@ -13,7 +13,7 @@ from tests.patience import START_SECONDS
 ROOT = Path(__file__).parent.parent
 SHORTER = """
 import runpy, sys
-sys.path.insert(0, {root!r})  # as it is where run.py is run
+sys.path.insert(0, {root!r})  # as when run.py itself is run
 import {module}
 {change}
 sys.argv = sys.argv[1:]
@@ -22,7 +22,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 class Process:
-    """``shorter`` sets constants of time, so that a test need not wait for them: ``server.worker.GRACE_SECONDS=1``."""
+    """A process of ``run.py``.
+
+    ``overrides`` sets a constant of time in it, so that the test need not wait: ``server.worker.JOB_GRACE_SECONDS=1``.
+    """
 
     def __init__(
         self,
@@ -58,18 +61,18 @@ class Process:
         return self.log.read_text(errors="replace")
 
     def until(self, pattern: str, *, seconds: float = START_SECONDS) -> re.Match[str]:
-        """The first match in what it prints."""
+        """Wait for a pattern in the output of the process; return the first match."""
         deadline = time.monotonic() + seconds
-        while (found := re.search(pattern, self.output)) is None:
+        while (match := re.search(pattern, self.output)) is None:
             if self._process.poll() is not None:
                 raise AssertionError(f"ended with {self._process.returncode}:\n{self.output}")
             if time.monotonic() > deadline:
                 raise AssertionError(f"no {pattern!r} in time:\n{self.output}")
             time.sleep(0.02)
-        return found
+        return match
 
     def terminate(self, *, seconds: float = START_SECONDS, number: int = signal.SIGTERM) -> int:
-        """Ask it to stop; its exit code."""
+        """Send a stop signal and wait; return the exit code."""
         self._process.send_signal(number)
         return self._process.wait(timeout=seconds)
 
@@ -90,7 +93,7 @@ class Process:
 class Server(Process):
     @property
     def base(self) -> str:
-        """Its address, once it is ready."""
+        """The URL of the server; waits until it is ready."""
         return self.until(r'"address":"(http://[^"]+)"').group(1)
 
 
@@ -101,11 +104,11 @@ class Worker(Process):
 
 
 class Processes:
-    """Ends what it started, whatever a test did with it."""
+    """A context manager that starts processes and kills those that still run at its end."""
 
-    def __init__(self, environment: dict[str, str], folder: Path) -> None:
+    def __init__(self, environment: dict[str, str], directory: Path) -> None:
         self._environment = environment
-        self._folder = folder
+        self._folder = directory
         self._running: list[Process] = []
 
     def __enter__(self) -> "Processes":
@@ -117,19 +120,19 @@ class Processes:
                 process.kill()
 
     def server(self, *arguments: str, **settings: str) -> Server:
-        made = Server("server", *arguments, environment=self._environment, log=self._log(), **settings)
-        self._running.append(made)
-        return made
+        process = Server("server", *arguments, environment=self._environment, log=self._log(), **settings)
+        self._running.append(process)
+        return process
 
     def worker(self, *arguments: str, **settings: str) -> Worker:
-        made = Worker("worker", *arguments, environment=self._environment, log=self._log(), **settings)
-        self._running.append(made)
-        return made
+        process = Worker("worker", *arguments, environment=self._environment, log=self._log(), **settings)
+        self._running.append(process)
+        return process
 
     def command(self, command: str, *arguments: str, **settings: str) -> Process:
-        made = Process(command, *arguments, environment=self._environment, log=self._log(), **settings)
-        self._running.append(made)
-        return made
+        process = Process(command, *arguments, environment=self._environment, log=self._log(), **settings)
+        self._running.append(process)
+        return process
 
     def _log(self) -> Path:
         return self._folder / f"process-{len(self._running)}.log"

@@ -1,4 +1,4 @@
-"""A streaming replica of the embedded PostgreSQL, as an operator makes one."""
+"""A streaming replica of the embedded PostgreSQL, made as an operator makes one."""
 
 import asyncio
 import os
@@ -15,33 +15,33 @@ from tests.patience import PATIENCE_SECONDS
 
 
 class Replica(Postgres):
-    """Follows ``primary``; ``folder`` is its own and empty."""
+    """A replica of ``primary`` in its own directory, which must be empty."""
 
     name = "PostgreSQL's replica"
 
-    def __init__(self, primary: Postgres, folder: Path) -> None:
+    def __init__(self, primary: Postgres, directory: Path) -> None:
         for name in ("logs", "locks"):
-            (folder / name).mkdir()
-        folder.chmod(0o711)
+            (directory / name).mkdir()
+        directory.chmod(0o711)
         self._primary = primary
-        self._folder = folder
-        super().__init__(Place(folder, free_port(), lambda _: None), password=primary._password)
+        self._folder = directory
+        super().__init__(Place(directory, free_port(), lambda _: None), password=primary._password)
 
     def wait_ready(self) -> None:
-        Store.wait_ready(self)  # it makes no database of its own
+        Store.wait_ready(self)  # a replica cannot create the database
 
     def pause(self) -> None:
-        """What comes from the primary is not shown until ``resume``."""
+        """Stop applying changes of the primary until ``resume``."""
         self._run("SELECT pg_wal_replay_pause()")
 
     def resume(self) -> None:
         self._run("SELECT pg_wal_replay_resume()")
 
     async def catch_up(self) -> None:
-        """Returns when it shows all that the primary has committed by now."""
-        wanted = _ask(self._primary.url, "SELECT pg_current_wal_lsn()::text")
+        """Wait until the replica has applied all commits of the primary up to now."""
+        position = _ask(self._primary.url, "SELECT pg_current_wal_lsn()::text")
         async with asyncio.timeout(PATIENCE_SECONDS):
-            while not self._run(f"SELECT pg_last_wal_replay_lsn() >= '{wanted}'"):
+            while not self._run(f"SELECT pg_last_wal_replay_lsn() >= '{position}'"):
                 await asyncio.sleep(0.02)
 
     def _run(self, statement: str) -> Any:

@@ -1,6 +1,6 @@
-"""A socket as tests speak of it: ``push`` sends and returns the ack, ``assert_push`` and ``refute_push`` listen.
+"""A client socket for tests: ``push`` sends and returns the ack, ``assert_push`` and ``refute_push`` receive.
 
-What the server says is held against the AsyncAPI document, whatever a test is about.
+In every test the frames of the server are validated against the AsyncAPI document.
 """
 
 import asyncio
@@ -17,15 +17,15 @@ import orjson
 from server.app import asyncapi_document
 from tests.patience import PATIENCE_SECONDS
 
-HELD_AGAINST = 20  # frames of a kind; of what is said thousands of times the first will do
+HELD_AGAINST = 20  # frames of a kind: some tests receive thousands
 _held: Counter[str] = Counter()
 
 
 @cache
 def shapes() -> dict[str, Any]:
-    """Of all frames, by their names in the AsyncAPI document."""
-    described = asyncapi_document()["components"]["messages"]
-    return {name: jsonschema.Draft202012Validator(each["payload"]) for name, each in described.items()}
+    """Return the validators of all frames, by their names in the AsyncAPI document."""
+    messages = asyncapi_document()["components"]["messages"]
+    return {name: jsonschema.Draft202012Validator(message["payload"]) for name, message in messages.items()}
 
 
 def fits(frame: dict[str, Any], name: str) -> None:
@@ -33,7 +33,7 @@ def fits(frame: dict[str, Any], name: str) -> None:
 
 
 def shape_of(frame: dict[str, Any]) -> str:
-    """The name in the document of a frame that the server sent by itself."""
+    """Return the name in the AsyncAPI document of a frame that is not a reply."""
     event = frame["event"]
     return frame["data"]["type"] if event == "collaboration:event" else f"{event.replace(':', '.')}.push"
 
@@ -45,7 +45,7 @@ def _hold(frame: dict[str, Any], name: str) -> None:
 
 
 class Refused(Exception):
-    """The server answered with an error frame."""
+    """The server replied with an error frame."""
 
     def __init__(self, data: dict[str, Any]) -> None:
         self.code, self.data = data["code"], data
@@ -59,13 +59,13 @@ class Closed(Exception):
 
 
 async def until_refused(attempt: Callable[[], Awaitable[Any]], code: str) -> None:
-    """Returns when access has ended."""
+    """Repeat an attempt until the server rejects it with this code: access has ended."""
     async with asyncio.timeout(PATIENCE_SECONDS):
         while True:
             try:
                 await attempt()
-            except Refused as refused:
-                if refused.code != code:
+            except Refused as error:
+                if error.code != code:
                     raise
                 return
 
@@ -75,26 +75,26 @@ class Socket:
         self.raw = raw
         self.welcome: dict[str, Any] = {}
         self.joined: dict[str, Any] = {}
-        self.heard: deque[dict[str, Any]] = deque()  # pushes that arrived while something else was awaited
+        self.heard: deque[dict[str, Any]] = deque()  # pushes that arrived while the test waited for another frame
         self._ids = itertools.count(1)
 
     async def next(self, *, seconds: float = PATIENCE_SECONDS) -> dict[str, Any]:
-        """The next frame, in the order of arrival."""
+        """Return the next frame, in the order of arrival."""
         if self.heard:
             return self.heard.popleft()
         return await self._receive(seconds)
 
     async def push(self, event: str, **data: Any) -> dict[str, Any]:
-        """Send with an id; the ack's data.
+        """Send a message with an id; return the data of its ack.
 
         Raises:
-            Refused: the answer is an error.
+            ErrorReply: the reply is an error.
         """
         id = next(self._ids)
         await self.send(event, data, id=id)
-        answer = await self.reply(id)
-        _hold({"event": "ack", "data": answer, "id": id}, f"{event.replace(':', '.')}.ack")
-        return answer
+        ack = await self.reply(id)
+        _hold({"event": "ack", "data": ack, "id": id}, f"{event.replace(':', '.')}.ack")
+        return ack
 
     async def reply(self, id: Any) -> dict[str, Any]:
         while True:
@@ -107,27 +107,27 @@ class Socket:
                 assert frame["event"] == "ack", frame
                 return frame["data"]
 
-    async def send(self, event: str, data: Any = None, **more: Any) -> None:
-        await self.raw.send_str(orjson.dumps({"event": event, "data": data or {}, **more}).decode())
+    async def send(self, event: str, data: Any = None, **fields: Any) -> None:
+        await self.raw.send_str(orjson.dumps({"event": event, "data": data or {}, **fields}).decode())
 
     async def assert_push(self, kind: str, *, seconds: float = PATIENCE_SECONDS, **fields: Any) -> dict[str, Any]:
-        """The data of the next push, which must be of this kind (an event, or a type of collaboration event)."""
+        """Return the data of the next push, which must be of this kind (an event or a type of collaboration event)."""
         frame = await self.next(seconds=seconds)
-        heard = frame["data"].get("type", frame["event"])
-        assert heard == kind, frame
+        received = frame["data"].get("type", frame["event"])
+        assert received == kind, frame
         assert fields.items() <= frame["data"].items(), frame
         return frame["data"]
 
     async def refute_push(self, *, seconds: float = 0.3) -> None:
-        """Nothing arrives."""
+        """Assert that no push arrives."""
         try:
             frame = await self.next(seconds=seconds)
         except TimeoutError:
             return
-        raise AssertionError(f"heard {frame}")
+        raise AssertionError(f"received {frame}")
 
     async def closed(self, *, seconds: float = PATIENCE_SECONDS) -> int | None:
-        """The close code, once the server has closed."""
+        """Wait until the server closes the socket; return the close code."""
         try:
             async with asyncio.timeout(seconds):
                 while True:
@@ -139,7 +139,7 @@ class Socket:
         await self.raw.close()
 
     def cut(self) -> None:
-        """End as a client does whose network is gone: without a word."""
+        """Abort the connection without a close frame, as when the network of a client fails."""
         connection = self.raw._conn
         if connection is not None and connection.transport is not None:
             connection.transport.abort()

@@ -1,4 +1,4 @@
-"""Closed by default: what is not marked as open needs a user, and what names a thing of ours needs a role."""
+"""Deny by default: a route that is not marked as public needs a user, and a route with a resource id needs a role."""
 
 from collections.abc import Callable, Iterator
 
@@ -24,7 +24,7 @@ OPEN = {
     "/api/v1/auth/refresh",
     "/health",
     "/health/ready",
-    "/metrics",  # has credentials of its own
+    "/metrics",  # has its own credentials
 }
 
 
@@ -42,24 +42,22 @@ def make_handler() -> Handler:
     return handler
 
 
-def test_only_these_routes_are_open() -> None:
+def test_only_listed_routes_are_public() -> None:
     assert {route.path for route in routes() if is_public(route.handler)} <= OPEN
 
 
-async def test_a_route_that_marks_nothing_needs_a_signed_in_user(
-    settings: Settings, aiohttp_client: AiohttpClient
-) -> None:
+async def test_route_without_marks_requires_a_signed_in_user(settings: Settings, aiohttp_client: AiohttpClient) -> None:
     async with connect(settings) as stores:
         app = create_app(settings, stores)
         app.router.add_get("/forgotten", make_handler())
         client = await aiohttp_client(app)
-        answer = await client.get("/forgotten")
-        assert answer.status == 401
-        assert answer.headers["WWW-Authenticate"] == 'Bearer error="invalid_token"'
+        response = await client.get("/forgotten")
+        assert response.status == 401
+        assert response.headers["WWW-Authenticate"] == 'Bearer error="invalid_token"'
 
 
 @pytest.mark.parametrize("path", ["/projects/{projectId}", "/workspaces/{workspaceId}/x", "/documents/{documentId}"])
-def test_a_route_that_names_a_thing_and_no_role_does_not_assemble(path: str) -> None:
+def test_route_with_a_resource_id_but_no_role_is_refused_at_start(path: str) -> None:
     handler = make_handler()
     with pytest.raises(RuntimeError, match="has no @requires"):
         assemble(web.get(path, handler))
@@ -72,11 +70,11 @@ class Letter(Schema):
 
 
 @pytest.mark.parametrize("declared", [json_schema, querystring_schema])
-def test_a_route_whose_body_or_query_names_a_thing_and_no_role_does_not_assemble(declared: Callable) -> None:
+def test_route_with_a_resource_id_in_body_or_query_but_no_role_is_refused_at_start(declared: Callable) -> None:
     for marks in (
         lambda handler: handler,
-        requires(Role.VIEWER, of=named("projectId")),  # and the workspace?
-        requires(Role.VIEWER),  # of the path, which names none
+        requires(Role.VIEWER, of=named("projectId")),  # lacks workspaceId
+        requires(Role.VIEWER),  # checks the path, which contains no id
     ):
         with pytest.raises(RuntimeError, match="has no @requires"):
             assemble(web.post("/letters", marks(declared(Letter)(make_handler()))))
@@ -90,18 +88,18 @@ def assemble(route: web.RouteDef) -> None:
     access.assemble(app.router.routes())
 
 
-async def test_every_route_of_the_api_but_the_open_ones_refuses_the_anonymous(
+async def test_every_route_except_public_ones_rejects_anonymous_requests(
     server: str, http: aiohttp.ClientSession
 ) -> None:
-    nobody = Actor(http, server, "Nobody")
+    anonymous = Actor(http, server, "Anonymous")
     for route in routes():
         if route.path in OPEN:
             continue
-        answer = await nobody.call(route.method, server_path(route.path))
-        assert (answer.status, answer.code) == (401, "unauthenticated"), route
+        response = await anonymous.call(route.method, server_path(route.path))
+        assert (response.status, response.code) == (401, "unauthenticated"), route
 
 
 def server_path(path: str) -> str:
-    """With an id in every slot."""
+    """Return the path with an id for every parameter."""
     parts = ("00000000-0000-4000-8000-000000000000" if part.startswith("{") else part for part in path.split("/"))
     return "/".join(parts)

@@ -1,4 +1,4 @@
-"""What ``migrate`` fills in after the migrations."""
+"""The backfill that ``migrate`` runs after the migrations."""
 
 import asyncio
 
@@ -17,7 +17,7 @@ def url(empty_database_url: str) -> str:
 
 
 async def insert(url: str, *emails: str) -> list[str]:
-    """Accounts of one moment, in the order of their ids; these."""
+    """Insert accounts with the same creation time; return their ids, in ascending order."""
     db = await asyncpg.connect(url)
     try:
         ids = [f"00000000-0000-4000-8000-{number:012}" for number in range(len(emails))]
@@ -42,32 +42,32 @@ async def keys(url: str) -> list[str | None]:
         await db.close()
 
 
-async def test_accounts_get_their_keys_batch_by_batch_the_oldest_first(
-    url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_accounts_get_their_keys_in_batches_oldest_first(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backfill, "BATCH_ROWS", 2)
     names = ["a", "b", "c", "d", "e"]
     ids = await insert(
         url, *(f"{name}@BÜCHER.example" for name in names), *(f"{name}@bücher.example" for name in names)
     )
     expected = [f"{name}@xn--bcher-kva.example" for name in names]
-    for _ in range(2):  # what was done stays as it is
-        told = await backfill.run(url)
+    for _ in range(2):  # the second run changes nothing
+        lines = await backfill.run(url)
         assert await keys(url) == expected + [None] * 5
-        assert [line.split()[3] for line in told] == ids[5:]
+        assert [line.split()[3] for line in lines] == ids[5:]
 
 
-async def test_of_many_accounts_without_a_key_some_are_listed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_report_lists_a_limited_number_of_accounts_without_a_key(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(backfill, "BATCH_ROWS", 2)
     monkeypatch.setattr(backfill, "MAX_LISTED", 3)
     spellings = ["bücher", "bÜcher", "ｂücher", "büｃher", "bücｈer", "bücheｒ"]
     ids = await insert(url, *(f"x@{spelling}.example" for spelling in spellings))
-    told = await backfill.run(url)
-    assert [line.split()[3] for line in told[:3]] == ids[1:4]
-    assert told[3:] == ["without a key: 2 more"]
+    lines = await backfill.run(url)
+    assert [line.split()[3] for line in lines[:3]] == ids[1:4]
+    assert lines[3:] == ["without a key: 2 more"]
 
 
-async def test_an_account_whose_key_is_being_registered_with_is_left_without(url: str) -> None:
+async def test_account_stays_without_a_key_that_a_concurrent_registration_takes(url: str) -> None:
     (id,) = await insert(url, "x@bücher.example")
     db = await asyncpg.connect(url)
     try:
@@ -83,6 +83,6 @@ async def test_an_account_whose_key_is_being_registered_with_is_left_without(url
     assert id in line
 
 
-async def test_a_database_that_is_away_is_told_in_one_line(unused_tcp_port: int) -> None:
+async def test_unavailable_database_is_reported_in_one_line(unused_tcp_port: int) -> None:
     with pytest.raises(StartError, match=r"^PostgreSQL cannot be used: .*"):
         await backfill.run(f"postgresql://app@127.0.0.1:{unused_tcp_port}/app")

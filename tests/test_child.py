@@ -1,4 +1,4 @@
-"""Child processes get the descriptors that they are given, and no other."""
+"""Child processes get the descriptors that are passed to them, and no other."""
 
 import ast
 import asyncio
@@ -24,7 +24,7 @@ STARTERS = {"create_subprocess_exec", "create_subprocess_shell", "Popen", "run",
 
 
 def starts_in(path: Path) -> list[ast.Call]:
-    """Calls of the standard library that start a program."""
+    """Return the calls of the standard library that start a program."""
     return [
         node
         for node in ast.walk(ast.parse(path.read_text()))
@@ -38,11 +38,11 @@ def starts_in(path: Path) -> list[ast.Call]:
 
 
 def test_programs_of_the_loop_are_started_in_one_place() -> None:
-    found = {path.name for path in SERVER.rglob("*.py") for call in starts_in(path) if "exec" in call.func.attr}  # type: ignore[attr-defined]
-    assert found == {"child.py"}
+    names = {path.name for path in SERVER.rglob("*.py") for call in starts_in(path) if "exec" in call.func.attr}  # type: ignore[attr-defined]
+    assert names == {"child.py"}
 
 
-def test_no_program_reads_what_its_parent_would() -> None:
+def test_no_program_inherits_the_stdin_of_its_parent() -> None:
     for path in SERVER.rglob("*.py"):
         for call in starts_in(path):
             assert "stdin" in {keyword.arg for keyword in call.keywords}, f"{path}:{call.lineno}"
@@ -50,7 +50,7 @@ def test_no_program_reads_what_its_parent_would() -> None:
 
 @pytest.fixture
 def inheritable() -> Iterator[int]:
-    """A descriptor that each program would get which does not close it."""
+    """A descriptor that a child process gets unless it is closed."""
     reader, writer = os.pipe()
     os.set_inheritable(writer, True)
     yield writer
@@ -59,7 +59,7 @@ def inheritable() -> Iterator[int]:
 
 
 @pytest.mark.parametrize("run", [loop.run, asyncio.run], ids=["uvloop", "asyncio"])
-def test_a_program_gets_its_streams_and_what_it_inherits(run, inheritable: int, tmp_path: Path) -> None:
+def test_program_gets_its_streams_and_inherited_descriptors_only(run, inheritable: int, tmp_path: Path) -> None:
     async def listed(*inherit: int) -> bytes:
         process = await child.spawn(sys.executable, "-c", OPEN, stdout=subprocess.PIPE, stderr=2, inherit=inherit)
         return (await process.communicate())[0]
@@ -68,12 +68,12 @@ def test_a_program_gets_its_streams_and_what_it_inherits(run, inheritable: int, 
     assert run(listed(inheritable)) == b"[0, 1, 2, %d]\n" % inheritable
 
 
-def test_a_program_that_cannot_be_started_says_so() -> None:
+def test_program_that_cannot_be_started_raises_an_error() -> None:
     with pytest.raises(FileNotFoundError):
         loop.run(child.spawn("/nowhere/program"))
 
 
-def test_streams_that_are_closed_become_the_null_device() -> None:
+def test_closed_standard_streams_become_the_null_device() -> None:
     code = """
 import os
 from server import child
@@ -82,5 +82,5 @@ for number in (0, 1, 2): os.close(number)
 child.open_standard_streams()
 print(os.open("/dev/zero", os.O_RDONLY), file=log)
 """
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(told.stdout) > 2
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(completed.stdout) > 2

@@ -1,4 +1,4 @@
-"""The commands of run.py, as an operator meets them: what goes wrong is said in one line that names it."""
+"""The commands of run.py: every error is reported in one line that names its cause."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ PRODUCTION = {"APP_ENV": "production", "BCRYPT_ROUNDS": "10", "CORS_ORIGIN": "ht
 
 
 def complaint(process: Process) -> str:
-    """The one line that it ends with."""
+    """Wait until the process fails; return the only line of its output."""
     assert process.wait(seconds=START_SECONDS) == 1, process.output
     lines = process.output.strip().splitlines()
     assert len(lines) == 1, process.output
@@ -29,9 +29,9 @@ def complaint(process: Process) -> str:
 
 @contextlib.contextmanager
 def silent_port() -> Iterator[int]:
-    """Somebody listens there and never says a word."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        yield listening.getsockname()[1]
+    """Listen on a port and never respond."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
 
 
 def test_a_taken_port_is_named(processes: Processes) -> None:
@@ -41,16 +41,16 @@ def test_a_taken_port_is_named(processes: Processes) -> None:
         )
 
 
-def test_an_address_that_is_none_is_named(processes: Processes) -> None:
-    nameless = processes.server(HOST="nobody.invalid")
+def test_invalid_address_is_named(processes: Processes) -> None:
+    unknown_host = processes.server(HOST="nobody.invalid")
     unquoted = processes.worker(MONGODB_URI="mongodb://us:er:hidden@127.0.0.1/app")
-    assert re.fullmatch(r"error: Cannot listen on nobody\.invalid:0: .*(known|resolution).*", complaint(nameless))
+    assert re.fullmatch(r"error: Cannot listen on nobody\.invalid:0: .*(known|resolution).*", complaint(unknown_host))
     line = complaint(unquoted)
     assert line.startswith("error: MongoDB at 127.0.0.1 cannot be used: ")
     assert "hidden" not in line
 
 
-def test_production_wants_secrets(processes: Processes) -> None:
+def test_production_requires_secrets(processes: Processes) -> None:
     missing = processes.server(**PRODUCTION | {"JWT_SECRET": ""})
     short = processes.worker(**PRODUCTION | {"JWT_REFRESH_SECRET": "short"})
     assert complaint(missing) == 'error: Environment variable "JWT_SECRET" not set'
@@ -65,7 +65,7 @@ def test_production_wants_secrets(processes: Processes) -> None:
         ("MONGODB_URI", "mongodb://app:hidden@127.0.0.1:{port}/app", "MongoDB"),
     ],
 )
-def test_a_store_that_is_down_or_silent_at_the_start_is_named(
+def test_store_that_is_down_or_hangs_at_start_is_named(
     setting: str, address: str, name: str, processes: Processes, unused_tcp_port: int
 ) -> None:
     with silent_port() as silent:
@@ -91,18 +91,18 @@ def test_migrate_applies_what_check_finds_pending(processes: Processes, empty_da
         process = processes.command("migrate", *arguments, DATABASE_URL=empty_database_url)
         return process.wait(), process.output.strip()
 
-    status, told = migrate("--check")
+    status, output = migrate("--check")
     assert status == 1
-    assert told.startswith("pending: 0001.users\n")
+    assert output.startswith("pending: 0001.users\n")
     assert migrate()[1].startswith("applied: 0001.users\n")
-    assert migrate("--check") == (0, "nothing is pending")
-    assert migrate() == (0, "nothing to apply")
+    assert migrate("--check") == (0, "no pending migrations")
+    assert migrate() == (0, "no migrations to apply")
 
 
 def test_two_deploys_may_migrate_at_once(processes: Processes, empty_database_url: str) -> None:
     both = [processes.command("migrate", DATABASE_URL=empty_database_url) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
-    assert sorted(process.output.split(":")[0].strip() for process in both) == ["applied", "nothing to apply"]
+    assert sorted(process.output.split(":")[0].strip() for process in both) == ["applied", "no migrations to apply"]
 
 
 def test_openapi_prints_the_document_that_is_served(processes: Processes) -> None:
@@ -118,14 +118,14 @@ def test_each_command_explains_itself(command: tuple[str, ...], processes: Proce
     assert process.output.startswith(" ".join(("usage: run.py", *command)))
 
 
-def test_a_typing_error_is_answered_with_the_usage(processes: Processes) -> None:
+def test_unknown_command_prints_the_usage(processes: Processes) -> None:
     process = processes.command("serve")
     assert process.wait() == 2
     assert "choose from" in process.output
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_server_ends_in_peace_and_readiness_is_told(number: int, processes: Processes) -> None:
+async def test_server_reports_readiness_and_shuts_down_gracefully(number: int, processes: Processes) -> None:
     server = processes.server()
     assert server.base.startswith("http://127.0.0.1:")
     assert await asyncio.to_thread(server.terminate, number=number) == 0

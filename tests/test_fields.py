@@ -1,4 +1,4 @@
-"""What schemas show of a row: what marshmallow would, only sooner."""
+"""Schemas serialize rows as marshmallow does, only faster."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -20,10 +20,10 @@ ID = UUID("11111111-2222-4333-8444-555555555555")
 
 
 def schemas(of: type[Schema] = Schema) -> Iterator[type[Schema]]:
-    for each in of.__subclasses__():
-        if each.__module__.startswith("server."):
-            yield each
-        yield from schemas(each)
+    for schema in of.__subclasses__():
+        if schema.__module__.startswith("server."):
+            yield schema
+        yield from schemas(schema)
 
 
 PLAIN: dict[type, Any] = {
@@ -38,13 +38,13 @@ PLAIN: dict[type, Any] = {
 
 
 def sample(field: Any) -> Any:
-    """A value as a store returns it."""
+    """Return a value of a field as a store returns it."""
     for kind, value in PLAIN.items():
         if isinstance(field, kind):
             return value
     match field:
         case fields.Nested():
-            row = {name: sample(inner) for name, inner in field.schema.fields.items()}
+            row = {name: sample(nested) for name, nested in field.schema.fields.items()}
             return [row, row] if field.many else row
         case fields.List():
             return [sample(field.inner)] * 2
@@ -54,19 +54,19 @@ def sample(field: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", list(schemas()), ids=lambda kind: kind.__name__)
-def test_a_row_is_shown_as_marshmallow_shows_it(kind: type[Schema]) -> None:
+def test_row_is_serialized_as_marshmallow_serializes_it(kind: type[Schema]) -> None:
     schema = kind()
     full = {name: sample(field) for name, field in schema.fields.items()}
-    gaps = {name: None for name, field in schema.fields.items() if not isinstance(field, fields.Constant)}
-    for row in (full, full | gaps, full | {"besides": 1}):
+    nulls = {name: None for name, field in schema.fields.items() if not isinstance(field, fields.Constant)}
+    for row in (full, full | nulls, full | {"besides": 1}):
         assert json.dumps(schema.dump(row)) == json.dumps(marshmallow.Schema.dump(schema, row))
-    of_many = marshmallow.Schema.dump(schema, [full, full], many=True)
-    assert json.dumps(schema.dump([full, full], many=True)) == json.dumps(of_many)
+    expected = marshmallow.Schema.dump(schema, [full, full], many=True)
+    assert json.dumps(schema.dump([full, full], many=True)) == json.dumps(expected)
 
 
-def test_a_number_that_is_shown_as_a_text_is_one() -> None:
-    assert Activity().dump({"id": 346}) == {"id": "346"}  # beyond what every client's numbers hold
+def test_activity_id_is_serialized_as_a_string() -> None:
+    assert Activity().dump({"id": 346}) == {"id": "346"}  # not all clients have 64-bit numbers
 
 
-def test_what_a_row_lacks_is_not_shown() -> None:
+def test_missing_column_is_omitted() -> None:
     assert Person().dump({"name": "Ada"}) == {"name": "Ada"}

@@ -1,4 +1,4 @@
-"""Each decision has one home: what may be imported where (layers are import-linter's, in setup.cfg)."""
+"""Each library is imported in one place only (import-linter checks the layers, see setup.cfg)."""
 
 import ast
 from pathlib import Path
@@ -29,14 +29,14 @@ def home_of(path: Path) -> str:
 
 
 @pytest.mark.parametrize("library", HOMES)
-def test_a_library_is_known_in_its_own_rooms_only(library: str) -> None:
+def test_library_is_imported_in_its_own_packages_only(library: str) -> None:
     users = {home_of(path) for path in SERVER.rglob("*.py") if library in imports(path)}
     assert users <= HOMES[library]
-    assert users, f"nobody imports {library}: the table is out of date"
+    assert users, f"no module imports {library}: the table is out of date"
 
 
 def test_the_environment_is_read_in_settings_only() -> None:
-    # inside.py is a program that runs in the sandbox: what it passes on is the empty environment of there.
+    # inside.py (``sandbox/child.py``) runs in the sandbox: it passes on the empty environment of the sandbox.
     readers = {path.name for path in SERVER.rglob("*.py") if reads_environment(path)} - {"inside.py"}
     assert readers == {"settings.py"}
 
@@ -50,6 +50,8 @@ def reads_environment(path: Path) -> bool:
     )
 
 
-def test_every_room_has_a_door_plate() -> None:
-    plates = {path.parent.name: ast.get_docstring(ast.parse(path.read_text())) for path in SERVER.rglob("__init__.py")}
-    assert [room for room, plate in plates.items() if not plate] == []
+def test_every_package_has_a_docstring() -> None:
+    docstrings = {
+        path.parent.name: ast.get_docstring(ast.parse(path.read_text())) for path in SERVER.rglob("__init__.py")
+    }
+    assert [package for package, docstring in docstrings.items() if not docstring] == []

@@ -1,4 +1,4 @@
-"""What JSON from outside may hold, and how little it costs to find out."""
+"""The validation of JSON from clients, and its low cost."""
 
 import json as standard
 import time
@@ -13,7 +13,7 @@ from server.auth.schemas import ProfileChange, Register
 from server.errors import BadRequest, ServiceError, ValidationFailed
 from server.projects.schemas import NewProject
 
-QUICK_SECONDS = 2.5  # of the processor, of which it takes a tenth
+QUICK_SECONDS = 2.5  # of processor time; a check takes a tenth of it
 
 
 def nested(levels: int, inner: str = "") -> str:
@@ -26,13 +26,13 @@ def project(settings: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("levels", [201, 254, 255, 600, 1000])
 @pytest.mark.parametrize("inner", ["", r'"\u0000"', '{"a": 1}'])
-def test_what_is_nested_too_deep_is_refused(levels: int, inner: str) -> None:
-    with pytest.raises(ValidationFailed) as refused:
+def test_json_that_is_nested_too_deep_is_rejected(levels: int, inner: str) -> None:
+    with pytest.raises(ValidationFailed) as rejected:
         json.loads(nested(levels, inner))
-    assert "200 levels" in refused.value.details[0]["message"]
+    assert "200 levels" in rejected.value.details[0]["message"]
 
 
-def test_what_is_taken_can_be_shown_inside_of_a_page() -> None:
+def test_accepted_json_can_be_nested_in_a_page() -> None:
     settings = project(f'{{"deep": {nested(198)}}}')["settings"]
     assert json.dumps({"items": [{"settings": settings}]})
     brackets = json.loads('"' + "[" * 1000 + '"')
@@ -48,10 +48,10 @@ def test_what_is_taken_can_be_shown_inside_of_a_page() -> None:
         (r'["\ud800"]', json.SURROGATE_MESSAGE),
     ],
 )
-def test_what_no_store_could_keep_is_refused_with_details(text: str, message: str) -> None:
-    with pytest.raises(ValidationFailed) as refused:
+def test_text_that_no_store_can_keep_is_rejected_with_details(text: str, message: str) -> None:
+    with pytest.raises(ValidationFailed) as rejected:
         json.loads(text)
-    assert [each["message"] for each in refused.value.details] == [message]
+    assert [detail["message"] for detail in rejected.value.details] == [message]
 
 
 BEYOND = str(1 << 63)
@@ -64,7 +64,7 @@ BEYOND = str(1 << 63)
         (f"-{(1 << 63) + 1}", ""),
         ("9" * 19, ""),
         ("9" * 25, ""),
-        ("-" + "9" * 400, ""),  # which is not even a double
+        ("-" + "9" * 400, ""),  # not even a double
         (f'{{"a": {{"b": [1, {BEYOND}]}}}}', "a.b.1"),
         (f'{{"a": "{BEYOND}", "b": {BEYOND}}}', "b"),
         (f'{{"\\"": {{"": {BEYOND}}}}}', '"'),
@@ -72,11 +72,11 @@ BEYOND = str(1 << 63)
         (f'{{"a": {BEYOND}, "a": 1}}', ""),
     ],
 )
-def test_an_integer_beyond_64_bits_is_refused_with_its_place(text: str, field: str) -> None:
+def test_integer_beyond_64_bits_is_rejected_with_its_path(text: str, field: str) -> None:
     for raw in (text, text.encode(), f" {text}\n"):
-        with pytest.raises(ValidationFailed) as refused:
+        with pytest.raises(ValidationFailed) as rejected:
             json.loads(raw)
-        assert refused.value.details == [{"field": field, "message": f"{json.INTEGER_MESSAGE}."}]
+        assert rejected.value.details == [{"field": field, "message": f"{json.INTEGER_MESSAGE}."}]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_a_backslash_before_u0000_is_text() -> None:
     assert json.loads(r'"\\u0000"') == r"\u0000"
 
 
-def test_numbers_count_with_the_digits_that_they_are_shown_with() -> None:
+def test_json_size_counts_numbers_written_out_in_full() -> None:
     assert project('{"planck": 6.62607015e-34, "avogadro": 6.02e23}')
     for number in ("1e308", "1e-300"):
         with pytest.raises(ValidationFailed):
@@ -126,17 +126,17 @@ HOSTILE: dict[str, Callable[[], object]] = {
 
 
 @pytest.mark.parametrize("body", HOSTILE)
-def test_a_refusal_is_quick_and_short(body: str) -> None:
-    began = time.thread_time()
-    with pytest.raises((ValidationFailed, BadRequest)) as refused:
+def test_rejection_of_a_hostile_body_is_quick_and_short(body: str) -> None:
+    started = time.thread_time()
+    with pytest.raises((ValidationFailed, BadRequest)) as rejected:
         HOSTILE[body]()
-    assert time.thread_time() - began < QUICK_SECONDS
-    error: ServiceError = refused.value
+    assert time.thread_time() - started < QUICK_SECONDS
+    error: ServiceError = rejected.value
     assert len(error.details) <= fields.MOST_PROBLEMS
 
 
 @pytest.mark.parametrize(
-    ("moment", "shown"),
+    ("moment", "formatted"),
     [
         (datetime(2026, 1, 2, 3, 4, 5, 678999, UTC), "2026-01-02T03:04:05.678Z"),
         (datetime(2026, 1, 2, 3, 4, 5, 0, UTC), "2026-01-02T03:04:05.000Z"),
@@ -145,6 +145,6 @@ def test_a_refusal_is_quick_and_short(body: str) -> None:
         (datetime(1, 1, 1, tzinfo=UTC), "0001-01-01T00:00:00.000Z"),
     ],
 )
-def test_times_are_utc_with_milliseconds(moment: datetime, shown: str) -> None:
-    assert json.timestamp(moment) == shown
-    assert json.dumps([moment]) == f'["{shown}"]'.encode()
+def test_times_are_utc_with_milliseconds(moment: datetime, formatted: str) -> None:
+    assert json.timestamp(moment) == formatted
+    assert json.dumps([moment]) == f'["{formatted}"]'.encode()

@@ -1,4 +1,4 @@
-"""Logs tell what happened, and never what somebody said: no body, no token, whatever goes wrong."""
+"""Logs contain events, never user data: no body, no token, not even in tracebacks."""
 
 import subprocess
 import sys
@@ -30,11 +30,13 @@ SECRETS = {"JWT_SECRET": "a" * 40, "JWT_REFRESH_SECRET": "b" * 40}
 @pytest.mark.parametrize("style", ["text", "json"])
 def test_a_traceback_shows_no_variables(style: str) -> None:
     environment = {**STORES, **SECRETS, "APP_ENV": "test", "LOG_FORMAT": style}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True)
-    assert "ZeroDivisionError: it went wrong" in done.stdout
-    assert "request failed" in done.stdout
+    completed = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "ZeroDivisionError: it went wrong" in completed.stdout
+    assert "request failed" in completed.stdout
     for secret in ("a-secret-token", "Lovelace1815"):
-        assert secret not in done.stdout
+        assert secret not in completed.stdout
 
 
 OF_SAQ = """
@@ -52,10 +54,12 @@ for error in (ConnectionError("Redis is away"), ZeroDivisionError("ours")):
 """
 
 
-def test_that_redis_is_away_is_a_line_and_what_is_unforeseen_a_traceback() -> None:
+def test_redis_outage_is_logged_in_one_line_and_other_errors_with_a_traceback() -> None:
     environment = {**STORES, **SECRETS, "APP_ENV": "test", "LOG_FORMAT": "text"}
-    done = subprocess.run([sys.executable, "-c", OF_SAQ], env=environment, capture_output=True, text=True, check=True)
-    lines = done.stdout.splitlines()
+    completed = subprocess.run(
+        [sys.executable, "-c", OF_SAQ], env=environment, capture_output=True, text=True, check=True
+    )
+    lines = completed.stdout.splitlines()
     assert "Upkeep task failed unexpectedly: Redis is away" in lines[0]
-    assert done.stdout.count("Traceback") == 1
+    assert completed.stdout.count("Traceback") == 1
     assert "ours" in lines[-1]

@@ -1,4 +1,4 @@
-"""A process ends when it is told to, whatever the libraries in it have begun."""
+"""A process ends after its main coroutine, even if libraries have started other tasks."""
 
 import subprocess
 import sys
@@ -32,13 +32,13 @@ def run(times: int) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(program, capture_output=True, text=True, timeout=START_SECONDS)
 
 
-def test_a_task_that_swallows_a_cancellation_is_told_again() -> None:
-    done = run(3)
-    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+def test_task_that_swallows_a_cancellation_is_cancelled_again() -> None:
+    completed = run(3)
+    assert (completed.returncode, completed.stdout) == (0, "done\n"), completed.stderr
 
 
-def test_a_task_that_never_ends_does_not_keep_the_process() -> None:
-    done = run(-1)
-    assert done.returncode == 1
-    assert "tasks do not end" in done.stdout
-    assert "stubborn" in done.stdout
+def test_task_that_never_ends_does_not_block_the_exit() -> None:
+    completed = run(-1)
+    assert completed.returncode == 1
+    assert "tasks do not end" in completed.stdout
+    assert "stubborn" in completed.stdout

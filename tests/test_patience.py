@@ -1,4 +1,4 @@
-"""No test depends on how fast the machine is: what is waited for is waited for patiently, and no figure is held."""
+"""No test depends on the speed of the machine: waits have long timeouts, and no test asserts a short duration."""
 
 import ast
 from collections.abc import Iterator
@@ -9,9 +9,9 @@ import pytest
 from tests.patience import PATIENCE_SECONDS
 
 TESTS = Path(__file__).parent
-CLOCKS = {"monotonic", "perf_counter"}  # thread_time and process_time do not count what others take of the machine
+CLOCKS = {"monotonic", "perf_counter"}  # thread_time and process_time do not count the load of other processes
 WAITS = {"assert_push", "closed", "finished_job", "gone", "has_heard", "next", "receive", "terminate", "until", "wait"}
-NOTHING_COMES = 1.0  # a wait that is shorter is for what must not come
+NOTHING_COMES = 1.0  # a shorter wait is for an event that must not come
 
 
 def name_of(call: ast.AST) -> str:
@@ -20,7 +20,7 @@ def name_of(call: ast.AST) -> str:
 
 
 def holds_a_figure(compared: ast.Compare) -> bool:
-    """Whether the time that something took is to be small."""
+    """Return whether a comparison requires a duration to be short."""
     sides = [compared.left, *compared.comparators]
     small = {ast.Lt: 0, ast.LtE: 0, ast.Gt: 1, ast.GtE: 1}
     pairs = [pair[small[type(op)]] for op, *pair in zip(compared.ops, sides, sides[1:]) if type(op) in small]  # noqa: B905
@@ -32,28 +32,28 @@ def holds_a_figure(compared: ast.Compare) -> bool:
 def limits_of(call: ast.Call) -> Iterator[object]:
     name = name_of(call)
     if name in ("timeout", "wait_for"):
-        yield from (each.value for each in call.args[-1:] if isinstance(each, ast.Constant))
+        yield from (argument.value for argument in call.args[-1:] if isinstance(argument, ast.Constant))
     if name in WAITS:
         yield from (
-            each.value.value
-            for each in call.keywords
-            if each.arg in ("seconds", "timeout") and isinstance(each.value, ast.Constant)
+            argument.value.value
+            for argument in call.keywords
+            if argument.arg in ("seconds", "timeout") and isinstance(argument.value, ast.Constant)
         )
 
 
 def hurries(code: str) -> list[int]:
-    """The lines that take the machine for a fast one."""
-    found = []
+    """Return the lines that depend on a fast machine."""
+    lines = []
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Assert) and any(
-            holds_a_figure(each) for each in ast.walk(node.test) if isinstance(each, ast.Compare)
+            holds_a_figure(comparison) for comparison in ast.walk(node.test) if isinstance(comparison, ast.Compare)
         ):
-            found.append(node.lineno)
+            lines.append(node.lineno)
         if isinstance(node, ast.Call) and any(
             isinstance(limit, int | float) and NOTHING_COMES <= limit < PATIENCE_SECONDS for limit in limits_of(node)
         ):
-            found.append(node.lineno)
-    return found
+            lines.append(node.lineno)
+    return lines
 
 
 @pytest.mark.parametrize(
@@ -70,10 +70,10 @@ def hurries(code: str) -> list[int]:
         ("gone(pids, seconds=PATIENCE_SECONDS)", False),
     ],
 )
-def test_what_hurries_is_told_from_what_does_not(code: str, hurried: bool) -> None:
+def test_check_detects_dependence_on_machine_speed(code: str, hurried: bool) -> None:
     assert bool(hurries(code)) == hurried
 
 
-def test_no_test_hurries() -> None:
-    found = {str(path.relative_to(TESTS)): hurries(path.read_text()) for path in TESTS.rglob("*.py")}
-    assert {name: lines for name, lines in found.items() if lines} == {}
+def test_no_test_depends_on_machine_speed() -> None:
+    lines_by_path = {str(path.relative_to(TESTS)): hurries(path.read_text()) for path in TESTS.rglob("*.py")}
+    assert {name: lines for name, lines in lines_by_path.items() if lines} == {}

@@ -1,4 +1,4 @@
-"""Commands of many requests share round trips, and each gets its own answer."""
+"""Commands of many requests share round trips, and each gets its own reply."""
 
 import asyncio
 from contextlib import nullcontext
@@ -14,28 +14,28 @@ from server.together import MOST_WAITING, TOGETHER, Together
 from tests.faults import Mode, Network
 
 
-async def test_each_gets_its_own_answer_and_a_mistake_is_nobody_elses(stack: Stack) -> None:
+async def test_each_command_gets_its_own_reply_or_error(stack: Stack) -> None:
     redis = redis_client(stack.valkey.url)
     pipelines = Pipelines(redis)
     try:
-        many = [pipelines.ask("ECHO", str(number)) for number in range(3 * TOGETHER)]
-        mistake = pipelines.ask("EVALSHA", "0" * 40, 0)
-        many.append(pipelines.ask("ECHO", "after"))
-        assert await asyncio.gather(*many) == [*(str(n).encode() for n in range(3 * TOGETHER)), b"after"]
+        replies = [pipelines.ask("ECHO", str(number)) for number in range(3 * TOGETHER)]
+        failing = pipelines.ask("EVALSHA", "0" * 40, 0)
+        replies.append(pipelines.ask("ECHO", "after"))
+        assert await asyncio.gather(*replies) == [*(str(n).encode() for n in range(3 * TOGETHER)), b"after"]
         with pytest.raises(ResponseError):
-            await mistake
+            await failing
     finally:
         await pipelines.close()
         await redis.aclose()
 
 
-async def test_who_gives_up_is_not_asked_for_and_hurts_nobody(stack: Stack) -> None:
+async def test_cancelled_command_is_not_sent_and_does_not_affect_others(stack: Stack) -> None:
     redis = redis_client(stack.valkey.url)
     pipelines = Pipelines(redis)
     try:
         await redis.delete("given-up")
-        one, other = pipelines.ask("INCR", "given-up"), pipelines.ask("ECHO", "x")
-        one.cancel()
+        cancelled, other = pipelines.ask("INCR", "given-up"), pipelines.ask("ECHO", "x")
+        cancelled.cancel()
         assert await other == b"x"
         assert await redis.get("given-up") is None
     finally:
@@ -43,7 +43,7 @@ async def test_who_gives_up_is_not_asked_for_and_hurts_nobody(stack: Stack) -> N
         await redis.aclose()
 
 
-async def test_one_requests_budget_is_not_that_of_the_others_in_its_round_trip(stack: Stack) -> None:
+async def test_deadline_of_one_request_does_not_apply_to_others_in_its_batch(stack: Stack) -> None:
     async with Network.to({"redis": stack.valkey.url}) as network:
         redis = redis_client(network.urls["redis"])
         pipelines = Pipelines(redis)
@@ -59,49 +59,49 @@ async def test_one_requests_budget_is_not_that_of_the_others_in_its_round_trip(s
         await redis.aclose()
 
 
-async def test_without_redis_all_are_told(unused_tcp_port: int) -> None:
+async def test_all_commands_fail_while_redis_is_unavailable(unused_tcp_port: int) -> None:
     redis = redis_client(f"redis://127.0.0.1:{unused_tcp_port}")
     pipelines = Pipelines(redis)
-    answers = await asyncio.gather(*(pipelines.ask("ECHO", "x") for _ in range(300)), return_exceptions=True)
-    assert all(isinstance(answer, RedisError | OSError) for answer in answers)
+    outcomes = await asyncio.gather(*(pipelines.ask("ECHO", "x") for _ in range(300)), return_exceptions=True)
+    assert all(isinstance(outcome, RedisError | OSError) for outcome in outcomes)
     await pipelines.close()
     await redis.aclose()
 
 
-async def test_who_hears_nothing_for_long_is_told_and_a_crowd_that_is_served_is_not() -> None:
+async def test_stalled_request_times_out_but_a_queue_that_moves_does_not() -> None:
     slow, mute = asyncio.Event(), asyncio.Event()
 
-    async def send(questions: list[str]) -> list[str]:
-        await (mute if "mute" in questions else slow).wait()
-        return questions
+    async def send(requests: list[str]) -> list[str]:
+        await (mute if "mute" in requests else slow).wait()
+        return requests
 
-    together: Together[str, str] = Together(lambda: nullcontext(send))
-    silent = together.ask("mute", seconds=10, silence=0.2)
+    batcher: Together[str, str] = Together(lambda: nullcontext(send))
+    stalled = batcher.ask("mute", seconds=10, silence=0.2)
     with pytest.raises(TimeoutError):
-        await silent
-    late = together.ask("mute", seconds=0.5)
+        await stalled
+    late = batcher.ask("mute", seconds=0.5)
     await asyncio.sleep(0.01)
-    patient = together.ask("slow", seconds=10, silence=0.4)
-    for _ in range(8):  # others are answered all the time
+    waiting = batcher.ask("slow", seconds=10, silence=0.4)
+    for _ in range(8):  # other requests get results all the time
         slow.set()
-        await together.ask("other", seconds=10, silence=0.4)
+        await batcher.ask("other", seconds=10, silence=0.4)
         await asyncio.sleep(0.1)
-    assert await patient == "slow"
+    assert await waiting == "slow"
     with pytest.raises(TimeoutError):
         await late
-    await together.close()
-    left = together.ask("mute", seconds=10)
-    await together.close()
-    assert left.cancelled()
+    await batcher.close()
+    pending = batcher.ask("mute", seconds=10)
+    await batcher.close()
+    assert pending.cancelled()
 
 
-async def test_more_than_can_wait_are_told_at_once() -> None:
-    async def send(questions: list[int]) -> list[int]:
-        return questions
+async def test_request_beyond_the_queue_limit_fails_at_once() -> None:
+    async def send(requests: list[int]) -> list[int]:
+        return requests
 
-    together: Together[int, int] = Together(lambda: nullcontext(send))
-    answers = [together.ask(number, seconds=600) for number in range(MOST_WAITING + 1)]
+    batcher: Together[int, int] = Together(lambda: nullcontext(send))
+    futures = [batcher.ask(number, seconds=600) for number in range(MOST_WAITING + 1)]
     with pytest.raises(TimeoutError):
-        await answers.pop()
-    assert await asyncio.gather(*answers) == list(range(MOST_WAITING))
-    await together.close()
+        await futures.pop()
+    assert await asyncio.gather(*futures) == list(range(MOST_WAITING))
+    await batcher.close()

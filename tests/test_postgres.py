@@ -1,4 +1,4 @@
-"""The pool: statements that share connections, lookups that share statements, each with its own answer."""
+"""The pool: statements share connections, lookups share statements, and each gets its own result."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -17,30 +17,30 @@ SUM = "SELECT asked, a + b AS sum FROM unnest($1::int[], $2::int[]) WITH ORDINAL
 
 @pytest.fixture
 async def db(database_url: str) -> AsyncIterator[Database]:
-    made = await postgres.connect(database_url)
-    yield made
-    await made.close()
+    database = await postgres.connect(database_url)
+    yield database
+    await database.close()
 
 
-async def test_each_key_gets_its_own_row_whatever_is_looked_up_beside_it(db: Database) -> None:
+async def test_each_lookup_of_a_batch_gets_its_own_row(db: Database) -> None:
     doubles = [db.find(DOUBLE, number) for number in range(300)]
     sums = [db.find(SUM, number, 1) for number in range(300)]
-    found = await asyncio.gather(*(each for pair in zip(doubles, sums, strict=True) for each in pair))
-    assert [row and row["twice"] for row in found[::2]] == [None, *range(2, 600, 2)]
-    assert [row and row["sum"] for row in found[1::2]] == list(range(1, 301))
+    rows = await asyncio.gather(*(lookup for pair in zip(doubles, sums, strict=True) for lookup in pair))
+    assert [row and row["twice"] for row in rows[::2]] == [None, *range(2, 600, 2)]
+    assert [row and row["sum"] for row in rows[1::2]] == list(range(1, 301))
 
 
-async def test_a_statement_that_fails_is_nobody_elses(db: Database) -> None:
-    asked = [db.fetchval("SELECT 12 / $1::int", number % 3) for number in range(6 * LANES)]
-    answers = await asyncio.gather(*asked, return_exceptions=True)
-    for number, answer in enumerate(answers):
+async def test_failed_statement_does_not_affect_others(db: Database) -> None:
+    statements = [db.fetchval("SELECT 12 / $1::int", number % 3) for number in range(6 * LANES)]
+    results = await asyncio.gather(*statements, return_exceptions=True)
+    for number, result in enumerate(results):
         if number % 3:
-            assert answer == 12 // (number % 3)
+            assert result == 12 // (number % 3)
         else:
-            assert isinstance(answer, asyncpg.DivisionByZeroError)
+            assert isinstance(result, asyncpg.DivisionByZeroError)
 
 
-async def test_statements_that_hang_leave_room_for_transactions_and_are_over_in_time(
+async def test_hanging_statements_time_out_and_leave_connections_for_transactions(
     db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(postgres, "STATEMENT_SECONDS", 0.5)
@@ -49,7 +49,7 @@ async def test_statements_that_hang_leave_room_for_transactions_and_are_over_in_
     assert await db.transact(lambda transaction: transaction.fetchval("SELECT 1")) == 1
     async with asyncio.timeout(PATIENCE_SECONDS):
         outcomes = await asyncio.gather(*hanging, return_exceptions=True)
-    assert all(isinstance(each, Unavailable) for each in outcomes)
+    assert all(isinstance(outcome, Unavailable) for outcome in outcomes)
     assert await db.fetchval("SELECT 1") == 1
 
 

@@ -1,4 +1,4 @@
-"""Rate limits: exact over all processes, told in the standard's headers, and never a reason to hang."""
+"""Rate limits: exact over all processes, shown in the standard headers, and never a reason to hang."""
 
 import asyncio
 import re
@@ -31,7 +31,7 @@ PROXY = {"trusted_proxies": (ip_network("127.0.0.1"), ip_network("10.0.0.0/8"))}
 
 
 def from_address(address: str) -> dict[str, str]:
-    """Headers that a proxy adds; every test has addresses of its own, for the store is shared."""
+    """Return the headers of a proxy; every test has its own addresses, because tests share the store."""
     return {"X-Forwarded-For": address}
 
 
@@ -44,51 +44,53 @@ async def wrong_login(actor: Actor, address: str) -> Answer:
     return await actor.post("/auth/login", body, headers=from_address(address))
 
 
-def shown(answer: Answer) -> tuple[str, int, int]:
-    """Budget, what is left of it, and the seconds until it is full again."""
-    name, left, seconds = re.fullmatch(r'"(\w+)";r=(\d+);t=(\d+)', answer.headers["RateLimit"]).groups()
+def shown(response: Answer) -> tuple[str, int, int]:
+    """Return the name of the quota, the remaining requests, and the seconds until its reset."""
+    name, left, seconds = re.fullmatch(r'"(\w+)";r=(\d+);t=(\d+)', response.headers["RateLimit"]).groups()
     return name, int(left), int(seconds)
 
 
-async def test_of_300_requests_at_once_at_a_limit_of_10_exactly_10_pass(
+async def test_limit_of_10_allows_exactly_10_of_300_concurrent_requests(
     make_server: MakeServer, http: aiohttp.ClientSession
 ) -> None:
     servers = [await make_server(rate_limit_auth=TEN, **PROXY) for _ in range(2)]
-    actors = [Actor(http, base, "Nobody") for base in servers]
+    actors = [Actor(http, base, "Anonymous") for base in servers]
     address = fresh_address()
-    answers = await asyncio.gather(*(wrong_login(actors[n % 2], address) for n in range(300)))
-    assert Counter(answer.status for answer in answers) == {401: 10, 429: 290}
-    assert {answer.code for answer in answers if answer.status == 429} == {"rate_limited"}
+    responses = await asyncio.gather(*(wrong_login(actors[n % 2], address) for n in range(300)))
+    assert Counter(response.status for response in responses) == {401: 10, 429: 290}
+    assert {response.code for response in responses if response.status == 429} == {"rate_limited"}
 
 
-async def test_the_headers_say_what_is_left_and_when_to_come_back(
+async def test_headers_show_the_remaining_quota_and_its_reset(
     make_server: MakeServer, http: aiohttp.ClientSession
 ) -> None:
-    actor = Actor(http, await make_server(rate_limit_auth=TEN, **PROXY), "Nobody")
-    address, began = fresh_address(), time.monotonic()
+    actor = Actor(http, await make_server(rate_limit_auth=TEN, **PROXY), "Anonymous")
+    address, started = fresh_address(), time.monotonic()
     for left in (*range(9, -1, -1), 0):
-        answer = await wrong_login(actor, address)
-        assert answer.headers["RateLimit-Policy"] == '"auth";q=10;w=900'
-        name, remaining, seconds = shown(answer)
+        response = await wrong_login(actor, address)
+        assert response.headers["RateLimit-Policy"] == '"auth";q=10;w=900'
+        name, remaining, seconds = shown(response)
         assert (name, remaining) == ("auth", left)
-        assert WINDOW - (time.monotonic() - began) - 1 <= seconds <= WINDOW
-    assert answer.status == 429
-    assert answer.headers["Retry-After"] == str(seconds)
-    assert answer.body.keys() >= {"title", "detail", "status", "requestId"}
+        assert WINDOW - (time.monotonic() - started) - 1 <= seconds <= WINDOW
+    assert response.status == 429
+    assert response.headers["Retry-After"] == str(seconds)
+    assert response.body.keys() >= {"title", "detail", "status", "requestId"}
 
 
-async def test_who_comes_back_when_told_to_is_let_in(make_server: MakeServer, http: aiohttp.ClientSession) -> None:
-    actor = Actor(http, await make_server(rate_limit_auth=limits.parse("1/6seconds"), **PROXY), "Nobody")
+async def test_client_that_waits_for_retry_after_is_allowed(
+    make_server: MakeServer, http: aiohttp.ClientSession
+) -> None:
+    actor = Actor(http, await make_server(rate_limit_auth=limits.parse("1/6seconds"), **PROXY), "Anonymous")
     address = fresh_address()
     assert (await wrong_login(actor, address)).status == 401
-    await asyncio.sleep(0.6)  # a rounded clock would say five seconds, and 5.4 are left
-    refused = await wrong_login(actor, address)
-    assert refused.status == 429
-    await asyncio.sleep(int(refused.headers["Retry-After"]))
+    await asyncio.sleep(0.6)  # a rounded clock would return 5 seconds, while 5.4 are left
+    rejected = await wrong_login(actor, address)
+    assert rejected.status == 429
+    await asyncio.sleep(int(rejected.headers["Retry-After"]))
     assert (await wrong_login(actor, address)).status == 401
 
 
-async def test_register_login_refresh_and_password_share_one_budget(
+async def test_register_login_refresh_and_password_share_one_quota(
     make_server: MakeServer, http: aiohttp.ClientSession
 ) -> None:
     actor = Actor(http, await make_server(rate_limit_auth=TEN, rate_limit_default=TEN, **PROXY), "Ada")
@@ -98,72 +100,74 @@ async def test_register_login_refresh_and_password_share_one_budget(
         ("/auth/login", {"email": actor.email, "password": PASSWORD}),
         ("/auth/refresh", {"refreshToken": "unknown"}),
         ("/auth/password", {"currentPassword": "Wrong12345", "newPassword": PASSWORD}),
-        ("/auth/register", {}),  # also what is refused for its body
+        ("/auth/register", {}),  # requests with an invalid body count, too
     ]
     for spent, (path, body) in enumerate(calls, 1):
-        answer = await actor.post(path, body, headers=headers)
-        assert shown(answer)[:2] == ("auth", 10 - spent), path
-        actor.access_token = actor.access_token or answer["accessToken"]
+        response = await actor.post(path, body, headers=headers)
+        assert shown(response)[:2] == ("auth", 10 - spent), path
+        actor.access_token = actor.access_token or response["accessToken"]
     other = await actor.get("/auth/profile", headers=headers)
     assert shown(other)[:2] == ("default", 9)
 
 
-async def test_signed_in_users_have_budgets_of_their_own(make_server: MakeServer, make_actor: MakeActor) -> None:
+async def test_signed_in_users_have_their_own_quotas(make_server: MakeServer, make_actor: MakeActor) -> None:
     base = await make_server(rate_limit_default=limits.parse("3/15minutes"))
     ada, bob = await make_actor("Ada", base), await make_actor("Bob", base)
     assert [(await ada.get("/auth/profile")).status for _ in range(4)] == [200, 200, 200, 429]
     assert (await bob.get("/auth/profile")).status == 200
-    assert (await ada.at(base).get("/projects")).status == 429  # one budget for all other endpoints
+    assert (await ada.at(base).get("/projects")).status == 429  # one quota for all other endpoints
     assert (await ada.get("/health")).status == 200
     assert "RateLimit" not in (await ada.get("/health")).headers
 
 
-async def test_the_anonymous_have_a_budget_by_address(make_server: MakeServer, http: aiohttp.ClientSession) -> None:
-    actor = Actor(http, await make_server(rate_limit_default=limits.parse("3/15minutes"), **PROXY), "Nobody")
+async def test_anonymous_requests_share_the_quota_of_their_address(
+    make_server: MakeServer, http: aiohttp.ClientSession
+) -> None:
+    actor = Actor(http, await make_server(rate_limit_default=limits.parse("3/15minutes"), **PROXY), "Anonymous")
     for token in ("", "forged"):
         actor.access_token, headers = token, from_address(fresh_address())
-        answers = [await actor.get("/auth/profile", headers=headers) for _ in range(4)]
-        assert [answer.status for answer in answers] == [401, 401, 401, 429]
-        assert [shown(answer)[1] for answer in answers] == [2, 1, 0, 0]
+        responses = [await actor.get("/auth/profile", headers=headers) for _ in range(4)]
+        assert [response.status for response in responses] == [401, 401, 401, 429]
+        assert [shown(response)[1] for response in responses] == [2, 1, 0, 0]
 
 
-async def test_who_holds_the_token_of_an_ended_session_does_not_spend_its_users_budget(
+async def test_token_of_an_ended_session_does_not_consume_the_quota_of_its_user(
     make_server: MakeServer, make_actor: MakeActor
 ) -> None:
     base = await make_server(rate_limit_default=limits.parse("5/15minutes"), **PROXY)
     ada = await make_actor("Ada", base)
     thief = ada.at(base)
     await ada.log_in()
-    assert (await thief.post("/auth/logout")).status == 204  # one of Ada's five
+    assert (await thief.post("/auth/logout")).status == 204  # one of Ada's five requests
     headers = from_address(fresh_address())
-    answers = [await thief.get("/auth/profile", headers=headers) for _ in range(6)]
-    assert [answer.status for answer in answers] == [401] * 5 + [429]
+    responses = [await thief.get("/auth/profile", headers=headers) for _ in range(6)]
+    assert [response.status for response in responses] == [401] * 5 + [429]
     assert shown(await ada.get("/auth/profile"))[1] == 3
 
 
-async def test_a_forwarded_address_is_believed_from_trusted_proxies_only(
+async def test_forwarded_address_counts_from_trusted_proxies_only(
     make_server: MakeServer, http: aiohttp.ClientSession
 ) -> None:
     two = limits.parse("2/15minutes")
-    trusting = Actor(http, await make_server(rate_limit_auth=two, **PROXY), "Nobody")
+    trusting = Actor(http, await make_server(rate_limit_auth=two, **PROXY), "Anonymous")
     address = fresh_address()
-    forged = f"1.2.3.4, {address}, 10.1.2.3"  # client's own words, the real client, an inner proxy
+    forged = f"1.2.3.4, {address}, 10.1.2.3"  # set by the client, the real client, an inner proxy
     assert shown(await wrong_login(trusting, address))[1] == 1
     assert shown(await wrong_login(trusting, forged))[1] == 0
     assert (await wrong_login(trusting, f"9.9.9.9, {address}")).status == 429
     assert (await wrong_login(trusting, fresh_address())).status == 401
 
-    # One limit for this test alone: nobody else uses such a window from 127.0.0.1.
+    # A limit of this test only: no other test uses this window from 127.0.0.1.
     odd = limits.parse("2/17minutes")
-    wary = Actor(http, await make_server(rate_limit_auth=odd), "Nobody")
+    wary = Actor(http, await make_server(rate_limit_auth=odd), "Anonymous")
     assert [(await wrong_login(wary, fresh_address())).status for _ in range(3)] == [401, 401, 429]
 
 
 @pytest.mark.parametrize("mapped", ["::ffff:192.0.2.1", "::FFFF:c000:201"])
-def test_an_ipv4_address_that_is_written_as_ipv6_is_itself(mapped: str) -> None:
+def test_ipv4_mapped_ipv6_address_equals_its_ipv4_address(mapped: str) -> None:
     def seen(peer: str, forwarded: str, *trusted: str) -> str:
         request = make_mocked_request("GET", "/", headers={"X-Forwarded-For": forwarded} if forwarded else {})
-        return ClientAddresses([ip_network(each) for each in trusted]).of(request.clone(remote=peer))
+        return ClientAddresses([ip_network(network) for network in trusted]).of(request.clone(remote=peer))
 
     assert seen(mapped, "") == "192.0.2.1"
     assert seen(mapped, "192.0.2.9", "192.0.2.1") == "192.0.2.9"
@@ -184,21 +188,21 @@ def fallbacks() -> float:
         ("fe80::1%eth0", "fe80::1%eth0", True),
     ],
 )
-def test_of_ipv6_the_network_pays(one: str, other: str, same: bool) -> None:
+def test_ipv6_addresses_of_one_network_share_a_quota(one: str, other: str, same: bool) -> None:
     assert (limit_key("auth", client=one) == limit_key("auth", client=other)) is same
 
 
-async def test_while_redis_is_away_each_process_counts_for_itself(unused_tcp_port: int) -> None:
+async def test_each_process_counts_locally_while_redis_is_unavailable(unused_tcp_port: int) -> None:
     redis = redis_client(f"redis://127.0.0.1:{unused_tcp_port}")
     pipelines = Pipelines(redis)
     limiter = RateLimiter(pipelines, rates={"auth": TEN})
-    before, began = fallbacks(), time.monotonic()
+    before, started = fallbacks(), time.monotonic()
     try:
-        budgets = [await limiter.hit("auth", "somebody") for _ in range(12)]
-        assert [budget.passed for budget in budgets if budget] == [True] * 10 + [False] * 2
-        assert [budget.remaining for budget in budgets if budget] == [*range(9, -1, -1), 0, 0]
-        least = WINDOW - 1 - (time.monotonic() - began)
-        assert all(least <= budget.reset <= WINDOW for budget in budgets if budget)
+        quotas = [await limiter.hit("auth", "client") for _ in range(12)]
+        assert [quota.passed for quota in quotas if quota] == [True] * 10 + [False] * 2
+        assert [quota.remaining for quota in quotas if quota] == [*range(9, -1, -1), 0, 0]
+        least = WINDOW - 1 - (time.monotonic() - started)
+        assert all(least <= quota.reset <= WINDOW for quota in quotas if quota)
         assert fallbacks() == before + 12
     finally:
         await pipelines.close()
@@ -206,7 +210,7 @@ async def test_while_redis_is_away_each_process_counts_for_itself(unused_tcp_por
 
 
 @pytest.mark.parametrize("away", [False, True])
-async def test_what_is_given_back_can_be_taken_again_and_no_more(
+async def test_refunded_hits_and_no_more_can_be_consumed_again(
     away: bool, settings: Settings, unused_tcp_port: int
 ) -> None:
     redis = redis_client(f"redis://127.0.0.1:{unused_tcp_port}" if away else settings.redis_url)
@@ -217,14 +221,14 @@ async def test_what_is_given_back_can_be_taken_again_and_no_more(
         return sum([quota.passed for _ in range(times) if (quota := await limiter.hit("auth", key))])
 
     try:
-        await limiter.give_back("auth", key)  # nothing was taken yet
+        await limiter.give_back("auth", key)  # there is no hit yet
         assert await passing(15) == 10
         for _ in range(3):
             await limiter.give_back("auth", key)
-        assert await passing(15) == 3  # those that were refused have not counted
-        with pytest.raises(QuotaExceeded) as refused:
+        assert await passing(15) == 3  # rejected hits have not counted
+        with pytest.raises(QuotaExceeded) as exceeded:
             await limiter.take("auth", key)
-        assert refused.value.retry_after == refused.value.quota.reset > WINDOW - 60
+        assert exceeded.value.retry_after == exceeded.value.quota.reset > WINDOW - 60
         assert await limiter.take("off", key) is None
         await limiter.give_back("off", key)
     finally:
@@ -232,22 +236,22 @@ async def test_what_is_given_back_can_be_taken_again_and_no_more(
         await redis.aclose()
 
 
-async def test_a_server_whose_redis_is_gone_counts_for_itself_and_then_with_the_others_again(
+async def test_server_counts_locally_during_a_redis_outage_and_globally_afterwards(
     make_server: MakeServer, http: aiohttp.ClientSession, quiet: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ratelimit, "LOCAL_SECONDS", 1.0)
     async with Network.to({"redis_url": quiet["redis_url"]}) as network:
         limited: dict[str, Any] = {"rate_limit_auth": TEN, **PROXY}
         here, there = [
-            Actor(http, await make_server(**urls, **limited), "Nobody") for urls in (quiet | network.urls, quiet)
+            Actor(http, await make_server(**urls, **limited), "Anonymous") for urls in (quiet | network.urls, quiet)
         ]
         address = fresh_address()
         assert [shown(await wrong_login(actor, address))[1] for actor in (here, there)] == [9, 8]
         await network.stores["redis_url"].turn(Mode.STOPPED)
         address = fresh_address()
-        answers = await asyncio.gather(*(wrong_login(here, address) for _ in range(40)))
-        assert Counter(answer.status for answer in answers) == {401: 10, 429: 30}
-        assert shown(await wrong_login(there, address))[1] == 9  # it knows nothing of these
+        responses = await asyncio.gather(*(wrong_login(here, address) for _ in range(40)))
+        assert Counter(response.status for response in responses) == {401: 10, 429: 30}
+        assert shown(await wrong_login(there, address))[1] == 9  # the other server does not see these hits
         await network.stores["redis_url"].turn(Mode.PASS)
         async with asyncio.timeout(PATIENCE_SECONDS):
             while (await wrong_login(here, address)).status == 429:
@@ -256,7 +260,7 @@ async def test_a_server_whose_redis_is_gone_counts_for_itself_and_then_with_the_
 
 
 @pytest.mark.hurried("redis_url")
-async def test_a_redis_that_does_not_answer_is_waited_for_once_by_all(
+async def test_concurrent_requests_wait_only_once_for_a_hanging_redis(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ratelimit, "LOCAL_SECONDS", 600.0)
@@ -270,31 +274,33 @@ async def test_a_redis_that_does_not_answer_is_waited_for_once_by_all(
     pipelines = Pipelines(redis)
     limiter = RateLimiter(pipelines, rates={"auth": TEN})
     try:
-        budgets = await asyncio.gather(*(limiter.hit("auth", "somebody") for _ in range(300)))
-        assert sum(budget.passed for budget in budgets if budget) == 10
-        monkeypatch.setattr(pipelines, "ask", None)  # it is left alone now
-        assert await limiter.hit("auth", "somebody")
+        quotas = await asyncio.gather(*(limiter.hit("auth", "client") for _ in range(300)))
+        assert sum(quota.passed for quota in quotas if quota) == 10
+        monkeypatch.setattr(pipelines, "ask", None)  # the limiter does not try Redis now
+        assert await limiter.hit("auth", "client")
     finally:
         await pipelines.close()
         await redis.aclose()
         silent.close()
 
 
-async def test_a_limit_that_is_off_counts_nothing(make_server: MakeServer, http: aiohttp.ClientSession) -> None:
-    answer = await wrong_login(Actor(http, await make_server(), "Nobody"), fresh_address())
-    assert "RateLimit" not in answer.headers
+async def test_disabled_limit_counts_nothing(make_server: MakeServer, http: aiohttp.ClientSession) -> None:
+    response = await wrong_login(Actor(http, await make_server(), "Anonymous"), fresh_address())
+    assert "RateLimit" not in response.headers
 
 
 @pytest.mark.parametrize("status", [401, 404, 405, 422])
-async def test_refusals_carry_the_headers_too(status: int, make_server: MakeServer, make_actor: MakeActor) -> None:
+async def test_error_responses_carry_the_rate_limit_headers(
+    status: int, make_server: MakeServer, make_actor: MakeActor
+) -> None:
     base = await make_server(rate_limit_default=limits.parse("100/15minutes"))
     alice = await make_actor("Alice", base)
-    answers = {
-        401: lambda: Actor(alice.http, base, "Nobody").get("/auth/profile"),
+    responses = {
+        401: lambda: Actor(alice.http, base, "Anonymous").get("/auth/profile"),
         404: lambda: alice.get("/projects/no-id"),
         405: lambda: alice.put("/auth/profile", {}),
         422: lambda: alice.patch("/auth/profile", {"name": 1}),
     }
-    answer = await answers[status]()
-    assert answer.status == status
-    assert ("RateLimit" in answer.headers) == (status != 405)  # no endpoint, no limit
+    response = await responses[status]()
+    assert response.status == status
+    assert ("RateLimit" in response.headers) == (status != 405)  # no endpoint, no limit

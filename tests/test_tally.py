@@ -1,4 +1,4 @@
-"""What processes of a supervisor count together: nothing is lost with a process, and nothing piles up."""
+"""Metrics of the processes of a supervisor: no count is lost with a process, and no files pile up."""
 
 import os
 import subprocess
@@ -19,16 +19,16 @@ sys.stdin.read()
 """
 
 
-def counted(folder: str, name: str) -> float:
-    with tally.read(folder) as registry:
+def counted(directory: str, name: str) -> float:
+    with tally.read(directory) as registry:
         samples = [sample for family in registry.collect() for sample in family.samples if sample.name == name]
     return sum(sample.value for sample in samples)
 
 
-def one_that_counts(folder: str) -> "subprocess.Popen[bytes]":
+def one_that_counts(directory: str) -> "subprocess.Popen[bytes]":
     process = subprocess.Popen(
         [sys.executable, "-c", COUNTS],
-        env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": folder},
+        env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": directory},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -37,28 +37,28 @@ def one_that_counts(folder: str) -> "subprocess.Popen[bytes]":
     return process
 
 
-def test_what_the_dead_counted_stays_in_one_file_however_many_they_are() -> None:
+def test_counts_of_dead_processes_stay_in_one_file() -> None:
     sizes = []
-    with tally.folder() as folder:
+    with tally.folder() as directory:
         for dead in range(1, 4):
-            with one_that_counts(folder) as process:
-                assert counted(folder, "documents_loaded_total") == 3 * dead
-                assert counted(folder, "websocket_connections") == 5
+            with one_that_counts(directory) as process:
+                assert counted(directory, "documents_loaded_total") == 3 * dead
+                assert counted(directory, "websocket_connections") == 5
                 process.kill()
-            tally.bury(folder, process.pid)
-            assert counted(folder, "documents_loaded_total") == 3 * dead
-            assert counted(folder, "document_commit_seconds_count") == dead
-            assert counted(folder, "websocket_connections") == 0
-            sizes.append(len(list(Path(folder).iterdir())))
+            tally.bury(directory, process.pid)
+            assert counted(directory, "documents_loaded_total") == 3 * dead
+            assert counted(directory, "document_commit_seconds_count") == dead
+            assert counted(directory, "websocket_connections") == 0
+            sizes.append(len(list(Path(directory).iterdir())))
     assert len(set(sizes)) == 1
-    assert not Path(folder).exists()
+    assert not Path(directory).exists()
 
 
 KEEPS = "from server import tally\nwith tally.folder() as made:\n    print(made, flush=True)\n    input()"
 
 
-def test_the_folder_of_a_killed_supervisor_is_removed_at_the_next_start_and_that_of_a_living_one_is_not() -> None:
-    made = []
+def test_directory_of_a_killed_supervisor_is_removed_at_the_next_start_but_one_in_use_is_not() -> None:
+    directories = []
     owners = []
     for _ in range(2):
         owner = subprocess.Popen(
@@ -66,13 +66,13 @@ def test_the_folder_of_a_killed_supervisor_is_removed_at_the_next_start_and_that
         )
         owners.append(owner)
         assert owner.stdout
-        made.append(Path(owner.stdout.readline().strip()))
-    killed, living = owners
+        directories.append(Path(owner.stdout.readline().strip()))
+    killed, running = owners
     killed.kill()
     killed.communicate()
-    for folder in made:
-        os.utime(folder, (time.time() - 3600,) * 2)
+    for directory in directories:
+        os.utime(directory, (time.time() - 3600,) * 2)
     with tally.folder():
-        assert [folder.exists() for folder in made] == [False, True]
-    living.communicate("\n")
-    assert not made[1].exists()
+        assert [directory.exists() for directory in directories] == [False, True]
+    running.communicate("\n")
+    assert not directories[1].exists()

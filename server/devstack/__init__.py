@@ -1,5 +1,5 @@
-"""Real stores out of pip wheels, for development and tests: PostgreSQL, Valkey and a MongoDB-compatible server.
+"""Real stores from pip wheels, for development and tests: PostgreSQL, Valkey and a MongoDB-compatible server.
 
-Started as child processes on loopback ports under one data directory; never part of a deployment. Nothing of
-the product knows that they are embedded: it gets their addresses.
+The stores run as child processes on loopback ports, under one data directory. Servers and workers get their URLs and
+secrets as environment variables, and never know that the stores are embedded; no deployment uses this package.
 """

@@ -1,4 +1,4 @@
-"""SecantusDB, which speaks MongoDB's protocol: a program beside ours, never imported (GPL-2.0)."""
+"""SecantusDB, which implements MongoDB's protocol: it runs as its own process and is never imported (GPL-2.0)."""
 
 from typing import Any
 
@@ -11,37 +11,37 @@ from server.devstack.stores import DATABASE, HOST, Place, Store, script
 OPTIONS = (
     *("--log-level", "WARNING"),
     *("--cache-size", "256M"),
-    # Without it a killed server loses the last writes that it acknowledged (23 of 2,512); the price is a fifth.
+    # Without it a killed server loses its last acknowledged writes (23 of 2,512); it costs a fifth of the throughput.
     "--sync-on-commit",
 )
 
 
 class Mongo(Store):
-    """A stand-in for MongoDB 7/8."""
+    """A server in place of MongoDB 7/8."""
 
     name = "MongoDB stand-in"
 
-    def __init__(self, place: Place) -> None:
-        self._data = place.folder / "mongo"
-        self._file = place.folder / "mongo.toml"
-        self.url = f"mongodb://{HOST}:{place.port}/{DATABASE}?directConnection=true"
+    def __init__(self, config: Place) -> None:
+        self._data = config.folder / "mongo"
+        self._file = config.folder / "mongo.toml"
+        self.url = f"mongodb://{HOST}:{config.port}/{DATABASE}?directConnection=true"
         self.child = Child(
             self.name,
             [
                 str(script("secantusd-py")),
                 *("--config", str(self._file)),
                 *("--host", HOST),
-                *("--port", str(place.port)),
+                *("--port", str(config.port)),
                 *("--storage-path", str(self._data)),
                 *OPTIONS,
             ],
-            log=place.log("mongo"),
-            lock=place.lock("mongo"),
+            log=config.log("mongo"),
+            lock=config.lock("mongo"),
         )
 
     def prepare(self) -> None:
         self._data.mkdir(mode=0o700, exist_ok=True)
-        self._file.touch()  # empty: else it takes the settings that it finds in the home directory or in /etc
+        self._file.touch()  # an empty file: else it reads settings from the home directory or from /etc
 
     def answers(self) -> bool:
         try:

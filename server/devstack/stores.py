@@ -1,4 +1,4 @@
-"""What the three stores have in common."""
+"""The base of the three embedded stores."""
 
 import importlib.util
 import shlex
@@ -16,7 +16,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a store lives: under ``folder`` (the data directory), at ``port``; ``say`` tells the user."""
+    """The data directory and the port of a store; ``print_status`` shows messages to the user."""
 
     folder: Path
     port: int
@@ -30,25 +30,33 @@ class Place:
 
 
 class Store:
-    """One server. ``start``, ``restart`` and ``begin`` belong to the main thread, see ``Child``."""
+    """A store server. Call ``start``, ``restart`` and ``launch`` in the main thread, see ``Child``."""
 
     name: str
     url: str
     child: Child
 
     def begin(self) -> None:
-        """Start it without waiting; StackError where that is impossible."""
+        """Start the process without waiting until it is ready.
+
+        Raises:
+            StackError: it cannot be started.
+        """
         self.child.start(self.prepare)
 
     def prepare(self) -> None:
-        """Whatever must be there before it starts; no process of an earlier life is left by then."""
+        """Create the files that the store needs; it runs before each start, after the processes of earlier runs."""
 
     def answers(self) -> bool:
-        """Whether it can be used by now."""
+        """Return whether the store accepts commands."""
         raise NotImplementedError
 
     def wait_ready(self) -> None:
-        """Raises StackError where it is not ready in time."""
+        """Wait until the store is ready.
+
+        Raises:
+            StackError: it is not ready in time.
+        """
         self.child.wait_until(self.answers)
 
     def start(self) -> None:
@@ -59,11 +67,11 @@ class Store:
         self.child.stop()
 
     def kill(self) -> None:
-        """SIGKILL, at once."""
+        """Send SIGKILL."""
         self.child.kill()
 
     def restart(self) -> None:
-        """Stop it where it still runs, then start it at the same address."""
+        """Stop the store if it runs, then start it at the same address."""
         self.stop()
         self.start()
 
@@ -77,7 +85,7 @@ class Store:
 
 
 def package(name: str) -> Path:
-    """The folder of an installed package, which is not imported: to import one of these starts things.
+    """Return the directory of an installed package without importing it: an import would have side effects.
 
     Raises:
         StackError: it is not installed.
@@ -89,7 +97,7 @@ def package(name: str) -> Path:
 
 
 def script(name: str) -> Path:
-    """A program that pip put beside our Python.
+    """Return the path of a program that pip installed next to this Python.
 
     Raises:
         StackError: it is not installed.

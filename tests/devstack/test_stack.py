@@ -1,4 +1,4 @@
-"""The embedded stores keep what they acknowledged, their addresses and their hands off what is not theirs."""
+"""The embedded stores keep acknowledged writes and their addresses, and change nothing outside their directory."""
 
 import contextlib
 import os
@@ -30,8 +30,8 @@ Insert = Callable[[int], None]
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
-    """Open to other users, as PostgreSQL may be one; with a space, as a user's may have one."""
+def directory() -> Iterator[Path]:
+    """A directory that other users can open, since PostgreSQL may run as one; with a space in its name."""
     with tempfile.TemporaryDirectory(prefix="a stack ", ignore_cleanup_errors=True) as path:
         yield Path(path)
 
@@ -76,7 +76,7 @@ def numbers_in(stack: Stack, name: str) -> set[int]:
                 return {int(n) for n in client.smembers("numbers")}
         case _:
             with pymongo.MongoClient(stack.mongo.url, serverSelectionTimeoutMS=2000) as client:
-                return {each["n"] for each in client.get_default_database().numbers.find()}
+                return {row["n"] for row in client.get_default_database().numbers.find()}
 
 
 def write_until_it_fails(writing: contextlib.AbstractContextManager[Insert], acknowledged: list[int]) -> None:
@@ -86,21 +86,21 @@ def write_until_it_fails(writing: contextlib.AbstractContextManager[Insert], ack
             acknowledged.append(n)
 
 
-def test_killed_stores_come_back_where_they_were_with_all_they_acknowledged(own_stack: Stack) -> None:
+def test_killed_stores_restart_at_their_addresses_with_all_acknowledged_writes(own_stack: Stack) -> None:
     before = own_stack.urls, {store.pid for store in own_stack.stores}
     acknowledged: dict[str, list[int]] = {name: [] for name in WRITERS}
     writers = [
         threading.Thread(target=write_until_it_fails, args=(WRITERS[name](own_stack), written))
         for name, written in acknowledged.items()
     ]
-    for each in writers:
-        each.start()
+    for writer in writers:
+        writer.start()
     while any(len(written) <= 10 for written in acknowledged.values()):
         time.sleep(0.05)
-    own_stack.kill()  # in the middle of the writing
+    own_stack.kill()  # while the writers write
     assert [(store.alive, store.pid, store.answers()) for store in own_stack.stores] == [(False, None, False)] * 3
-    for each in writers:
-        each.join(timeout=PATIENCE_SECONDS)
+    for writer in writers:
+        writer.join(timeout=PATIENCE_SECONDS)
     for store in own_stack.stores:
         store.start()
     assert own_stack.urls == before[0]
@@ -117,21 +117,21 @@ def test_a_store_restarts_at_its_address(stack: Stack) -> None:
     assert stack.valkey.answers()
 
 
-def test_a_stack_keeps_its_addresses_and_secrets_and_only_a_taken_port_changes(folder: Path) -> None:
-    with Stack(folder / "data") as first:
+def test_a_stack_keeps_its_addresses_and_secrets_and_only_a_taken_port_changes(directory: Path) -> None:
+    with Stack(directory / "data") as first:
         before = first.environment
         first.mongo.kill()
-    with Stack(folder / "data") as second:
+    with Stack(directory / "data") as second:
         assert second.environment == before
         second.mongo.kill()
     port = int(before["REDIS_URL"].rpartition(":")[2].removesuffix("/0"))
-    with socket.create_server(("127.0.0.1", port)), Stack(folder / "data") as third:
+    with socket.create_server(("127.0.0.1", port)), Stack(directory / "data") as third:
         changed = {name for name, value in third.environment.items() if value != before[name]}
         assert changed == {"REDIS_URL"}
         third.mongo.kill()
 
 
-def test_the_folder_is_passable_and_everything_in_it_private(stack: Stack) -> None:
+def test_data_directory_is_traversable_and_its_content_private(stack: Stack) -> None:
     stack.write_env(host="127.0.0.1", port=3000)
     assert mode(stack.data_dir) == 0o711
     assert {path.name: oct(mode(path)) for path in stack.data_dir.iterdir() if mode(path) & 0o077} == {
@@ -140,7 +140,7 @@ def test_the_folder_is_passable_and_everything_in_it_private(stack: Stack) -> No
     assert mode(stack.data_dir / "stack.env") == 0o600
 
 
-def test_stack_env_is_readable_by_a_shell_and_by_us(stack: Stack) -> None:
+def test_stack_env_is_readable_by_a_shell_and_by_read_env(stack: Stack) -> None:
     path = stack.write_env(host="127.0.0.1", port=3456)
     shell = subprocess.run(
         ["sh", "-c", 'set -a; . "$0"; env', str(path)], env={}, capture_output=True, text=True, check=True
@@ -151,29 +151,29 @@ def test_stack_env_is_readable_by_a_shell_and_by_us(stack: Stack) -> None:
     assert read_env(path) == expected
 
 
-def test_a_second_stack_in_the_same_folder_is_refused(stack: Stack) -> None:
+def test_second_stack_in_the_same_directory_is_rejected(stack: Stack) -> None:
     with pytest.raises(StackError, match=f"^DATA_DIR {stack.data_dir} is in use by another `run.py dev`$"):
         Stack(stack.data_dir).__enter__()
     assert all(store.answers() for store in stack.stores)
 
 
 @pytest.mark.parametrize("below", ["file", "file/data"])
-def test_a_folder_that_cannot_be_written_is_named(folder: Path, below: str) -> None:
-    (folder / "file").touch()
+def test_data_directory_that_cannot_be_written_is_named(directory: Path, below: str) -> None:
+    (directory / "file").touch()
     with pytest.raises(StackError) as caught:
-        Stack(folder / below).__enter__()
-    assert str(caught.value).startswith(f"DATA_DIR {folder / below} cannot be written: ")
+        Stack(directory / below).__enter__()
+    assert str(caught.value).startswith(f"DATA_DIR {directory / below} cannot be written: ")
     assert "\n" not in str(caught.value)
 
 
-def test_a_damaged_record_of_the_passwords_is_named(folder: Path) -> None:
-    (folder / "stack.json").write_text("{")
+def test_a_damaged_record_of_the_passwords_is_named(directory: Path) -> None:
+    (directory / "stack.json").write_text("{")
     with pytest.raises(StackError, match=r"stack\.json is damaged"):
-        Stack(folder).__enter__()
+        Stack(directory).__enter__()
 
 
-def test_a_folder_that_somebody_else_made_keeps_its_mode_and_an_interrupted_initdb_is_forgotten(folder: Path) -> None:
-    data = folder / "data"
+def test_existing_directory_keeps_its_mode_and_an_interrupted_initdb_is_discarded(directory: Path) -> None:
+    data = directory / "data"
     half = data / "postgres.new"
     half.mkdir(parents=True)
     data.chmod(0o755)
@@ -196,24 +196,24 @@ with Stack(Path(sys.argv[1])) as stack:
 """
 
 
-def hold(folder: Path) -> tuple["subprocess.Popen[str]", list[int], list[str]]:
-    """A process with a stack of its own: it, its stores' process numbers and addresses."""
+def hold(directory: Path) -> tuple["subprocess.Popen[str]", list[int], list[str]]:
+    """Start a process with its own stack; return it with the process ids and URLs of its stores."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder)], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=-1, text=True
+        [sys.executable, "-c", HOLD, str(directory)], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=-1, text=True
     )
     assert process.stdout
     words = process.stdout.readline().split()
     return process, [int(pid) for pid in words[:3]], words[3:]
 
 
-def test_stores_die_with_their_parent_and_the_next_stack_waits_for_their_end(folder: Path) -> None:
-    first, old, urls = hold(folder / "data")
-    os.kill(old[0], signal.SIGSTOP)  # PostgreSQL takes its time, its port still in its hands
+def test_stores_end_with_their_parent_and_the_next_stack_waits_for_them(directory: Path) -> None:
+    first, old, urls = hold(directory / "data")
+    os.kill(old[0], signal.SIGSTOP)  # PostgreSQL is slow to stop and still has its port
     thaw = threading.Timer(1, os.kill, (old[0], signal.SIGCONT))
     first.kill()
     first.communicate()
     thaw.start()
-    with Stack(folder / "data") as second:
+    with Stack(directory / "data") as second:
         assert gone(old)
         assert list(second.urls.values()) == urls
         second.mongo.kill()
@@ -238,18 +238,18 @@ def test_a_taken_port_is_named() -> None:
             check_address("127.0.0.1", port)
 
 
-def test_an_address_that_is_not_ours_is_named() -> None:
+def test_address_of_another_machine_is_named() -> None:
     with pytest.raises(StackError, match=r"^Cannot listen on 192\.0\.2\.1:3000: "):
         check_address("192.0.2.1", 3000)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root runs PostgreSQL as somebody else")
-def test_of_the_directories_above_only_what_must_be_passed_is_opened_and_said(tmp_path: Path) -> None:
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root runs PostgreSQL as another user")
+def test_only_closed_parent_directories_are_made_traversable_and_reported(tmp_path: Path) -> None:
     closed, open_already = tmp_path / "closed", tmp_path / "closed" / "open"
     open_already.mkdir(parents=True)
     closed.chmod(0o700)
     open_already.chmod(0o755)
-    said: list[str] = []
-    Postgres(Place(open_already, 1, said.append), password="x")._let_pass(open_already / "postgres")
+    messages: list[str] = []
+    Postgres(Place(open_already, 1, messages.append), password="x")._let_pass(open_already / "postgres")
     assert (mode(closed), mode(open_already)) == (0o701, 0o755)
-    assert f"made {closed} passable (o+x): PostgreSQL runs as nobody, not as root" in said
+    assert f"set o+x on {closed}, because PostgreSQL runs as nobody, not as root" in messages

@@ -32,7 +32,7 @@ from tests.test_sql import STORES
 
 FULL_RACES = 200  # of each pair
 AT_ONCE = 8
-COLLIDED = "Concurrent writes collided; try again"
+COLLIDED = "Concurrent writes conflicted; retry the request"
 TIMED_OUT = "PostgreSQL did not answer in time"
 
 

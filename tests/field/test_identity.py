@@ -303,7 +303,7 @@ async def test_an_upgrade_keeps_every_account_and_lists_colliding_accounts(
     ):
         assert (await log_in(http, server, email))["user"]["id"] == ids[owner]
 
-    assert migrate(processes, old_database_url).partition("\n")[0] == "nothing to apply"
+    assert migrate(processes, old_database_url).partition("\n")[0] == "no migrations to apply"
     assert keys_in(old_database_url) == keys
 
 
