@@ -29,7 +29,7 @@ H = TypeVar("H", bound=Callable[..., Any])
 # replies come one after the other, would switch to the local count and pass there once more.
 SILENCE_SECONDS = 0.5
 LONGEST_SECONDS = 1.0  # timeout of one hit, even while others get their replies
-LOCAL_SECONDS = 1.5  # how long to count locally before Redis is tried again
+LOCAL_SECONDS = 1.5  # seconds of local counting before the next attempt to use Redis
 IPV6_PREFIX = 64
 # Does what the library does on Redis, and also returns the time that is left in the window, in milliseconds. A rejected
 # hit is not counted: else a later refund would not free a place in the window.

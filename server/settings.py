@@ -383,7 +383,7 @@ def metrics_folder() -> str | None:
 
 
 def table() -> Iterator[tuple[str, str, str]]:
-    """Yield name, formatted default and help text of each variable, for the table in docs/reference.md and ``.env.example``."""
+    """Yield name, formatted default and help of each variable, for docs/reference.md and ``.env.example``."""
     for setting in fields(Settings):
         yield setting.name.upper(), _written(setting), setting.metadata["help"]
 
