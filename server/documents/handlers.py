@@ -186,7 +186,7 @@ async def list_versions(request: web.Request) -> web.Response:
     query = request[QUERY]
     (before,) = keys_of(query["cursor"], int, of="versions")
     if before is not None and not 0 <= before <= LARGEST_VERSION:
-        raise invalid("cursor", "Not a cursor of this list.")
+        raise invalid("cursor", "Cursor does not belong to this list.")
     rows = await store.list_versions(_db(request), document=_id(request), limit=query["limit"], before=before)
     return answers.page(VERSION, *page(rows, query["limit"], "version", of="versions"))
 

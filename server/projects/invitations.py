@@ -72,5 +72,5 @@ async def _refusal(db: Executor, hashed: bytes) -> NotFound | Gone | Forbidden:
     if state is None:
         return NotFound("Invitation not found")
     if state["expired"]:
-        return Gone("The invitation has expired")
+        return Gone("Invitation has expired")
     return Forbidden("The invitation was sent to another address")

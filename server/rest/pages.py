@@ -44,7 +44,7 @@ def keys_of(cursor: str | None, *kinds: type, of: str) -> tuple[Any, ...]:
             raise ValueError("not our keys")
         return tuple(_parse(kind, key) for kind, key in zip(kinds, keys[1:], strict=True))
     except (ValueError, TypeError, OverflowError, binascii.Error, ServiceError):
-        raise invalid("cursor", "Not a cursor of this list.") from None
+        raise invalid("cursor", "Cursor does not belong to this list.") from None
 
 
 def _parse(kind: type, key: Any) -> Any:

@@ -96,7 +96,7 @@ BAD = {
 def test_cursor_that_is_malformed_or_of_another_list_is_rejected(cursor: str) -> None:
     with pytest.raises(ValidationFailed) as refused:
         keys_of(cursor, int, of="things")
-    assert refused.value.details == [{"field": "cursor", "message": "Not a cursor of this list."}]
+    assert refused.value.details == [{"field": "cursor", "message": "Cursor does not belong to this list."}]
     assert refused.value.__cause__ is None
 
 
