@@ -16,6 +16,16 @@ fail() {
     exit 1
 }
 
+# step NAME COMMAND...
+step() {
+    name=$1
+    shift
+    say "$name"
+    started=$(date +%s)
+    "$@" || fail "$name failed after $(($(date +%s) - started)) s"
+    say "$name passed in $(($(date +%s) - started)) s"
+}
+
 # The comment at the head of the script is its help.
 help_if_asked() {
     case ${1-} in

@@ -91,7 +91,7 @@ DISTRIBUTED = "-m pytest -n {processes} --dist worksteal"
 def machine(tmp_path: Path) -> Machine:
     for folder in ("scripts", "bin", "tests"):
         (tmp_path / folder).mkdir()
-    for script in ("dev", "demo", "test", "check", "venv.sh"):
+    for script in ("dev", "demo", "test", "check", "lint", "venv.sh"):
         shutil.copy(ROOT / "scripts" / script, tmp_path / "scripts")
     for name in ("setup.cfg", "pyproject.toml", "constraints.txt", "run.py"):
         shutil.copy(ROOT / name, tmp_path)
@@ -185,7 +185,7 @@ def test_a_missing_python_is_reported_with_the_versions_to_install(machine: Mach
     assert "no Python 3.11, 3.12 or 3.13 found" in result.stderr
 
 
-@pytest.mark.parametrize("script", ["dev", "demo", "test", "check"])
+@pytest.mark.parametrize("script", ["dev", "demo", "test", "check", "lint"])
 def test_help_is_the_comment_at_the_head_of_the_script(script: str, machine: Machine) -> None:
     result = machine.run(script, "--help")
     assert result.returncode == 0
