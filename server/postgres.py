@@ -30,6 +30,7 @@ Conflicts
 
 import asyncio
 import functools
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Protocol, TypeVar
@@ -46,6 +47,7 @@ from server.together import Send, Together
 log = structlog.get_logger()
 
 POOL_SIZE = 20
+RETRY_BACKOFF_SECONDS = 0.05  # mean, with jitter, before a write that collided is tried again
 LANES = 6  # connections of the pool for single statements; the others are for transactions and batched lookups
 CONNECT_SECONDS = 3.0
 GIVE_BACK_SECONDS = 0.2
@@ -213,6 +215,8 @@ async def _retried(attempt: Callable[[], Awaitable[T]]) -> T:
             return await attempt()
         except _COLLIDED as error:
             log.warning("concurrent writes collided", error=type(error).__name__)
+        # At once it could take a lock before the transaction that it let through, and meet it a second time.
+        await asyncio.sleep(RETRY_BACKOFF_SECONDS * (0.5 + random.random()))  # noqa: S311 - jitter is no secret
         return await attempt()
 
 

@@ -173,7 +173,7 @@ OF_A_CALL = {
 
 @pytest.fixture(autouse=True)
 def unhurried(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (OF_A_REQUEST, "server.resources.START_SECONDS"):
+    for name in (OF_A_REQUEST, "server.auth.passwords.PATIENCE_SECONDS", "server.resources.START_SECONDS"):
         monkeypatch.setattr(name, UNHURRIED_SECONDS)
     for store in OF_A_CALL.keys() - stores_that_hang(request.node):
         for name in OF_A_CALL[store]:
