@@ -23,9 +23,9 @@ from server.devstack.stack import is_in_use, read_env
 from server.settings import StackSettings, StartError, load_stack
 
 ROOT = Path(__file__).parent.parent
-START_SECONDS = 60
-STOP_SECONDS = 60
-JOB_SECONDS = 60
+START_TIMEOUT_SECONDS = 60
+STOP_TIMEOUT_SECONDS = 60
+JOB_TIMEOUT_SECONDS = 60
 PASSWORD = "Lovelace1815"
 PROGRAM = (
     ("Ada", "import sys\n"),
@@ -43,14 +43,14 @@ class DemoError(Exception):
     """A failure of the demo, described in one line."""
 
 
-def tell(speaker: str, text: str) -> None:
+def print_line(speaker: str, text: str) -> None:
     label = f"{speaker:>4}"
     if sys.stdout.isatty():
         label = f"\033[{COLOURS.get(speaker, '0')}m{label}\033[0m"
     print(f"{label}  {text}", flush=True)
 
 
-class Person:
+class DemoUser:
     """A user of the demo, with a REST session and a socket."""
 
     def __init__(self, base: str, http: aiohttp.ClientSession, name: str) -> None:
@@ -72,19 +72,19 @@ class Person:
         body = {"email": self.email, "password": PASSWORD, "name": self.name}
         signed_in = await self.call("POST", "/auth/register", body)
         self.headers = {"Authorization": f"Bearer {signed_in['accessToken']}"}
-        tell(self.name, f"registers as {self.email}")
+        print_line(self.name, f"registers as {self.email}")
 
     async def connect(self) -> None:
         self.socket = await self.http.ws_connect(f"{self.base}/ws", headers=self.headers)
-        await self.hear("welcome")
+        await self.receive("welcome")
 
-    async def say(self, event: str, **data: Any) -> Any:
+    async def send(self, event: str, **data: Any) -> Any:
         """Send a frame and return the data of its ack; skip the frames before it."""
         id = uuid4().hex
         await self.socket.send_json({"event": event, "data": data, "id": id})
-        return (await self.hear("ack", id=id))["data"]
+        return (await self.receive("ack", id=id))["data"]
 
-    async def hear(self, event: str, **expected: Any) -> Any:
+    async def receive(self, event: str, **expected: Any) -> Any:
         async with asyncio.timeout(10):
             while True:
                 frame = await self.socket.receive_json()
@@ -93,52 +93,52 @@ class Person:
                 if frame["event"] == event and all(frame.get(key) == value for key, value in expected.items()):
                     return frame
 
-    async def hear_of(self, type: str) -> None:
-        while (event := (await self.hear("collaboration:event"))["data"])["type"] != type:
+    async def receive_event(self, type: str) -> None:
+        while (event := (await self.receive("collaboration:event"))["data"])["type"] != type:
             pass
-        tell(self.name, f"hears {type}: {event['userName']}")
+        print_line(self.name, f"hears {type}: {event['userName']}")
 
 
-async def play(base: str) -> None:
+async def run_session(base: str) -> None:
     async with aiohttp.ClientSession() as http:
-        ada, bob = Person(base, http, "Ada"), Person(base, http, "Bob")
+        ada, bob = DemoUser(base, http, "Ada"), DemoUser(base, http, "Bob")
         await ada.register()
         await bob.register()
         project = await ada.call("POST", "/projects", {"name": "Analytical Engine"})
-        tell("Ada", f"creates the project “{project['name']}”")
+        print_line("Ada", f"creates the project “{project['name']}”")
         await ada.call("POST", f"/projects/{project['id']}/collaborators", {"email": bob.email})
-        tell("Ada", "adds Bob as a collaborator")
+        print_line("Ada", "adds Bob as a collaborator")
         workspace = await ada.call("POST", "/workspaces", {"projectId": project["id"], "name": "Number crunching"})
-        tell("Ada", f"creates the workspace “{workspace['name']}”")
-        await meet(ada, bob, workspace["id"])
-        document = await edit(ada, bob, workspace["id"])
+        print_line("Ada", f"creates the workspace “{workspace['name']}”")
+        await join_workspace(ada, bob, workspace["id"])
+        document = await edit_document(ada, bob, workspace["id"])
         await run_program(bob, document)
         await bob.socket.close()
-        await ada.hear_of("USER_LEAVE")
+        await ada.receive_event("USER_LEAVE")
         await ada.socket.close()
 
 
-async def meet(ada: Person, bob: Person, workspace: str) -> None:
+async def join_workspace(ada: DemoUser, bob: DemoUser, workspace: str) -> None:
     await ada.connect()
     await bob.connect()
-    await ada.say("join:workspace", workspaceId=workspace)
-    tell("Ada", "joins the workspace over her WebSocket")
-    joined = await bob.say("join:workspace", workspaceId=workspace)
+    await ada.send("join:workspace", workspaceId=workspace)
+    print_line("Ada", "joins the workspace over her WebSocket")
+    joined = await bob.send("join:workspace", workspaceId=workspace)
     online = " and ".join(sorted(user["userName"] for user in joined["users"]))
-    tell("Bob", f"joins the workspace; online now: {online}")
-    await ada.hear_of("USER_JOIN")
+    print_line("Bob", f"joins the workspace; online now: {online}")
+    await ada.receive_event("USER_JOIN")
 
 
 class Editor:
     """A user's copy of a document, synchronized with the other copies."""
 
-    def __init__(self, person: Person, document: str) -> None:
+    def __init__(self, person: DemoUser, document: str) -> None:
         self.person, self.document = person, document
         self.doc: Doc[Text] = Doc()
         self.text = self.doc.get("content", type=Text)
 
     async def open(self) -> "Editor":
-        opened = await self.person.say("document:open", documentId=self.document)
+        opened = await self.person.send("document:open", documentId=self.document)
         self.doc.apply_update(b64decode(opened["update"]))
         return self
 
@@ -146,43 +146,43 @@ class Editor:
         before = self.doc.get_state()
         self.text.insert(len(self.text), line)
         update = b64encode(self.doc.get_update(before)).decode()
-        await self.person.say("document:update", documentId=self.document, update=update)
+        await self.person.send("document:update", documentId=self.document, update=update)
 
-    async def hear(self) -> None:
-        frame = await self.person.hear("document:update")
+    async def receive(self) -> None:
+        frame = await self.person.receive("document:update")
         self.doc.apply_update(b64decode(frame["data"]["update"]))
 
 
-async def edit(ada: Person, bob: Person, workspace: str) -> str:
+async def edit_document(ada: DemoUser, bob: DemoUser, workspace: str) -> str:
     """Let both users write a document, and return its id."""
     body = {"path": "main.py"}
     document = (await ada.call("POST", f"/workspaces/{workspace}/documents", body))["id"]
-    tell("Ada", "creates main.py; both open it")
+    print_line("Ada", "creates main.py; both open it")
     editors = {"Ada": await Editor(ada, document).open(), "Bob": await Editor(bob, document).open()}
     for name, line in PROGRAM:
         reader = editors["Bob" if name == "Ada" else "Ada"]
         started = time.perf_counter()
         await editors[name].type(line)
-        await reader.hear()
+        await reader.receive()
         seen = (time.perf_counter() - started) * 1000
-        tell(name, f"types {line.splitlines()[0]!r}; {reader.person.name} sees it after {seen:.1f} ms")
+        print_line(name, f"types {line.splitlines()[0]!r}; {reader.person.name} sees it after {seen:.1f} ms")
     assert str(editors["Ada"].text) == str(editors["Bob"].text) == "".join(line for _, line in PROGRAM)
     return document
 
 
-async def run_program(bob: Person, document: str) -> None:
+async def run_program(bob: DemoUser, document: str) -> None:
     payload = {"language": "python", "documentId": document}
     submitted = (await bob.call("POST", "/jobs", {"type": "CODE_EXECUTION", "payload": payload}))["job"]
-    tell("Bob", f"runs main.py: job {submitted['id']}")
-    async with asyncio.timeout(JOB_SECONDS):
-        job = await follow(bob, submitted["id"])
+    print_line("Bob", f"runs main.py: job {submitted['id']}")
+    async with asyncio.timeout(JOB_TIMEOUT_SECONDS):
+        job = await follow_job(bob, submitted["id"])
     if job["status"] != "completed":
         raise DemoError(f"the job {job['status']}: {job['error']}")
     result = job["result"]
-    tell("job", f"exit code {result['exitCode']} after {result['durationMs']} ms, sandbox: {result['sandbox']}")
+    print_line("job", f"exit code {result['exitCode']} after {result['durationMs']} ms, sandbox: {result['sandbox']}")
 
 
-async def follow(owner: Person, id: str) -> Any:
+async def follow_job(owner: DemoUser, id: str) -> Any:
     """Print the output and the states of a job until it ends, and return it."""
     shown, partial_line = "", ""
     while True:
@@ -191,16 +191,16 @@ async def follow(owner: Person, id: str) -> Any:
         if frame["event"] == "job:output" and data["jobId"] == id:
             *lines, partial_line = (partial_line + data["text"]).split("\n")
             for line in lines:
-                tell("job", f"│ {line}")
+                print_line("job", f"│ {line}")
         elif frame["event"] == "job:updated" and data["job"]["id"] == id:
             job = data["job"]
             if job["status"] in ("completed", "failed", "cancelled"):
                 return job
-            if (state := state_of(job)) != shown:
-                tell("job", shown := state)
+            if (state := describe_state(job)) != shown:
+                print_line("job", shown := state)
 
 
-def state_of(job: dict[str, Any]) -> str:
+def describe_state(job: dict[str, Any]) -> str:
     if job["status"] == "pending" and job["error"]:
         return f"attempt {job['attempts']} failed ({job['error']['message']}); it is tried again"
     return f"{job['status']}, attempt {job['attempts']}" if job["attempts"] else str(job["status"])
@@ -216,7 +216,7 @@ async def is_ready(base: str) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def running(base: str | None) -> AsyncIterator[str]:
+async def running_server(base: str | None) -> AsyncIterator[str]:
     """Yield the address of a running server: the given one, that of scripts/dev, or that of a stack for the demo."""
     settings = load_stack()
     address = base or address_of(settings)
@@ -225,12 +225,12 @@ async def running(base: str | None) -> AsyncIterator[str]:
     elif base:
         raise DemoError(f"no server is ready at {base}")
     elif await is_starting(settings.data_dir):
-        tell("", "scripts/dev is starting: waiting for it")
-        yield await until_ready(lambda: address_of(settings), lambda: is_in_use(settings.data_dir))
+        print_line("", "scripts/dev is starting: waiting for it")
+        yield await wait_until_ready(lambda: address_of(settings), lambda: is_in_use(settings.data_dir))
     else:
-        tell("", "no server is running: starting one for the demo")
+        print_line("", "no server is running: starting one for the demo")
         with own_stack() as dev:
-            yield await until_ready(lambda: address_of(settings), lambda: dev.alive)
+            yield await wait_until_ready(lambda: address_of(settings), lambda: dev.alive)
 
 
 async def is_starting(data_dir: Path) -> bool:
@@ -250,30 +250,30 @@ def own_stack() -> Iterator[Child]:
     """
     with tempfile.NamedTemporaryFile(prefix="demo-", suffix=".log", delete=False) as file:
         log = Path(file.name)
-    dev = Child("dev", [sys.executable, str(ROOT / "run.py"), "dev"], log=log, orphaned=signal.SIGTERM)
+    dev = Child("dev", [sys.executable, str(ROOT / "run.py"), "dev"], log=log, parent_death_signal=signal.SIGTERM)
     dev.start()
     try:
         yield dev
     except Exception:
-        tell("", f"the log of the server is {log}")
+        print_line("", f"the log of the server is {log}")
         raise
     else:
         log.unlink()
     finally:
-        dev.ask_to_stop()
-        dev.wait(seconds=STOP_SECONDS)
+        dev.send_stop_signal()
+        dev.wait(timeout=STOP_TIMEOUT_SECONDS)
 
 
-async def until_ready(address: Callable[[], str | None], lives: Callable[[], bool]) -> str:
-    deadline = time.monotonic() + START_SECONDS
+async def wait_until_ready(address: Callable[[], str | None], is_alive: Callable[[], bool]) -> str:
+    deadline = time.monotonic() + START_TIMEOUT_SECONDS
     while time.monotonic() < deadline:
         base = address()
         if base and await is_ready(base):
             return base
-        if not lives():
+        if not is_alive():
             raise DemoError("the server exited during its start")
         await asyncio.sleep(0.2)
-    raise DemoError(f"the server was not ready within {START_SECONDS} s")
+    raise DemoError(f"the server was not ready within {START_TIMEOUT_SECONDS} s")
 
 
 def address_of(settings: StackSettings) -> str | None:
@@ -288,14 +288,14 @@ def address_of(settings: StackSettings) -> str | None:
 async def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
     parser.add_argument("--url", help="address of the server; default: the stack of scripts/dev, or one for the demo")
-    async with running(parser.parse_args().url) as base:
-        tell("", f"playing against {base}")
+    async with running_server(parser.parse_args().url) as base:
+        print_line("", f"playing against {base}")
         started_at = time.perf_counter()
-        await play(base)
-        tell("", f"done in {time.perf_counter() - started_at:.1f} s")
+        await run_session(base)
+        print_line("", f"done in {time.perf_counter() - started_at:.1f} s")
 
 
-async def until_told_to_stop() -> None:
+async def run_until_sigterm() -> None:
     """Run the demo until SIGTERM, which stops it and its stack as Ctrl-C does."""
     session = asyncio.current_task()
     assert session is not None
@@ -305,7 +305,7 @@ async def until_told_to_stop() -> None:
 
 if __name__ == "__main__":
     try:
-        asyncio.run(until_told_to_stop())
+        asyncio.run(run_until_sigterm())
     except (DemoError, StartError, TimeoutError, aiohttp.ClientError) as error:
         sys.exit(f"demo: {str(error) or 'timed out'}")
     except KeyboardInterrupt:

@@ -30,8 +30,8 @@ sys.path.insert(0, str(ROOT))
 from server import migrations  # noqa: E402
 from server.devstack.stack import Stack  # noqa: E402
 
-WHOLE_RUN_SECONDS = 3600
-TIMEOUT_SECONDS = 120.0  # of the tests of one mutant; a mutant that hangs counts as detected
+RUN_TIMEOUT_SECONDS = 3600
+TEST_TIMEOUT_SECONDS = 120.0  # of the tests of one mutant; a mutant that hangs counts as detected
 CONFIG = """
 [cosmic-ray]
 module-path = "{module}"
@@ -53,35 +53,35 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Change:
+class Mutant:
     """A mutant that survived: the lines that it removed and added."""
 
     module: str
     lines: str
 
     @classmethod
-    def of(cls, target: Target, result: WorkResult) -> "Change":
+    def of(cls, target: Target, result: WorkResult) -> "Mutant":
         lines = (result.diff or "").splitlines()
         changed = [line for line in lines if line.startswith(("-", "+")) and not line.startswith(("---", "+++"))]
         return cls(target.module, "\n".join(f"{line[0]} {line[1:].strip()}" for line in changed))
 
 
 @dataclass
-class Report:
+class TargetReport:
     tried: int = 0
-    left_out: int = 0  # because the time was over
-    survivors: tuple[Change, ...] = ()
+    not_run: int = 0  # because the time was over
+    survivors: tuple[Mutant, ...] = ()
 
 
 def main() -> int:
-    options = arguments()
+    options = parse_arguments()
     plan = tomllib.loads((ROOT / "scripts/mutate.toml").read_text())
     targets = [
         Target(target["module"], tuple(target["tests"]), tuple(target.get("functions", ())))
         for target in plan["target"]
     ]
     known = {
-        Change(survivor["module"], survivor["change"].strip()): survivor["reason"]
+        Mutant(survivor["module"], survivor["change"].strip()): survivor["reason"]
         for survivor in plan.get("survivor", ())
     }
     selected = [target for target in targets if not options.modules or target.module in options.modules]
@@ -89,28 +89,28 @@ def main() -> int:
         sys.exit(f"choose from: {' '.join(target.module for target in targets)}")
     deadline = time.monotonic() + options.seconds
     reports = run_all(selected, deadline)
-    return tell(selected, reports, known)
+    return print_reports(selected, reports, known)
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/mutate")
-    parser.add_argument("--seconds", type=float, default=WHOLE_RUN_SECONDS)
+    parser.add_argument("--seconds", type=float, default=RUN_TIMEOUT_SECONDS)
     parser.add_argument("modules", nargs="*")
     return parser.parse_args()
 
 
-def run_all(targets: Sequence[Target], deadline: float) -> list[Report]:
+def run_all(targets: Sequence[Target], deadline: float) -> list[TargetReport]:
     """Run each target on its own copy of the checkout, as many at once as there are processors."""
     workers = min(len(targets), os.cpu_count() or 1)
     with contextlib.ExitStack() as stack:
         copies: Queue[Path] = Queue()
         for _ in range(workers):  # only the main thread starts stores
-            copies.put(stack.enter_context(workplace()))
+            copies.put(stack.enter_context(checkout_copy()))
 
-        def run(target: Target) -> Report:
+        def run(target: Target) -> TargetReport:
             copy = copies.get()
             try:
-                return run_one(target, copy, deadline)
+                return run_target(target, copy, deadline)
             finally:
                 copies.put(copy)
 
@@ -119,7 +119,7 @@ def run_all(targets: Sequence[Target], deadline: float) -> list[Report]:
 
 
 @contextlib.contextmanager
-def workplace() -> Iterator[Path]:
+def checkout_copy() -> Iterator[Path]:
     """Yield a directory with a copy of the checkout, without files that git ignores, and its running stores."""
     with tempfile.TemporaryDirectory(prefix="mutate-", ignore_cleanup_errors=True) as folder:
         directory = Path(folder)
@@ -138,40 +138,40 @@ def workplace() -> Iterator[Path]:
             yield directory
 
 
-def run_one(target: Target, directory: Path, deadline: float) -> Report:
+def run_target(target: Target, directory: Path, deadline: float) -> TargetReport:
     copy = directory / "copy"
     session, config = directory / "session.sqlite", directory / "config.toml"
     tests = f"{sys.executable} -m pytest -x -q -p no:cacheprovider -p no:xdist {' '.join(target.tests)}"
-    config.write_text(CONFIG.format(module=target.module, timeout=TIMEOUT_SECONDS, command=tests))
+    config.write_text(CONFIG.format(module=target.module, timeout=TEST_TIMEOUT_SECONDS, command=tests))
     session.unlink(missing_ok=True)
     environment = {**os.environ, "TEST_STACK": str(directory / "data"), "PYTHONPATH": str(copy)}
-    say(f"{target.module}: run the tests without a change")
+    print_progress(f"{target.module}: run the tests without a change")
     started = time.monotonic()
     subprocess.run(tests.split(), cwd=copy, env=environment, stdout=subprocess.DEVNULL, check=True)
-    say(f"{target.module}: {time.monotonic() - started:.1f} s")
+    print_progress(f"{target.module}: {time.monotonic() - started:.1f} s")
     cosmic_ray = [sys.executable, "-m", "cosmic_ray.cli"]
     subprocess.run([*cosmic_ray, "init", str(config), str(session)], cwd=copy, check=True, capture_output=True)
     with use_db(session, WorkDB.Mode.open) as db:
-        skip_what_changes_nothing(db, target, (copy / target.module).read_text())
+        skip_equivalent_mutants(db, target, (copy / target.module).read_text())
         todo = len(db.pending_work_items)
-    say(f"{target.module}: {todo} changes")
+    print_progress(f"{target.module}: {todo} changes")
     process = subprocess.Popen([*cosmic_ray, "exec", str(config), str(session)], cwd=copy, env=environment)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=max(1.0, deadline - time.monotonic()))
     process.terminate()
     process.wait()
-    return read(target, session, todo)
+    return read_report(target, session, todo)
 
 
-def read(target: Target, session: Path, todo: int) -> Report:
+def read_report(target: Target, session: Path, todo: int) -> TargetReport:
     with use_db(session, WorkDB.Mode.open) as db:
         results = [result for _, result in db.results if result.worker_outcome is not WorkerOutcome.SKIPPED]
-    survivors = {Change.of(target, result) for result in results if result.test_outcome is TestOutcome.SURVIVED}
+    survivors = {Mutant.of(target, result) for result in results if result.test_outcome is TestOutcome.SURVIVED}
     ordered = tuple(sorted(survivors, key=lambda change: change.lines))
-    return Report(tried=len(results), left_out=todo - len(results), survivors=ordered)
+    return TargetReport(tried=len(results), not_run=todo - len(results), survivors=ordered)
 
 
-def skip_what_changes_nothing(db: WorkDB, target: Target, source: str) -> None:
+def skip_equivalent_mutants(db: WorkDB, target: Target, source: str) -> None:
     """Skip the mutants that cannot change the behaviour, and those outside the target's functions.
 
     cosmic-ray takes annotations, the star of keyword-only parameters and ``__all__`` for operators and values.
@@ -186,8 +186,8 @@ def skip_what_changes_nothing(db: WorkDB, target: Target, source: str) -> None:
         is_operator = "BinaryOperator" in mutation.operator_name
         if (
             any(begin <= mutation.start_pos < end for begin, end in annotations)
-            or (is_operator and not follows_an_operand(mutation, operators))
-            or (target.functions and not is_of(mutation, target.functions, source))
+            or (is_operator and not follows_operand(mutation, operators))
+            or (target.functions and not is_in_functions(mutation, target.functions, source))
         ):
             db.set_result(item.job_id, SKIPPED)
 
@@ -205,7 +205,7 @@ def annotations_of(node: ast.AST) -> Iterator[Span]:
             )
 
 
-def follows_an_operand(mutation: MutationSpec, operands: set[tuple[int | None, int | None]]) -> bool:
+def follows_operand(mutation: MutationSpec, operands: set[tuple[int | None, int | None]]) -> bool:
     """Return whether only white space and brackets are between a left operand and the operator."""
     line, column = mutation.start_pos
     return any(end[0] == line and end[1] is not None and 0 <= column - end[1] <= 2 for end in operands) or any(
@@ -213,22 +213,22 @@ def follows_an_operand(mutation: MutationSpec, operands: set[tuple[int | None, i
     )
 
 
-def is_of(mutation: MutationSpec, functions: Sequence[str], source: str) -> bool:
+def is_in_functions(mutation: MutationSpec, functions: Sequence[str], source: str) -> bool:
     """Return whether the mutant changes one of these functions, or removes a decorator that restricts its callers."""
     if mutation.definition_name is None:
         return source.splitlines()[mutation.start_pos[0] - 1].startswith("@requires")
     return mutation.definition_name.rpartition(".")[2] in functions
 
 
-def tell(targets: Sequence[Target], reports: Sequence[Report], known: dict[Change, str]) -> int:
+def print_reports(targets: Sequence[Target], reports: Sequence[TargetReport], known: dict[Mutant, str]) -> int:
     """Print the survivors. Return 1 if a survivor is not known, or if a test detects a known one now; else 0."""
     failed = False
     for target, report in zip(targets, reports, strict=True):
         unknown = [change for change in report.survivors if change not in known]
         detected = [change for change in known if change.module == target.module and change not in report.survivors]
         print(f"{target.module}: {report.tried} changes, {len(report.survivors)} survived, {len(unknown)} are unknown")
-        if report.left_out:
-            print(f"  {report.left_out} not tested: the time was over")
+        if report.not_run:
+            print(f"  {report.not_run} not tested: the time was over")
             detected = []
         for title, changes in (("survived", unknown), ("known survivor that a test detects now", detected)):
             for change in changes:
@@ -237,11 +237,11 @@ def tell(targets: Sequence[Target], reports: Sequence[Report], known: dict[Chang
     return int(failed)
 
 
-_saying = threading.Lock()
+_print_lock = threading.Lock()
 
 
-def say(text: str) -> None:
-    with _saying:
+def print_progress(text: str) -> None:
+    with _print_lock:
         print(f"mutate: {text}", file=sys.stderr, flush=True)
 
 

@@ -13,53 +13,55 @@ import structlog
 from aiohttp import hdrs, web
 
 from server import json, loop, resources, tracing
-from server.auth import guard, tickets, upkeep
+from server.auth import guard, housekeeping, tickets
 from server.auth import handlers as auth
 from server.auth.blacklist import Blacklist
+from server.auth.housekeeping import PeriodicTask
 from server.auth.passwords import Hasher
-from server.auth.sessions import Issuer
-from server.auth.tokens import Keys, Verifier
-from server.auth.upkeep import Chore
+from server.auth.sessions import AuthContext
+from server.auth.tokens import KeyRing, Verifier
 from server.documents import handlers as documents
 from server.documents.messages import messages as document_messages
 from server.documents.rooms import ROOMS, Rooms
 from server.documents.yjs import yjs
-from server.ending import KEEPALIVE_SECONDS
-from server.jobs import collections, dashboard
+from server.jobs import dashboard, indexes
 from server.jobs import handlers as jobs
 from server.jobs.announcements import Announcements
 from server.jobs.dispatch import Dispatcher
 from server.jobs.types import JOB_TYPES
-from server.jobs.workers import Roster
+from server.jobs.worker_registry import WorkerRegistry
 from server.ops import handlers as ops
-from server.ops import operators, watch
+from server.ops import operators, sampling
 from server.projects import access, cache, invitations
 from server.projects import handlers as projects
 from server.ratelimit import RateLimiter, limit
 from server.realtime import asyncapi
 from server.realtime.channels import Channels
-from server.realtime.doorman import Doorman, Identified
 from server.realtime.endpoint import websocket
 from server.realtime.history import History
 from server.realtime.hub import REALTIME, Realtime
 from server.realtime.messages import messages as socket_messages
-from server.realtime.table import Message, MessageTable, merge
+from server.realtime.socket_auth import AuthenticatedUser, SocketAuth
+from server.realtime.table import MessageDef, MessageTable, merge
 from server.resources import Resources
 from server.rest import cors, idempotency, openapi
 from server.rest.keys import LIMITER, RESOURCES, User
 from server.rest.marks import public
-from server.rest.middlewares import Admission, dress, middlewares
-from server.rest.runner import Runner
+from server.rest.middlewares import Admission, add_default_headers, middlewares
+from server.rest.runner import HttpRunner
 from server.settings import Settings, SettingsError, authority
-from server.signals import stop_signal, tell_ready
+from server.shutdown import KEEPALIVE_TIMEOUT_SECONDS
+from server.signals import notify_ready, watch_stop_signals
 from server.workspaces import handlers as workspaces
 from server.workspaces.messages import messages as workspace_messages
 
 log = structlog.get_logger()
 
-BODY_BYTES = 1 << 20
-BACKLOG = 1024
-LINGER_SECONDS = 0.3  # for requests of connections that were just accepted: aiohttp would close these unread
+MAX_BODY_BYTES = 1 << 20
+LISTEN_BACKLOG = 1024
+IDLE_POLL_INTERVAL_SECONDS = (
+    0.3  # for requests of connections that were just accepted: aiohttp would close these unread
+)
 API: tuple[Iterable[web.AbstractRouteDef], ...] = (
     auth.routes,
     projects.routes,
@@ -68,59 +70,61 @@ API: tuple[Iterable[web.AbstractRouteDef], ...] = (
     jobs.routes,
     ops.routes,
 )
-OWN_DOORS = frozenset({"/yjs/{documentId}"})  # authorizes after the upgrade: its clients only understand close codes
+SELF_AUTHORIZED = frozenset(
+    {"/yjs/{documentId}"}
+)  # authorizes after the upgrade: its clients only understand close codes
 
 MESSAGES: tuple[MessageTable, ...] = (socket_messages, workspace_messages, document_messages)
 
 
 def create_app(settings: Settings, stores: Resources) -> web.Application:
     """Return the application over open stores. The caller owns the stores and closes them afterwards."""
-    issuer, limiter = make_issuer(settings, stores), make_limiter(settings, stores)
+    auth_context, limiter = make_auth_context(settings, stores), make_limiter(settings, stores)
     app = web.Application(
         middlewares=middlewares(
-            admission(settings, stores, issuer, limiter), traced=bool(settings.otel_exporter_otlp_endpoint)
+            admission(settings, stores, auth_context, limiter), traced=bool(settings.otel_exporter_otlp_endpoint)
         ),
-        client_max_size=BODY_BYTES,
+        client_max_size=MAX_BODY_BYTES,
     )
     app[RESOURCES] = stores
     app[LIMITER] = limiter
-    app[auth.ISSUER] = issuer
+    app[auth.AUTH_CONTEXT] = auth_context
     app[auth.HASHER] = Hasher(rounds=settings.bcrypt_rounds)
-    app[auth.ACCEPT] = invitations.accept
-    app[cache.LISTED] = cache.Listed()
+    app[auth.ACCEPT_INVITATION] = invitations.accept
+    app[cache.PROJECT_LIST_CACHE] = cache.ProjectListCache()
     app[REALTIME] = Realtime(
         settings,
         merge(MESSAGES),
         db=stores.db,
         redis=stores.redis,
         blocking_redis=stores.blocking_redis,
-        channels=issuer.channels,
-        doorman=doorman(stores, issuer),
+        channels=auth_context.channels,
+        socket_auth=socket_auth(stores, auth_context),
     )
     app[jobs.DISPATCHER] = Dispatcher(stores.mongo, stores.redis, types=JOB_TYPES, slots=settings.jobs_per_user)
-    app[jobs.ANNOUNCEMENTS] = Announcements(issuer.channels)
-    app[jobs.ROSTER] = Roster(stores.redis)
+    app[jobs.ANNOUNCEMENTS] = Announcements(auth_context.channels)
+    app[jobs.WORKER_REGISTRY] = WorkerRegistry(stores.redis)
     app[ROOMS] = app[REALTIME].documents = make_rooms(stores, app[REALTIME])
-    app[ops.STARTED] = time.monotonic()
-    app[ops.DRAINING] = draining = ops.Draining()
-    app.on_response_prepare.extend((dress, functools.partial(send_away, draining)))
+    app[ops.STARTED_AT] = time.monotonic()
+    app[ops.DRAINING] = draining = ops.DrainState()
+    app.on_response_prepare.extend((add_default_headers, functools.partial(close_connection_while_draining, draining)))
     if settings.production:
-        app.on_response_prepare.append(insist_on_tls)
+        app.on_response_prepare.append(add_hsts_header)
     for routes in API:
         app.router.add_routes(routes)
     app.router.add_get("/ws", limit(None)(public(websocket)))
     app.router.add_get("/yjs/{documentId}", limit(None)(public(yjs)))
-    if not operators.are_shut_out(settings):
-        lanes = app[jobs.DISPATCHER].lanes
-        app.add_subapp(dashboard.PREFIX, dashboard.make(lanes, operators.demand(settings)))
+    if not operators.disabled(settings):
+        priority_queues = app[jobs.DISPATCHER].queues
+        app.add_subapp(dashboard.PREFIX, dashboard.make_app(priority_queues, operators.basic_auth(settings)))
     openapi.add_swagger(app, swagger_document())
     described = asyncapi_document()
-    openapi.add_page(app, asyncapi.DOCUMENT, json.dumps(described))
-    openapi.add_page(app, asyncapi.PAGE, asyncapi.page(described).encode(), policy=asyncapi.PAGE_POLICY)
-    access.assemble(app.router.routes(), but=OWN_DOORS)
+    openapi.add_page(app, asyncapi.DOCUMENT_PATH, json.dumps(described))
+    openapi.add_page(app, asyncapi.PAGE_PATH, asyncapi.page(described).encode(), policy=asyncapi.PAGE_POLICY)
+    access.verify_routes(app.router.routes(), exempt=SELF_AUTHORIZED)
     app.on_startup.extend((prepare_stores, start_realtime))
     app.on_shutdown.append(stop_realtime)  # before aiohttp closes the connections that are left
-    app.cleanup_ctx.extend((close_hasher, keep_accounts, watch_itself))
+    app.cleanup_ctx.extend((close_hasher, run_housekeeping, run_sampling))
     cors.allow_origins(app, settings.cors_origin)
     return app
 
@@ -128,7 +132,7 @@ def create_app(settings: Settings, stores: Resources) -> web.Application:
 @functools.cache
 def swagger_document() -> dict[str, Any]:
     """Return the OpenAPI document. Callers must not change it: all applications share it."""
-    return openapi.document(
+    return openapi.build_document(
         chain.from_iterable(API), needs_role=lambda handler: access.requirement_of(handler) is not None
     )
 
@@ -137,19 +141,19 @@ def swagger_document() -> dict[str, Any]:
 def asyncapi_document() -> dict[str, Any]:
     """Return the AsyncAPI document. Callers must not change it: all applications share it."""
 
-    def role_of(message: Message) -> str | None:
+    def role_of(message: MessageDef) -> str | None:
         requirement = access.requirement_of(message.handler)
         return requirement.role.name if requirement else None
 
     return asyncapi.document(merge(MESSAGES), role_of=role_of)
 
 
-def make_issuer(settings: Settings, stores: Resources) -> Issuer:
-    access_keys = Keys.of(settings.jwt_secret, settings.jwt_secret_previous)
-    return Issuer(
+def make_auth_context(settings: Settings, stores: Resources) -> AuthContext:
+    access_keys = KeyRing.from_secrets(settings.jwt_secret, settings.jwt_secret_previous)
+    return AuthContext(
         access_keys=access_keys,
         verifier=Verifier(access_keys, ttl=settings.access_token_ttl),
-        refresh_keys=Keys.of(settings.jwt_refresh_secret, settings.jwt_refresh_secret_previous),
+        refresh_keys=KeyRing.from_secrets(settings.jwt_refresh_secret, settings.jwt_refresh_secret_previous),
         access_ttl=settings.access_token_ttl,
         refresh_ttl=settings.refresh_token_ttl,
         blacklist=Blacklist(stores.redis, stores.pipelines, token_ttl=settings.access_token_ttl),
@@ -158,7 +162,7 @@ def make_issuer(settings: Settings, stores: Resources) -> Issuer:
 
 
 def make_channels(settings: Settings, stores: Resources) -> Channels:
-    history = History(stores.redis, most=settings.history_events, most_bytes=settings.history_bytes)
+    history = History(stores.redis, max_events=settings.history_events, max_bytes=settings.history_bytes)
     return Channels(stores.redis, history)
 
 
@@ -178,44 +182,44 @@ def make_limiter(settings: Settings, stores: Resources) -> RateLimiter:
     return RateLimiter(stores.pipelines, rates=rates)
 
 
-def admission(settings: Settings, stores: Resources, issuer: Issuer, limiter: RateLimiter) -> Admission:
+def admission(settings: Settings, stores: Resources, auth_context: AuthContext, limiter: RateLimiter) -> Admission:
     def identify(request: web.Request) -> User | None:
-        token = guard.bearer(request.headers.get("Authorization"))
-        return guard.identify(issuer, token) if token else None
+        token = guard.parse_bearer(request.headers.get("Authorization"))
+        return guard.authenticate_token(auth_context, token) if token else None
 
     async def confirm(user: User) -> None:
-        await guard.confirm(stores.db, issuer, user)
+        await guard.check_session(stores.db, auth_context, user)
 
     return Admission(
-        identify=identify,
-        confirm=confirm,
-        authorize=access.authorize,
-        authorize_named=access.authorize_named,
+        authenticate=identify,
+        check_session=confirm,
+        authorize_path=access.authorize_path,
+        authorize_payload=access.authorize_payload,
         limiter=limiter,
-        trusted=settings.trusted_proxies,
+        trusted_proxies=settings.trusted_proxies,
     )
 
 
-def doorman(stores: Resources, issuer: Issuer) -> Doorman:
-    async def by_token(token: str) -> Identified:
-        user = guard.identify(issuer, token)
-        return user, await guard.confirm_with_name(stores.db, user)
+def socket_auth(stores: Resources, auth_context: AuthContext) -> SocketAuth:
+    async def authenticate_token(token: str) -> AuthenticatedUser:
+        user = guard.authenticate_token(auth_context, token)
+        return user, await guard.check_session_and_read_name(stores.db, user)
 
-    async def by_ticket(ticket: str) -> Identified:
+    async def authenticate_ticket(ticket: str) -> AuthenticatedUser:
         user = await tickets.redeem(stores.redis, ticket=ticket)
-        return user, await guard.confirm_with_name(stores.db, user)
+        return user, await guard.check_session_and_read_name(stores.db, user)
 
-    return Doorman(
-        bearer=guard.bearer,
-        by_token=by_token,
-        by_ticket=by_ticket,
+    return SocketAuth(
+        bearer_token=guard.parse_bearer,
+        authenticate_token=authenticate_token,
+        authenticate_ticket=authenticate_ticket,
         authorize=access.authorize_message,
         recheck=functools.partial(access.recheck, stores.db),
     )
 
 
 async def prepare_stores(app: web.Application) -> None:
-    await collections.prepare(app[RESOURCES].mongo)
+    await indexes.create_all(app[RESOURCES].mongo)
 
 
 async def start_realtime(app: web.Application) -> None:
@@ -233,20 +237,24 @@ async def close_hasher(app: web.Application) -> AsyncIterator[None]:
     app[auth.HASHER].close()
 
 
-async def keep_accounts(app: web.Application) -> AsyncIterator[None]:
+async def run_housekeeping(app: web.Application) -> AsyncIterator[None]:
     db = app[RESOURCES].db
-    forget_invitations = Chore("forget expired invitations", functools.partial(invitations.forget_expired, db))
-    forget_keys = Chore("forget old idempotency keys", functools.partial(idempotency.forget_old, db))
-    task = asyncio.ensure_future(upkeep.run(db, app[auth.ISSUER], forget_invitations, forget_keys))
+    forget_invitations = PeriodicTask(
+        "forget expired invitations", functools.partial(invitations.delete_expired_invitations, db)
+    )
+    forget_keys = PeriodicTask("forget old idempotency keys", functools.partial(idempotency.delete_expired_keys, db))
+    task = asyncio.ensure_future(
+        housekeeping.run_account_housekeeping(db, app[auth.AUTH_CONTEXT], forget_invitations, forget_keys)
+    )
     yield
     task.cancel()
     await asyncio.wait({task})
 
 
-async def watch_itself(app: web.Application) -> AsyncIterator[None]:
+async def run_sampling(app: web.Application) -> AsyncIterator[None]:
     realtime = app[REALTIME]
-    sampling = watch.look(app[RESOURCES].db, functools.partial(watch.show_sockets, realtime))
-    coroutines = (sampling, watch.probe(realtime), watch.ask_stores(app[RESOURCES]))
+    sampler = sampling.sample(app[RESOURCES].db, functools.partial(sampling.record_socket_metrics, realtime))
+    coroutines = (sampler, sampling.probe_publish_lag(realtime), sampling.sample_stores(app[RESOURCES]))
     tasks = {asyncio.ensure_future(coroutine) for coroutine in coroutines}
     yield
     for task in tasks:
@@ -254,7 +262,7 @@ async def watch_itself(app: web.Application) -> AsyncIterator[None]:
     await asyncio.wait(tasks)
 
 
-async def insist_on_tls(_: web.Request, response: web.StreamResponse) -> None:
+async def add_hsts_header(_: web.Request, response: web.StreamResponse) -> None:
     """Tell browsers to use TLS only (HSTS); a response signal. Browsers ignore the header over plain HTTP."""
     response.headers["Strict-Transport-Security"] = "max-age=31536000"
 
@@ -274,24 +282,26 @@ async def serve(settings: Settings, *, listener: int | None = None, ready: int |
         StoreDownError: a store cannot be used.
         SettingsError: the address cannot be listened on.
     """
-    stop = stop_signal(replaceable=listener is not None)
-    async with tracing.exported(settings, "server"), resources.connect(settings) as stores:
+    stop = watch_stop_signals(replaceable=listener is not None)
+    async with tracing.export_traces(settings, "server"), resources.connect(settings) as stores:
         app = create_app(settings, stores)
-        runner = Runner(
-            app, access_log=None, keepalive_timeout=KEEPALIVE_SECONDS, shutdown_timeout=settings.drain_seconds
+        runner = HttpRunner(
+            app, access_log=None, keepalive_timeout=KEEPALIVE_TIMEOUT_SECONDS, shutdown_timeout=settings.drain_seconds
         )
         await runner.setup()
         try:
-            loop.settle()
+            loop.tune_gc()
             site = await listen(runner, settings, listener)
-            tell_ready(ready)
+            notify_ready(ready)
             await stop.wait()
             log.info("server stopping")
-            app[ops.DRAINING].begun = True
-            if stop.replaced:
+            app[ops.DRAINING].is_draining = True
+            if stop.has_successor:
                 await site.stop()
-            await asyncio.gather(app[REALTIME].drain(), linger(runner, replaced=stop.replaced))
-            await asyncio.sleep(LINGER_SECONDS)
+            await asyncio.gather(
+                app[REALTIME].drain(), wait_until_disconnected(runner, has_successor=stop.has_successor)
+            )
+            await asyncio.sleep(IDLE_POLL_INTERVAL_SECONDS)
         finally:
             await runner.cleanup()
     log.info("server stopped")
@@ -300,9 +310,9 @@ async def serve(settings: Settings, *, listener: int | None = None, ready: int |
 async def listen(runner: web.AppRunner, settings: Settings, listener: int | None) -> web.BaseSite:
     site: web.BaseSite
     if listener is None:
-        site = web.TCPSite(runner, settings.host, settings.port, backlog=BACKLOG)
+        site = web.TCPSite(runner, settings.host, settings.port, backlog=LISTEN_BACKLOG)
     else:
-        site = web.SockSite(runner, socket.socket(fileno=listener), backlog=BACKLOG)
+        site = web.SockSite(runner, socket.socket(fileno=listener), backlog=LISTEN_BACKLOG)
     try:
         await site.start()
     except OSError as error:
@@ -314,22 +324,24 @@ async def listen(runner: web.AppRunner, settings: Settings, listener: int | None
     return site
 
 
-async def linger(runner: web.AppRunner, *, replaced: bool) -> None:
+async def wait_until_disconnected(runner: web.AppRunner, *, has_successor: bool) -> None:
     """Wait until the idle keep-alive connections are closed, at most for the keep-alive timeout.
 
     A client that reuses its connection gets ``Connection: close`` and then reaches the successor; an unused connection
     reaches its timeout as usual. Without a successor the server does not wait.
     """
-    if not replaced or runner.server is None:
+    if not has_successor or runner.server is None:
         return
-    for _ in range(round(KEEPALIVE_SECONDS / LINGER_SECONDS)):
+    for _ in range(round(KEEPALIVE_TIMEOUT_SECONDS / IDLE_POLL_INTERVAL_SECONDS)):
         if not runner.server.connections:
             return
-        await asyncio.sleep(LINGER_SECONDS)
+        await asyncio.sleep(IDLE_POLL_INTERVAL_SECONDS)
 
 
-async def send_away(draining: ops.Draining, _: web.Request, response: web.StreamResponse) -> None:
+async def close_connection_while_draining(
+    draining: ops.DrainState, _: web.Request, response: web.StreamResponse
+) -> None:
     """Close each connection after its response while the process drains; a response signal."""
-    if draining.begun:
+    if draining.is_draining:
         response.headers[hdrs.CONNECTION] = "close"
         response.force_close()

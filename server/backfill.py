@@ -10,15 +10,15 @@ from typing import Any
 import asyncpg
 from asyncpg import Record
 
-from server.auth import addresses
+from server.auth import email_addresses
 from server.auth import store as accounts
-from server.postgres import CONNECT_SECONDS, Executor
+from server.postgres import CONNECT_TIMEOUT_SECONDS, Executor
 from server.projects import invitations_store
 from server.settings import StartError
 
-BATCH_ROWS = 500
-MAX_LISTED = 100
-STATEMENT_SECONDS = 60.0
+MAX_BATCH_ROWS = 500
+MAX_REPORTED_ACCOUNTS = 100
+BACKFILL_STATEMENT_TIMEOUT_SECONDS = 60.0
 
 
 async def run(database_url: str) -> list[str]:
@@ -28,39 +28,39 @@ async def run(database_url: str) -> list[str]:
         StartError: PostgreSQL is unavailable.
     """
     async with _connected(database_url) as db:
-        await _fill_keys_of_invitations(db)
-        return await _fill_keys_of_accounts(db)
+        await _fill_invitation_email_keys(db)
+        return await _fill_account_email_keys(db)
 
 
-async def _fill_keys_of_accounts(db: Executor) -> list[str]:
+async def _fill_account_email_keys(db: Executor) -> list[str]:
     """Set the ``email_key`` of each account, oldest first; return a line for each whose key another account has."""
     lines: list[str] = []
     count = 0
     after: tuple[Any, Any] = (None, None)
-    while batch := await accounts.users_without_key(db, limit=BATCH_ROWS, after=after):
-        skipped = [user for user in batch if not await _give_key(db, user)]
-        lines += map(_described, skipped[: MAX_LISTED - len(lines)])
+    while batch := await accounts.users_without_email_key(db, limit=MAX_BATCH_ROWS, after=after):
+        skipped = [user for user in batch if not await _set_email_key(db, user)]
+        lines += map(_described, skipped[: MAX_REPORTED_ACCOUNTS - len(lines)])
         count += len(skipped)
         after = (batch[-1]["created_at"], batch[-1]["id"])
     return lines if count == len(lines) else [*lines, f"without a key: {count - len(lines)} more"]
 
 
-async def _give_key(db: Executor, user: Record) -> bool:
+async def _set_email_key(db: Executor, user: Record) -> bool:
     try:
-        return await accounts.give_key(db, user=user["id"], email_key=addresses.key(user["email"]))
+        return await accounts.set_email_key(db, user=user["id"], email_key=email_addresses.key(user["email"]))
     except asyncpg.UniqueViolationError:  # a concurrent registration took the key
         return False
 
 
-async def _fill_keys_of_invitations(db: Executor) -> None:
-    while batch := await invitations_store.invitations_without_key(db, limit=BATCH_ROWS):
+async def _fill_invitation_email_keys(db: Executor) -> None:
+    while batch := await invitations_store.invitations_without_email_key(db, limit=MAX_BATCH_ROWS):
         for row in batch:
-            await invitations_store.give_key(db, invitation=row["id"], email_key=addresses.key(row["email"]))
+            await invitations_store.set_email_key(db, invitation=row["id"], email_key=email_addresses.key(row["email"]))
 
 
 def _described(user: Record) -> str:
     """Describe an account without a key, in ASCII: homographs look alike, and old addresses may hold escape codes."""
-    email, key = user["email"], addresses.key(user["email"])
+    email, key = user["email"], email_addresses.key(user["email"])
     return f"without a key: {user['id']} {email!a}: another account has {key!a}"
 
 
@@ -72,11 +72,11 @@ async def _connected(database_url: str) -> AsyncIterator[Executor]:
     """
     try:
         connection: Any = await asyncpg.connect(
-            database_url, timeout=CONNECT_SECONDS, command_timeout=STATEMENT_SECONDS
+            database_url, timeout=CONNECT_TIMEOUT_SECONDS, command_timeout=BACKFILL_STATEMENT_TIMEOUT_SECONDS
         )
         try:
             yield connection
         finally:
-            await connection.close(timeout=CONNECT_SECONDS)
+            await connection.close(timeout=CONNECT_TIMEOUT_SECONDS)
     except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         raise StartError(f"PostgreSQL cannot be used: {' '.join(str(error).split())}") from error

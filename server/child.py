@@ -14,10 +14,10 @@ from pathlib import Path
 
 from server.settings import StartError
 
-START_SECONDS = 30.0
-STOP_SECONDS = 15.0
-POLL_SECONDS = 0.02
-LOG_BYTES = 16 << 20  # a larger log is rotated; the previous one is kept as well
+START_TIMEOUT_SECONDS = 30.0
+STOP_TIMEOUT_SECONDS = 15.0
+POLL_INTERVAL_SECONDS = 0.02
+MAX_LOG_BYTES = 16 << 20  # a larger log is rotated; the previous one is kept as well
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
 # Looked up at import: between fork and exec nothing may wait for a lock.
@@ -47,8 +47,8 @@ class Child:
         *,
         log: Path | None = None,
         lock: Path | None = None,
-        goodbye: signal.Signals = signal.SIGTERM,
-        orphaned: signal.Signals = signal.SIGKILL,
+        stop_signal: signal.Signals = signal.SIGTERM,
+        parent_death_signal: signal.Signals = signal.SIGKILL,
         user: int | None = None,
         environment: dict[str, str] | None = None,
         inherit: tuple[int, ...] = (),
@@ -57,10 +57,10 @@ class Child:
         self._command = list(command)
         self._inherit = inherit
         self._log = log
-        self._log_begin = 0
+        self._log_offset = 0
         self._lock = lock
-        self._goodbye = goodbye
-        self._orphaned = orphaned
+        self._stop_signal = stop_signal
+        self._parent_death_signal = parent_death_signal
         self._user = user
         self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
@@ -70,7 +70,7 @@ class Child:
         return self._process.pid if self._process and self.alive else None
 
     @property
-    def number(self) -> int | None:
+    def last_pid(self) -> int | None:
         """The process id of the current or last run."""
         return self._process.pid if self._process else None
 
@@ -88,7 +88,7 @@ class Child:
         Raises:
             StackError: an earlier run does not end, or the program cannot be executed.
         """
-        with self._alone() as inherited, self._output() as output:
+        with self._exclusive() as inherited, self._open_log() as output:
             prepare()
             try:
                 self._process = subprocess.Popen(
@@ -103,55 +103,55 @@ class Child:
                     group=self._user,
                     extra_groups=None if self._user is None else [],
                     # Runs after the change of user, which would clear the parent death signal.
-                    preexec_fn=_dies_with_us(self._orphaned, os.getpid()),
+                    preexec_fn=_set_parent_death_signal(self._parent_death_signal, os.getpid()),
                 )
             except OSError as error:
                 raise StackError(f"{self.name} cannot be started: {error}") from error
 
-    def wait_until(self, ready: Callable[[], bool], *, seconds: float = START_SECONDS) -> None:
+    def wait_ready(self, ready: Callable[[], bool], *, timeout: float = START_TIMEOUT_SECONDS) -> None:
         """Poll ``ready`` until it is true.
 
         Raises:
             StackError: the child ends or is not ready in time; the text quotes its log.
         """
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + timeout
         while not ready():
             if not self.alive:
-                raise StackError(f"{self.name} ended with {self.exit_code} at its start: {self._last_words()}")
+                raise StackError(f"{self.name} ended with {self.exit_code} at its start: {self._log_tail()}")
             if time.monotonic() > deadline:
-                raise StackError(f"{self.name} was not ready within {seconds:.0f} s: {self._last_words()}")
-            time.sleep(POLL_SECONDS)
+                raise StackError(f"{self.name} was not ready within {timeout:.0f} s: {self._log_tail()}")
+            time.sleep(POLL_INTERVAL_SECONDS)
 
-    def wait_until_gone(self, *, seconds: float = STOP_SECONDS) -> None:
+    def wait_for_previous(self, *, timeout: float = STOP_TIMEOUT_SECONDS) -> None:
         """Wait for the processes of an earlier run, of this parent or of a killed one.
 
         Raises:
             StackError: they do not end in time.
         """
-        deadline = time.monotonic() + seconds
-        while not self._gone():
+        deadline = time.monotonic() + timeout
+        while not self._previous_ended():
             if time.monotonic() > deadline:
                 assert self._lock
                 holder = self._lock.read_text() or "unknown"
                 raise StackError(f"{self.name} of an earlier run has not ended yet; end its process {holder}")
-            time.sleep(POLL_SECONDS)
+            time.sleep(POLL_INTERVAL_SECONDS)
 
-    def ask_to_stop(self, how: signal.Signals | None = None) -> None:
+    def send_stop_signal(self, signal_override: signal.Signals | None = None) -> None:
         if self._process and self.alive:
-            self._process.send_signal(how or self._goodbye)
+            self._process.send_signal(signal_override or self._stop_signal)
 
-    def wait(self, *, seconds: float = STOP_SECONDS) -> bool:
+    def wait(self, *, timeout: float = STOP_TIMEOUT_SECONDS) -> bool:
         """Wait for the child to end, else kill it; return whether it ended by itself."""
         try:
             if self._process is not None:
-                self._process.wait(timeout=seconds)
+                self._process.wait(timeout=timeout)
         except subprocess.TimeoutExpired:
             self.kill()
             return False
         return True
 
     def stop(self) -> None:
-        self.ask_to_stop()
+        self.send_stop_signal()
         self.wait()
 
     def kill(self) -> None:
@@ -163,47 +163,47 @@ class Child:
         self._process.wait()
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[tuple[int, ...]]:
+    def _exclusive(self) -> Iterator[tuple[int, ...]]:
         """Hold the lock until the child has inherited it; yield the descriptors to inherit."""
         if self._lock is None:
             yield ()
             return
-        self.wait_until_gone()
+        self.wait_for_previous()
         with self._lock.open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield (lock.fileno(),)
             lock.write(f"{self.pid}")
 
-    def _gone(self) -> bool:
+    def _previous_ended(self) -> bool:
         if self._lock is None:
             return not self.alive
         with self._lock.open("a") as lock:
             return try_lock(lock.fileno())
 
     @contextlib.contextmanager
-    def _output(self) -> Iterator[int | None]:
+    def _open_log(self) -> Iterator[int | None]:
         """Open the log, rotated; yield its descriptor, or None if the child writes to this process's terminal."""
         if self._log is None:
             yield None
             return
-        if self._log.exists() and self._log.stat().st_size > LOG_BYTES:
+        if self._log.exists() and self._log.stat().st_size > MAX_LOG_BYTES:
             self._log.replace(self._log.with_suffix(".old.log"))
         with self._log.open("ab") as output:
-            self._log_begin = output.tell()
+            self._log_offset = output.tell()
             yield output.fileno()
 
-    def _last_words(self) -> str:
+    def _log_tail(self) -> str:
         if self._log is None:
             return "see its output above"
         with self._log.open("rb") as log:
-            log.seek(self._log_begin)
+            log.seek(self._log_offset)
             lines = log.read().decode(errors="replace").strip().splitlines()
         # PostgreSQL's last line only says that it has shut down.
         errors = [line for line in lines if "FATAL" in line or "rror" in line] or lines or ["no output"]
         return f"{errors[-1].strip()} ({self._log})"
 
 
-async def spawn(
+async def spawn_process(
     *command: str,
     stdin: int = subprocess.DEVNULL,
     stdout: int = subprocess.DEVNULL,
@@ -267,7 +267,7 @@ def _close_on_exec(inherit: tuple[int, ...]) -> None:
         _fcntl(descriptor, fcntl.F_SETFD, 0)
 
 
-def _dies_with_us(orphaned: signal.Signals, parent: int) -> Callable[[], None]:
+def _set_parent_death_signal(orphaned: signal.Signals, parent: int) -> Callable[[], None]:
     def prepare() -> None:
         _prctl(_PR_SET_PDEATHSIG, int(orphaned), 0, 0, 0)
         if os.getppid() != parent:  # the parent died in between

@@ -10,11 +10,11 @@ import gc
 import sys
 from collections.abc import Callable
 
-from server import ending, logs, settings
+from server import logs, settings, shutdown
 from server.child import open_standard_streams
 from server.settings import StartError
 
-MOST_PROCESSES = 256
+MAX_PROCESSES = 256
 
 
 def main() -> None:
@@ -32,13 +32,15 @@ def serve(arguments: argparse.Namespace) -> int:
     loaded = settings.load()
     logs.configure(loaded)
     if arguments.listener is None:  # else the supervisor has checked
-        _refuse_pending(loaded.database_url)
+        _require_migrated_database(loaded.database_url)
     if arguments.processes is not None:
         from server.supervisor import supervise
 
         address = (loaded.host, loaded.port)
-        stop_timeout = ending.server_seconds(loaded)
-        return asyncio.run(supervise(["server"], processes=arguments.processes, patience=stop_timeout, address=address))
+        stop_timeout = shutdown.server_stop_timeout(loaded)
+        return asyncio.run(
+            supervise(["server"], processes=arguments.processes, stop_timeout=stop_timeout, address=address)
+        )
     gc.disable()  # during imports, which leave no garbage: collections would take a tenth of the start
     from server import app
 
@@ -53,7 +55,9 @@ def work(arguments: argparse.Namespace) -> int:
         from server.supervisor import supervise
 
         command = ["worker", "--queues", ",".join(arguments.queues)]
-        return asyncio.run(supervise(command, processes=arguments.processes, patience=ending.worker_seconds()))
+        return asyncio.run(
+            supervise(command, processes=arguments.processes, stop_timeout=shutdown.worker_stop_timeout())
+        )
     gc.disable()  # as above
     from server import worker
 
@@ -95,7 +99,7 @@ def print_asyncapi(_: argparse.Namespace) -> int:
     return 0
 
 
-def _refuse_pending(url: str) -> None:
+def _require_migrated_database(url: str) -> None:
     from server import migrations
 
     pending = migrations.pending(url)
@@ -107,13 +111,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="run.py", description="Collaborative Workspace Backend")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     server = _command(commands, serve, "server", "serve REST and WebSockets on HOST:PORT")
-    _several(server)
+    _add_process_options(server)
     server.add_argument("--listener", type=int, help=argparse.SUPPRESS)  # an open socket, from the supervisor
     worker = _command(commands, work, "worker", "run queued jobs")
     worker.add_argument(
         "--queues", type=_queues, default="high,normal,low", metavar="LIST", help="default: %(default)s"
     )
-    _several(worker)
+    _add_process_options(worker)
     _command(commands, develop, "dev", "run embedded stores, migrations, one server and one worker")
     check = _command(commands, migrate, "migrate", "apply the pending migrations of sql/migrations")
     check.add_argument("--check", action="store_true", help="list pending migrations; exit 1 if there are any")
@@ -122,26 +126,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _several(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--processes", type=_at_least_one, metavar="N", help="number of supervised processes")
+def _add_process_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--processes", type=_process_count, metavar="N", help="number of supervised processes")
     # With --supervised, SIGHUP means that a successor is ready.
     command.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)
     command.add_argument("--ready", type=int, help=argparse.SUPPRESS)  # a pipe, from the supervisor
 
 
-def _at_least_one(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= MOST_PROCESSES:
-        raise argparse.ArgumentTypeError(f"must be a number from 1 to {MOST_PROCESSES}")
+def _process_count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_PROCESSES:
+        raise argparse.ArgumentTypeError(f"must be a number from 1 to {MAX_PROCESSES}")
     return int(text)
 
 
 def _queues(text: str) -> tuple[str, ...]:
-    from server.jobs.queue import CLASSES
+    from server.jobs.queue import PRIORITY_CLASSES
 
     names = {part.strip() for part in text.split(",")}
-    if not names <= set(CLASSES):
-        raise argparse.ArgumentTypeError(f"choose from {', '.join(CLASSES)}")
-    return tuple(name for name in CLASSES if name in names)  # by priority, not in the order of the argument
+    if not names <= set(PRIORITY_CLASSES):
+        raise argparse.ArgumentTypeError(f"choose from {', '.join(PRIORITY_CLASSES)}")
+    return tuple(name for name in PRIORITY_CLASSES if name in names)  # by priority, not in the order of the argument
 
 
 def _command(

@@ -13,7 +13,7 @@ class FieldError(TypedDict):
     message: str
 
 
-CODES = {
+ERROR_CODES = {
     "bad_request": (400, "malformed JSON, or a malformed request"),
     "unauthenticated": (401, "no token, or an invalid one; or the session has ended"),
     "invalid_credentials": (401, "email or password is wrong"),
@@ -73,7 +73,7 @@ class ServiceError(Exception):
     ) -> None:
         self.detail = detail or self.title
         self.code = code or self.default_code
-        assert self.code in CODES, self.code
+        assert self.code in ERROR_CODES, self.code
         self.details = list(details)
         self.retry_after = retry_after
         super().__init__(self.detail)
@@ -156,21 +156,21 @@ class Unavailable(ServiceError):
         super().__init__(detail, code=code, retry_after=retry_after)
 
 
-def store_down(store: str) -> Unavailable:
+def store_unreachable(store: str) -> Unavailable:
     """Return the error for a store without a connection: it is refused, closed, or the name does not resolve."""
     return Unavailable(f"{store} is unavailable")
 
 
-def store_slow(store: str) -> Unavailable:
+def store_timed_out(store: str) -> Unavailable:
     """Return the error for a call that reached its timeout. The store may still complete the call later."""
     return Unavailable(f"{store} did not answer in time")
 
 
-KINDS: tuple[type[ServiceError], ...] = (ServiceError, *ServiceError.__subclasses__())
+ERROR_CLASSES: tuple[type[ServiceError], ...] = (ServiceError, *ServiceError.__subclasses__())
 """All error classes; each has its own status."""
 
 
-def invalid(field: str, message: str) -> ValidationFailed:
+def invalid_field(field: str, message: str) -> ValidationFailed:
     """Return the validation error of one field."""
     return ValidationFailed("Validation failed", details=[{"field": field, "message": message}])
 

@@ -18,14 +18,14 @@ from marshmallow import RAISE, ValidationError, fields, validate
 from marshmallow import Schema as MarshmallowSchema
 
 from server import json
-from server.errors import FieldError, ValidationFailed, invalid
+from server.errors import FieldError, ValidationFailed, invalid_field
 
-JSON_OBJECT_BYTES = 16 * 1024
-MOST_PROBLEMS = 50  # of one body: clients do not read more
+MAX_JSON_OBJECT_BYTES = 16 * 1024
+MAX_VALIDATION_ERRORS = 50  # of one body: clients do not read more
 _DIGITS = re.compile(r"[0-9]{1,19}")
 # Characters with Unicode's Default_Ignorable_Code_Point (DerivedCoreProperties.txt) that are neither format characters
 # nor combining, and the blank Braille pattern: letters and symbols by category, but invisible.
-_BLANK = re.compile("[\u115f\u1160\u2065\u2800\u3164\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]")
+_INVISIBLE = re.compile("[\u115f\u1160\u2065\u2800\u3164\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]")
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.IGNORECASE)
 
 
@@ -47,15 +47,15 @@ class Schema(MarshmallowSchema):
 
         They need no search for attributes and hooks, which took most of the time of a page of twenty.
         """
-        return list(map(self._shown, obj)) if many else self._shown(obj)
+        return list(map(self._dump_row, obj)) if many else self._dump_row(obj)
 
     @cached_property
-    def _columns(self) -> list[tuple[str, str, Callable[[Any], Any] | None]]:
-        return [(name, field.data_key or name, _shower(field)) for name, field in self.dump_fields.items()]
+    def _serializers(self) -> list[tuple[str, str, Callable[[Any], Any] | None]]:
+        return [(name, field.data_key or name, _serializer_of(field)) for name, field in self.dump_fields.items()]
 
-    def _shown(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def _dump_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
         values = {}
-        for name, key, serialize in self._columns:
+        for name, key, serialize in self._serializers:
             try:
                 value = row[name]
             except KeyError:
@@ -64,16 +64,16 @@ class Schema(MarshmallowSchema):
         return values
 
 
-def _shower(field: fields.Field[Any]) -> Callable[[Any], Any] | None:
+def _serializer_of(field: fields.Field[Any]) -> Callable[[Any], Any] | None:
     """Return the function that serializes the values of a field, or None if they are JSON already."""
-    if isinstance(field, Ready):
+    if isinstance(field, RawJson):
         return orjson.Fragment
     if isinstance(field, fields.Nested):
         nested = field.schema
         assert isinstance(nested, Schema)
-        return partial(nested.dump, many=True) if field.many else nested._shown
+        return partial(nested.dump, many=True) if field.many else nested._dump_row
     if isinstance(field, fields.List):
-        serialize = _shower(field.inner)
+        serialize = _serializer_of(field.inner)
         return None if serialize is None else lambda values: list(map(serialize, values))
     if isinstance(field, Id | fields.String):
         return str
@@ -87,9 +87,11 @@ def _shower(field: fields.Field[Any]) -> Callable[[Any], Any] | None:
 class Text(fields.String):
     """A string; ``trim`` takes white space off both ends before its length is checked."""
 
-    def __init__(self, low: int = 0, high: int | None = None, *, trim: bool = False, **options: Any) -> None:
+    def __init__(
+        self, min_length: int = 0, max_length: int | None = None, *, trim: bool = False, **options: Any
+    ) -> None:
         self.trim = trim
-        super().__init__(validate=validate.Length(min=low or None, max=high), **options)
+        super().__init__(validate=validate.Length(min=min_length or None, max=max_length), **options)
 
     def _deserialize(self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **options: Any) -> str:
         text = super()._deserialize(value, attr, data, **options)
@@ -116,7 +118,7 @@ class Name(Text):
 def _is_visible(character: str) -> bool:
     """Return whether a character is visible by itself. Unassigned ones count: emoji newer than Python's tables."""
     category = unicodedata.category(character)
-    return category[0] not in "ZM" and category not in ("Cc", "Cf", "Cs") and not _BLANK.match(character)
+    return category[0] not in "ZM" and category not in ("Cc", "Cf", "Cs") and not _INVISIBLE.match(character)
 
 
 class Id(fields.UUID):
@@ -140,23 +142,23 @@ class QueryInteger(fields.Integer):
         return super()._deserialize(value, attr, data, **options)
 
 
-class Time(fields.DateTime):
+class Timestamp(fields.DateTime):
     """A timestamp in ISO 8601; responses have UTC with milliseconds."""
 
     def _serialize(self, value: datetime | str | None, attr: str | None, obj: Any, **options: Any) -> str | None:
         if isinstance(value, str):  # from a jsonb value
             value = datetime.fromisoformat(value)
-        return None if value is None else json.timestamp(value)
+        return None if value is None else json.format_timestamp(value)
 
 
-class Ready(fields.Nested):
+class RawJson(fields.Nested):
     """JSON text that a statement built in the shape of the nested schema; passed on unchanged."""
 
     def _serialize(self, nested_obj: Any, attr: Any, obj: Any, **options: Any) -> Any:  # type: ignore[override]
         return None if nested_obj is None else orjson.Fragment(nested_obj)
 
 
-class WebAddress(fields.Url):
+class HttpUrl(fields.Url):
     """An http(s) URL. Its length is checked first, because the pattern takes long on a long text."""
 
     def __init__(self, **options: Any) -> None:
@@ -171,18 +173,18 @@ class JsonObject(fields.Dict):
     """A JSON object of at most 16 KiB."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(keys=fields.String(), validate=_small_enough, **options)
+        super().__init__(keys=fields.String(), validate=_check_json_size, **options)
 
 
-def _small_enough(value: dict[str, Any]) -> None:
+def _check_json_size(value: dict[str, Any]) -> None:
     size = len(json.dumps(value))
-    if size > JSON_OBJECT_BYTES or size + sum(map(_zeros, _floats(value))) > JSON_OBJECT_BYTES:
+    if size > MAX_JSON_OBJECT_BYTES or size + sum(map(_expanded_digits, _floats(value))) > MAX_JSON_OBJECT_BYTES:
         raise ValidationError(
-            f"Must not exceed {JSON_OBJECT_BYTES >> 10} KiB of JSON, with numbers written out in full."
+            f"Must not exceed {MAX_JSON_OBJECT_BYTES >> 10} KiB of JSON, with numbers written out in full."
         )
 
 
-def _zeros(number: float) -> int:
+def _expanded_digits(number: float) -> int:
     """Return about how many digits PostgreSQL adds when it prints the number: it writes 1e300 with 301 digits."""
     return abs(math.frexp(number)[1]) * 3 // 10
 
@@ -207,15 +209,15 @@ def load(schema: MarshmallowSchema, value: Any) -> dict[str, Any]:
         ValidationFailed: ``details`` has an entry for each problem, at most 50; ``field`` is a dotted path.
     """
     if not isinstance(value, dict):
-        raise invalid("", "Must be a JSON object.")
+        raise invalid_field("", "Must be a JSON object.")
     known = {field.data_key or name for name, field in schema.fields.items()}
-    unknown = list(islice((name for name in value if name not in known), MOST_PROBLEMS))
+    unknown = list(islice((name for name in value if name not in known), MAX_VALIDATION_ERRORS))
     try:
-        if len(unknown) == MOST_PROBLEMS:  # marshmallow would report all of them
+        if len(unknown) == MAX_VALIDATION_ERRORS:  # marshmallow would report all of them
             raise ValidationError(dict.fromkeys(unknown, "Unknown field."))
         loaded: dict[str, Any] = schema.load(value)
     except ValidationError as error:
-        raise ValidationFailed("Validation failed", details=_flatten(error.messages)[:MOST_PROBLEMS]) from None
+        raise ValidationFailed("Validation failed", details=_flatten(error.messages)[:MAX_VALIDATION_ERRORS]) from None
     return loaded
 
 

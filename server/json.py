@@ -15,11 +15,11 @@ SURROGATE_MESSAGE = "Lone surrogates are not allowed"
 INTEGER_MESSAGE = "Integers must be within the signed 64-bit range"
 MIN_INTEGER, MAX_INTEGER = -(1 << 63), (1 << 63) - 1
 MAX_SEARCHED_BYTES = 64 << 10  # of a text that is searched for the path of a bad integer
-DEEPEST = 200  # levels of an input; responses nest it further
-_WRITABLE = 254  # levels that orjson can write
-_ZEROS = bytes.maketrans(b"123456789", b"0" * 9)
+MAX_DEPTH = 200  # levels of an input; responses nest it further
+_MAX_ORJSON_DEPTH = 254  # levels that orjson can write
+_DIGITS_TO_ZERO = bytes.maketrans(b"123456789", b"0" * 9)
 _LONG_INTEGER = b"0" * 19  # an integer with fewer digits fits into 64 bits
-_BEYOND = object()
+_OUT_OF_RANGE = object()
 _NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")  # JSON text can contain NUL as an escape only
 
 
@@ -56,14 +56,14 @@ def loads(raw: bytes | str) -> Any:
         if not _is_utf8(raw):
             raise BadRequest("JSON must be UTF-8") from None
         if "surrogate" in str(error):
-            raise _refused(SURROGATE_MESSAGE) from None
+            raise _rejected(SURROGATE_MESSAGE) from None
         raise BadRequest(f"Malformed JSON: {error}") from None
     # Both checks run in C: a walk in Python would block the event loop for long, and could not go as deep.
     text = raw.encode("utf-8", "replace") if isinstance(raw, str) else raw
-    if text.count(b"[") + text.count(b"{") > DEEPEST and _is_too_deep(value):
-        raise _refused(f"JSON must not be nested deeper than {DEEPEST} levels")
+    if text.count(b"[") + text.count(b"{") > MAX_DEPTH and _is_too_deep(value):
+        raise _rejected(f"JSON must not be nested deeper than {MAX_DEPTH} levels")
     if _NUL.search(text):
-        raise _refused(NUL_MESSAGE)
+        raise _rejected(NUL_MESSAGE)
     _check_integers(text, value)
     return value
 
@@ -74,32 +74,32 @@ def _check_integers(raw: bytes | str, value: Any) -> None:
     orjson turns such integers into floats. The standard library does not, but is slower.
     """
     text = raw.encode("utf-8", "replace") if isinstance(raw, str) else raw
-    if _LONG_INTEGER not in text.translate(_ZEROS):
+    if _LONG_INTEGER not in text.translate(_DIGITS_TO_ZERO):
         return
     out_of_range: list[object] = []
 
     def integer(digits: str) -> object:
         if len(digits) < len(_LONG_INTEGER) or (len(digits) <= 20 and MIN_INTEGER <= int(digits) <= MAX_INTEGER):
             return 0
-        out_of_range.append(_BEYOND)
-        return _BEYOND
+        out_of_range.append(_OUT_OF_RANGE)
+        return _OUT_OF_RANGE
 
     try:
         parsed = standard.loads(text, parse_int=integer)
-        path = _place(parsed) if out_of_range and len(text) <= MAX_SEARCHED_BYTES else None
+        path = _path_of_out_of_range(parsed) if out_of_range and len(text) <= MAX_SEARCHED_BYTES else None
     except (ValueError, RecursionError):  # then it is not JSON for orjson either
         return
     if out_of_range:
         raise IntegerOutOfRangeError(path or "", value)
 
 
-def _place(value: Any) -> str | None:
+def _path_of_out_of_range(value: Any) -> str | None:
     """Return the dotted path of the first integer beyond 64 bits, or None if there is none."""
-    if value is _BEYOND:
+    if value is _OUT_OF_RANGE:
         return ""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
-        if (path := _place(item)) is not None:
+        if (path := _path_of_out_of_range(item)) is not None:
             return f"{key}.{path}".rstrip(".")[:200]
     return None
 
@@ -113,7 +113,7 @@ def _is_utf8(raw: bytes | str) -> bool:
     return True
 
 
-def timestamp(moment: datetime) -> str:
+def format_timestamp(moment: datetime) -> str:
     utc = moment if moment.tzinfo is UTC else moment.astimezone(UTC)
     text = orjson.dumps(utc).decode()  # takes a sixth of isoformat's time; omits a fraction of 0
     return f"{text[1:20]}{text[20:24] if utc.microsecond else '.000'}Z"
@@ -121,14 +121,14 @@ def timestamp(moment: datetime) -> str:
 
 def _default(value: Any) -> str:
     if isinstance(value, datetime):
-        return timestamp(value)
+        return format_timestamp(value)
     if isinstance(value, UUID):  # asyncpg's subclass; orjson supports the plain class only
         return str(value)
     raise TypeError(f"not serializable: {type(value).__name__}")
 
 
 def _is_too_deep(value: Any) -> bool:
-    for _ in range(_WRITABLE - DEEPEST):
+    for _ in range(_MAX_ORJSON_DEPTH - MAX_DEPTH):
         value = [value]
     try:
         orjson.dumps(value)
@@ -137,5 +137,5 @@ def _is_too_deep(value: Any) -> bool:
     return False
 
 
-def _refused(reason: str) -> ValidationFailed:
+def _rejected(reason: str) -> ValidationFailed:
     return ValidationFailed(reason, details=[{"field": "", "message": reason}])

@@ -17,30 +17,30 @@ def configure(settings: Settings) -> None:
     """Configure logging, once at the start of a process. Logs of libraries go the same way, from warning up."""
     level = getattr(logging, settings.log_level.upper())
     structlog.configure(
-        processors=[_complete, *_renderers(settings.log_format)],
+        processors=[_add_context, *_renderers(settings.log_format)],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=_writers(settings.log_format),
+        logger_factory=_logger_factory(settings.log_format),
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[_complete],
+            foreign_pre_chain=[_add_context],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 *_renderers(settings.log_format),
-                _decoded,
+                _decode,
             ],
         )
     )
     logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING), force=True)
     for library in ("saq", "asyncpg.pool"):
-        logging.getLogger(library).addFilter(_in_a_line)
+        logging.getLogger(library).addFilter(_flatten_traceback)
     # It logs unknown subprotocols as warnings, and one of them may contain an access token.
     logging.getLogger("aiohttp.websocket").setLevel(logging.CRITICAL)
 
 
-def _in_a_line(record: logging.LogRecord) -> bool:
+def _flatten_traceback(record: logging.LogRecord) -> bool:
     """Replace the traceback by one line: while a store is down, the libraries would log one every second."""
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, (RedisError, OSError)):
@@ -60,17 +60,17 @@ def _renderers(style: str) -> list[Any]:
     ]
 
 
-def _writers(style: str) -> Any:
+def _logger_factory(style: str) -> Any:
     if style == "text":
         return structlog.WriteLoggerFactory(file=sys.stdout)
     return structlog.BytesLoggerFactory(file=sys.stdout.buffer)
 
 
-def _decoded(_: Any, __: str, line: Any) -> str:
+def _decode(_: Any, __: str, line: Any) -> str:
     return line.decode() if isinstance(line, bytes) else str(line)
 
 
-def _complete(_: Any, level: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+def _add_context(_: Any, level: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Add context, level and timestamp; drop fields that are None.
 
     One processor, because four took as long as the writing itself.

@@ -12,19 +12,19 @@ import uvloop
 
 log = structlog.get_logger()
 
-AGAIN_SECONDS = 0.2
-LAST_SECONDS = 5.0
-YOUNG_OBJECTS = 20_000
+CANCEL_RETRY_INTERVAL_SECONDS = 0.2
+CANCEL_TIMEOUT_SECONDS = 5.0
+GC_YOUNG_THRESHOLD = 20_000
 T = TypeVar("T")
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
     """Run ``main``, then cancel all other tasks, also those of libraries; exit the process if some do not end."""
     gc.enable()  # it is off during imports
-    return uvloop.run(_and_the_rest(main))
+    return uvloop.run(_run_then_cancel_rest(main))
 
 
-def settle() -> None:
+def tune_gc() -> None:
     """Exclude the objects of the start from garbage collection, and collect less often; call once all are made.
 
     Reference counting frees nearly all objects of a request, and the default first generation of 700 objects is full
@@ -32,29 +32,31 @@ def settle() -> None:
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(YOUNG_OBJECTS, *gc.get_threshold()[1:])
+    gc.set_threshold(GC_YOUNG_THRESHOLD, *gc.get_threshold()[1:])
 
 
-async def end(tasks: Iterable["asyncio.Future[Any]"], *, seconds: float | None = None) -> set["asyncio.Future[Any]"]:
+async def cancel_tasks(
+    tasks: Iterable["asyncio.Future[Any]"], *, timeout: float | None = None
+) -> set["asyncio.Future[Any]"]:
     """Cancel tasks until they have ended; return those that have not within the timeout.
 
     One cancellation is not enough: a Redis client or a pool that is just connecting may swallow it.
     """
     pending = {task for task in tasks if not task.done()}
-    deadline = None if seconds is None else time.monotonic() + seconds
+    deadline = None if timeout is None else time.monotonic() + timeout
     while pending and (deadline is None or time.monotonic() < deadline):
         for task in pending:
             task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=AGAIN_SECONDS)
+        _, pending = await asyncio.wait(pending, timeout=CANCEL_RETRY_INTERVAL_SECONDS)
     return pending
 
 
-async def _and_the_rest(main: Coroutine[Any, Any, T]) -> T:
+async def _run_then_cancel_rest(main: Coroutine[Any, Any, T]) -> T:
     try:
         return await main
     finally:
-        rest = await end(asyncio.all_tasks() - {asyncio.current_task()}, seconds=LAST_SECONDS)
+        rest = await cancel_tasks(asyncio.all_tasks() - {asyncio.current_task()}, timeout=CANCEL_TIMEOUT_SECONDS)
         if rest:
             # asyncio would wait for them forever.
-            log.error("tasks do not end", tasks=[repr(task) for task in rest])
+            log.error("tasks ignored cancellation", tasks=[repr(task) for task in rest])
             os._exit(1)

@@ -9,10 +9,12 @@ from typing import Final
 from prometheus_client import Counter, Gauge, Histogram
 
 LIVE: Final = "livesum"  # summed over the running processes
-WAITS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
-LAGS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+WAIT_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
+LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 
-REQUESTS = Histogram("http_request_duration_seconds", "Requests by route template", ["method", "route", "status"])
+REQUEST_DURATION = Histogram(
+    "http_request_duration_seconds", "Requests by route template", ["method", "route", "status"]
+)
 LIMITER_FALLBACKS = Counter(
     "rate_limiter_fallbacks_total", "Rate limit checks made locally while Redis was unavailable"
 )
@@ -32,10 +34,10 @@ FRAMES_DROPPED = Counter(
 SOCKETS_CLOSED = Counter("websocket_closed_total", "Closed sockets by close code; 1006: closed by the peer", ["code"])
 OUTBOX_FRAMES = Gauge("websocket_outbox_frames", "Frames queued for slow sockets", multiprocess_mode=LIVE)
 OUTBOX_BYTES = Gauge("websocket_outbox_bytes", "Bytes queued for slow sockets", multiprocess_mode=LIVE)
-PUBLISH_LAG = Histogram("redis_publish_lag_seconds", "Pub/sub latency of a probe message", buckets=LAGS)
+PUBLISH_LAG = Histogram("redis_publish_lag_seconds", "Pub/sub latency of a probe message", buckets=LAG_BUCKETS)
 JOBS_FINISHED = Counter("jobs_finished_total", "Job attempts by outcome", ["type", "outcome"])
-JOB_WAIT = Histogram("job_wait_seconds", "Time between a job being due and its attempt", ["type"], buckets=WAITS)
-JOB_DURATION = Histogram("job_attempt_seconds", "Duration of job attempts", ["type"], buckets=WAITS)
+JOB_WAIT = Histogram("job_wait_seconds", "Time between a job being due and its attempt", ["type"], buckets=WAIT_BUCKETS)
+JOB_DURATION = Histogram("job_attempt_seconds", "Duration of job attempts", ["type"], buckets=WAIT_BUCKETS)
 SANDBOX_RUNS = Counter("sandbox_runs_total", "Sandboxed programs by outcome", ["tier", "language", "outcome"])
 DOCUMENTS_LOADED = Counter("documents_loaded_total", "Documents loaded into memory")
 DOCUMENTS_OPEN = Gauge("documents_open", "Documents in memory", multiprocess_mode=LIVE)
@@ -49,10 +51,10 @@ REPLICA_READS = Counter(
 SANDBOX_LANGUAGES = Gauge(
     "sandbox_languages", "Languages that every worker can run", ["tier"], multiprocess_mode="livemin"
 )
-LOOP_LAG = Histogram("event_loop_lag_seconds", "Delay of a timer of the event loop", buckets=LAGS)
+LOOP_LAG = Histogram("event_loop_lag_seconds", "Delay of a timer of the event loop", buckets=LAG_BUCKETS)
 
 # rate() misses the first event of a new series, so these series exist from the start, with 0.
-FROM_ZERO = (
+INITIALIZED_SERIES = (
     FRAMES_DROPPED.labels("ephemeral"),
     *map(DOCUMENT_UPDATES.labels, ("committed", "refused")),
     *map(REPLICA_READS.labels, ("replica", "primary")),

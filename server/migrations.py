@@ -16,9 +16,9 @@ import yoyo
 
 from server.settings import StartError
 
-FOLDER = Path(__file__).parent.parent / "sql" / "migrations"
-LOCK = 0x77_6B_73_70  # "wksp": any number, the same in every version
-CONNECT_SECONDS = 5
+MIGRATIONS_DIR = Path(__file__).parent.parent / "sql" / "migrations"
+ADVISORY_LOCK_ID = 0x77_6B_73_70  # "wksp": any number, the same in every version
+CONNECT_TIMEOUT_SECONDS = 5
 
 
 class MigrationError(StartError):
@@ -32,7 +32,7 @@ def pending(database_url: str) -> list[str]:
         MigrationError: the database is unavailable.
     """
     with _backend(database_url) as backend:
-        return [migration.id for migration in backend.to_apply(_all())]
+        return [migration.id for migration in backend.to_apply(_read_all())]
 
 
 def apply(database_url: str) -> list[str]:
@@ -41,51 +41,53 @@ def apply(database_url: str) -> list[str]:
     Raises:
         MigrationError: the database is unavailable, or a migration failed (and was rolled back).
     """
-    with _alone(database_url), _backend(database_url) as backend:
-        steps = backend.to_apply(_all())
+    with _advisory_lock(database_url), _backend(database_url) as backend:
+        steps = backend.to_apply(_read_all())
         backend.apply_migrations(steps)
         return [migration.id for migration in steps]
 
 
 def roll_back(database_url: str) -> list[str]:
     """Undo all migrations, newest first; for tests of the rollback scripts."""
-    with _alone(database_url), _backend(database_url) as backend:
-        steps = backend.to_rollback(_all())
+    with _advisory_lock(database_url), _backend(database_url) as backend:
+        steps = backend.to_rollback(_read_all())
         backend.rollback_migrations(steps)
         return [migration.id for migration in steps]
 
 
-def _all() -> Any:
-    return yoyo.read_migrations(str(FOLDER))
+def _read_all() -> Any:
+    return yoyo.read_migrations(str(MIGRATIONS_DIR))
 
 
 @contextmanager
-def _alone(database_url: str) -> Iterator[None]:
-    with _reported(database_url), psycopg.connect(_bounded(database_url), autocommit=True) as lock:
-        lock.execute("SELECT pg_advisory_lock(%s)", (LOCK,))
+def _advisory_lock(database_url: str) -> Iterator[None]:
+    with _translate_errors(database_url), psycopg.connect(_with_connect_timeout(database_url), autocommit=True) as lock:
+        lock.execute("SELECT pg_advisory_lock(%s)", (ADVISORY_LOCK_ID,))
         yield
 
 
 @contextmanager
 def _backend(database_url: str) -> Iterator[Any]:
     logging.getLogger("yoyo.migrations").setLevel(logging.WARNING)
-    with _reported(database_url):
-        backend = yoyo.get_backend(urlunsplit(urlsplit(_bounded(database_url))._replace(scheme="postgresql+psycopg")))
+    with _translate_errors(database_url):
+        backend = yoyo.get_backend(
+            urlunsplit(urlsplit(_with_connect_timeout(database_url))._replace(scheme="postgresql+psycopg"))
+        )
         try:
             yield backend
         finally:
             backend.connection.close()
 
 
-def _bounded(database_url: str) -> str:
+def _with_connect_timeout(database_url: str) -> str:
     """Return the URL with a timeout for connecting."""
     parts = urlsplit(database_url)
-    options = {"connect_timeout": str(CONNECT_SECONDS), **dict(parse_qsl(parts.query))}
+    options = {"connect_timeout": str(CONNECT_TIMEOUT_SECONDS), **dict(parse_qsl(parts.query))}
     return urlunsplit(parts._replace(query=urlencode(options)))
 
 
 @contextmanager
-def _reported(database_url: str) -> Iterator[None]:
+def _translate_errors(database_url: str) -> Iterator[None]:
     try:
         yield
     except psycopg.Error as error:

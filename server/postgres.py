@@ -40,23 +40,25 @@ import orjson
 import structlog
 
 from server import json
-from server.budget import within
-from server.errors import NotFound, Unavailable, store_down, store_slow
-from server.together import Send, Together
+from server.batching import Batcher, SendBatch
+from server.deadline import remaining
+from server.errors import NotFound, Unavailable, store_timed_out, store_unreachable
 
 log = structlog.get_logger()
 
-POOL_SIZE = 20
+MAX_POOL_SIZE = 20
 RETRY_BACKOFF_SECONDS = 0.05  # mean, with jitter, before a write that collided is tried again
-LANES = 6  # connections of the pool for single statements; the others are for transactions and batched lookups
-CONNECT_SECONDS = 3.0
-GIVE_BACK_SECONDS = 0.2
-STATEMENT_SECONDS = 1.5  # for responses within 2 s, also when PostgreSQL hangs
+MAX_STATEMENT_CONNECTIONS = (
+    6  # connections of the pool for single statements; the others are for transactions and batched lookups
+)
+CONNECT_TIMEOUT_SECONDS = 3.0
+RELEASE_TIMEOUT_SECONDS = 0.2
+STATEMENT_TIMEOUT_SECONDS = 1.5  # for responses within 2 s, also when PostgreSQL hangs
 T = TypeVar("T")
-Q = TypeVar("Q")
-A = TypeVar("A")
+RequestT = TypeVar("RequestT")
+ResultT = TypeVar("ResultT")
 Statement = Callable[[Any], Awaitable[Any]]  # takes a connection
-Search = tuple[str, tuple[Any, ...]]  # a statement and a key
+Lookup = tuple[str, tuple[Any, ...]]  # a statement and a key
 Revisions = list[asyncpg.Range]  # a set of revisions, as an int8multirange
 
 
@@ -78,10 +80,12 @@ class Database:
 
     def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]") -> None:
         self.pool = pool
-        self._given_back: set[asyncio.Task[None]] = set()
-        self._finder: Together[Search, asyncpg.Record | None] = Together(functools.partial(self._connected, _find))
-        self._runner: Together[Statement, Any] = Together(
-            functools.partial(self._connected, _execute), round_trips=LANES, together=1
+        self._releasing: set[asyncio.Task[None]] = set()
+        self._lookup_batcher: Batcher[Lookup, asyncpg.Record | None] = Batcher(
+            functools.partial(self._acquire, _lookup_batch)
+        )
+        self._statement_batcher: Batcher[Statement, Any] = Batcher(
+            functools.partial(self._acquire, _execute_batch), max_concurrent=MAX_STATEMENT_CONNECTIONS, max_batch=1
         )
 
     async def fetch(self, query: str, *args: Any) -> list[asyncpg.Record]:
@@ -96,7 +100,7 @@ class Database:
     async def execute(self, query: str, *args: Any) -> str:
         return await self._run(lambda connection: connection.execute(query, *args))
 
-    async def find(self, query: str, *key: Any) -> asyncpg.Record | None:
+    async def fetchrow_batched(self, query: str, *key: Any) -> asyncpg.Record | None:
         """Return the row of one key, or None; lookups of many requests share a batch. For reads of every request.
 
         The statement takes an array for each part of the key (``unnest($1::uuid[]) WITH ORDINALITY``), and the column
@@ -105,7 +109,7 @@ class Database:
         grows, until it is analysed.
         """
         with translate_errors():
-            return await self._finder.ask((query, key), seconds=within(STATEMENT_SECONDS))
+            return await self._lookup_batcher.submit((query, key), timeout=remaining(STATEMENT_TIMEOUT_SECONDS))
 
     async def transact(self, work: Callable[[Executor], Awaitable[T]]) -> T:
         """Run ``work`` in one transaction and return its result: all of its statements take effect, or none.
@@ -121,72 +125,74 @@ class Database:
             async with self._transaction() as transaction:
                 return await work(transaction)
 
-        return await _retried(attempt)
+        return await _retry_once_on_conflict(attempt)
 
     async def ping(self) -> None:
         await self.fetchval("SELECT 1")
 
     async def close(self) -> None:
-        await self._finder.close()
-        await self._runner.close()
-        if self._given_back:
-            _, late = await asyncio.wait(self._given_back, timeout=GIVE_BACK_SECONDS)
+        await self._lookup_batcher.close()
+        await self._statement_batcher.close()
+        if self._releasing:
+            _, late = await asyncio.wait(self._releasing, timeout=RELEASE_TIMEOUT_SECONDS)
             for task in late:  # the server does not confirm the cancellation
                 task.cancel()
         try:
-            async with asyncio.timeout(CONNECT_SECONDS):
+            async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
                 await self.pool.close()
         except TimeoutError:
             self.pool.terminate()
 
     async def _run(self, statement: Callable[[Any], Awaitable[T]]) -> T:
         async def attempt() -> T:
-            result: T = await self._runner.ask(statement, seconds=within(STATEMENT_SECONDS))
+            result: T = await self._statement_batcher.submit(statement, timeout=remaining(STATEMENT_TIMEOUT_SECONDS))
             return result
 
-        return await _retried(attempt)
+        return await _retry_once_on_conflict(attempt)
 
     @asynccontextmanager
     async def _transaction(self) -> AsyncIterator[Executor]:
         """Open a transaction; at its deadline the connection is terminated, which ends the transaction."""
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + within(STATEMENT_SECONDS)
+        deadline = loop.time() + remaining(STATEMENT_TIMEOUT_SECONDS)
         connection: Any = await self.pool.acquire(timeout=deadline - loop.time())
         timer = loop.call_at(deadline, connection.terminate)
         try:
             async with connection.transaction():
                 yield connection
-        except _LOST as error:
+        except _CONNECTION_ERRORS as error:
             if loop.time() >= deadline:
                 raise TimeoutError("No answer in time") from error
             raise
         finally:
             timer.cancel()
-            self._give_back(connection)
+            self._release(connection)
 
     @asynccontextmanager
-    async def _connected(self, send: Callable[[Any, list[Q]], Awaitable[list[A]]]) -> AsyncIterator[Send[Q, A]]:
+    async def _acquire(
+        self, send: Callable[[Any, list[RequestT]], Awaitable[list[ResultT]]]
+    ) -> AsyncIterator[SendBatch[RequestT, ResultT]]:
         """Acquire a connection for successive batches: releasing and acquiring one costs as much as a lookup."""
-        async with asyncio.timeout(STATEMENT_SECONDS):
+        async with asyncio.timeout(STATEMENT_TIMEOUT_SECONDS):
             connection = await self.pool.acquire()
         try:
             yield functools.partial(send, connection)
         finally:
-            self._give_back(connection)
+            self._release(connection)
 
-    def _give_back(self, connection: Any) -> None:
+    def _release(self, connection: Any) -> None:
         task = asyncio.ensure_future(self.pool.release(connection))
-        self._given_back.add(task)
-        task.add_done_callback(self._forget)
+        self._releasing.add(task)
+        task.add_done_callback(self._on_released)
 
-    def _forget(self, task: "asyncio.Task[None]") -> None:
-        self._given_back.discard(task)
+    def _on_released(self, task: "asyncio.Task[None]") -> None:
+        self._releasing.discard(task)
         if not task.cancelled():
             task.exception()  # mark it as retrieved: the caller has an error already
 
 
-async def _execute(connection: Any, statements: list[Statement]) -> list[Any]:
-    async with asyncio.timeout(STATEMENT_SECONDS):
+async def _execute_batch(connection: Any, statements: list[Statement]) -> list[Any]:
+    async with asyncio.timeout(STATEMENT_TIMEOUT_SECONDS):
         try:
             return [await statement(connection) for statement in statements]
         except asyncpg.PostgresError as error:
@@ -195,12 +201,12 @@ async def _execute(connection: Any, statements: list[Statement]) -> list[Any]:
             return [error]
 
 
-async def _find(connection: Any, searches: list[Search]) -> list[asyncpg.Record | None]:
+async def _lookup_batch(connection: Any, searches: list[Lookup]) -> list[asyncpg.Record | None]:
     rows: list[asyncpg.Record | None] = [None] * len(searches)
     indexes_by_query: dict[str, list[int]] = {}
     for index, (query, _) in enumerate(searches):
         indexes_by_query.setdefault(query, []).append(index)
-    async with asyncio.timeout(STATEMENT_SECONDS):
+    async with asyncio.timeout(STATEMENT_TIMEOUT_SECONDS):
         for query, indexes in indexes_by_query.items():
             keys = (searches[index][1] for index in indexes)
             for row in await connection.fetch(query, *map(list, zip(*keys, strict=True))):
@@ -208,13 +214,13 @@ async def _find(connection: Any, searches: list[Search]) -> list[asyncpg.Record 
     return rows
 
 
-async def _retried(attempt: Callable[[], Awaitable[T]]) -> T:
+async def _retry_once_on_conflict(attempt: Callable[[], Awaitable[T]]) -> T:
     """Return the result of ``attempt``; retry once if it conflicts with other writes."""
     with translate_errors():
         try:
             return await attempt()
-        except _COLLIDED as error:
-            log.warning("concurrent writes collided", error=type(error).__name__)
+        except _CONFLICT_ERRORS as error:
+            log.warning("write conflict, transaction retried", error=type(error).__name__)
         # At once it could take a lock before the transaction that it let through, and meet it a second time.
         await asyncio.sleep(RETRY_BACKOFF_SECONDS * (0.5 + random.random()))  # noqa: S311 - jitter is no secret
         return await attempt()
@@ -230,16 +236,16 @@ class translate_errors:  # noqa: N801 - reads as a statement: with translate_err
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None and (translated := _answer(error)) is not None:
+        if error is not None and (translated := _to_service_error(error)) is not None:
             raise translated from error
 
 
-def _answer(error: BaseException) -> Unavailable | NotFound | None:
-    if isinstance(error, _SLOW):
-        return store_slow("PostgreSQL")
-    if isinstance(error, _DOWN) or _is_closed_transport(error):
-        return store_down("PostgreSQL")
-    if isinstance(error, _COLLIDED):
+def _to_service_error(error: BaseException) -> Unavailable | NotFound | None:
+    if isinstance(error, _TIMEOUT_ERRORS):
+        return store_timed_out("PostgreSQL")
+    if isinstance(error, _UNAVAILABLE_ERRORS) or _is_closed_transport(error):
+        return store_unreachable("PostgreSQL")
+    if isinstance(error, _CONFLICT_ERRORS):
         return Unavailable("Concurrent writes conflicted; retry the request")
     if isinstance(error, asyncpg.ForeignKeyViolationError):
         return NotFound("Resource not found")
@@ -251,14 +257,14 @@ def _is_closed_transport(error: BaseException | None) -> bool:
     return isinstance(error, RuntimeError) and "closed" in str(error)
 
 
-_LOST = (
+_CONNECTION_ERRORS = (
     asyncpg.PostgresConnectionError,
     asyncpg.InterfaceError,
     asyncpg.InternalClientError,  # the connection broke in the middle of a statement
 )
-_SLOW = (TimeoutError, asyncpg.QueryCanceledError, asyncpg.LockNotAvailableError)
-_DOWN = (
-    *_LOST,
+_TIMEOUT_ERRORS = (TimeoutError, asyncpg.QueryCanceledError, asyncpg.LockNotAvailableError)
+_UNAVAILABLE_ERRORS = (
+    *_CONNECTION_ERRORS,
     OSError,
     asyncpg.CannotConnectNowError,
     asyncpg.AdminShutdownError,
@@ -266,10 +272,10 @@ _DOWN = (
     asyncpg.InsufficientResourcesError,  # of connections, memory or disk
     asyncpg.ReadOnlySQLTransactionError,
 )
-_COLLIDED = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
+_CONFLICT_ERRORS = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
 
 
-async def connect(url: str, *, size: int = POOL_SIZE, least: int = 1) -> Database:
+async def connect(url: str, *, max_size: int = MAX_POOL_SIZE, min_size: int = 1) -> Database:
     """Open the pool.
 
     Raises:
@@ -277,15 +283,15 @@ async def connect(url: str, *, size: int = POOL_SIZE, least: int = 1) -> Databas
     """
     pool = await asyncpg.create_pool(
         url,
-        min_size=least,
-        max_size=size,
-        timeout=CONNECT_SECONDS,
-        command_timeout=STATEMENT_SECONDS,
-        init=_prepare,
-        reset=_leave_as_it_is,
+        min_size=min_size,
+        max_size=max_size,
+        timeout=CONNECT_TIMEOUT_SECONDS,
+        command_timeout=STATEMENT_TIMEOUT_SECONDS,
+        init=_init_connection,
+        reset=_skip_reset,
         server_settings={
             "application_name": "collaborative-workspace",
-            "statement_timeout": str(int(STATEMENT_SECONDS * 1000)),
+            "statement_timeout": str(int(STATEMENT_TIMEOUT_SECONDS * 1000)),
             "idle_in_transaction_session_timeout": "10000",
             "timezone": "UTC",
             # Plans are cached per connection; JIT only adds latency to short statements.
@@ -296,11 +302,11 @@ async def connect(url: str, *, size: int = POOL_SIZE, least: int = 1) -> Databas
     return Database(pool)
 
 
-async def _leave_as_it_is(_: Any) -> None:
+async def _skip_reset(_: Any) -> None:
     """Skip asyncpg's reset, a round trip that undoes SET, LISTEN and advisory locks of a session: none are used."""
 
 
-async def _prepare(connection: Any) -> None:
+async def _init_connection(connection: Any) -> None:
     await connection.set_type_codec(
         "jsonb",
         schema="pg_catalog",

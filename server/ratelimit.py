@@ -27,13 +27,13 @@ from server.settings import Network
 H = TypeVar("H", bound=Callable[..., Any])
 # The local count takes over after so long without any reply of Redis. With a plain timeout, requests of a burst, whose
 # replies come one after the other, would switch to the local count and pass there once more.
-SILENCE_SECONDS = 0.5
-LONGEST_SECONDS = 1.0  # timeout of one hit, even while others get their replies
-LOCAL_SECONDS = 1.5  # seconds of local counting before the next attempt to use Redis
+NO_RESPONSE_TIMEOUT_SECONDS = 0.5
+HIT_TIMEOUT_SECONDS = 1.0  # timeout of one hit, even while others get their replies
+LOCAL_FALLBACK_SECONDS = 1.5  # seconds of local counting before the next attempt to use Redis
 IPV6_PREFIX = 64
 # Does what the library does on Redis, and also returns the time that is left in the window, in milliseconds. A rejected
 # hit is not counted: else a later refund would not free a place in the window.
-_HIT = """
+_HIT_SCRIPT = """
 local count = redis.call('INCR', KEYS[1])
 if redis.call('PTTL', KEYS[1]) < 0 then redis.call('PEXPIRE', KEYS[1], ARGV[1]) end
 local passed = count <= tonumber(ARGV[2])
@@ -41,12 +41,12 @@ if not passed then count = redis.call('DECR', KEYS[1]) end
 return {passed and 1 or 0, count, redis.call('PTTL', KEYS[1])}
 """
 # After the end of the window there is no count to refund to.
-_GIVE_BACK = """
+_REFUND_SCRIPT = """
 if tonumber(redis.call('GET', KEYS[1]) or 0) > 0 then redis.call('DECR', KEYS[1]) end
 """
-_AWAY = (RedisError, OSError, TimeoutError)
-BY_ADDRESS = frozenset({"auth"})  # quotas that the users of one address share, signed in or not
-BY_HANDLER = frozenset({"refresh"})  # quotas that the handler consumes: only it knows the session
+_REDIS_ERRORS = (RedisError, OSError, TimeoutError)
+LIMITED_BY_ADDRESS = frozenset({"auth"})  # quotas that the users of one address share, signed in or not
+LIMITED_BY_HANDLER = frozenset({"refresh"})  # quotas that the handler consumes: only it knows the session
 
 
 def limit(name: str | None) -> Callable[[H], H]:
@@ -65,7 +65,9 @@ def limit_of(handler: Callable[..., Any]) -> str | None:
 
 def limit_key(name: str, *, client: str, user: object | None = None) -> str:
     """Return the key of the quota that a request consumes: of the user, or of the address for anonymous requests."""
-    return f"address:{client_subnet(client) or client}" if user is None or name in BY_ADDRESS else f"user:{user}"
+    return (
+        f"address:{client_subnet(client) or client}" if user is None or name in LIMITED_BY_ADDRESS else f"user:{user}"
+    )
 
 
 def session_key(session: UUID) -> str:
@@ -96,7 +98,7 @@ class Quota:
     window: int
     remaining: int
     reset: int
-    passed: bool
+    allowed: bool
 
     def headers(self) -> dict[str, str]:
         return {
@@ -121,20 +123,20 @@ class RateLimiter:
         self._redis = redis
         self._prefix = prefix
         self._local = MemoryStorage()
-        self._local_until = 0.0
+        self._local_fallback_until = 0.0
 
-    def counts(self, name: str) -> bool:
+    def is_enabled(self, name: str) -> bool:
         """Return whether that limit is on."""
         return self.rates[name] is not None
 
-    async def take(self, name: str, key: str) -> Quota | None:
+    async def consume(self, name: str, key: str) -> Quota | None:
         """Consume one hit of the quota ``name`` of ``key``; return None for a limit that is off.
 
         Raises:
             QuotaExceeded: the quota is used up.
         """
         quota = await self.hit(name, key)
-        if quota is not None and not quota.passed:
+        if quota is not None and not quota.allowed:
             raise QuotaExceeded(quota)
         return quota
 
@@ -144,52 +146,54 @@ class RateLimiter:
         if rate is None:
             return None
         counter = rate.key_for(name, key)
-        if self._is_local():
+        if self._is_local_fallback():
             return await self._hit_local(name, rate, counter)
         try:
-            allowed, count, milliseconds_left = await self._ask(_HIT, counter, rate.get_expiry() * 1000, rate.amount)
-        except _AWAY:
-            self._count_locally()
+            allowed, count, milliseconds_left = await self._eval(
+                _HIT_SCRIPT, counter, rate.get_expiry() * 1000, rate.amount
+            )
+        except _REDIS_ERRORS:
+            self._start_local_fallback()
             return await self._hit_local(name, rate, counter)
-        return _quota(name, rate, count, milliseconds_left / 1000, passed=bool(allowed))
+        return _quota(name, rate, count, milliseconds_left / 1000, allowed=bool(allowed))
 
-    async def give_back(self, name: str, key: str) -> None:
+    async def refund(self, name: str, key: str) -> None:
         """Undo an allowed hit. Without Redis it may stay counted until its window ends."""
         rate = self.rates[name]
         if rate is None:
             return
         counter = rate.key_for(name, key)
-        if self._is_local():
+        if self._is_local_fallback():
             await self._local.decr(counter)
             return
         try:
-            await self._ask(_GIVE_BACK, counter)
-        except _AWAY:
-            self._count_locally()
+            await self._eval(_REFUND_SCRIPT, counter)
+        except _REDIS_ERRORS:
+            self._start_local_fallback()
 
-    async def move(self, quota: Quota, wrong: str, right: str) -> Quota:
+    async def move_hit(self, quota: Quota, wrong: str, right: str) -> Quota:
         """Refund a hit of the wrong key and consume it from the right one."""
         if wrong == right:
             return quota
-        if quota.passed:
-            await self.give_back(quota.name, wrong)
+        if quota.allowed:
+            await self.refund(quota.name, wrong)
         return await self.hit(quota.name, right) or quota
 
-    def _is_local(self) -> bool:
-        return time.monotonic() < self._local_until
+    def _is_local_fallback(self) -> bool:
+        return time.monotonic() < self._local_fallback_until
 
-    def _count_locally(self) -> None:
-        self._local_until = time.monotonic() + LOCAL_SECONDS
+    def _start_local_fallback(self) -> None:
+        self._local_fallback_until = time.monotonic() + LOCAL_FALLBACK_SECONDS
 
-    async def _ask(self, script: str, counter: str, *arguments: int) -> Any:
-        return await self._redis.ask(
+    async def _eval(self, script: str, counter: str, *arguments: int) -> Any:
+        return await self._redis.submit(
             "EVAL",
             script,
             1,
             f"{self._prefix}:{counter}",
             *arguments,
-            seconds=LONGEST_SECONDS,
-            silence=SILENCE_SECONDS,
+            timeout=HIT_TIMEOUT_SECONDS,
+            stall_timeout=NO_RESPONSE_TIMEOUT_SECONDS,
         )
 
     async def _hit_local(self, name: str, rate: limits.RateLimitItem, counter: str) -> Quota:
@@ -199,10 +203,10 @@ class RateLimiter:
         if not allowed:
             count = await self._local.decr(counter)
         seconds_left = await self._local.get_expiry(counter) - time.time()
-        return _quota(name, rate, count, seconds_left, passed=allowed)
+        return _quota(name, rate, count, seconds_left, allowed=allowed)
 
 
-def _quota(name: str, rate: limits.RateLimitItem, count: int, seconds_left: float, *, passed: bool) -> Quota:
+def _quota(name: str, rate: limits.RateLimitItem, count: int, seconds_left: float, *, allowed: bool) -> Quota:
     window = rate.get_expiry()
     return Quota(
         name=name,
@@ -211,5 +215,5 @@ def _quota(name: str, rate: limits.RateLimitItem, count: int, seconds_left: floa
         remaining=max(0, rate.amount - count),
         # The expiry is read separately from the count: before the first hit there is none yet.
         reset=math.ceil(seconds_left) if 0 < seconds_left <= window else window,
-        passed=passed,
+        allowed=allowed,
     )

@@ -15,17 +15,17 @@ import asyncpg
 import structlog
 
 from server import metrics, postgres
-from server.budget import within
+from server.deadline import remaining
 from server.errors import NotFound, Unavailable
 from server.postgres import Database, Executor
 
 log = structlog.get_logger()
 
-ANSWER_SECONDS = 0.5  # leaves time for the primary within the deadline of the request
-REST_SECONDS = 2.0
-POOL_SIZE = 10
+REPLICA_TIMEOUT_SECONDS = 0.5  # leaves time for the primary within the deadline of the request
+CIRCUIT_OPEN_SECONDS = 2.0
+MAX_POOL_SIZE = 10
 T = TypeVar("T")
-Proof = Callable[[Executor], Awaitable[bool]]
+FreshnessCheck = Callable[[Executor], Awaitable[bool]]
 """Returns whether a replica is fresh enough. It runs before the read: a replica never loses what it has applied."""
 
 
@@ -33,44 +33,44 @@ class Replicas:
     def __init__(self, primary: Database, replicas: Sequence[Database] = ()) -> None:
         self._primary = primary
         self._replicas = replicas
-        self._resting_until = dict.fromkeys(replicas, 0.0)
-        self._turn = 0
+        self._circuit_open_until = dict.fromkeys(replicas, 0.0)
+        self._next_index = 0
 
-    async def read(self, ask: Callable[[Database], Awaitable[T]], *, proof: Proof | None = None) -> T:
+    async def read(self, query: Callable[[Database], Awaitable[T]], *, is_fresh: FreshnessCheck | None = None) -> T:
         """Run ``query`` on a replica, or on the primary if the replica is stale, fails or does not find the row.
 
         Without a freshness check the row must be immutable.
         """
-        replica = self._next()
+        replica = self._next_replica()
         if replica is not None:
-            limit = within(ANSWER_SECONDS)
+            limit = remaining(REPLICA_TIMEOUT_SECONDS)
             deadline = time.monotonic() + limit
             try:
                 async with asyncio.timeout(limit):
-                    if proof is None or await proof(replica):
-                        result = await ask(replica)
+                    if is_fresh is None or await is_fresh(replica):
+                        result = await query(replica)
                         metrics.REPLICA_READS.labels("replica").inc()
                         return result
             except NotFound:
                 pass  # not replicated yet
             except (Unavailable, TimeoutError, asyncpg.PostgresError) as error:
                 # If the request's deadline was shorter, its timeout says nothing about the replica.
-                if limit == ANSWER_SECONDS or time.monotonic() < deadline:
-                    self._rest(replica, error)
+                if limit == REPLICA_TIMEOUT_SECONDS or time.monotonic() < deadline:
+                    self._open_circuit(replica, error)
             metrics.REPLICA_READS.labels("primary").inc()
-        return await ask(self._primary)
+        return await query(self._primary)
 
-    def _rest(self, replica: Database, error: Exception) -> None:
-        self._resting_until[replica] = time.monotonic() + REST_SECONDS
-        log.warning("replica left alone", error=str(error) or type(error).__name__, seconds=REST_SECONDS)
+    def _open_circuit(self, replica: Database, error: Exception) -> None:
+        self._circuit_open_until[replica] = time.monotonic() + CIRCUIT_OPEN_SECONDS
+        log.warning("replica circuit opened", error=str(error) or type(error).__name__, seconds=CIRCUIT_OPEN_SECONDS)
 
-    def _next(self) -> Database | None:
+    def _next_replica(self) -> Database | None:
         """Return the next replica, round robin; None if the circuit of every replica is open."""
         now = time.monotonic()
         for _ in self._replicas:
-            self._turn = (self._turn + 1) % len(self._replicas)
-            replica = self._replicas[self._turn]
-            if self._resting_until[replica] <= now:
+            self._next_index = (self._next_index + 1) % len(self._replicas)
+            replica = self._replicas[self._next_index]
+            if self._circuit_open_until[replica] <= now:
                 return replica
         return None
 
@@ -79,7 +79,7 @@ async def connect(stack: AsyncExitStack, primary: Database, urls: Sequence[str])
     """Open a pool for each replica, to be closed with ``stack``. A replica that is down at the start is tried later."""
     replicas = []
     for url in urls:
-        replica = await postgres.connect(url, size=POOL_SIZE, least=0)
+        replica = await postgres.connect(url, max_size=MAX_POOL_SIZE, min_size=0)
         stack.push_async_callback(replica.close)
         replicas.append(replica)
     return Replicas(primary, replicas)

@@ -22,17 +22,17 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from server import postgres, replicas
-from server.budget import within
-from server.errors import store_down, store_slow
-from server.pipelines import REDIS_SECONDS, Pipelines
+from server.deadline import remaining
+from server.errors import store_timed_out, store_unreachable
+from server.pipelines import REDIS_TIMEOUT_SECONDS, Pipelines
 from server.replicas import Replicas
 from server.settings import Settings, StartError
 
-START_SECONDS = 3.0  # for each store at start, so that all three are checked within 10 s
-REDIS_CONNECTIONS = 50
-MONGO_SECONDS = 1.5
-MONGO_CONNECTIONS = 50
-MONGO_ANSWER_SECONDS = 1.2  # while a request waits: pymongo notices a timeout a little late
+CONNECT_TIMEOUT_SECONDS = 3.0  # for each store at start, so that all three are checked within 10 s
+MAX_REDIS_CONNECTIONS = 50
+MONGO_TIMEOUT_SECONDS = 1.5
+MAX_MONGO_CONNECTIONS = 50
+MONGO_REQUEST_TIMEOUT_SECONDS = 1.2  # while a request waits: pymongo notices a timeout a little late
 
 
 class StoreDownError(StartError):
@@ -58,17 +58,17 @@ async def connect(settings: Settings) -> AsyncIterator[Resources]:
         StoreDownError: a store does not respond within 3 s.
     """
     async with AsyncExitStack() as stack:
-        db = await _started("PostgreSQL", settings.database_url, postgres.connect(settings.database_url))
+        db = await _open_store("PostgreSQL", settings.database_url, postgres.connect(settings.database_url))
         stack.push_async_callback(db.close)
         copies = await replicas.connect(stack, db, settings.database_replica_urls)
         redis = redis_client(settings.redis_url)
         stack.push_async_callback(redis.aclose)
-        await _started("Redis", settings.redis_url, ping(redis))
+        await _open_store("Redis", settings.redis_url, ping(redis))
         pipelines = Pipelines(redis)
         stack.push_async_callback(pipelines.close)
         blocking = blocking_redis_client(settings.redis_url)
         stack.push_async_callback(blocking.aclose)
-        client: Any = await _started("MongoDB", settings.mongodb_uri, _open_mongo(stack, settings.mongodb_uri))
+        client: Any = await _open_store("MongoDB", settings.mongodb_uri, _open_mongo(stack, settings.mongodb_uri))
         yield Resources(
             settings=settings,
             db=db,
@@ -87,10 +87,10 @@ def redis_client(url: str) -> Redis:
     """
     pool = BlockingConnectionPool.from_url(
         url,
-        max_connections=REDIS_CONNECTIONS,
-        timeout=REDIS_SECONDS,
-        socket_timeout=REDIS_SECONDS,
-        socket_connect_timeout=REDIS_SECONDS,
+        max_connections=MAX_REDIS_CONNECTIONS,
+        timeout=REDIS_TIMEOUT_SECONDS,
+        socket_timeout=REDIS_TIMEOUT_SECONDS,
+        socket_connect_timeout=REDIS_TIMEOUT_SECONDS,
         socket_keepalive=True,
         retry=Retry(NoBackoff(), 0),
     )
@@ -101,8 +101,8 @@ class TimedRedis(Redis):
     """A client whose calls each have one timeout for everything: a free connection, connecting, command and reply."""
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
-        with _silence():
-            async with asyncio.timeout(within(REDIS_SECONDS)):
+        with _translate_timeout():
+            async with asyncio.timeout(remaining(REDIS_TIMEOUT_SECONDS)):
                 return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
 
     def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> "TimedPipeline":
@@ -111,13 +111,13 @@ class TimedRedis(Redis):
 
 class TimedPipeline(Pipeline):
     async def execute(self, raise_on_error: bool = True) -> list[Any]:
-        with _silence():
-            async with asyncio.timeout(within(REDIS_SECONDS)):
+        with _translate_timeout():
+            async with asyncio.timeout(remaining(REDIS_TIMEOUT_SECONDS)):
                 return await super().execute(raise_on_error)
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
+def _translate_timeout() -> Iterator[None]:
     try:
         yield
     except TimeoutError as error:
@@ -132,7 +132,7 @@ def blocking_redis_client(url: str) -> Redis:
     return Redis.from_url(
         url,
         socket_timeout=None,
-        socket_connect_timeout=REDIS_SECONDS,
+        socket_connect_timeout=REDIS_TIMEOUT_SECONDS,
         socket_keepalive=True,
         health_check_interval=5,
         retry=Retry(NoBackoff(), 0),
@@ -146,18 +146,18 @@ async def ping(redis: Redis) -> None:
 async def _open_mongo(stack: AsyncExitStack, uri: str) -> Any:
     client = mongo_client(uri)
     stack.push_async_callback(asyncio.to_thread, _close_mongo, client)
-    with pymongo.timeout(START_SECONDS):  # longer than the timeout of requests
+    with pymongo.timeout(CONNECT_TIMEOUT_SECONDS):  # longer than the timeout of requests
         await client.admin.command("ping")
     return client
 
 
 def mongo_client(uri: str) -> Any:
-    milliseconds = int(MONGO_SECONDS * 1000)
+    milliseconds = int(MONGO_TIMEOUT_SECONDS * 1000)
     return AsyncIOMotorClient(
         uri,
         tz_aware=True,
         uuidRepresentation="standard",
-        maxPoolSize=MONGO_CONNECTIONS,
+        maxPoolSize=MAX_MONGO_CONNECTIONS,
         # For a call as a whole: with its retry, and with server selection.
         timeoutMS=milliseconds,
         serverSelectionTimeoutMS=milliseconds,
@@ -168,35 +168,35 @@ def mongo_client(uri: str) -> Any:
 
 def _close_mongo(client: Any) -> None:
     """Close the client with a timeout: it ends its sessions on the server, and a hanging server does not respond."""
-    with pymongo.timeout(MONGO_SECONDS):
+    with pymongo.timeout(MONGO_TIMEOUT_SECONDS):
         client.close()
 
 
 @contextmanager
-def reported() -> Iterator[None]:
+def translate_store_errors() -> Iterator[None]:
     """Translate errors of Redis and MongoDB to a 503 that says whether the store is down or slow, within a timeout."""
     try:
-        with pymongo.timeout(within(MONGO_ANSWER_SECONDS)):
+        with pymongo.timeout(remaining(MONGO_REQUEST_TIMEOUT_SECONDS)):
             yield
     except RedisError as error:
-        raise (store_slow if isinstance(error, RedisTimeoutError) else store_down)("Redis") from error
+        raise (store_timed_out if isinstance(error, RedisTimeoutError) else store_unreachable)("Redis") from error
     except PyMongoError as error:
-        raise (store_slow if _timed_out(error) else store_down)("MongoDB") from error
+        raise (store_timed_out if _timed_out(error) else store_unreachable)("MongoDB") from error
 
 
 @asynccontextmanager
-async def answered(mongo: Any) -> AsyncIterator[None]:
+async def translate_mongo_errors(mongo: Any) -> AsyncIterator[None]:
     """Translate errors as ``translate_store_errors``, for MongoDB only; in time also for many requests at once.
 
     While MongoDB is unavailable each of motor's few threads waits for it, and requests without a thread would wait for
     two timeouts.
     """
     try:
-        with reported():
-            async with asyncio.timeout(within(MONGO_ANSWER_SECONDS)):
+        with translate_store_errors():
+            async with asyncio.timeout(remaining(MONGO_REQUEST_TIMEOUT_SECONDS)):
                 yield
     except TimeoutError as error:
-        raise (store_down if _is_down(mongo) else store_slow)("MongoDB") from error
+        raise (store_unreachable if _is_down(mongo) else store_timed_out)("MongoDB") from error
 
 
 def _is_down(mongo: Any) -> bool:
@@ -213,9 +213,9 @@ def _timed_out(error: Exception) -> bool:
     return bool(getattr(error, "timeout", False))
 
 
-async def _started(name: str, url: str, opening: Awaitable[Any]) -> Any:
+async def _open_store(name: str, url: str, opening: Awaitable[Any]) -> Any:
     try:
-        async with asyncio.timeout(START_SECONDS):
+        async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
             return await opening
     except (
         OSError,

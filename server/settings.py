@@ -18,8 +18,8 @@ import limits
 from environs import Env, EnvError, EnvValidationError, validate
 
 DEVELOPMENT, TEST, PRODUCTION = "development", "test", "production"
-MINIMUM_SECRET_BYTES = 32
-MINIMUM_PRODUCTION_ROUNDS = 10
+MIN_SECRET_BYTES = 32
+MIN_PRODUCTION_BCRYPT_ROUNDS = 10
 Network = IPv4Network | IPv6Network
 
 
@@ -31,7 +31,7 @@ class SettingsError(StartError):
     """A setting is missing or invalid; the text is one line that names it."""
 
 
-def invalid(name: str, why: str) -> SettingsError:
+def invalid_setting(name: str, why: str) -> SettingsError:
     """Return the error for an invalid value; ``why`` is a sentence without secrets."""
     return SettingsError(f'Environment variable "{name}" invalid: {why}')
 
@@ -47,10 +47,10 @@ class PerEnvironment:
         return self.development if app_env == DEVELOPMENT else self.otherwise
 
 
-Parse = Callable[[Env, str, Any], Any]
+Parser = Callable[[Env, str, Any], Any]
 
 
-def setting(parse: Parse, *, default: Any = MISSING, help: str, secret: bool = False) -> Any:
+def setting(parse: Parser, *, default: Any = MISSING, help: str, secret: bool = False) -> Any:
     """Return a field of Settings; without a default the variable is required."""
     return field(metadata={"parse": parse, "default": default, "help": help, "secret": secret})
 
@@ -62,21 +62,21 @@ def text(env: Env, name: str, default: Any) -> str:
 def host(env: Env, name: str, default: Any) -> str:
     """Return an address or host name to listen on. An empty one is rejected: it would mean all addresses."""
     if not (address := text(env, name, default)):
-        raise invalid(name, "Must be an address, such as 127.0.0.1 or ::1.")
+        raise invalid_setting(name, "Must be an address, such as 127.0.0.1 or ::1.")
     return address
 
 
-def folder(env: Env, name: str, default: Any) -> Path:
+def directory(env: Env, name: str, default: Any) -> Path:
     if not text(env, name, str(default)):
-        raise invalid(name, "Must name a directory.")
+        raise invalid_setting(name, "Must name a directory.")
     return Path(env.path(name, default))
 
 
-def one_of(*choices: str) -> Parse:
+def one_of(*choices: str) -> Parser:
     return lambda env, name, default: env.str(name, default, validate=validate.OneOf(choices))
 
 
-def integer(low: int, high: int) -> Parse:
+def integer(low: int, high: int) -> Parser:
     return lambda env, name, default: env.int(name, default, validate=validate.Range(low, high))
 
 
@@ -88,7 +88,7 @@ def seconds(env: Env, name: str, default: Any) -> int:
     """Return a duration such as ``15m`` or ``7d`` (GEP-2257), in whole seconds."""
     parsed = env.timedelta(name, default)
     if parsed.total_seconds() < 1:
-        raise invalid(name, "Must be at least 1s.")
+        raise invalid_setting(name, "Must be at least 1s.")
     return int(parsed.total_seconds())
 
 
@@ -101,7 +101,7 @@ def origins(env: Env, name: str, default: Any) -> tuple[str, ...]:
     values = names(env, name, default)
     for origin in values:
         if origin != "*" and not _is_origin(origin):
-            raise invalid(name, f"{origin} is not an origin such as https://app.example.org")
+            raise invalid_setting(name, f"{origin} is not an origin such as https://app.example.org")
     return values
 
 
@@ -117,7 +117,7 @@ def networks(env: Env, name: str, default: Any) -> tuple[Network, ...]:
     try:
         return tuple(ip_network(part) for part in names(env, name, default))
     except ValueError as error:
-        raise invalid(name, f"{error}.") from error
+        raise invalid_setting(name, f"{error}.") from error
 
 
 def rate(env: Env, name: str, default: Any) -> limits.RateLimitItem | None:
@@ -128,16 +128,16 @@ def rate(env: Env, name: str, default: Any) -> limits.RateLimitItem | None:
     try:
         [item] = limits.parse_many(value)
     except ValueError:
-        raise invalid(name, "Must be one rate such as 10/15minutes, or off.") from None
-    if item.amount < 1 or _NO_TIME.search(value):  # the library parses 0minutes as 1minute
-        raise invalid(name, "Must allow at least 1 request in at least 1 second; off for no limit.")
+        raise invalid_setting(name, "Must be one rate such as 10/15minutes, or off.") from None
+    if item.amount < 1 or _ZERO_PERIOD.search(value):  # the library parses 0minutes as 1minute
+        raise invalid_setting(name, "Must allow at least 1 request in at least 1 second; off for no limit.")
     return item
 
 
-_NO_TIME = re.compile(r"[/ ]0+\s*[a-z]", re.IGNORECASE)
+_ZERO_PERIOD = re.compile(r"[/ ]0+\s*[a-z]", re.IGNORECASE)
 
 
-def url(*schemes: str, database: bool = False) -> Parse:
+def url(*schemes: str, database: bool = False) -> Parser:
     """Return a parser for a URL with one of these schemes; with ``database`` its path must name a database."""
 
     def parse(env: Env, name: str, default: Any) -> str:
@@ -146,14 +146,14 @@ def url(*schemes: str, database: bool = False) -> Parse:
     return parse
 
 
-def urls(*schemes: str) -> Parse:
+def urls(*schemes: str) -> Parser:
     def parse(env: Env, name: str, default: Any) -> tuple[str, ...]:
         return tuple(check_url(name, value, schemes, database=True) for value in names(env, name, default))
 
     return parse
 
 
-def optional(parse: Parse) -> Parse:
+def optional(parse: Parser) -> Parser:
     """Return a parser that also accepts the empty value."""
     return lambda env, name, default: parse(env, name, default) if text(env, name, default) else ""
 
@@ -164,15 +164,15 @@ def check_url(name: str, value: str, schemes: tuple[str, ...], *, database: bool
         if "," not in parts.netloc:  # PostgreSQL and MongoDB allow several hosts: their clients check these
             parts.port  # noqa: B018 - raises if it is not a port
     except ValueError:  # its text contains part of the value, maybe of a password
-        raise invalid(
+        raise invalid_setting(
             name, "Must have a port up to 65535, IPv6 in brackets, and / : @ of a password as %2F %3A %40."
         ) from None
     if parts.scheme not in schemes:
-        raise invalid(name, f"Must begin with {schemes[0]}://")
+        raise invalid_setting(name, f"Must begin with {schemes[0]}://")
     if parts.scheme in ("http", "https") and not parts.hostname:
-        raise invalid(name, "Must name a host.")
+        raise invalid_setting(name, "Must name a host.")
     if database and not parts.path.strip("/"):
-        raise invalid(name, "Must name a database in its path.")
+        raise invalid_setting(name, "Must name a database in its path.")
     return value
 
 
@@ -318,7 +318,7 @@ class Settings:
     )
     log_format: str = setting(one_of("text", "json"), default=PerEnvironment("text", "json"), help="`text` or `json`")
     data_dir: Path = setting(
-        folder,
+        directory,
         default=Path(".data"),
         help="data directory of `run.py dev`",
     )
@@ -377,18 +377,18 @@ def child_environment(**changes: str) -> dict[str, str]:
     return {**os.environ, **changes}
 
 
-def metrics_folder() -> str | None:
+def multiproc_dir() -> str | None:
     """Return the metrics directory that a supervisor has set (prometheus_client's own variable), or None."""
     return os.environ.get("PROMETHEUS_MULTIPROC_DIR")
 
 
-def table() -> Iterator[tuple[str, str, str]]:
+def documented_settings() -> Iterator[tuple[str, str, str]]:
     """Yield name, formatted default and help of each variable, for docs/reference.md and ``.env.example``."""
     for setting in fields(Settings):
-        yield setting.name.upper(), _written(setting), setting.metadata["help"]
+        yield setting.name.upper(), _format_default(setting), setting.metadata["help"]
 
 
-def _written(setting: Field[Any]) -> str:
+def _format_default(setting: Field[Any]) -> str:
     match setting.metadata["default"]:
         case default if default is MISSING:
             return "required"
@@ -426,17 +426,17 @@ def _value(setting: Field[Any], env: Env, app_env: str) -> Any:
     return _parsed(setting.metadata["parse"], env, setting.name.upper(), ... if default is MISSING else default)
 
 
-def _parsed(parse: Parse, env: Env, name: str, default: Any) -> Any:
+def _parsed(parse: Parser, env: Env, name: str, default: Any) -> Any:
     try:
         os.environ.get(name, "").encode()
         return parse(env, name, default)
     except EnvValidationError as error:
         variable = str(error).split('"')[1]  # REDIS_URL also reads other variables
-        raise invalid(variable, " ".join(error.error_messages)) from error
+        raise invalid_setting(variable, " ".join(error.error_messages)) from error
     except EnvError as error:
         raise SettingsError(str(error)) from error
     except UnicodeEncodeError:
-        raise invalid(name, "Must be UTF-8.") from None
+        raise invalid_setting(name, "Must be UTF-8.") from None
 
 
 def _problems(settings: Settings) -> Iterator[str]:
@@ -448,7 +448,7 @@ def _problems(settings: Settings) -> Iterator[str]:
     if bool(settings.ops_username) != bool(settings.ops_password):
         yield 'Environment variable "OPS_PASSWORD" invalid: Set OPS_USERNAME and OPS_PASSWORD together.'
     if settings.production:
-        if settings.bcrypt_rounds < MINIMUM_PRODUCTION_ROUNDS:
+        if settings.bcrypt_rounds < MIN_PRODUCTION_BCRYPT_ROUNDS:
             yield 'Environment variable "BCRYPT_ROUNDS" invalid: Must be at least 10 in production.'
         if "*" in settings.cors_origin:
             yield 'Environment variable "CORS_ORIGIN" invalid: Must not be * in production.'
@@ -460,8 +460,8 @@ def _secret_problems(settings: Settings, name: str) -> Iterator[str]:
     if not value:
         if not name.endswith("_previous"):
             yield f'Environment variable "{variable}" not set'
-    elif len(value.encode()) < MINIMUM_SECRET_BYTES:
-        yield f'Environment variable "{variable}" invalid: Must have at least {MINIMUM_SECRET_BYTES} bytes.'
+    elif len(value.encode()) < MIN_SECRET_BYTES:
+        yield f'Environment variable "{variable}" invalid: Must have at least {MIN_SECRET_BYTES} bytes.'
     elif settings.production and value in _published_secrets():
         yield f'Environment variable "{variable}" invalid: Must not be the published development secret.'
 

@@ -16,22 +16,22 @@ from collections.abc import Iterator, Sequence
 
 import structlog
 
-from server import tally
+from server import multiprocess_metrics
 from server.child import Child, StackError
 from server.settings import SettingsError, authority, child_environment
-from server.signals import reload_signal, stop_signal
+from server.signals import watch_reload_signal, watch_stop_signals
 
 log = structlog.get_logger()
 
-LOOK_SECONDS = 0.2
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
-LONG_LIFE = 60.0  # a process that ran this long restarts without delay
-READY_SECONDS = 30.0
+POLL_INTERVAL_SECONDS = 0.2
+MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0
+BACKOFF_RESET_SECONDS = 60.0  # a process that ran this long restarts without delay
+READY_TIMEOUT_SECONDS = 30.0
 BACKLOG = 1024
 
 
 async def supervise(
-    arguments: Sequence[str], *, processes: int, patience: float, address: tuple[str, int] | None = None
+    arguments: Sequence[str], *, processes: int, stop_timeout: float, address: tuple[str, int] | None = None
 ) -> int:
     """Run several processes of ``run.py ARGUMENTS`` until SIGTERM or SIGINT; return 0 if all of them stopped properly.
 
@@ -42,10 +42,16 @@ async def supervise(
         StackError: a process cannot be started.
         SettingsError: the address cannot be listened on.
     """
-    stop, reload = stop_signal(), reload_signal()
-    with listeners(address, processes) as sockets, tally.folder() as measured:
+    stop, reload = watch_stop_signals(), watch_reload_signal()
+    with listening_sockets(address, processes) as sockets, multiprocess_metrics.multiproc_dir() as measured:
         members = [
-            Member(f"{arguments[0]} {number}", arguments, listener=listener, measured=measured, patience=patience)
+            SupervisedProcess(
+                f"{arguments[0]} {number}",
+                arguments,
+                listener=listener,
+                metrics_dir=measured,
+                stop_timeout=stop_timeout,
+            )
             for number, listener in enumerate(sockets, 1)
         ]
         rolling: asyncio.Task[None] | None = None
@@ -55,34 +61,36 @@ async def supervise(
             log.info("processes started", command=arguments[0], processes=processes)
             while not stop.is_set():
                 for member in members:
-                    member.look(time.monotonic())
+                    member.poll(time.monotonic())
                 if reload.is_set() and (rolling is None or rolling.done()):
                     reload.clear()
-                    rolling = asyncio.ensure_future(roll(members))
+                    rolling = asyncio.ensure_future(rolling_restart(members))
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(LOOK_SECONDS):
+                    async with asyncio.timeout(POLL_INTERVAL_SECONDS):
                         await stop.wait()
         finally:
             log.info("processes stopping", command=arguments[0])
             if rolling is not None:
                 rolling.cancel()
                 await asyncio.gather(rolling, return_exceptions=True)
-            codes = await end([child for member in members for child in member.children], patience=patience)
+            codes = await stop_all(
+                [child for member in members for child in member.children], stop_timeout=stop_timeout
+            )
     log.info("processes stopped", command=arguments[0])
     return max(codes, default=0)
 
 
-async def roll(members: Sequence["Member"]) -> None:
+async def rolling_restart(members: Sequence["SupervisedProcess"]) -> None:
     """Replace the processes one after the other; abort if a new one does not become ready."""
     log.info("processes restarting", processes=len(members))
     for member in members:
         if not await member.replace():
-            log.error("restart given up: the new process is not ready", process=member.name)
+            log.error("rolling restart aborted: new process not ready", process=member.name)
             return
     log.info("processes restarted", processes=len(members))
 
 
-class Member:
+class SupervisedProcess:
     """One process and its successors; restarts after early exits back off exponentially."""
 
     def __init__(
@@ -91,35 +99,35 @@ class Member:
         arguments: Sequence[str],
         *,
         listener: socket.socket | None,
-        measured: str,
-        patience: float,
+        metrics_dir: str,
+        stop_timeout: float,
     ) -> None:
         self.name = name
         self._arguments = [*arguments, "--supervised", *(("--listener", str(listener.fileno())) if listener else ())]
         self._listener = listener
-        self._measured = measured
-        self._patience = patience
+        self._metrics_dir = metrics_dir
+        self._stop_timeout = stop_timeout
         self._current: Child | None = None
         self._successor: Child | None = None  # not ready yet
         self._draining: Child | None = None
-        self._started = 0.0
-        self._pause = 0.0
-        self._due: float | None = None
+        self._started_at = 0.0
+        self._backoff = 0.0
+        self._restart_at: float | None = None
 
     @property
     def children(self) -> list[Child]:
         return [child for child in (self._current, self._successor, self._draining) if child]
 
     def start(self) -> None:
-        self._started, self._due = time.monotonic(), None
+        self._started_at, self._restart_at = time.monotonic(), None
         self._current = self._launch()
 
-    def look(self, now: float) -> None:
+    def poll(self, now: float) -> None:
         if self._current is None or self._current.alive or self._successor:
             return  # a rolling restart is replacing it already
-        if self._due is None:
-            self._wait(self._current, now)
-        elif now >= self._due:
+        if self._restart_at is None:
+            self._schedule_restart(self._current, now)
+        elif now >= self._restart_at:
             with contextlib.suppress(StackError):  # it did not start: the next poll schedules another restart
                 self.start()
 
@@ -135,19 +143,19 @@ class Member:
             os.close(writing)
         self._successor = new
         try:
-            if not await _says_ready(reading):
+            if not await _wait_ready(reading):
                 new.kill()
                 self._successor = None
-                tally.bury(self._measured, new.number)
+                multiprocess_metrics.remove_dead_process(self._metrics_dir, new.last_pid)
                 return False
         finally:
             os.close(reading)
         self._draining, self._current, self._successor = self._current, new, None
-        self._started, self._due, self._pause = time.monotonic(), None, 0.0
+        self._started_at, self._restart_at, self._backoff = time.monotonic(), None, 0.0
         if self._draining is not None:
-            self._draining.ask_to_stop(signal.SIGHUP)  # stop accepting connections: the successor has them
-            await _ended(self._draining, seconds=self._patience)
-            tally.bury(self._measured, self._draining.number)
+            self._draining.send_stop_signal(signal.SIGHUP)  # stop accepting connections: the successor has them
+            await _wait_or_kill(self._draining, seconds=self._stop_timeout)
+            multiprocess_metrics.remove_dead_process(self._metrics_dir, self._draining.last_pid)
             self._draining = None
         return True
 
@@ -155,28 +163,28 @@ class Member:
         child = Child(
             self.name,
             [sys.executable, sys.argv[0], *self._arguments, *options],
-            orphaned=signal.SIGTERM,  # an orphan drains; nothing is lost if it cannot
+            parent_death_signal=signal.SIGTERM,  # an orphan drains; nothing is lost if it cannot
             inherit=(*inherit, *((self._listener.fileno(),) if self._listener else ())),
-            environment=child_environment(PROMETHEUS_MULTIPROC_DIR=self._measured),
+            environment=child_environment(PROMETHEUS_MULTIPROC_DIR=self._metrics_dir),
         )
         child.start()
         return child
 
-    def _wait(self, dead: Child, now: float) -> None:
-        if now - self._started > LONG_LIFE:
-            self._pause = 0.0
-        self._due = now + self._pause
-        tally.bury(self._measured, dead.number)
-        log.warning("process died", process=self.name, code=dead.exit_code, again_in=self._pause)
-        self._pause = min(max(self._pause * 2, FIRST_PAUSE), LONGEST_PAUSE)
+    def _schedule_restart(self, dead: Child, now: float) -> None:
+        if now - self._started_at > BACKOFF_RESET_SECONDS:
+            self._backoff = 0.0
+        self._restart_at = now + self._backoff
+        multiprocess_metrics.remove_dead_process(self._metrics_dir, dead.last_pid)
+        log.warning("process died", process=self.name, code=dead.exit_code, again_in=self._backoff)
+        self._backoff = min(max(self._backoff * 2, MIN_BACKOFF_SECONDS), MAX_BACKOFF_SECONDS)
 
 
-async def _says_ready(pipe: int) -> bool:
+async def _wait_ready(pipe: int) -> bool:
     loop = asyncio.get_running_loop()
     readable = asyncio.Event()
     loop.add_reader(pipe, readable.set)
     try:
-        async with asyncio.timeout(READY_SECONDS):
+        async with asyncio.timeout(READY_TIMEOUT_SECONDS):
             await readable.wait()
     except TimeoutError:
         return False
@@ -185,25 +193,25 @@ async def _says_ready(pipe: int) -> bool:
     return os.read(pipe, 1) != b""  # empty at the end of the pipe: the process exited
 
 
-async def end(children: Sequence[Child], *, patience: float) -> list[int]:
+async def stop_all(children: Sequence[Child], *, stop_timeout: float) -> list[int]:
     """Send the stop signal to all, wait, kill those that reach the timeout; return the exit codes."""
     running = [child for child in children if child.alive]
     for child in running:
-        child.ask_to_stop()
-    deadline = time.monotonic() + patience
+        child.send_stop_signal()
+    deadline = time.monotonic() + stop_timeout
     for child in running:
-        await _ended(child, seconds=max(0.0, deadline - time.monotonic()))
+        await _wait_or_kill(child, seconds=max(0.0, deadline - time.monotonic()))
     # A process that got SIGTERM before it installed its signal handlers has stopped properly, too.
     return [abs(child.exit_code or 0) for child in running if child.exit_code != -signal.SIGTERM]
 
 
-async def _ended(child: Child, *, seconds: float) -> None:
-    if not await asyncio.to_thread(child.wait, seconds=seconds):
-        log.error("process killed: it did not stop in time", process=child.name, seconds=round(seconds, 1))
+async def _wait_or_kill(child: Child, *, seconds: float) -> None:
+    if not await asyncio.to_thread(child.wait, timeout=seconds):
+        log.error("process killed after stop timeout", process=child.name, seconds=round(seconds, 1))
 
 
 @contextlib.contextmanager
-def listeners(address: tuple[str, int] | None, number: int) -> Iterator[Sequence[socket.socket | None]]:
+def listening_sockets(address: tuple[str, int] | None, number: int) -> Iterator[Sequence[socket.socket | None]]:
     """Open ``number`` sockets that listen on one address; without an address yield None for each.
 
     Raises:
@@ -216,9 +224,9 @@ def listeners(address: tuple[str, int] | None, number: int) -> Iterator[Sequence
         try:
             family, *_, resolved = socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
             # First without SO_REUSEPORT, which would share the port with unrelated processes of the same user.
-            with _bound(family, resolved, shared=False) as probe:
+            with _bind(family, resolved, reuse_port=False) as probe:
                 resolved = probe.getsockname()
-            sockets = [stack.enter_context(_bound(family, resolved, shared=True)) for _ in range(number)]
+            sockets = [stack.enter_context(_bind(family, resolved, reuse_port=True)) for _ in range(number)]
             for listener in sockets:
                 listener.listen(BACKLOG)
         except OSError as error:
@@ -226,13 +234,13 @@ def listeners(address: tuple[str, int] | None, number: int) -> Iterator[Sequence
         yield sockets
 
 
-def _bound(family: int, address: tuple[object, ...], *, shared: bool) -> socket.socket:
+def _bind(family: int, address: tuple[object, ...], *, reuse_port: bool) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        if shared:
+        if reuse_port:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind(address)
     except OSError:

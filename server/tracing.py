@@ -21,14 +21,14 @@ from server.settings import Settings, SettingsError
 
 log = structlog.get_logger()
 
-EXPORT_SECONDS = 5.0
+EXPORT_TIMEOUT_SECONDS = 5.0
 _TRACEPARENT = "traceparent"
 _tracer = trace.get_tracer("server", __version__)
 _propagator = TraceContextTextMapPropagator()
 
 
 @asynccontextmanager
-async def exported(settings: Settings, service: str) -> AsyncIterator[None]:
+async def export_traces(settings: Settings, service: str) -> AsyncIterator[None]:
     """Export spans to the collector during the block, from a thread of the SDK, and the last ones at its end.
 
     Raises:
@@ -38,20 +38,20 @@ async def exported(settings: Settings, service: str) -> AsyncIterator[None]:
         yield
         return
     try:
-        provider = _provider(settings.otel_exporter_otlp_endpoint, service)
+        provider = _make_provider(settings.otel_exporter_otlp_endpoint, service)
     except ImportError as error:
         raise SettingsError(
             f'Environment variable "OTEL_EXPORTER_OTLP_ENDPOINT" invalid: Needs the extra otel: {error}'
         ) from error
     trace.set_tracer_provider(provider)
-    log.info("traces exported", service=service)
+    log.info("trace export started", service=service)
     try:
         yield
     finally:
         await asyncio.to_thread(provider.shutdown)
 
 
-def _provider(endpoint: str, service: str) -> Any:
+def _make_provider(endpoint: str, service: str) -> Any:
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
@@ -59,7 +59,7 @@ def _provider(endpoint: str, service: str) -> Any:
 
     resource = Resource.create({"service.name": service, "service.version": __version__})
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-    exporter = OTLPSpanExporter(endpoint=f"{endpoint.rstrip('/')}/v1/traces", timeout=EXPORT_SECONDS)
+    exporter = OTLPSpanExporter(endpoint=f"{endpoint.rstrip('/')}/v1/traces", timeout=EXPORT_TIMEOUT_SECONDS)
     provider.add_span_processor(BatchSpanProcessor(exporter))
     return provider
 
@@ -78,19 +78,19 @@ def span(
         yield started
 
 
-def request(method: str, headers: Mapping[str, str]) -> Any:
+def request_span(method: str, headers: Mapping[str, str]) -> Any:
     """Open the span of a request; its parent is the client's span, if it sent one."""
     return span(method, SpanKind.SERVER, parent=headers.get(_TRACEPARENT), http_request_method=method)
 
 
-def answered(started: Span, *, method: str, route: str, status: int) -> None:
-    started.update_name(f"{method} {route}")
-    started.set_attributes({"http.route": route, "http.response.status_code": status})
+def record_response(span: Span, *, method: str, route: str, status: int) -> None:
+    span.update_name(f"{method} {route}")
+    span.set_attributes({"http.route": route, "http.response.status_code": status})
     if status >= 500:
-        started.set_status(trace.StatusCode.ERROR)
+        span.set_status(trace.StatusCode.ERROR)
 
 
-def here() -> str | None:
+def current_traceparent() -> str | None:
     """Return the ``traceparent`` of the current span, to continue it elsewhere; None outside of a span."""
     carrier: dict[str, str] = {}
     _propagator.inject(carrier)

@@ -8,14 +8,14 @@ from uuid import uuid4
 import aiohttp
 import orjson
 
-from tests.patience import PATIENCE_SECONDS
-from tests.sockets import Socket
+from tests.sockets import SocketClient
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 PASSWORD = "Lovelace1815"
 
 
 @dataclass(frozen=True)
-class Answer:
+class Response:
     status: int
     body: Any
     headers: Any
@@ -39,7 +39,7 @@ class Actor:
         self.id = ""
         self.access_token = ""
         self.refresh_token = ""
-        self.sockets: list[Socket] = []
+        self.sockets: list[SocketClient] = []
 
     def at(self, base: str) -> "Actor":
         twin = Actor(self.http, base, self.name)
@@ -51,7 +51,7 @@ class Actor:
     def headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.access_token}"} if self.access_token else {}
 
-    async def call(self, method: str, path: str, body: Any = None, **options: Any) -> Answer:
+    async def call(self, method: str, path: str, body: Any = None, **options: Any) -> Response:
         url = self.base + (path if path.startswith(("/api", "/health", "/ws", "/metrics")) else f"/api/v1{path}")
         headers = self.headers | options.pop("headers", {})
         if body is not None:
@@ -59,21 +59,21 @@ class Actor:
         async with self.http.request(method, url, headers=headers, **options) as response:
             raw = await response.read()
             is_json = response.content_type.endswith("json")
-            return Answer(response.status, orjson.loads(raw) if is_json and raw else raw.decode(), response.headers)
+            return Response(response.status, orjson.loads(raw) if is_json and raw else raw.decode(), response.headers)
 
-    async def get(self, path: str, **options: Any) -> Answer:
+    async def get(self, path: str, **options: Any) -> Response:
         return await self.call("GET", path, **options)
 
-    async def post(self, path: str, body: Any = None, **options: Any) -> Answer:
+    async def post(self, path: str, body: Any = None, **options: Any) -> Response:
         return await self.call("POST", path, body, **options)
 
-    async def patch(self, path: str, body: Any = None, **options: Any) -> Answer:
+    async def patch(self, path: str, body: Any = None, **options: Any) -> Response:
         return await self.call("PATCH", path, body, **options)
 
-    async def put(self, path: str, body: Any = None, **options: Any) -> Answer:
+    async def put(self, path: str, body: Any = None, **options: Any) -> Response:
         return await self.call("PUT", path, body, **options)
 
-    async def delete(self, path: str, body: Any = None, **options: Any) -> Answer:
+    async def delete(self, path: str, body: Any = None, **options: Any) -> Response:
         return await self.call("DELETE", path, body, **options)
 
     async def register(self) -> "Actor":
@@ -84,7 +84,7 @@ class Actor:
         self.access_token = ""
         return self._signed_in(await self.post("/auth/login", {"email": self.email, "password": self.password}), 200)
 
-    def _signed_in(self, response: Answer, status: int) -> "Actor":
+    def _signed_in(self, response: Response, status: int) -> "Actor":
         assert response.status == status, response
         self.id = response["user"]["id"]
         self.access_token, self.refresh_token = response["accessToken"], response["refreshToken"]
@@ -109,17 +109,17 @@ class Actor:
         assert workspace.status == 201, workspace
         return workspace["id"]
 
-    async def finished_job(self, job: str, *, seconds: float = PATIENCE_SECONDS) -> dict[str, Any]:
+    async def finished_job(self, job: str, *, seconds: float = WAIT_TIMEOUT_SECONDS) -> dict[str, Any]:
         """Wait until a job is completed, failed or cancelled; return it."""
         async with asyncio.timeout(seconds):
             while (response := await self.get(f"/jobs/{job}"))["status"] in ("pending", "processing"):
                 await asyncio.sleep(0.05)
         return response.body
 
-    async def connect(self, workspace: str | None = None, **options: Any) -> Socket:
+    async def connect(self, workspace: str | None = None, **options: Any) -> SocketClient:
         """Open a socket, and join the workspace if one is given."""
         raw = await self.http.ws_connect(f"{self.base}/ws", headers=self.headers, max_msg_size=0, **options)
-        socket = Socket(raw)
+        socket = SocketClient(raw)
         self.sockets.append(socket)
         socket.welcome = (await socket.next())["data"]
         if workspace:

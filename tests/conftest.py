@@ -46,7 +46,7 @@ from server import migrations, resources
 from server.app import create_app
 from server.devstack.stack import Stack
 from server.pipelines import Pipelines
-from server.rest.runner import Runner
+from server.rest.runner import HttpRunner
 from server.settings import Settings, load
 from tests.actors import Actor
 from tests.processes import Processes
@@ -80,7 +80,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", "hurried(*stores): keep the product's timeouts for these hanging stores, or for the one in ``store``"
+        "markers",
+        "real_timeouts(*stores): keep the product's timeouts for these hanging stores, or for the one in ``store``",
     )
 
 
@@ -100,19 +101,19 @@ def full(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture(scope="session")
 def stack() -> Iterator[Stack]:
     running = os.environ.get("TEST_STACK")
-    with contextlib.nullcontext(Stack.running_in(Path(running))) if running else throw_away_stack() as stack:
+    with contextlib.nullcontext(Stack.attach(Path(running))) if running else temporary_stack() as stack:
         yield stack
 
 
 @pytest.fixture
 def own_stack() -> Iterator[Stack]:
-    with throw_away_stack() as running:
+    with temporary_stack() as running:
         migrations.apply(running.postgres.url)
         yield running
 
 
 @contextlib.contextmanager
-def throw_away_stack() -> Iterator[Stack]:
+def temporary_stack() -> Iterator[Stack]:
     """Run a stack in a temporary directory.
 
     It is not one of pytest's: these are closed to other users, and PostgreSQL may run as another user.
@@ -151,47 +152,51 @@ def empty_database_url(make_database: Callable[[], str]) -> str:
     return make_database()
 
 
-UNHURRIED_SECONDS = 20.0
-OF_A_REQUEST = "server.rest.middlewares.STORES_SECONDS"
-OF_A_CALL = {
-    "database_url": ("server.postgres.CONNECT_SECONDS", "server.postgres.STATEMENT_SECONDS"),
-    "replica": ("server.replicas.ANSWER_SECONDS",),
-    "mongodb_uri": ("server.resources.MONGO_ANSWER_SECONDS",),
+RELAXED_TIMEOUT_SECONDS = 20.0
+REQUEST_TIMEOUT_NAME = "server.rest.middlewares.STORES_TIMEOUT_SECONDS"
+STORE_TIMEOUT_NAMES = {
+    "database_url": ("server.postgres.CONNECT_TIMEOUT_SECONDS", "server.postgres.STATEMENT_TIMEOUT_SECONDS"),
+    "replica": ("server.replicas.REPLICA_TIMEOUT_SECONDS",),
+    "mongodb_uri": ("server.resources.MONGO_REQUEST_TIMEOUT_SECONDS",),
     "redis_url": (
-        "server.auth.blacklist.ANSWER_SECONDS",
-        "server.auth.sessions.SPREAD_SECONDS",
+        "server.auth.blacklist.BLACKLIST_TIMEOUT_SECONDS",
+        "server.auth.sessions.REVOCATION_TIMEOUT_SECONDS",
         "server.documents.rooms.SUBSCRIBE_SECONDS",
-        "server.pipelines.REDIS_SECONDS",
-        "server.projects.cache.PATIENCE_SECONDS",
-        "server.ratelimit.LONGEST_SECONDS",
-        "server.ratelimit.SILENCE_SECONDS",
-        "server.realtime.subscriber.SUBSCRIBE_SECONDS",
-        "server.resources.REDIS_SECONDS",
+        "server.pipelines.REDIS_TIMEOUT_SECONDS",
+        "server.projects.cache.CACHE_TIMEOUT_SECONDS",
+        "server.ratelimit.HIT_TIMEOUT_SECONDS",
+        "server.ratelimit.NO_RESPONSE_TIMEOUT_SECONDS",
+        "server.realtime.subscriber.SUBSCRIBE_TIMEOUT_SECONDS",
+        "server.resources.REDIS_TIMEOUT_SECONDS",
     ),
 }
 
 
 @pytest.fixture(autouse=True)
-def unhurried(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (OF_A_REQUEST, "server.auth.passwords.PATIENCE_SECONDS", "server.resources.START_SECONDS"):
-        monkeypatch.setattr(name, UNHURRIED_SECONDS)
-    for store in OF_A_CALL.keys() - stores_that_hang(request.node):
-        for name in OF_A_CALL[store]:
-            monkeypatch.setattr(name, UNHURRIED_SECONDS)
+def relaxed_timeouts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        REQUEST_TIMEOUT_NAME,
+        "server.auth.passwords.HASH_WAIT_TIMEOUT_SECONDS",
+        "server.resources.CONNECT_TIMEOUT_SECONDS",
+    ):
+        monkeypatch.setattr(name, RELAXED_TIMEOUT_SECONDS)
+    for store in STORE_TIMEOUT_NAMES.keys() - stores_with_real_timeouts(request.node):
+        for name in STORE_TIMEOUT_NAMES[store]:
+            monkeypatch.setattr(name, RELAXED_TIMEOUT_SECONDS)
         if store == "redis_url":
-            monkeypatch.setitem(Pipelines.ask.__kwdefaults__, "seconds", UNHURRIED_SECONDS)
+            monkeypatch.setitem(Pipelines.submit.__kwdefaults__, "timeout", RELAXED_TIMEOUT_SECONDS)
 
 
-def stores_that_hang(test: pytest.Function) -> set[str]:
-    mark = test.get_closest_marker("hurried")
+def stores_with_real_timeouts(test: pytest.Function) -> set[str]:
+    mark = test.get_closest_marker("real_timeouts")
     if mark is None:
         return set()
     return set(mark.args) or {test.callspec.params["store"]}
 
 
 @pytest.fixture
-def notices_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.realtime.standing.RECHECK_SECONDS", 600.0)
+def no_periodic_recheck(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.realtime.access_monitor.RECHECK_INTERVAL_SECONDS", 600.0)
 
 
 TEST_SETTINGS = {
@@ -219,28 +224,28 @@ _REDIS_DATABASES = itertools.cycle(range(1, 16))
 
 
 @pytest.fixture
-def quiet(stack: Stack) -> dict[str, str]:
+def isolated_stores(stack: Stack) -> dict[str, str]:
     return {
         "redis_url": f"{stack.valkey.url.rpartition('/')[0]}/{next(_REDIS_DATABASES)}",
-        "mongodb_uri": stack.mongo.url.replace("/workspace?", f"/quiet_{secrets.token_hex(4)}?"),
+        "mongodb_uri": stack.mongo.url.replace("/workspace?", f"/isolated_{secrets.token_hex(4)}?"),
     }
 
 
-def environment(settings: dict[str, str]) -> dict[str, str]:
+def environment_of(settings: dict[str, str]) -> dict[str, str]:
     """Return settings of ``make_server`` as environment variables of a process."""
     return {name.upper(): value for name, value in settings.items()}
 
 
-def addresses_of(stack: Stack) -> dict[str, str]:
+def store_urls_of(stack: Stack) -> dict[str, str]:
     """Return settings for ``make_server`` that make a server use this stack."""
     return {name: stack.environment[name.upper()] for name in ("database_url", "redis_url", "mongodb_uri")}
 
 
-class RunServer(TestServer):
+class ProductServer(TestServer):
     """A test server with the HTTP runner of ``run.py server``."""
 
-    async def _make_runner(self, **options: Any) -> Runner:
-        return Runner(self.app, **options)
+    async def _make_runner(self, **options: Any) -> HttpRunner:
+        return HttpRunner(self.app, **options)
 
 
 @pytest.fixture
@@ -250,7 +255,7 @@ async def make_server(settings: Settings) -> AsyncIterator[MakeServer]:
     async def make(**override: Any) -> str:
         overridden = dataclasses.replace(settings, **override)
         stores = resources.connect(overridden)
-        server = RunServer(create_app(overridden, await stores.__aenter__()))
+        server = ProductServer(create_app(overridden, await stores.__aenter__()))
         await server.start_server(access_log=None)
         running.append((server, stores))
         return str(server.make_url("")).rstrip("/")

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from urllib.parse import urlsplit
 
 CHUNK = 64 << 10
-SLOW_SECONDS = 0.3  # each way
+DELAY_SECONDS = 0.3  # each way
 
 
 class Mode(enum.Enum):
@@ -28,21 +28,21 @@ class Proxy:
         self.port = 0
         self.connections = 0
 
-    async def begin(self) -> None:
+    async def start(self) -> None:
         self._passing.set()
         await self._listen()
 
-    async def end(self) -> None:
-        await self._hang_up()
+    async def stop(self) -> None:
+        await self._stop_listening()
         self._abort_all()
         self._passing.set()
 
-    async def turn(self, mode: Mode) -> None:
+    async def set_mode(self, mode: Mode) -> None:
         """Switch to another mode."""
         previous, self.mode = self.mode, mode
         (self._passing.clear if mode is Mode.BLACK_HOLE else self._passing.set)()
         if mode is Mode.STOPPED:
-            await self._hang_up()
+            await self._stop_listening()
         elif previous is Mode.STOPPED:
             await self._listen()
         if mode in (Mode.STOPPED, Mode.RESET) or previous is Mode.BLACK_HOLE:
@@ -52,7 +52,7 @@ class Proxy:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
         self.port = self._server.sockets[0].getsockname()[1]
 
-    async def _hang_up(self) -> None:
+    async def _stop_listening(self) -> None:
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -85,13 +85,13 @@ class Proxy:
         while chunk := await reader.read(CHUNK):
             await self._passing.wait()
             if self.mode is Mode.SLOW:
-                await asyncio.sleep(SLOW_SECONDS)
+                await asyncio.sleep(DELAY_SECONDS)
             writer.write(chunk)
             await writer.drain()
         raise ConnectionResetError  # one side has closed: close the other
 
 
-class Network:
+class FaultyNetwork:
     """A proxy in front of each store; ``urls`` are settings for ``make_server``."""
 
     def __init__(self, urls: dict[str, str]) -> None:
@@ -101,7 +101,7 @@ class Network:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def to(cls, urls: dict[str, str]) -> AsyncIterator["Network"]:
+    async def start(cls, urls: dict[str, str]) -> AsyncIterator["FaultyNetwork"]:
         network = cls(urls)
         try:
             for name, url in urls.items():
@@ -109,9 +109,9 @@ class Network:
                 assert address.hostname
                 assert address.port
                 proxy = network.stores[name] = Proxy(address.hostname, address.port)
-                await proxy.begin()
+                await proxy.start()
                 network.urls[name] = url.replace(f":{address.port}/", f":{proxy.port}/")
             yield network
         finally:
             for proxy in network.stores.values():
-                await proxy.end()
+                await proxy.stop()

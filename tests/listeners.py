@@ -1,14 +1,14 @@
 """Listeners of a channel for tests that do not check what they receive."""
 
 
-class Nobody:
+class NullListener:
     """A ``Listener`` that ignores everything."""
 
     def deliver(self, origin: str, kind: str, payload: bytes) -> None:
         pass
 
-    def interrupt(self) -> None:
+    def on_disconnect(self) -> None:
         pass
 
-    async def resume(self) -> None:
+    async def resync(self) -> None:
         pass

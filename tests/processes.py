@@ -8,10 +8,10 @@ import sys
 import time
 from pathlib import Path
 
-from tests.patience import START_SECONDS
+from tests.timeouts import PROCESS_TIMEOUT_SECONDS
 
 ROOT = Path(__file__).parent.parent
-SHORTER = """
+OVERRIDE_SCRIPT = """
 import runpy, sys
 sys.path.insert(0, {root!r})  # as when run.py itself is run
 import {module}
@@ -33,12 +33,12 @@ class Process:
         *arguments: str,
         environment: dict[str, str],
         log: Path,
-        shorter: str = "",
+        override: str = "",
         **settings: str,
     ) -> None:
         self.log = log
-        module = shorter.partition("=")[0].rpartition(".")[0]
-        run = ["-c", SHORTER.format(root=str(ROOT), module=module, change=shorter)] if shorter else []
+        module = override.partition("=")[0].rpartition(".")[0]
+        run = ["-c", OVERRIDE_SCRIPT.format(root=str(ROOT), module=module, change=override)] if override else []
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 [sys.executable, *run, str(ROOT / "run.py"), command, *arguments],
@@ -60,7 +60,7 @@ class Process:
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def until(self, pattern: str, *, seconds: float = START_SECONDS) -> re.Match[str]:
+    def wait_for_output(self, pattern: str, *, seconds: float = PROCESS_TIMEOUT_SECONDS) -> re.Match[str]:
         """Wait for a pattern in the output of the process; return the first match."""
         deadline = time.monotonic() + seconds
         while (match := re.search(pattern, self.output)) is None:
@@ -71,18 +71,18 @@ class Process:
             time.sleep(0.02)
         return match
 
-    def terminate(self, *, seconds: float = START_SECONDS, number: int = signal.SIGTERM) -> int:
+    def terminate(self, *, seconds: float = PROCESS_TIMEOUT_SECONDS, number: int = signal.SIGTERM) -> int:
         """Send a stop signal and wait; return the exit code."""
         self._process.send_signal(number)
         return self._process.wait(timeout=seconds)
 
-    def wait(self, *, seconds: float = START_SECONDS) -> int:
+    def wait(self, *, seconds: float = PROCESS_TIMEOUT_SECONDS) -> int:
         return self._process.wait(timeout=seconds)
 
     def freeze(self) -> None:
         self._process.send_signal(signal.SIGSTOP)
 
-    def thaw(self) -> None:
+    def unfreeze(self) -> None:
         self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
@@ -94,12 +94,12 @@ class Server(Process):
     @property
     def base(self) -> str:
         """The URL of the server; waits until it is ready."""
-        return self.until(r'"address":"(http://[^"]+)"').group(1)
+        return self.wait_for_output(r'"address":"(http://[^"]+)"').group(1)
 
 
 class Worker(Process):
     def ready(self) -> "Worker":
-        self.until("worker ready")
+        self.wait_for_output("worker ready")
         return self
 
 

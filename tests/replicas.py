@@ -10,8 +10,8 @@ import psycopg
 
 from server.devstack.postgres import Postgres
 from server.devstack.stack import free_port
-from server.devstack.stores import Place, Store
-from tests.patience import PATIENCE_SECONDS
+from server.devstack.stores import Store, StoreConfig
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 
 class Replica(Postgres):
@@ -25,36 +25,36 @@ class Replica(Postgres):
         directory.chmod(0o711)
         self._primary = primary
         self._folder = directory
-        super().__init__(Place(directory, free_port(), lambda _: None), password=primary._password)
+        super().__init__(StoreConfig(directory, free_port(), lambda _: None), password=primary._password)
 
     def wait_ready(self) -> None:
         Store.wait_ready(self)  # a replica cannot create the database
 
-    def pause(self) -> None:
-        """Stop applying changes of the primary until ``resume``."""
+    def pause_replay(self) -> None:
+        """Stop applying changes of the primary until ``resume_replay``."""
         self._run("SELECT pg_wal_replay_pause()")
 
-    def resume(self) -> None:
+    def resume_replay(self) -> None:
         self._run("SELECT pg_wal_replay_resume()")
 
     async def catch_up(self) -> None:
         """Wait until the replica has applied all commits of the primary up to now."""
-        position = _ask(self._primary.url, "SELECT pg_current_wal_lsn()::text")
-        async with asyncio.timeout(PATIENCE_SECONDS):
+        position = _query(self._primary.url, "SELECT pg_current_wal_lsn()::text")
+        async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
             while not self._run(f"SELECT pg_last_wal_replay_lsn() >= '{position}'"):
                 await asyncio.sleep(0.02)
 
     def _run(self, statement: str) -> Any:
-        return _ask(self.url, statement)
+        return _query(self.url, statement)
 
-    def _create(self) -> None:
+    def _init_data_dir(self) -> None:
         data = self._folder / "postgres"
         data.mkdir(mode=0o700)
         if self._user is not None:
             os.chown(data, self._user, self._user)
         subprocess.run(
             [
-                str(self.programs / "pg_basebackup"),
+                str(self.bin_dir / "pg_basebackup"),
                 *("--pgdata", str(data)),
                 *("--dbname", self._primary.url),
                 "--write-recovery-conf",
@@ -69,6 +69,6 @@ class Replica(Postgres):
         )
 
 
-def _ask(url: str, statement: str) -> Any:
+def _query(url: str, statement: str) -> Any:
     with psycopg.connect(url, autocommit=True) as connection:
         return (connection.execute(statement).fetchone() or (None,))[0]

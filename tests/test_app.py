@@ -12,7 +12,7 @@ from pytest_aiohttp.plugin import AiohttpClient
 from server.app import API, create_app
 from server.fields import Id, Schema
 from server.projects import access
-from server.projects.access import Role, named, requires
+from server.projects.access import Role, requires, resource_ids
 from server.resources import connect
 from server.rest.marks import is_public
 from server.settings import Settings
@@ -73,19 +73,19 @@ class Letter(Schema):
 def test_route_with_a_resource_id_in_body_or_query_but_no_role_is_refused_at_start(declared: Callable) -> None:
     for marks in (
         lambda handler: handler,
-        requires(Role.VIEWER, of=named("projectId")),  # lacks workspaceId
+        requires(Role.VIEWER, of=resource_ids("projectId")),  # lacks workspaceId
         requires(Role.VIEWER),  # checks the path, which contains no id
     ):
         with pytest.raises(RuntimeError, match="has no @requires"):
             assemble(web.post("/letters", marks(declared(Letter)(make_handler()))))
-    both = requires(Role.VIEWER, of=named("workspaceId", "projectId"))
+    both = requires(Role.VIEWER, of=resource_ids("workspaceId", "projectId"))
     assemble(web.post("/letters", both(declared(Letter)(make_handler()))))
 
 
 def assemble(route: web.RouteDef) -> None:
     app = web.Application()
     app.router.add_routes([route])
-    access.assemble(app.router.routes())
+    access.verify_routes(app.router.routes())
 
 
 async def test_every_route_except_public_ones_rejects_anonymous_requests(

@@ -7,7 +7,7 @@ import pytest
 
 from server import backfill, migrations
 from server.settings import StartError
-from tests.auth.test_accounts import until_blocked
+from tests.auth.test_accounts import wait_until_blocked
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ async def keys(url: str) -> list[str | None]:
 
 
 async def test_accounts_get_their_keys_in_batches_oldest_first(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backfill, "BATCH_ROWS", 2)
+    monkeypatch.setattr(backfill, "MAX_BATCH_ROWS", 2)
     names = ["a", "b", "c", "d", "e"]
     ids = await insert(
         url, *(f"{name}@BÜCHER.example" for name in names), *(f"{name}@bücher.example" for name in names)
@@ -58,8 +58,8 @@ async def test_accounts_get_their_keys_in_batches_oldest_first(url: str, monkeyp
 async def test_report_lists_a_limited_number_of_accounts_without_a_key(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backfill, "BATCH_ROWS", 2)
-    monkeypatch.setattr(backfill, "MAX_LISTED", 3)
+    monkeypatch.setattr(backfill, "MAX_BATCH_ROWS", 2)
+    monkeypatch.setattr(backfill, "MAX_REPORTED_ACCOUNTS", 3)
     spellings = ["bücher", "bÜcher", "ｂücher", "büｃher", "bücｈer", "bücheｒ"]
     ids = await insert(url, *(f"x@{spelling}.example" for spelling in spellings))
     lines = await backfill.run(url)
@@ -76,7 +76,7 @@ async def test_account_stays_without_a_key_that_a_concurrent_registration_takes(
                 "INSERT INTO users (email, name, password_hash) VALUES ('x@xn--bcher-kva.example', 'New', 'x')"
             )
             run = asyncio.ensure_future(backfill.run(url))
-            await until_blocked(url)
+            await wait_until_blocked(url)
     finally:
         await db.close()
     (line,) = await run

@@ -61,7 +61,9 @@ def inheritable() -> Iterator[int]:
 @pytest.mark.parametrize("run", [loop.run, asyncio.run], ids=["uvloop", "asyncio"])
 def test_program_gets_its_streams_and_inherited_descriptors_only(run, inheritable: int, tmp_path: Path) -> None:
     async def listed(*inherit: int) -> bytes:
-        process = await child.spawn(sys.executable, "-c", OPEN, stdout=subprocess.PIPE, stderr=2, inherit=inherit)
+        process = await child.spawn_process(
+            sys.executable, "-c", OPEN, stdout=subprocess.PIPE, stderr=2, inherit=inherit
+        )
         return (await process.communicate())[0]
 
     assert run(listed()) == b"[0, 1, 2]\n"
@@ -70,7 +72,7 @@ def test_program_gets_its_streams_and_inherited_descriptors_only(run, inheritabl
 
 def test_program_that_cannot_be_started_raises_an_error() -> None:
     with pytest.raises(FileNotFoundError):
-        loop.run(child.spawn("/nowhere/program"))
+        loop.run(child.spawn_process("/nowhere/program"))
 
 
 def test_closed_standard_streams_become_the_null_device() -> None:

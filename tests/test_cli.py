@@ -12,8 +12,8 @@ import pytest
 
 from server import json
 from server.app import swagger_document
-from tests.patience import START_SECONDS
 from tests.processes import Process, Processes
+from tests.timeouts import PROCESS_TIMEOUT_SECONDS
 
 GOOD_SECRETS = {"JWT_SECRET": "a" * 32, "JWT_REFRESH_SECRET": "b" * 32}
 PRODUCTION = {"APP_ENV": "production", "BCRYPT_ROUNDS": "10", "CORS_ORIGIN": "https://example.org", **GOOD_SECRETS}
@@ -21,7 +21,7 @@ PRODUCTION = {"APP_ENV": "production", "BCRYPT_ROUNDS": "10", "CORS_ORIGIN": "ht
 
 def complaint(process: Process) -> str:
     """Wait until the process fails; return the only line of its output."""
-    assert process.wait(seconds=START_SECONDS) == 1, process.output
+    assert process.wait(seconds=PROCESS_TIMEOUT_SECONDS) == 1, process.output
     lines = process.output.strip().splitlines()
     assert len(lines) == 1, process.output
     return lines[0]

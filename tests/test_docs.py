@@ -15,24 +15,24 @@ from server import settings
 from server.app import API, MESSAGES
 from server.auth import schemas as auth
 from server.documents import schemas as documents
-from server.errors import CODES
+from server.errors import ERROR_CODES
 from server.jobs import schemas as jobs
 from server.jobs.types import JOB_TYPES
 from server.projects import schemas as projects
 from server.projects.access import Role, requirement_of
-from server.realtime.asyncapi import CLOSE_CODES, pushed_name
+from server.realtime.asyncapi import CLOSE_CODES, push_name
 from server.realtime.events import PUSHES
 from server.realtime.table import merge
 from server.rest.marks import is_public
 from tests.markdown import anchors, blocks, links, section, table
-from tests.sockets import fits, shape_of
+from tests.sockets import schema_name_of, validate_frame
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "docs/reference.md"
 PAGES = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")))
 MAX_README_LINES = 130
 ENTITIES = {
-    "User": auth.User,
+    "User": auth.UserSchema,
     "Person": auth.Person,
     "Session": auth.Session,
     "Project": projects.Project,
@@ -93,13 +93,13 @@ def reference() -> dict[str, tuple[Row, list[Row]]]:
         ),
         "## Settings": (
             ("name", "default", "meaning"),
-            [(f"`{name}`", default, help) for name, default, help in settings.table()],
+            [(f"`{name}`", default, help) for name, default, help in settings.documented_settings()],
         ),
         "## Error codes": (
             ("code", "status", "meaning"),
             [
                 (f"`{code}`", str(status or "socket"), meaning.removeprefix("socket: "))
-                for code, (status, meaning) in CODES.items()
+                for code, (status, meaning) in ERROR_CODES.items()
             ],
         ),
         "## Socket messages": (
@@ -141,15 +141,15 @@ def frames(heading: str) -> Iterator[dict[str, Any]]:
 def test_each_message_of_a_client_has_an_example_with_its_ack(message: str) -> None:
     name = message.replace(":", ".")
     sent, ack = frames(f"### `{message}`")
-    fits(sent, name)
-    fits(ack, f"{name}.ack")
+    validate_frame(sent, name)
+    validate_frame(ack, f"{name}.ack")
 
 
 @pytest.mark.parametrize("push", PUSHES, ids=lambda push: push.name)
 def test_each_message_of_the_server_has_an_example(push: Any) -> None:
     (frame,) = frames(f"### `{push.name}` from the server" if push.name in merge(MESSAGES) else f"### `{push.name}`")
-    fits(frame, shape_of(frame))
-    assert shape_of(frame) == pushed_name(push)
+    validate_frame(frame, schema_name_of(frame))
+    assert schema_name_of(frame) == push_name(push)
 
 
 def test_close_codes_of_the_socket() -> None:

@@ -12,7 +12,7 @@ from marshmallow import fields
 import server.app  # noqa: F401 - all schemas
 from server import json
 from server.auth.schemas import Person
-from server.fields import Id, Ready, Schema
+from server.fields import Id, RawJson, Schema
 from server.projects.schemas import Activity
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, 6000, UTC)
@@ -27,7 +27,7 @@ def schemas(of: type[Schema] = Schema) -> Iterator[type[Schema]]:
 
 
 PLAIN: dict[type, Any] = {
-    Ready: '{"name":"Ada"}',
+    RawJson: '{"name":"Ada"}',
     Id: ID,
     fields.DateTime: NOW,
     fields.Integer: 3,

@@ -36,8 +36,8 @@ def test_library_is_imported_in_its_own_packages_only(library: str) -> None:
 
 
 def test_the_environment_is_read_in_settings_only() -> None:
-    # inside.py (``sandbox/child.py``) runs in the sandbox: it passes on the empty environment of the sandbox.
-    readers = {path.name for path in SERVER.rglob("*.py") if reads_environment(path)} - {"inside.py"}
+    # sandbox_child.py (``sandbox/child.py``) runs in the sandbox: it passes on the empty environment of the sandbox.
+    readers = {path.name for path in SERVER.rglob("*.py") if reads_environment(path)} - {"sandbox_child.py"}
     assert readers == {"settings.py"}
 
 

@@ -6,22 +6,22 @@ from contextlib import nullcontext
 import pytest
 from redis.exceptions import RedisError, ResponseError
 
-from server.budget import budget
+from server.batching import MAX_BATCH, MAX_PENDING, Batcher
+from server.deadline import store_deadline
 from server.devstack.stack import Stack
 from server.pipelines import Pipelines
 from server.resources import redis_client
-from server.together import MOST_WAITING, TOGETHER, Together
-from tests.faults import Mode, Network
+from tests.faults import FaultyNetwork, Mode
 
 
 async def test_each_command_gets_its_own_reply_or_error(stack: Stack) -> None:
     redis = redis_client(stack.valkey.url)
     pipelines = Pipelines(redis)
     try:
-        replies = [pipelines.ask("ECHO", str(number)) for number in range(3 * TOGETHER)]
-        failing = pipelines.ask("EVALSHA", "0" * 40, 0)
-        replies.append(pipelines.ask("ECHO", "after"))
-        assert await asyncio.gather(*replies) == [*(str(n).encode() for n in range(3 * TOGETHER)), b"after"]
+        replies = [pipelines.submit("ECHO", str(number)) for number in range(3 * MAX_BATCH)]
+        failing = pipelines.submit("EVALSHA", "0" * 40, 0)
+        replies.append(pipelines.submit("ECHO", "after"))
+        assert await asyncio.gather(*replies) == [*(str(n).encode() for n in range(3 * MAX_BATCH)), b"after"]
         with pytest.raises(ResponseError):
             await failing
     finally:
@@ -34,7 +34,7 @@ async def test_cancelled_command_is_not_sent_and_does_not_affect_others(stack: S
     pipelines = Pipelines(redis)
     try:
         await redis.delete("given-up")
-        cancelled, other = pipelines.ask("INCR", "given-up"), pipelines.ask("ECHO", "x")
+        cancelled, other = pipelines.submit("INCR", "given-up"), pipelines.submit("ECHO", "x")
         cancelled.cancel()
         assert await other == b"x"
         assert await redis.get("given-up") is None
@@ -44,14 +44,14 @@ async def test_cancelled_command_is_not_sent_and_does_not_affect_others(stack: S
 
 
 async def test_deadline_of_one_request_does_not_apply_to_others_in_its_batch(stack: Stack) -> None:
-    async with Network.to({"redis": stack.valkey.url}) as network:
+    async with FaultyNetwork.start({"redis": stack.valkey.url}) as network:
         redis = redis_client(network.urls["redis"])
         pipelines = Pipelines(redis)
-        assert await pipelines.ask("ECHO", "connected") == b"connected"
-        await network.stores["redis"].turn(Mode.SLOW)
-        with budget(0.1):
-            first = pipelines.ask("ECHO", "first")
-        other = pipelines.ask("ECHO", "other")
+        assert await pipelines.submit("ECHO", "connected") == b"connected"
+        await network.stores["redis"].set_mode(Mode.SLOW)
+        with store_deadline(0.1):
+            first = pipelines.submit("ECHO", "first")
+        other = pipelines.submit("ECHO", "other")
         with pytest.raises(TimeoutError):
             await first
         assert await other == b"other"
@@ -62,7 +62,7 @@ async def test_deadline_of_one_request_does_not_apply_to_others_in_its_batch(sta
 async def test_all_commands_fail_while_redis_is_unavailable(unused_tcp_port: int) -> None:
     redis = redis_client(f"redis://127.0.0.1:{unused_tcp_port}")
     pipelines = Pipelines(redis)
-    outcomes = await asyncio.gather(*(pipelines.ask("ECHO", "x") for _ in range(300)), return_exceptions=True)
+    outcomes = await asyncio.gather(*(pipelines.submit("ECHO", "x") for _ in range(300)), return_exceptions=True)
     assert all(isinstance(outcome, RedisError | OSError) for outcome in outcomes)
     await pipelines.close()
     await redis.aclose()
@@ -75,22 +75,22 @@ async def test_stalled_request_times_out_but_a_queue_that_moves_does_not() -> No
         await (mute if "mute" in requests else slow).wait()
         return requests
 
-    batcher: Together[str, str] = Together(lambda: nullcontext(send))
-    stalled = batcher.ask("mute", seconds=10, silence=0.2)
+    batcher: Batcher[str, str] = Batcher(lambda: nullcontext(send))
+    stalled = batcher.submit("mute", timeout=10, stall_timeout=0.2)
     with pytest.raises(TimeoutError):
         await stalled
-    late = batcher.ask("mute", seconds=0.5)
+    late = batcher.submit("mute", timeout=0.5)
     await asyncio.sleep(0.01)
-    waiting = batcher.ask("slow", seconds=10, silence=0.4)
+    waiting = batcher.submit("slow", timeout=10, stall_timeout=0.4)
     for _ in range(8):  # other requests get results all the time
         slow.set()
-        await batcher.ask("other", seconds=10, silence=0.4)
+        await batcher.submit("other", timeout=10, stall_timeout=0.4)
         await asyncio.sleep(0.1)
     assert await waiting == "slow"
     with pytest.raises(TimeoutError):
         await late
     await batcher.close()
-    pending = batcher.ask("mute", seconds=10)
+    pending = batcher.submit("mute", timeout=10)
     await batcher.close()
     assert pending.cancelled()
 
@@ -99,9 +99,9 @@ async def test_request_beyond_the_queue_limit_fails_at_once() -> None:
     async def send(requests: list[int]) -> list[int]:
         return requests
 
-    batcher: Together[int, int] = Together(lambda: nullcontext(send))
-    futures = [batcher.ask(number, seconds=600) for number in range(MOST_WAITING + 1)]
+    batcher: Batcher[int, int] = Batcher(lambda: nullcontext(send))
+    futures = [batcher.submit(number, timeout=600) for number in range(MAX_PENDING + 1)]
     with pytest.raises(TimeoutError):
         await futures.pop()
-    assert await asyncio.gather(*futures) == list(range(MOST_WAITING))
+    assert await asyncio.gather(*futures) == list(range(MAX_PENDING))
     await batcher.close()

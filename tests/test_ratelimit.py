@@ -18,12 +18,12 @@ from server import ratelimit
 from server.pipelines import Pipelines
 from server.ratelimit import QuotaExceeded, RateLimiter, limit_key
 from server.resources import redis_client
-from server.rest.forwarded import ClientAddresses
+from server.rest.forwarded import ClientAddressResolver
 from server.settings import Settings
-from tests.actors import PASSWORD, Actor, Answer
+from tests.actors import PASSWORD, Actor, Response
 from tests.conftest import MakeActor, MakeServer
-from tests.faults import Mode, Network
-from tests.patience import PATIENCE_SECONDS
+from tests.faults import FaultyNetwork, Mode
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 WINDOW = 900
 TEN = limits.parse("10/15minutes")
@@ -39,12 +39,12 @@ def fresh_address() -> str:
     return str(IPv6Address(0x20010DB8 << 96 | secrets.randbits(32) << 64 | 1))
 
 
-async def wrong_login(actor: Actor, address: str) -> Answer:
+async def wrong_login(actor: Actor, address: str) -> Response:
     body = {"email": "nobody@example.org", "password": "Wrong12345"}
     return await actor.post("/auth/login", body, headers=from_address(address))
 
 
-def shown(response: Answer) -> tuple[str, int, int]:
+def quota_headers(response: Response) -> tuple[str, int, int]:
     """Return the name of the quota, the remaining requests, and the seconds until its reset."""
     name, left, seconds = re.fullmatch(r'"(\w+)";r=(\d+);t=(\d+)', response.headers["RateLimit"]).groups()
     return name, int(left), int(seconds)
@@ -69,7 +69,7 @@ async def test_headers_show_the_remaining_quota_and_its_reset(
     for left in (*range(9, -1, -1), 0):
         response = await wrong_login(actor, address)
         assert response.headers["RateLimit-Policy"] == '"auth";q=10;w=900'
-        name, remaining, seconds = shown(response)
+        name, remaining, seconds = quota_headers(response)
         assert (name, remaining) == ("auth", left)
         assert WINDOW - (time.monotonic() - started) - 1 <= seconds <= WINDOW
     assert response.status == 429
@@ -104,10 +104,10 @@ async def test_register_login_refresh_and_password_share_one_quota(
     ]
     for spent, (path, body) in enumerate(calls, 1):
         response = await actor.post(path, body, headers=headers)
-        assert shown(response)[:2] == ("auth", 10 - spent), path
+        assert quota_headers(response)[:2] == ("auth", 10 - spent), path
         actor.access_token = actor.access_token or response["accessToken"]
     other = await actor.get("/auth/profile", headers=headers)
-    assert shown(other)[:2] == ("default", 9)
+    assert quota_headers(other)[:2] == ("default", 9)
 
 
 async def test_signed_in_users_have_their_own_quotas(make_server: MakeServer, make_actor: MakeActor) -> None:
@@ -128,7 +128,7 @@ async def test_anonymous_requests_share_the_quota_of_their_address(
         actor.access_token, headers = token, from_address(fresh_address())
         responses = [await actor.get("/auth/profile", headers=headers) for _ in range(4)]
         assert [response.status for response in responses] == [401, 401, 401, 429]
-        assert [shown(response)[1] for response in responses] == [2, 1, 0, 0]
+        assert [quota_headers(response)[1] for response in responses] == [2, 1, 0, 0]
 
 
 async def test_token_of_an_ended_session_does_not_consume_the_quota_of_its_user(
@@ -142,7 +142,7 @@ async def test_token_of_an_ended_session_does_not_consume_the_quota_of_its_user(
     headers = from_address(fresh_address())
     responses = [await thief.get("/auth/profile", headers=headers) for _ in range(6)]
     assert [response.status for response in responses] == [401] * 5 + [429]
-    assert shown(await ada.get("/auth/profile"))[1] == 3
+    assert quota_headers(await ada.get("/auth/profile"))[1] == 3
 
 
 async def test_forwarded_address_counts_from_trusted_proxies_only(
@@ -152,8 +152,8 @@ async def test_forwarded_address_counts_from_trusted_proxies_only(
     trusting = Actor(http, await make_server(rate_limit_auth=two, **PROXY), "Anonymous")
     address = fresh_address()
     forged = f"1.2.3.4, {address}, 10.1.2.3"  # set by the client, the real client, an inner proxy
-    assert shown(await wrong_login(trusting, address))[1] == 1
-    assert shown(await wrong_login(trusting, forged))[1] == 0
+    assert quota_headers(await wrong_login(trusting, address))[1] == 1
+    assert quota_headers(await wrong_login(trusting, forged))[1] == 0
     assert (await wrong_login(trusting, f"9.9.9.9, {address}")).status == 429
     assert (await wrong_login(trusting, fresh_address())).status == 401
 
@@ -167,7 +167,7 @@ async def test_forwarded_address_counts_from_trusted_proxies_only(
 def test_ipv4_mapped_ipv6_address_equals_its_ipv4_address(mapped: str) -> None:
     def seen(peer: str, forwarded: str, *trusted: str) -> str:
         request = make_mocked_request("GET", "/", headers={"X-Forwarded-For": forwarded} if forwarded else {})
-        return ClientAddresses([ip_network(network) for network in trusted]).of(request.clone(remote=peer))
+        return ClientAddressResolver([ip_network(network) for network in trusted]).resolve(request.clone(remote=peer))
 
     assert seen(mapped, "") == "192.0.2.1"
     assert seen(mapped, "192.0.2.9", "192.0.2.1") == "192.0.2.9"
@@ -199,7 +199,7 @@ async def test_each_process_counts_locally_while_redis_is_unavailable(unused_tcp
     before, started = fallbacks(), time.monotonic()
     try:
         quotas = [await limiter.hit("auth", "client") for _ in range(12)]
-        assert [quota.passed for quota in quotas if quota] == [True] * 10 + [False] * 2
+        assert [quota.allowed for quota in quotas if quota] == [True] * 10 + [False] * 2
         assert [quota.remaining for quota in quotas if quota] == [*range(9, -1, -1), 0, 0]
         least = WINDOW - 1 - (time.monotonic() - started)
         assert all(least <= quota.reset <= WINDOW for quota in quotas if quota)
@@ -218,52 +218,59 @@ async def test_refunded_hits_and_no_more_can_be_consumed_again(
     limiter, key = RateLimiter(pipelines, rates={"auth": TEN, "off": None}), secrets.token_hex()
 
     async def passing(times: int) -> int:
-        return sum([quota.passed for _ in range(times) if (quota := await limiter.hit("auth", key))])
+        return sum([quota.allowed for _ in range(times) if (quota := await limiter.hit("auth", key))])
 
     try:
-        await limiter.give_back("auth", key)  # there is no hit yet
+        await limiter.refund("auth", key)  # there is no hit yet
         assert await passing(15) == 10
         for _ in range(3):
-            await limiter.give_back("auth", key)
+            await limiter.refund("auth", key)
         assert await passing(15) == 3  # rejected hits have not counted
         with pytest.raises(QuotaExceeded) as exceeded:
-            await limiter.take("auth", key)
+            await limiter.consume("auth", key)
         assert exceeded.value.retry_after == exceeded.value.quota.reset > WINDOW - 60
-        assert await limiter.take("off", key) is None
-        await limiter.give_back("off", key)
+        assert await limiter.consume("off", key) is None
+        await limiter.refund("off", key)
     finally:
         await pipelines.close()
         await redis.aclose()
 
 
 async def test_server_counts_locally_during_a_redis_outage_and_globally_afterwards(
-    make_server: MakeServer, http: aiohttp.ClientSession, quiet: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    make_server: MakeServer,
+    http: aiohttp.ClientSession,
+    isolated_stores: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ratelimit, "LOCAL_SECONDS", 1.0)
-    async with Network.to({"redis_url": quiet["redis_url"]}) as network:
+    monkeypatch.setattr(ratelimit, "LOCAL_FALLBACK_SECONDS", 1.0)
+    async with FaultyNetwork.start({"redis_url": isolated_stores["redis_url"]}) as network:
         limited: dict[str, Any] = {"rate_limit_auth": TEN, **PROXY}
         here, there = [
-            Actor(http, await make_server(**urls, **limited), "Anonymous") for urls in (quiet | network.urls, quiet)
+            Actor(http, await make_server(**urls, **limited), "Anonymous")
+            for urls in (isolated_stores | network.urls, isolated_stores)
         ]
         address = fresh_address()
-        assert [shown(await wrong_login(actor, address))[1] for actor in (here, there)] == [9, 8]
-        await network.stores["redis_url"].turn(Mode.STOPPED)
+        assert [quota_headers(await wrong_login(actor, address))[1] for actor in (here, there)] == [9, 8]
+        await network.stores["redis_url"].set_mode(Mode.STOPPED)
         address = fresh_address()
         responses = await asyncio.gather(*(wrong_login(here, address) for _ in range(40)))
         assert Counter(response.status for response in responses) == {401: 10, 429: 30}
-        assert shown(await wrong_login(there, address))[1] == 9  # the other server does not see these hits
-        await network.stores["redis_url"].turn(Mode.PASS)
-        async with asyncio.timeout(PATIENCE_SECONDS):
+        assert quota_headers(await wrong_login(there, address))[1] == 9  # the other server does not see these hits
+        await network.stores["redis_url"].set_mode(Mode.PASS)
+        async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
             while (await wrong_login(here, address)).status == 429:
                 await asyncio.sleep(0.1)
-        assert shown(await wrong_login(there, address))[1] == shown(await wrong_login(here, address))[1] + 1
+        assert (
+            quota_headers(await wrong_login(there, address))[1]
+            == quota_headers(await wrong_login(here, address))[1] + 1
+        )
 
 
-@pytest.mark.hurried("redis_url")
+@pytest.mark.real_timeouts("redis_url")
 async def test_concurrent_requests_wait_only_once_for_a_hanging_redis(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ratelimit, "LOCAL_SECONDS", 600.0)
+    monkeypatch.setattr(ratelimit, "LOCAL_FALLBACK_SECONDS", 600.0)
 
     async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
@@ -275,8 +282,8 @@ async def test_concurrent_requests_wait_only_once_for_a_hanging_redis(
     limiter = RateLimiter(pipelines, rates={"auth": TEN})
     try:
         quotas = await asyncio.gather(*(limiter.hit("auth", "client") for _ in range(300)))
-        assert sum(quota.passed for quota in quotas if quota) == 10
-        monkeypatch.setattr(pipelines, "ask", None)  # the limiter does not try Redis now
+        assert sum(quota.allowed for quota in quotas if quota) == 10
+        monkeypatch.setattr(pipelines, "submit", None)  # the limiter does not try Redis now
         assert await limiter.hit("auth", "client")
     finally:
         await pipelines.close()

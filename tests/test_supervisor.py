@@ -13,15 +13,15 @@ import pytest
 
 from server.devstack.stack import Stack
 from tests.actors import Actor
-from tests.conftest import environment
-from tests.devstack.pids import gone
-from tests.patience import PATIENCE_SECONDS
+from tests.conftest import environment_of
+from tests.devstack.pids import all_exited
 from tests.processes import Processes, Server
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 
 async def started(processes: Processes, *, number: int = 2, **settings: str) -> Server:
     server = processes.server("--processes", str(number), **settings)
-    await asyncio.to_thread(server.until, rf"(?s)(server ready.*){{{number}}}")
+    await asyncio.to_thread(server.wait_for_output, rf"(?s)(server ready.*){{{number}}}")
     return server
 
 
@@ -31,7 +31,7 @@ def members(server: Server) -> list[int]:
 
 async def counting(server: Server, number: int) -> None:
     """Wait until the supervisor has ``number`` running processes."""
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
         while len(members(server)) != number:
             await asyncio.sleep(0.05)
 
@@ -96,14 +96,14 @@ async def test_clients_do_not_notice_a_rolling_restart(processes: Processes) -> 
     before = members(server)
     async with Hammer(server.base) as hammer:
         os.kill(server.pid, signal.SIGHUP)
-        await asyncio.to_thread(server.until, "processes restarted")
+        await asyncio.to_thread(server.wait_for_output, "processes restarted")
     assert hammer.failures == []
     assert hammer.answers > 50
     after = members(server)
     assert len(after) == 2
     assert not set(before) & set(after)
     assert await asyncio.to_thread(server.terminate) == 0
-    assert gone([*before, *after], seconds=PATIENCE_SECONDS)
+    assert all_exited([*before, *after], seconds=WAIT_TIMEOUT_SECONDS)
 
 
 async def test_clients_that_keep_their_connections_do_not_notice_a_rolling_restart(processes: Processes) -> None:
@@ -112,7 +112,7 @@ async def test_clients_that_keep_their_connections_do_not_notice_a_rolling_resta
         while hammer.answers < 16:
             await asyncio.sleep(0.05)
         os.kill(server.pid, signal.SIGHUP)
-        await asyncio.to_thread(server.until, "processes restarted")
+        await asyncio.to_thread(server.wait_for_output, "processes restarted")
     assert hammer.failures == []
 
 
@@ -135,7 +135,7 @@ async def test_crashed_successor_is_replaced_while_its_predecessor_drains(proces
 
 async def replaced(server: Server, times: int) -> None:
     """Wait until ``times`` processes after the first have become ready."""
-    await asyncio.to_thread(server.until, rf"(?s)(server ready.*){{{times + 1}}}")
+    await asyncio.to_thread(server.wait_for_output, rf"(?s)(server ready.*){{{times + 1}}}")
 
 
 async def test_failed_rolling_restart_keeps_the_old_processes(processes: Processes, own_stack: Stack) -> None:
@@ -143,7 +143,7 @@ async def test_failed_rolling_restart_keeps_the_old_processes(processes: Process
     before = members(server)
     own_stack.valkey.kill()  # no new process can start without it
     os.kill(server.pid, signal.SIGHUP)
-    await asyncio.to_thread(server.until, "restart given up")
+    await asyncio.to_thread(server.wait_for_output, "rolling restart aborted")
     assert members(server) == before
     async with Hammer(server.base) as hammer:
         while hammer.answers < 20:
@@ -151,12 +151,14 @@ async def test_failed_rolling_restart_keeps_the_old_processes(processes: Process
     assert hammer.failures == []
 
 
-async def test_processes_without_a_supervisor_ignore_sighup(processes: Processes, quiet: dict[str, str]) -> None:
-    bare, worker = processes.server(), processes.worker(**environment(quiet)).ready()
+async def test_processes_without_a_supervisor_ignore_sighup(
+    processes: Processes, isolated_stores: dict[str, str]
+) -> None:
+    bare, worker = processes.server(), processes.worker(**environment_of(isolated_stores)).ready()
     assert bare.base
     for process in (bare, worker):
         os.kill(process.pid, signal.SIGHUP)
-        await asyncio.to_thread(process.until, "SIGHUP ignored")
+        await asyncio.to_thread(process.wait_for_output, "SIGHUP ignored")
     assert await asyncio.to_thread(bare.terminate) == 0
     assert await asyncio.to_thread(worker.terminate) == 0
 
@@ -192,7 +194,7 @@ async def test_killed_process_is_replaced_and_its_backlog_is_served(processes: P
 
 @contextmanager
 def waiting_in(host: str, port: int, *, connections: int) -> Iterator[list[socket.socket]]:
-    clients = [socket.create_connection((host, port), timeout=PATIENCE_SECONDS) for _ in range(connections)]
+    clients = [socket.create_connection((host, port), timeout=WAIT_TIMEOUT_SECONDS) for _ in range(connections)]
     yield clients
     for client in clients:
         client.close()
@@ -202,7 +204,7 @@ async def test_process_that_keeps_crashing_restarts_with_backoff(processes: Proc
     server = await started(processes)
     for pause in (0.0, 1.0, 2.0):
         os.kill(members(server)[-1], signal.SIGKILL)
-        await asyncio.to_thread(server.until, rf'"again_in":{pause}')
+        await asyncio.to_thread(server.wait_for_output, rf'"again_in":{pause}')
         await counting(server, 2)
 
 
@@ -211,13 +213,13 @@ async def test_stop_signal_ends_all_processes(number: int, processes: Processes)
     server = await started(processes, number=3)
     pids = members(server)
     assert await asyncio.to_thread(server.terminate, number=number) == 0
-    assert gone(pids, seconds=PATIENCE_SECONDS)
+    assert all_exited(pids, seconds=WAIT_TIMEOUT_SECONDS)
     assert "Traceback" not in server.output
 
 
 async def test_supervisor_stops_cleanly_before_its_processes_handle_signals(processes: Processes) -> None:
     server = processes.server("--processes", "2")
-    await asyncio.to_thread(server.until, "processes started")
+    await asyncio.to_thread(server.wait_for_output, "processes started")
     assert await asyncio.to_thread(server.terminate) == 0
 
 
@@ -225,7 +227,7 @@ async def test_servers_do_not_outlive_a_killed_supervisor(processes: Processes) 
     server = await started(processes)
     pids = members(server)
     server.kill()
-    assert gone(pids, seconds=PATIENCE_SECONDS)
+    assert all_exited(pids, seconds=WAIT_TIMEOUT_SECONDS)
 
 
 async def test_a_port_that_another_server_has_is_not_shared(processes: Processes) -> None:

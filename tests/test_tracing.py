@@ -16,7 +16,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from server import tracing
 from server.settings import Settings, SettingsError
 from tests.actors import Actor
-from tests.conftest import environment
+from tests.conftest import environment_of
 from tests.processes import Processes
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -53,9 +53,12 @@ async def collector() -> AsyncIterator[Collector]:
 
 
 async def test_one_trace_spans_the_request_the_job_and_the_sandbox(
-    collector: Collector, processes: Processes, http: aiohttp.ClientSession, quiet: dict[str, str]
+    collector: Collector, processes: Processes, http: aiohttp.ClientSession, isolated_stores: dict[str, str]
 ) -> None:
-    options = environment(quiet) | {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.address, "JOB_FAULT_RATE": "0"}
+    options = environment_of(isolated_stores) | {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": collector.address,
+        "JOB_FAULT_RATE": "0",
+    }
     server, worker = processes.server(**options), processes.worker(**options).ready()
     ada = await Actor(http, server.base, "Ada").register()
     body = {"type": "CODE_EXECUTION", "payload": {"language": "python", "code": "print(6 * 7)"}}
@@ -83,10 +86,13 @@ async def test_one_trace_spans_the_request_the_job_and_the_sandbox(
 
 
 async def test_failed_attempt_is_an_error_in_its_trace(
-    collector: Collector, processes: Processes, http: aiohttp.ClientSession, quiet: dict[str, str]
+    collector: Collector, processes: Processes, http: aiohttp.ClientSession, isolated_stores: dict[str, str]
 ) -> None:
-    options = environment(quiet) | {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.address, "JOB_FAULT_RATE": "1"}
-    server, worker = processes.server(**environment(quiet)), processes.worker(**options).ready()
+    options = environment_of(isolated_stores) | {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": collector.address,
+        "JOB_FAULT_RATE": "1",
+    }
+    server, worker = processes.server(**environment_of(isolated_stores)), processes.worker(**options).ready()
     ada = await Actor(http, server.base, "Ada").register()
     created = await ada.post("/jobs", {"type": "DATA_ANALYSIS", "payload": {"format": "csv", "content": "a\n1\n"}})
     assert (await ada.finished_job(created["job"]["id"]))["status"] == "failed"
@@ -99,5 +105,5 @@ async def test_missing_extra_is_reported_at_start(settings: Settings, monkeypatc
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     with_endpoint = dataclasses.replace(settings, otel_exporter_otlp_endpoint="http://127.0.0.1:9")
     with pytest.raises(SettingsError, match=r'"OTEL_EXPORTER_OTLP_ENDPOINT" invalid: Needs the extra otel'):
-        async with tracing.exported(with_endpoint, "server"):
+        async with tracing.export_traces(with_endpoint, "server"):
             pass

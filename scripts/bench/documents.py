@@ -35,7 +35,7 @@ from tests.actors import Actor  # noqa: E402
 from tests.conftest import TEST_SETTINGS  # noqa: E402
 from tests.processes import Processes, Server  # noqa: E402
 
-UNLIMITED = {"WS_FRAMES_PER_SECOND": "100000", "WS_BURST": "100000"}
+RATE_LIMITS_OFF = {"WS_FRAMES_PER_SECOND": "100000", "WS_BURST": "100000"}
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -50,7 +50,7 @@ class Typist:
         self.doc: Doc[Text] = Doc()
         self.content = self.doc.get("content", type=Text)
 
-    def press(self) -> bytes:
+    def next_update(self) -> bytes:
         before = self.doc.get_state()
         self.content.insert(random.randrange(len(self.content) + 1), "x")
         return self.doc.get_update(before)
@@ -64,13 +64,13 @@ class Typist:
         for count in itertools.count():
             if time.perf_counter() >= until:
                 return count
-            await self.socket.send_str(self.frame(self.press(), count))
+            await self.socket.send_str(self.frame(self.next_update(), count))
             while b'"ack"' not in (raw := (await self.socket.receive()).data.encode()):
                 assert b'"error"' not in raw, raw
         raise AssertionError
 
 
-async def opened(actor: Actor, document: str) -> aiohttp.ClientWebSocketResponse:
+async def open_document(actor: Actor, document: str) -> aiohttp.ClientWebSocketResponse:
     socket = await actor.http.ws_connect(f"{actor.base}/ws", headers=actor.headers, max_msg_size=0)
     await socket.receive()
     await socket.send_str(orjson.dumps({"event": "document:open", "data": {"documentId": document}, "id": 1}).decode())
@@ -87,8 +87,8 @@ def cpu_seconds(pid: int) -> float:
 async def throughput(
     actor: Actor, server: Server, workspace: str, *, documents: int, typists: int, seconds: float
 ) -> None:
-    ids = [await make(actor, workspace) for _ in range(documents)]
-    sockets = [await opened(actor, ids[n % documents]) for n in range(typists)]
+    ids = [await make_document(actor, workspace) for _ in range(documents)]
+    sockets = [await open_document(actor, ids[n % documents]) for n in range(typists)]
     writers = [Typist(socket, ids[n % documents]) for n, socket in enumerate(sockets)]
     cpu, started = cpu_seconds(server.pid), time.perf_counter()
     counts = await asyncio.gather(*(writer.type(started + seconds) for writer in writers))
@@ -106,9 +106,9 @@ async def throughput(
 
 async def propagation(actors: list[Actor], workspace: str, *, editors: int, seconds: float) -> None:
     """Measure the delay from one editor, who types 20 times a second, to all others, on both servers."""
-    document = await make(actors[0], workspace)
-    typist = Typist(await opened(actors[0], document), document)
-    listeners = [await opened(actors[n % len(actors)], document) for n in range(editors - 1)]
+    document = await make_document(actors[0], workspace)
+    typist = Typist(await open_document(actors[0], document), document)
+    listeners = [await open_document(actors[n % len(actors)], document) for n in range(editors - 1)]
     sent: dict[str, float] = {}
     delays: list[float] = []
 
@@ -120,7 +120,7 @@ async def propagation(actors: list[Actor], workspace: str, *, editors: int, seco
 
     tasks = [asyncio.ensure_future(listen(socket)) for socket in listeners]
     for _ in range(int(seconds * 20)):
-        update = typist.press()
+        update = typist.next_update()
         sent[b64encode(update).decode()] = time.perf_counter()
         await typist.socket.send_str(typist.frame(update, 1))
         await asyncio.sleep(0.05)
@@ -136,7 +136,7 @@ async def propagation(actors: list[Actor], workspace: str, *, editors: int, seco
         await socket.close()
 
 
-def scattered(editors: int, edits: int) -> bytes:
+def scattered_update(editors: int, edits: int) -> bytes:
     """Return one update with ``edits`` insertions of ten characters at random positions, by several editors."""
     merged, generator = Doc(), random.Random(1)
     for _ in range(editors):
@@ -151,7 +151,7 @@ def scattered(editors: int, edits: int) -> bytes:
 
 async def opening(actor: Actor, workspace: str) -> None:
     """Measure the opening of 1 MB of text that consists of 100,000 scattered insertions."""
-    document, update = await make(actor, workspace), scattered(20, 100_000)
+    document, update = await make_document(actor, workspace), scattered_update(20, 100_000)
     protocols = ("collab.v1", f"bearer.{actor.access_token}")
     async with actor.http.ws_connect(f"{actor.base}/yjs/{document}", protocols=protocols, max_msg_size=0) as socket:
         await socket.receive()
@@ -163,24 +163,24 @@ async def opening(actor: Actor, workspace: str) -> None:
     sockets = []
     for state in ("cold", "warm"):
         started = time.perf_counter()
-        sockets.append(await opened(actor, document))
+        sockets.append(await open_document(actor, document))
         milliseconds = (time.perf_counter() - started) * 1000
         print(f"opening 1 MB with 100,000 edits ({len(update) / 1e6:.1f} MB), {state}: {milliseconds:.0f} ms")
     for socket in sockets:
         await socket.close()
 
 
-async def make(actor: Actor, workspace: str) -> str:
+async def make_document(actor: Actor, workspace: str) -> str:
     document = await actor.post(f"/workspaces/{workspace}/documents", {"path": f"{time.perf_counter_ns()}.txt"})
     return document["id"]
 
 
 @contextlib.asynccontextmanager
-async def world() -> AsyncIterator[tuple[list[Server], Actor, str]]:
+async def bench_environment() -> AsyncIterator[tuple[list[Server], Actor, str]]:
     with (
         tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as folder,
         Stack(Path(folder) / "data") as stack,
-        Processes(TEST_SETTINGS | stack.environment | UNLIMITED, Path(folder)) as processes,
+        Processes(TEST_SETTINGS | stack.environment | RATE_LIMITS_OFF, Path(folder)) as processes,
     ):
         migrations.apply(stack.postgres.url)
         servers = [processes.server() for _ in range(2)]
@@ -190,7 +190,7 @@ async def world() -> AsyncIterator[tuple[list[Server], Actor, str]]:
 
 
 async def main(seconds: float) -> None:
-    async with world() as (servers, actor, workspace):
+    async with bench_environment() as (servers, actor, workspace):
         await opening(actor, workspace)
         for documents, typists in ((1, 1), (1, 50), (50, 100), (200, 200)):
             await throughput(actor, servers[0], workspace, documents=documents, typists=typists, seconds=seconds)

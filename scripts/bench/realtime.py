@@ -39,11 +39,11 @@ from server.auth import tokens  # noqa: E402
 from server.devstack.stack import Stack  # noqa: E402
 from server.realtime.protocol import websocket_frame  # noqa: E402
 
-PEOPLE = 6100
+USERS = 6100
 READERS = 500
 ROOMS, WRITERS = 100, 5
-WINDOW = 8  # messages in flight in the busy room
-IDLE = (2000, 6000)
+MAX_IN_FLIGHT = 8  # messages in flight in the busy room
+IDLE_CONNECTIONS = (2000, 6000)
 PAYLOAD = {"path": "src/engine.py", "change": {"insert": "x" * 40, "at": 1234}}
 WELCOME = {"event": "welcome", "data": {"connectionId": "0" * 32, "userId": "0" * 36, "userName": "Somebody"}}
 
@@ -56,9 +56,9 @@ class Client(asyncio.Protocol):
         self.on_frame = on_frame
         self.bytes = 0
         self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._answers: asyncio.Queue[bytes] = asyncio.Queue()
+        self._frames: asyncio.Queue[bytes] = asyncio.Queue()
         self._buffer = b""
-        self._shaken = False
+        self._upgraded = False
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
@@ -70,17 +70,17 @@ class Client(asyncio.Protocol):
         )
 
     def data_received(self, data: bytes) -> None:
-        if self._shaken and self.on_frame is None:
+        if self._upgraded and self.on_frame is None:
             self.bytes += len(data)
             return
         self._buffer += data
-        if not self._shaken:
+        if not self._upgraded:
             head, separator, rest = self._buffer.partition(b"\r\n\r\n")
             if not separator:
                 return
             if b" 101 " not in head.split(b"\r\n")[0]:
                 raise SystemExit(head.decode())
-            self._shaken, self._buffer = True, rest
+            self._upgraded, self._buffer = True, rest
         self._parse()
 
     def _parse(self) -> None:
@@ -100,7 +100,7 @@ class Client(asyncio.Protocol):
             elif self.on_frame is not None:
                 self.on_frame(payload)
             else:
-                self._answers.put_nowait(payload)
+                self._frames.put_nowait(payload)
         self._buffer = buffer[position:]
 
     def send(self, event: str, data: Any, *, id: int) -> None:
@@ -148,7 +148,7 @@ def ignore(_: bytes) -> None:
     return None
 
 
-def change(target: Target, room: int) -> dict[str, Any]:
+def change_payload(target: Target, room: int) -> dict[str, Any]:
     return {"workspaceId": target.rooms[room], **PAYLOAD}
 
 
@@ -158,13 +158,13 @@ async def fanout(target: Target, seconds: float) -> dict[str, float]:
     readers = [await target.join(0, number) for number in range(READERS - 1)]
     sampled = await target.join(0, 1, lambda frame: sizes.append(len(websocket_frame(frame))))
     sent = 0
-    writers = [await target.join(0, READERS + number, ignore) for number in range(WINDOW)]
+    writers = [await target.join(0, READERS + number, ignore) for number in range(MAX_IN_FLIGHT)]
     await asyncio.sleep(1)
     sizes.clear()
     received_before, started, cpu_before = sum(reader.bytes for reader in readers), time.perf_counter(), target.cpu()
     while time.perf_counter() - started < seconds:
-        while sent < len(sizes) + WINDOW:
-            writers[sent % WINDOW].send("file:change", change(target, 0), id=sent)
+        while sent < len(sizes) + MAX_IN_FLIGHT:
+            writers[sent % MAX_IN_FLIGHT].send("file:change", change_payload(target, 0), id=sent)
             sent += 1
         await asyncio.sleep(0)
     elapsed, cpu_used = time.perf_counter() - started, target.cpu() - cpu_before
@@ -191,7 +191,7 @@ async def latency(target: Target, seconds: float) -> dict[str, float]:
     times.clear()
     for number in range(int(seconds * 10)):
         sent_at = time.perf_counter()
-        writer.send("file:change", change(target, 0), id=number)
+        writer.send("file:change", change_payload(target, 0), id=number)
         await asyncio.sleep(max(0.0, sent_at + READERS / 5000 - time.perf_counter()))
     await close([*readers, writer])
     return percentiles(times)
@@ -213,7 +213,7 @@ async def rooms(target: Target, seconds: float) -> dict[str, float]:
     running = True
 
     def stamped(room: int) -> dict[str, Any]:
-        return {**change(target, room), "change": {"insert": "x" * 40, "sent": time.perf_counter()}}
+        return {**change_payload(target, room), "change": {"insert": "x" * 40, "sent": time.perf_counter()}}
 
     def member(room: int) -> Callable[[bytes], None]:
         def receive(frame: bytes) -> None:
@@ -274,14 +274,14 @@ async def memory(target: Target, _: float) -> dict[str, float]:
     """Measure the memory of an idle connection: the growth of resident memory between the two ``IDLE_CONNECTIONS``."""
     clients: list[Client] = []
     sizes = []
-    for count in IDLE:
+    for count in IDLE_CONNECTIONS:
         while len(clients) < count:
             batch = range(len(clients), min(count, len(clients) + 100))
             clients += await asyncio.gather(*map(target.connect, batch))
         await asyncio.sleep(2)
         sizes.append(target.memory())
     await close(clients)
-    return {"kB/connection": (sizes[1] - sizes[0]) / (IDLE[1] - IDLE[0]) / 1000}
+    return {"kB/connection": (sizes[1] - sizes[0]) / (IDLE_CONNECTIONS[1] - IDLE_CONNECTIONS[0]) / 1000}
 
 
 async def close(clients: list[Client]) -> None:
@@ -300,7 +300,7 @@ SCENARIOS: dict[str, Callable[[Target, float], Awaitable[dict[str, float]]]] = {
 
 
 @contextlib.contextmanager
-def ours(folder: Path) -> Iterator[Target]:
+def started_server(folder: Path) -> Iterator[Target]:
     with Stack(folder / "data") as stack:
         migrations.apply(stack.postgres.url)
         settings = {
@@ -324,8 +324,8 @@ def ours(folder: Path) -> Iterator[Target]:
                 [sys.executable, str(ROOT / "run.py"), "server"], env=environment, stdout=output, stderr=output
             )
         try:
-            port = int(until(log, r"address\s*=\s*http://127.0.0.1:(\d+)|\"address\":\"http://127.0.0.1:(\d+)"))
-            access_tokens, workspaces = people_and_rooms(stack.postgres.url, settings["JWT_SECRET"])
+            port = int(wait_for_log(log, r"address\s*=\s*http://127.0.0.1:(\d+)|\"address\":\"http://127.0.0.1:(\d+)"))
+            access_tokens, workspaces = create_users_and_workspaces(stack.postgres.url, settings["JWT_SECRET"])
             yield Target("ours", port, process.pid, access_tokens, workspaces)
         finally:
             process.send_signal(signal.SIGKILL)
@@ -333,7 +333,7 @@ def ours(folder: Path) -> Iterator[Target]:
             stack.mongo.kill()
 
 
-def until(log: Path, pattern: str) -> str:
+def wait_for_log(log: Path, pattern: str) -> str:
     for _ in range(300):
         if match := re.search(pattern, log.read_text()):
             return next(group for group in match.groups() if group)
@@ -341,7 +341,7 @@ def until(log: Path, pattern: str) -> str:
     raise SystemExit(log.read_text())
 
 
-def people_and_rooms(url: str, secret: str) -> tuple[list[str], list[str]]:
+def create_users_and_workspaces(url: str, secret: str) -> tuple[list[str], list[str]]:
     """Create ``USERS`` members of one project; return their access tokens and the ids of its workspaces."""
     with psycopg.connect(url, autocommit=True) as connection:
         sessions = connection.execute(
@@ -358,7 +358,7 @@ def people_and_rooms(url: str, secret: str) -> tuple[list[str], list[str]]:
             INSERT INTO sessions (user_id, expires_at) SELECT id, now() + interval '1 day' FROM people
             RETURNING user_id, id
             """,
-            [PEOPLE],
+            [USERS],
         ).fetchall()
         workspaces = connection.execute(
             """
@@ -368,13 +368,13 @@ def people_and_rooms(url: str, secret: str) -> tuple[list[str], list[str]]:
             [ROOMS],
         ).fetchall()
         connection.execute("ANALYZE")
-    keys, now = tokens.Keys.of(secret), datetime.now(UTC)
+    keys, now = tokens.KeyRing.from_secrets(secret), datetime.now(UTC)
     access_tokens = [tokens.issue(user=user, session=id, keys=keys, now=now, ttl=86400) for user, id in sessions]
     return access_tokens, [str(id) for (id,) in workspaces]
 
 
 @contextlib.contextmanager
-def floor() -> Iterator[Target]:
+def baseline() -> Iterator[Target]:
     with subprocess.Popen([sys.executable, __file__, "--serve-floor"], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -384,7 +384,7 @@ def floor() -> Iterator[Target]:
             process.kill()
 
 
-async def serve_floor() -> None:
+async def serve_baseline() -> None:
     """Serve the baseline: a bare aiohttp handler without authentication, authorization, history or pub/sub.
 
     It builds each frame once for all members.
@@ -442,23 +442,23 @@ def main() -> None:
     parser.add_argument("--serve-floor", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve_floor:
-        uvloop.run(serve_floor())
+        uvloop.run(serve_baseline())
         return
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     scenarios = [name for name in SCENARIOS if name in arguments.only.split(",")]
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
-        ours(Path(folder)) as server,
-        floor() as other,
+        started_server(Path(folder)) as server,
+        baseline() as other,
     ):
         print(f"{'':10} {'':18} {'ours':>12} {'floor':>12} {'ratio':>7}")
         for name in scenarios:
             result = uvloop.run(SCENARIOS[name](server, arguments.seconds))
-            baseline = uvloop.run(SCENARIOS[name](other, arguments.seconds))
+            reference = uvloop.run(SCENARIOS[name](other, arguments.seconds))
             for figure, value in result.items():
                 print(
-                    f"{name:10} {figure:18} {value:12,.1f} {baseline[figure]:12,.1f} {value / baseline[figure]:7.2f}",
+                    f"{name:10} {figure:18} {value:12,.1f} {reference[figure]:12,.1f} {value / reference[figure]:7.2f}",
                     flush=True,
                 )
 

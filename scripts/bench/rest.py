@@ -54,12 +54,12 @@ from server import migrations, postgres  # noqa: E402
 from server.devstack.stack import Stack  # noqa: E402
 
 CONNECTIONS = 32
-WARM_SECONDS = 1
+WARM_UP_SECONDS = 1
 LOGINS, LOGIN_SECONDS = 2 * (os.cpu_count() or 1), 10.0  # each takes a core for 0.3 s
 PROJECTS = 20
 BCRYPT_ROUNDS = 12  # the default
 # The minimum ratio to `select`, by target and endpoint. Below it: the maximum ratio of p99 to p50 at half load.
-AIMS = {
+MIN_RATIOS = {
     ("off", "profile"): 0.50,
     ("off", "project"): 0.50,
     ("off", "workspace"): 0.50,
@@ -69,10 +69,10 @@ AIMS = {
     ("off", "list of 20"): 0.30,
     ("off", "new project"): 0.30,
 }
-MOST_TAIL = 5.0
-LEAST_CORES = 0.9  # of all, busy with logins
-PERSON = {"email": "ada@example.org", "password": "Lovelace1815", "name": "Ada"}
-SCRIPT = """
+MAX_TAIL_RATIO = 5.0
+MIN_BUSY_CORES = 0.9  # of all, busy with logins
+CREDENTIALS = {"email": "ada@example.org", "password": "Lovelace1815", "name": "Ada"}
+WRK_SCRIPT = """
 wrk.method, wrk.body = "%(method)s", %(body)s
 wrk.headers["Content-Type"] = "application/json"
 wrk.headers["Authorization"] = "Bearer %(token)s"
@@ -97,7 +97,7 @@ class Endpoint:
     body: Any = None
     token: str = ""
     connections: int = CONNECTIONS
-    least_seconds: float = 0.0
+    min_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     rate: float  # answers per second
     per_cpu: float  # answers per second of the process's own processor time
     cores: float
@@ -126,28 +126,28 @@ class Measured:
 class Row:
     target: Target
     endpoint: Endpoint
-    rounds: list[Measured] = field(default_factory=list)
-    halves: list[Measured] = field(default_factory=list)
+    rounds: list[Measurement] = field(default_factory=list)
+    halves: list[Measurement] = field(default_factory=list)
 
     def median(self, name: str) -> float:
         return statistics.median(getattr(measured, name) for measured in self.rounds)
 
     @property
-    def half(self) -> Measured | None:
+    def half(self) -> Measurement | None:
         """Return the measurement at half load with the median ratio of p99 to p50, or None."""
         if not self.halves:
             return None
         return sorted(self.halves, key=lambda measured: measured.p99 / measured.p50)[len(self.halves) // 2]
 
-    def ratio(self, floor: "Row", name: str) -> float:
-        pairs = zip(self.rounds, floor.rounds, strict=True)
+    def ratio(self, baseline: "Row", name: str) -> float:
+        pairs = zip(self.rounds, baseline.rounds, strict=True)
         return statistics.median(getattr(own, name) / getattr(reference, name) for own, reference in pairs)
 
 
-def load(target: Target, endpoint: Endpoint, seconds: float, *, rate: float | None = None) -> Measured:
+def load(target: Target, endpoint: Endpoint, seconds: float, *, rate: float | None = None) -> Measurement:
     """Load an endpoint with wrk; ``rate`` limits the requests per second by pauses of the connections."""
     cycle = 1000 * endpoint.connections / rate if rate else 0.0
-    text = SCRIPT % {
+    text = WRK_SCRIPT % {
         "method": endpoint.method,
         "body": "nil" if endpoint.body is None else f"[==[{orjson.dumps(endpoint.body).decode()}]==]",
         "token": endpoint.token,
@@ -159,7 +159,7 @@ def load(target: Target, endpoint: Endpoint, seconds: float, *, rate: float | No
         command = ["wrk", "-t1", f"-c{endpoint.connections}", "--timeout", "30s", "-s", script.name]
         url = f"http://127.0.0.1:{target.port}{endpoint.path}"
         cpu_before = target.cpu()
-        command += [f"-d{max(seconds, endpoint.least_seconds):g}s", url]
+        command += [f"-d{max(seconds, endpoint.min_seconds):g}s", url]
         completed = subprocess.run(command, capture_output=True, text=True, check=True)
         cpu_used = target.cpu() - cpu_before
     match = re.search(r"measured (\d+) (\d+) (\d+) (\d+) (\d+)", completed.stdout)
@@ -168,10 +168,10 @@ def load(target: Target, endpoint: Endpoint, seconds: float, *, rate: float | No
     if failed or not requests:
         raise SystemExit(f"{target.name} {endpoint.name}: {failed} of {requests} failed\n{completed.stdout}")
     elapsed = duration / 1e6
-    return Measured(requests / elapsed, requests / max(cpu_used, 0.01), cpu_used / elapsed, p50 / 1000, p99 / 1000)
+    return Measurement(requests / elapsed, requests / max(cpu_used, 0.01), cpu_used / elapsed, p50 / 1000, p99 / 1000)
 
 
-async def fill(base: str) -> list[Endpoint]:
+async def create_fixtures(base: str) -> list[Endpoint]:
     """Create a user with PROJECTS projects and a workspace, and one who creates projects; return the endpoints."""
     api = "/api/v1"
     async with aiohttp.ClientSession(base) as http:
@@ -182,11 +182,11 @@ async def fill(base: str) -> list[Endpoint]:
                 assert answer.status == 201, await answer.text()
                 return await answer.json()
 
-        token = (await post("/auth/register", PERSON))["accessToken"]
-        creator = (await post("/auth/register", {**PERSON, "email": "maker@example.org"}))["accessToken"]
+        token = (await post("/auth/register", CREDENTIALS))["accessToken"]
+        creator = (await post("/auth/register", {**CREDENTIALS, "email": "maker@example.org"}))["accessToken"]
         # A separate user for logins, because a login of a user with many sessions ends the oldest one.
-        credentials = {"email": "often@example.org", "password": PERSON["password"]}
-        await post("/auth/register", {**PERSON, **credentials})
+        credentials = {"email": "often@example.org", "password": CREDENTIALS["password"]}
+        await post("/auth/register", {**CREDENTIALS, **credentials})
         projects = [await post("/projects", {"name": f"Project {number}"}, token) for number in range(PROJECTS)]
         project = projects[0]["id"]
         workspace = (await post("/workspaces", {"projectId": project, "name": "Room"}, token))["id"]
@@ -202,7 +202,7 @@ async def fill(base: str) -> list[Endpoint]:
     ]
 
 
-async def remember(redis_url: str) -> None:
+async def backdate_redis(redis_url: str) -> None:
     """Make Redis look long-running, because a server reads the session's row on every request until then."""
     redis = Redis.from_url(redis_url)
     await redis.set("{auth}:remembers-since", 1)
@@ -231,13 +231,13 @@ def server(name: str, stack: Stack, folder: Path, **settings: str) -> Iterator[T
             [sys.executable, str(ROOT / "run.py"), "server"], env=environment, stdout=output, stderr=output
         )
     try:
-        yield Target(name, int(until(log, r'"address":"http://127.0.0.1:(\d+)"')), process.pid)
+        yield Target(name, int(wait_for_log(log, r'"address":"http://127.0.0.1:(\d+)"')), process.pid)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait()
 
 
-def until(log: Path, pattern: str) -> str:
+def wait_for_log(log: Path, pattern: str) -> str:
     for _ in range(300):
         if match := re.search(pattern, log.read_text()):
             return match.group(1)
@@ -246,7 +246,7 @@ def until(log: Path, pattern: str) -> str:
 
 
 @contextlib.contextmanager
-def floor(name: str, database_url: str) -> Iterator[Target]:
+def baseline(name: str, database_url: str) -> Iterator[Target]:
     command = [sys.executable, __file__, "--serve-floor", name, database_url]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -256,11 +256,11 @@ def floor(name: str, database_url: str) -> Iterator[Target]:
             process.kill()
 
 
-async def serve_floor(name: str, database_url: str) -> None:
+async def serve_baseline(name: str, database_url: str) -> None:
     if name == "unreset":
         pool = (await postgres.connect(database_url)).pool
     else:
-        pool = await asyncpg.create_pool(database_url, min_size=1, max_size=postgres.POOL_SIZE)
+        pool = await asyncpg.create_pool(database_url, min_size=1, max_size=postgres.MAX_POOL_SIZE)
 
     async def bare(_: web.Request) -> web.Response:
         return web.Response(body=orjson.dumps({"status": "ok"}), content_type="application/json")
@@ -280,7 +280,7 @@ async def serve_floor(name: str, database_url: str) -> None:
     await asyncio.Event().wait()
 
 
-async def somebody(database_url: str) -> str:
+async def any_user_id(database_url: str) -> str:
     connection = await asyncpg.connect(database_url)
     try:
         return str(await connection.fetchval("SELECT id FROM users LIMIT 1"))
@@ -291,21 +291,21 @@ async def somebody(database_url: str) -> str:
 def measure(rows: list[Row], options: argparse.Namespace) -> None:
     for number in range(options.repeats):
         for row in rows:
-            load(row.target, row.endpoint, WARM_SECONDS)
+            load(row.target, row.endpoint, WARM_UP_SECONDS)
             row.rounds.append(load(row.target, row.endpoint, options.seconds))
-            say(f"round {number + 1}: {row.target.name} {row.endpoint.name} {row.rounds[-1].rate:,.0f}/s")
+            print_progress(f"round {number + 1}: {row.target.name} {row.endpoint.name} {row.rounds[-1].rate:,.0f}/s")
     for number in range(options.repeats if options.half_load else 0):
         for row in rows:
             row.halves.append(load(row.target, row.endpoint, options.seconds, rate=row.median("rate") / 2))
-            say(f"half load, round {number + 1}: {row.target.name} {row.endpoint.name}")
+            print_progress(f"half load, round {number + 1}: {row.target.name} {row.endpoint.name}")
 
 
-def say(text: str) -> None:
+def print_progress(text: str) -> None:
     print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def show(rows: list[Row]) -> None:
-    say("")
+def print_results(rows: list[Row]) -> None:
+    print_progress("")
     select, unreset = (next(row for row in rows if row.target.name == name) for name in ("select", "unreset"))
     print(f"login with BCRYPT_ROUNDS={BCRYPT_ROUNDS}, on {os.cpu_count()} cores")
     heads = ("answers/s", "of select", "of unreset", "cpu ratio", "cores")
@@ -327,23 +327,26 @@ def show(rows: list[Row]) -> None:
         text = f"{row.target.name:8} {row.endpoint.name:12}"
         text += "".join(f" {cell:>10}" for cell in cells[:5]) + "".join(f" {cell:>8}" for cell in cells[5:])
         print(text)
-    for aim in aims(rows, select):
+    for aim in check_targets(rows, select):
         print(aim)
 
 
-def aims(rows: list[Row], least: Row) -> Iterator[str]:
+def check_targets(rows: list[Row], least: Row) -> Iterator[str]:
     """Yield one line for each target: met or missed, the measured value, and the target."""
     for row in rows:
         name = f"{row.target.name} {row.endpoint.name}"
-        if (target := AIMS.get((row.target.name, row.endpoint.name))) is not None:
+        if (target := MIN_RATIOS.get((row.target.name, row.endpoint.name))) is not None:
             ratio = row.ratio(least, "rate")
             yield f"{_met(ratio >= target)} {name}: {ratio:.0%} of select, target {target:.0%}"
         if row.endpoint.name == "login":
-            target = LEAST_CORES * (os.cpu_count() or 1)
+            target = MIN_BUSY_CORES * (os.cpu_count() or 1)
             yield f"{_met(row.median('cores') >= target)} {name}: {row.median('cores'):.2f} cores, target {target:.1f}"
         if row.half is not None:
             tail = row.half.p99 / row.half.p50
-            yield f"{_met(tail <= MOST_TAIL)} {name}: p99 is {tail:.1f} × p50 at half load, target ≤ {MOST_TAIL:g}"
+            yield (
+                f"{_met(tail <= MAX_TAIL_RATIO)} {name}: p99 is {tail:.1f} × p50 at half load, "
+                f"target ≤ {MAX_TAIL_RATIO:g}"
+            )
 
 
 def _met(is_met: bool) -> str:
@@ -359,7 +362,7 @@ def main() -> None:
     parser.add_argument("--serve-floor", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve_floor:
-        uvloop.run(serve_floor(*options.serve_floor))
+        uvloop.run(serve_baseline(*options.serve_floor))
         return
     if shutil.which("wrk") is None:
         raise SystemExit("wrk is missing: apt-get install wrk")
@@ -377,14 +380,14 @@ def bench(options: argparse.Namespace) -> None:
         with (
             server("off", stack, folder, RATE_LIMIT_DEFAULT="off") as off,
             server("limited", stack, folder, RATE_LIMIT_DEFAULT="1000000000/15minutes") as limited,
-            floor("bare", stack.postgres.url) as bare,
-            floor("select", stack.postgres.url) as select,
-            floor("unreset", stack.postgres.url) as unreset,
+            baseline("bare", stack.postgres.url) as bare,
+            baseline("select", stack.postgres.url) as select,
+            baseline("unreset", stack.postgres.url) as unreset,
         ):
-            endpoints = asyncio.run(fill(f"http://127.0.0.1:{off.port}"))
-            asyncio.run(remember(stack.valkey.url))
+            endpoints = asyncio.run(create_fixtures(f"http://127.0.0.1:{off.port}"))
+            asyncio.run(backdate_redis(stack.valkey.url))
             selected = [endpoint for endpoint in endpoints if any(word in endpoint.name for word in words)]
-            selecting = Endpoint("floor", f"/select/{asyncio.run(somebody(stack.postgres.url))}")
+            selecting = Endpoint("floor", f"/select/{asyncio.run(any_user_id(stack.postgres.url))}")
             rows = [
                 Row(bare, Endpoint("floor", "/bare")),
                 Row(select, selecting),
@@ -392,7 +395,7 @@ def bench(options: argparse.Namespace) -> None:
                 *(Row(target, endpoint) for target in (off, limited) for endpoint in selected),
             ]
             measure(rows, options)
-            show(rows)
+            print_results(rows)
         stack.mongo.kill()  # a graceful stop would take 2 s
 
 

@@ -20,28 +20,28 @@ import uvloop
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from server.jobs import launcher, tiers
-from server.jobs.programs import installed
+from server.jobs.languages import installed_languages
 from server.jobs.sandbox import Sandbox
 
 HELLO = {"python": "print('hello')", "javascript": "console.log('hello')", "bash": "echo hello"}
-OVERHEAD_MS = 30.0
+MAX_OVERHEAD_MS = 30.0
 
 
 async def main() -> int:
     options = arguments()
     os.nice(launcher.NICE)  # as programs in the sandbox run; else a busy machine would slow down only those
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
-    commands = {language.name: language.command for language in reversed(installed())}
+    commands = {language.name: language.command for language in reversed(installed_languages())}
     print(f"{os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}, uid {os.geteuid()}, {options.runs} runs each")
     print(f"{'tier':14} {'language':11} {'bare':>8} {'confined':>9} {'overhead':>9} {'hello/s':>8} {'at once':>8}")
     is_over_limit = False
-    for tier in tiers.ours():
+    for tier in tiers.tiers_for_current_user():
         sandbox = await Sandbox.detect([tier])
         if not sandbox.languages:
             print(f"{tier.name:14} is not available here")
         for language in sandbox.languages:
             overhead = await compare(sandbox, language, commands[language], runs=options.runs, at_once=options.at_once)
-            is_over_limit = is_over_limit or (language == "python" and overhead > OVERHEAD_MS)
+            is_over_limit = is_over_limit or (language == "python" and overhead > MAX_OVERHEAD_MS)
         await sandbox.close()
     return int(is_over_limit)
 
@@ -62,14 +62,14 @@ async def compare(sandbox: Sandbox, language: str, command: tuple[str, ...], *, 
 
     bare_times, confined_times = [], []
     for _ in range(runs):
-        bare_times.append(await milliseconds(bare))
-        confined_times.append(await milliseconds(confined))
+        bare_times.append(await elapsed_milliseconds(bare))
+        confined_times.append(await elapsed_milliseconds(confined))
 
     async def run_in_sequence() -> None:
         for _ in range(runs // at_once):
             await confined()
 
-    total_time = await milliseconds(lambda: asyncio.gather(*(run_in_sequence() for _ in range(at_once))))
+    total_time = await elapsed_milliseconds(lambda: asyncio.gather(*(run_in_sequence() for _ in range(at_once))))
     bare_median, confined_median = statistics.median(bare_times), statistics.median(confined_times)
     print(
         f"{sandbox.tier.name:14} {language:11} {bare_median:5.1f} ms {confined_median:6.1f} ms"
@@ -79,7 +79,7 @@ async def compare(sandbox: Sandbox, language: str, command: tuple[str, ...], *, 
     return confined_median - bare_median
 
 
-async def milliseconds(work: Callable[[], Awaitable[object]]) -> float:
+async def elapsed_milliseconds(work: Callable[[], Awaitable[object]]) -> float:
     started = time.perf_counter()
     await work()
     return (time.perf_counter() - started) * 1000

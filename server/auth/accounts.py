@@ -5,14 +5,14 @@ from uuid import UUID
 
 from asyncpg import Record
 
-from server.auth import addresses, sessions, store
-from server.auth.sessions import Device, Issuer, Pair
+from server.auth import email_addresses, sessions, store
+from server.auth.sessions import AuthContext, Device, IssuedTokens
 from server.errors import Conflict, Unauthenticated
 from server.postgres import Database, Executor, Revisions
-from server.rest.etags import changed
+from server.rest.etags import precondition_failed
 from server.rest.keys import User
 
-Accept = Callable[[Executor, UUID, str], Awaitable[UUID]]
+AcceptInvitation = Callable[[Executor, UUID, str], Awaitable[UUID]]
 """Accept the invitation with this token for this user; return the project. Raises NotFound, Gone or Forbidden.
 
 Projects are a higher layer, so ``app.py`` passes it in.
@@ -21,15 +21,15 @@ Projects are a higher layer, so ``app.py`` passes it in.
 
 async def create(
     db: Database,
-    issuer: Issuer,
+    auth_context: AuthContext,
     *,
     email: str,
     name: str,
     password_hash: str,
     device: Device,
-    accept: Accept,
+    accept_invitation: AcceptInvitation,
     invitation_token: str | None,
-) -> tuple[Record, Pair]:
+) -> tuple[Record, IssuedTokens]:
     """Create a user and sign them in; with an invitation, account and membership are created both or not at all.
 
     Raises:
@@ -37,21 +37,23 @@ async def create(
         NotFound, Gone, Forbidden: the invitation is unknown, has expired, or was sent to another address.
     """
 
-    async def register(transaction: Executor) -> tuple[Record, Pair]:
-        key = addresses.key(email)
+    async def register(transaction: Executor) -> tuple[Record, IssuedTokens]:
+        key = email_addresses.key(email)
         user = await store.create_user(transaction, email=email, email_key=key, name=name, password_hash=password_hash)
         if user is None:
             raise Conflict("Email already registered", code="email_taken")
         if invitation_token is not None:
-            await accept(transaction, user["id"], invitation_token)
-        issued = await sessions.start(transaction, issuer, user=user["id"], password_hash=password_hash, device=device)
+            await accept_invitation(transaction, user["id"], invitation_token)
+        issued = await sessions.start(
+            transaction, auth_context, user=user["id"], password_hash=password_hash, device=device
+        )
         assert issued is not None
         return user, issued
 
     return await db.transact(register)
 
 
-async def change_password(db: Database, issuer: Issuer, *, user: User, old_hash: str, new_hash: str) -> None:
+async def change_password(db: Database, auth_context: AuthContext, *, user: User, old_hash: str, new_hash: str) -> None:
     """Change the password and end every session of the user but the current one.
 
     Raises:
@@ -60,13 +62,15 @@ async def change_password(db: Database, issuer: Issuer, *, user: User, old_hash:
 
     async def change(transaction: Executor) -> list[UUID]:
         if not await store.change_password(transaction, user=user.id, old_hash=old_hash, new_hash=new_hash):
-            raise wrong_password()
+            raise invalid_credentials()
         return await store.end_sessions(transaction, user=user.id, keep=user.session)
 
-    await sessions.spread(issuer, sessions=await db.transact(change))
+    await sessions.publish_revocation(auth_context, sessions=await db.transact(change))
 
 
-async def delete(db: Database, issuer: Issuer, *, user: User, password_hash: str, revisions: Revisions | None) -> None:
+async def delete(
+    db: Database, auth_context: AuthContext, *, user: User, password_hash: str, revisions: Revisions | None
+) -> None:
     """Delete the account with its sessions, and the projects that have no other member.
 
     Raises:
@@ -77,7 +81,7 @@ async def delete(db: Database, issuer: Issuer, *, user: User, password_hash: str
 
     async def remove(transaction: Executor) -> list[UUID]:
         if not await store.lock_user(transaction, user=user.id, password_hash=password_hash, revisions=revisions):
-            raise wrong_password() if revisions is None else changed()
+            raise invalid_credentials() if revisions is None else precondition_failed()
         await store.lock_projects(transaction, user=user.id)
         # Read after the lock: a user may have joined while we waited for it.
         owned = await store.owned_projects(transaction, user=user.id)
@@ -88,8 +92,8 @@ async def delete(db: Database, issuer: Issuer, *, user: User, password_hash: str
         await store.delete_user(transaction, user=user.id)
         return ended
 
-    await sessions.spread(issuer, sessions=await db.transact(remove))
+    await sessions.publish_revocation(auth_context, sessions=await db.transact(remove))
 
 
-def wrong_password() -> Unauthenticated:
+def invalid_credentials() -> Unauthenticated:
     return Unauthenticated("Email or password is wrong", code="invalid_credentials")

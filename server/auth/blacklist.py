@@ -18,13 +18,13 @@ from redis.exceptions import NoScriptError, RedisError
 
 from server.pipelines import Pipelines
 
-ANSWER_SECONDS = 0.5  # beyond that, reading the row is faster
-REST_SECONDS = 2.0  # the circuit breaker's cooldown: no request to Redis after a failure
+BLACKLIST_TIMEOUT_SECONDS = 0.5  # beyond that, reading the row is faster
+CIRCUIT_OPEN_SECONDS = 2.0  # the circuit breaker's cooldown: no request to Redis after a failure
 # All keys share one hash tag, because one Lua call reads them together.
-_SINCE = "{auth}:remembers-since"
-_MARGIN_SECONDS = 5  # more than the leeway of expiry
+_SINCE_KEY = "{auth}:remembers-since"
+_TTL_MARGIN_SECONDS = 5  # more than the leeway of expiry
 
-_ASK = """
+_LOOKUP_SCRIPT = """
 local since = redis.call('GET', KEYS[1])
 local now = tonumber(redis.call('TIME')[1])
 if not since then
@@ -33,82 +33,85 @@ if not since then
 end
 return {redis.call('EXISTS', KEYS[2], KEYS[3]), now - tonumber(since)}
 """
-_AWAY = (RedisError, OSError, TimeoutError)
+_REDIS_ERRORS = (RedisError, OSError, TimeoutError)
 
 
 class Blacklist:
     def __init__(self, redis: Redis, pipelines: Pipelines, *, token_ttl: int) -> None:
         self._redis: Any = redis
         self._pipelines = pipelines
-        self._seconds = token_ttl + _MARGIN_SECONDS
-        self._ask_sha: str = self._redis.register_script(_ASK).sha
-        self._resting_until = 0.0
-        self._missed = False  # a write failed, so Redis may lack entries
+        self._entry_ttl_seconds = token_ttl + _TTL_MARGIN_SECONDS
+        self._lookup_sha: str = self._redis.register_script(_LOOKUP_SCRIPT).sha
+        self._circuit_open_until = 0.0
+        self._is_incomplete = False  # a write failed, so Redis may lack entries
 
-    async def add(self, *, sessions: Iterable[UUID] = (), tokens: Iterable[str] = ()) -> None:
+    async def add(self, *, sessions: Iterable[UUID] = (), token_ids: Iterable[str] = ()) -> None:
         """Add ended sessions and token ids. An outage of Redis raises nothing: PostgreSQL has the same facts."""
-        keys = [*map(_key, sessions), *map(_key, tokens)]
+        keys = [*map(_key, sessions), *map(_key, token_ids)]
         if not keys:
             return
         succeeded = False
         try:
-            if not self._is_resting():
-                async with asyncio.timeout(ANSWER_SECONDS), self._redis.pipeline(transaction=False) as pipeline:
+            if not self._is_circuit_open():
+                async with (
+                    asyncio.timeout(BLACKLIST_TIMEOUT_SECONDS),
+                    self._redis.pipeline(transaction=False) as pipeline,
+                ):
                     for key in keys:
-                        pipeline.set(key, b"", ex=self._seconds)
+                        pipeline.set(key, b"", ex=self._entry_ttl_seconds)
                     await pipeline.execute()
                 succeeded = True
-        except _AWAY:
-            self._rest()
+        except _REDIS_ERRORS:
+            self._open_circuit()
         finally:
             if not succeeded:  # also when the caller's timeout cancels this call
-                self.distrust()
+                self.mark_incomplete()
 
-    def distrust(self) -> None:
+    def mark_incomplete(self) -> None:
         """Record that Redis may lack entries: PostgreSQL decides, in all processes once Redis can be reset."""
-        self._missed = True
+        self._is_incomplete = True
 
-    async def ended(self, *, session: UUID, token: str) -> bool | None:
+    async def is_revoked(self, *, session: UUID, token_id: str) -> bool | None:
         """Return whether session or token is on the blacklist; None if Redis is unreachable or incomplete."""
-        if self._missed or self._is_resting():
+        if self._is_incomplete or self._is_circuit_open():
             return None
         try:
-            return await self._ask(_key(session), _key(token))
+            return await self._lookup(_key(session), _key(token_id))
         except NoScriptError:
-            await self._start_anew()
-        except _AWAY:
-            self._rest()
+            await self._reset_since()
+        except _REDIS_ERRORS:
+            self._open_circuit()
         return None
 
-    async def catch_up(self) -> None:
+    async def reset_if_incomplete(self) -> None:
         """After a failed write, make all processes read the rows. Call it periodically."""
-        if self._missed and not self._is_resting():
-            self._missed = False  # before the await: another write may fail during it
-            await self._start_anew()
+        if self._is_incomplete and not self._is_circuit_open():
+            self._is_incomplete = False  # before the await: another write may fail during it
+            await self._reset_since()
 
-    async def _ask(self, *keys: str) -> bool | None:
-        is_listed, age_seconds = await self._pipelines.ask(
-            "EVALSHA", self._ask_sha, 1 + len(keys), _SINCE, *keys, seconds=ANSWER_SECONDS
+    async def _lookup(self, *keys: str) -> bool | None:
+        is_listed, age_seconds = await self._pipelines.submit(
+            "EVALSHA", self._lookup_sha, 1 + len(keys), _SINCE_KEY, *keys, timeout=BLACKLIST_TIMEOUT_SECONDS
         )
         if is_listed:
             return True
-        return False if age_seconds > self._seconds else None
+        return False if age_seconds > self._entry_ttl_seconds else None
 
-    async def _start_anew(self) -> None:
+    async def _reset_since(self) -> None:
         """Restart the period in which Redis keeps entries; PostgreSQL decides until it is long enough."""
         try:
-            async with asyncio.timeout(ANSWER_SECONDS):
-                await self._redis.delete(_SINCE)
-                await self._redis.script_load(_ASK)
-        except _AWAY:
-            self._rest()
-            self.distrust()
+            async with asyncio.timeout(BLACKLIST_TIMEOUT_SECONDS):
+                await self._redis.delete(_SINCE_KEY)
+                await self._redis.script_load(_LOOKUP_SCRIPT)
+        except _REDIS_ERRORS:
+            self._open_circuit()
+            self.mark_incomplete()
 
-    def _rest(self) -> None:
-        self._resting_until = time.monotonic() + REST_SECONDS
+    def _open_circuit(self) -> None:
+        self._circuit_open_until = time.monotonic() + CIRCUIT_OPEN_SECONDS
 
-    def _is_resting(self) -> bool:
-        return time.monotonic() < self._resting_until
+    def _is_circuit_open(self) -> bool:
+        return time.monotonic() < self._circuit_open_until
 
 
 def _key(ended: UUID | str) -> str:

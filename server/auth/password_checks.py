@@ -10,27 +10,27 @@ too.
 
 import hashlib
 
-from server.auth.passwords import Fit, Hasher
+from server.auth.passwords import Hasher, PasswordMatch
 from server.ratelimit import RateLimiter
 from server.settings import Network
 
 LIMIT = "account"
 
 
-async def check(limiter: RateLimiter, hasher: Hasher, password: str, hashed: str | None, *, key: str) -> Fit:
+async def check(limiter: RateLimiter, hasher: Hasher, password: str, hashed: str | None, *, key: str) -> PasswordMatch:
     """Compare the password with the hash; a mismatch counts in the quota of ``key``.
 
     Raises:
         QuotaExceeded: too many checks have failed.
         Unavailable: too many checks are running.
     """
-    await limiter.take(LIMIT, key)
-    fit: Fit | None = None
+    await limiter.consume(LIMIT, key)
+    fit: PasswordMatch | None = None
     try:
         fit = await hasher.verify(password, hashed)
     finally:
-        if fit is not Fit.NONE:
-            await limiter.give_back(LIMIT, key)
+        if fit is not PasswordMatch.MISMATCH:
+            await limiter.refund(LIMIT, key)
     return fit
 
 

@@ -20,26 +20,26 @@ from typing import Any, TypeVar
 
 import bcrypt
 
-from server.budget import uncounted
+from server.deadline import paused
 from server.errors import Unavailable
 
 # bcrypt reads 72 bytes only, so it gets a digest. This public label keeps the digest apart from any other HMAC-SHA-256
 # of the same password. Never change it: no stored hash would match.
-LABEL = b"collaborative-workspace/password/v1"
+HMAC_LABEL = b"collaborative-workspace/password/v1"
 # Limit before normalization: four times the longest password, enough code points for any of its spellings. NFKC may
 # turn one code point into 18 (U+FDFA), and takes a time that grows faster than the text.
-MAX_TYPED_CHARACTERS = 512
-PATIENCE_SECONDS = 1.0  # for a free thread; beyond it the request is rejected and the client may retry
-NICE = 10
+MAX_RAW_PASSWORD_CHARACTERS = 512
+HASH_WAIT_TIMEOUT_SECONDS = 1.0  # for a free thread; beyond it the request is rejected and the client may retry
+THREAD_NICENESS = 10
 T = TypeVar("T")
 
 
-class Fit(enum.IntEnum):
+class PasswordMatch(enum.IntEnum):
     """The result of comparing a password with a hash; false for a mismatch."""
 
-    NONE = 0
-    OUTDATED = 1  # the hash is of another cost, or of the password as it was sent
-    CURRENT = 2
+    MISMATCH = 0
+    NEEDS_REHASH = 1  # the hash is of another cost, or of the password as it was sent
+    MATCH = 2
 
 
 def normalize(password: str) -> str:
@@ -53,9 +53,11 @@ class Hasher:
     def __init__(self, *, rounds: int) -> None:
         self.rounds = rounds
         threads = os.cpu_count() or 1
-        self._pool = ThreadPoolExecutor(threads, "bcrypt", initializer=_give_way)
-        self._free = asyncio.BoundedSemaphore(threads)
-        self._nobody = bcrypt.gensalt(rounds) + b"." * 31  # no password matches; the check takes as long as any other
+        self._pool = ThreadPoolExecutor(threads, "bcrypt", initializer=_lower_thread_priority)
+        self._thread_slots = asyncio.BoundedSemaphore(threads)
+        self._dummy_hash = (
+            bcrypt.gensalt(rounds) + b"." * 31
+        )  # no password matches; the check takes as long as any other
 
     async def hash(self, password: str) -> str:
         """Return the hash to store.
@@ -66,7 +68,7 @@ class Hasher:
         hashed = await self._run(bcrypt.hashpw, _digest(normalize(password)), bcrypt.gensalt(self.rounds))
         return hashed.decode()
 
-    async def verify(self, password: str, hashed: str | None) -> Fit:
+    async def verify(self, password: str, hashed: str | None) -> PasswordMatch:
         """Compare the password with a hash; None, the hash of an unknown address, costs the same and never matches.
 
         A password that is not in NFKC is also tried as sent, for every hash: the time depends on the typed password,
@@ -75,14 +77,16 @@ class Hasher:
         Raises:
             Unavailable: as ``hash`` does.
         """
-        expected = self._nobody if hashed is None else hashed.encode()
+        expected = self._dummy_hash if hashed is None else hashed.encode()
         spellings = list(dict.fromkeys((normalize(password), password)))
-        match_index = await self._run(_first_that_fits, map(_digest, spellings), expected)
+        match_index = await self._run(_index_of_match, map(_digest, spellings), expected)
         if hashed is None or match_index is None:
-            return Fit.NONE
-        return Fit.CURRENT if match_index == 0 and self._has_this_cost(hashed) else Fit.OUTDATED
+            return PasswordMatch.MISMATCH
+        return (
+            PasswordMatch.MATCH if match_index == 0 and self._has_current_cost(hashed) else PasswordMatch.NEEDS_REHASH
+        )
 
-    def _has_this_cost(self, hashed: str) -> bool:
+    def _has_current_cost(self, hashed: str) -> bool:
         """Return whether the hash has this hasher's cost: ``$2b$12$…``."""
         return hashed.split("$")[2] == f"{self.rounds:02}"
 
@@ -90,31 +94,31 @@ class Hasher:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, function: Callable[..., T], *args: Any) -> T:
-        with uncounted():
+        with paused():
             try:
-                async with asyncio.timeout(PATIENCE_SECONDS):
-                    await self._free.acquire()
+                async with asyncio.timeout(HASH_WAIT_TIMEOUT_SECONDS):
+                    await self._thread_slots.acquire()
             except TimeoutError:
                 raise Unavailable("Too many concurrent sign-ins") from None
             try:
                 return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
             finally:
-                self._free.release()
+                self._thread_slots.release()
 
 
-def _first_that_fits(digests: Iterable[bytes], hashed: bytes) -> int | None:
+def _index_of_match(digests: Iterable[bytes], hashed: bytes) -> int | None:
     """Return the index of the first digest that matches the hash, or None."""
     return next((index for index, digest in enumerate(digests) if bcrypt.checkpw(digest, hashed)), None)
 
 
 def _digest(password: str) -> bytes:
     """Return 44 bytes that depend on every byte of the password."""
-    return base64.b64encode(hmac.digest(LABEL, password.encode(), hashlib.sha256))
+    return base64.b64encode(hmac.digest(HMAC_LABEL, password.encode(), hashlib.sha256))
 
 
-def _give_way() -> None:
+def _lower_thread_priority() -> None:
     # On Linux each thread has its own priority: a burst of logins must not delay the event loop. Other systems have no
     # such priority. An initializer that raises (lowering the niceness is not permitted) would break the pool.
     if sys.platform == "linux":
         with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), max(NICE, os.nice(0)))
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), max(THREAD_NICENESS, os.nice(0)))

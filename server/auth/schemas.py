@@ -5,12 +5,12 @@ from typing import Any
 
 from marshmallow import ValidationError, fields, validate
 
-from server.auth import addresses
-from server.auth.passwords import MAX_TYPED_CHARACTERS, normalize
-from server.fields import Id, Name, Schema, Text, Time, WebAddress
+from server.auth import email_addresses
+from server.auth.passwords import MAX_RAW_PASSWORD_CHARACTERS, normalize
+from server.fields import HttpUrl, Id, Name, Schema, Text, Timestamp
 
 MIN_PASSWORD_CHARACTERS, MAX_PASSWORD_CHARACTERS = 8, 128
-_ADDRESS = {"example": "ada@example.org", "maxLength": addresses.MAX_LENGTH}
+_ADDRESS = {"example": "ada@example.org", "maxLength": email_addresses.MAX_LENGTH}
 
 
 class Email(fields.String):
@@ -21,8 +21,8 @@ class Email(fields.String):
 
     def _deserialize(self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **options: Any) -> str:
         try:
-            return addresses.parse(super()._deserialize(value, attr, data, **options))
-        except addresses.InvalidAddressError as error:
+            return email_addresses.parse(super()._deserialize(value, attr, data, **options))
+        except email_addresses.InvalidAddressError as error:
             raise ValidationError(str(error)) from None
 
 
@@ -30,13 +30,13 @@ class AnyEmail(Text):
     """An address as it was typed, trimmed: older accounts may have addresses that today's rules reject."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(high=addresses.MAX_LENGTH, trim=True, metadata=_ADDRESS, **options)
+        super().__init__(max_length=email_addresses.MAX_LENGTH, trim=True, metadata=_ADDRESS, **options)
 
 
-def strong(password: Any) -> None:
+def check_password_strength(password: Any) -> None:
     """Check a new password in the form that is hashed, so that the result does not depend on the keyboard."""
     too_long = f"Longer than maximum length {MAX_PASSWORD_CHARACTERS}."
-    validate.Length(max=MAX_TYPED_CHARACTERS, error=too_long)(password)
+    validate.Length(max=MAX_RAW_PASSWORD_CHARACTERS, error=too_long)(password)
     normal = normalize(password)
     validate.Length(MIN_PASSWORD_CHARACTERS, MAX_PASSWORD_CHARACTERS)(normal)
     kinds = (str.isupper, str.islower, str.isdigit)
@@ -44,9 +44,9 @@ def strong(password: Any) -> None:
         raise ValidationError("Must contain an upper-case letter, a lower-case letter and a digit.")
 
 
-def password(**options: Any) -> fields.String:
+def new_password_field(**options: Any) -> fields.String:
     return fields.String(
-        validate=strong,
+        validate=check_password_strength,
         metadata={
             "example": "Lovelace1815",
             "minLength": MIN_PASSWORD_CHARACTERS,
@@ -56,52 +56,52 @@ def password(**options: Any) -> fields.String:
     )
 
 
-def any_password() -> fields.String:
+def existing_password_field() -> fields.String:
     """Return a field for an existing password: only its length is limited, bcrypt checks the rest."""
-    length = validate.Length(max=MAX_TYPED_CHARACTERS)
+    length = validate.Length(max=MAX_RAW_PASSWORD_CHARACTERS)
     return fields.String(required=True, validate=length, metadata={"example": "Lovelace1815"})
 
 
-def secret(**options: Any) -> fields.String:
+def token_field(**options: Any) -> fields.String:
     return fields.String(validate=validate.Length(1, 256), **options)
 
 
-def user_name(**options: Any) -> Name:
+def user_name_field(**options: Any) -> Name:
     return Name(2, 100, metadata={"example": "Ada Lovelace"}, **options)
 
 
 class Register(Schema):
     email = Email(required=True)
-    password = password(required=True)
-    name = user_name(required=True)
-    invitation_token = secret(load_default=None, metadata={"description": "joins the project of that invitation"})
+    password = new_password_field(required=True)
+    name = user_name_field(required=True)
+    invitation_token = token_field(load_default=None, metadata={"description": "joins the project of that invitation"})
 
 
 class Login(Schema):
     email = AnyEmail(required=True)
-    password = any_password()
+    password = existing_password_field()
 
 
 class Refresh(Schema):
-    refresh_token = secret(required=True)
+    refresh_token = token_field(required=True)
 
 
 class Logout(Schema):
-    refresh_token = secret(load_default=None)
+    refresh_token = token_field(load_default=None)
 
 
 class ProfileChange(Schema):
-    name = user_name()
-    avatar_url = WebAddress(allow_none=True, metadata={"maxLength": 2048})
+    name = user_name_field()
+    avatar_url = HttpUrl(allow_none=True, metadata={"maxLength": 2048})
 
 
 class AccountDeletion(Schema):
-    password = any_password()
+    password = existing_password_field()
 
 
 class PasswordChange(Schema):
-    current_password = any_password()
-    new_password = password(required=True)
+    current_password = existing_password_field()
+    new_password = new_password_field(required=True)
 
 
 class Person(Schema):
@@ -113,9 +113,9 @@ class Person(Schema):
     avatar_url = fields.String(allow_none=True)
 
 
-class User(Person):
-    created_at = Time()
-    updated_at = Time()
+class UserSchema(Person):
+    created_at = Timestamp()
+    updated_at = Timestamp()
 
 
 class TokenPair(Schema):
@@ -126,14 +126,14 @@ class TokenPair(Schema):
 
 
 class SignedIn(TokenPair):
-    user = fields.Nested(User)
+    user = fields.Nested(UserSchema)
 
 
 class Session(Schema):
     id = Id()
-    created_at = Time()
-    last_used_at = Time()
-    expires_at = Time()
+    created_at = Timestamp()
+    last_used_at = Timestamp()
+    expires_at = Timestamp()
     user_agent = fields.String()
     ip = fields.String()
     current = fields.Boolean()

@@ -9,9 +9,9 @@ from asyncpg import Record
 from server.postgres import Database, Executor, Revisions
 from server.settings import Network
 
-SESSIONS_KEPT = 50  # active sessions of one user; beyond it the one that is unused longest ends
+MAX_SESSIONS_PER_USER = 50  # active sessions of one user; beyond it the one that is unused longest ends
 MAX_KNOWN_NETWORKS = 100  # of one user; beyond it the one with the oldest sign-in is deleted
-KNOWN_NETWORK_DAYS = 30  # since the last sign-in
+KNOWN_NETWORK_RETENTION_DAYS = 30  # since the last sign-in
 
 
 async def create_user(db: Executor, *, email: str, email_key: str, name: str, password_hash: str) -> Record | None:
@@ -46,12 +46,12 @@ async def user_by_email(db: Executor, *, email: str, email_key: str, network: Ne
         email,
         email_key,
         network,
-        KNOWN_NETWORK_DAYS,
+        KNOWN_NETWORK_RETENTION_DAYS,
     )
 
 
 async def user_by_id(db: Database, *, user: UUID) -> Record | None:
-    return await db.find(
+    return await db.fetchrow_batched(
         """
         SELECT asked, found.* FROM unnest($1::uuid[]) WITH ORDINALITY AS keys (key, asked), LATERAL (
             SELECT id, email, name, avatar_url, revision, created_at, updated_at, password_hash
@@ -88,7 +88,7 @@ async def change_user(
     )
 
 
-async def renew_hash(db: Executor, *, user: UUID, old_hash: str, new_hash: str) -> None:
+async def replace_password_hash(db: Executor, *, user: UUID, old_hash: str, new_hash: str) -> None:
     """Replace a hash with another one of the same password."""
     await db.execute(
         "UPDATE users SET password_hash = $3 WHERE id = $1 AND password_hash = $2", user, old_hash, new_hash
@@ -214,16 +214,16 @@ async def start_session(
         user_agent,
         ip,
         expires_at,
-        SESSIONS_KEPT,
+        MAX_SESSIONS_PER_USER,
         password_hash,
         network,
         MAX_KNOWN_NETWORKS,
     )
 
 
-async def living_token(db: Database, *, hash: bytes) -> Record | None:
+async def find_active_token(db: Database, *, hash: bytes) -> Record | None:
     """Return ``hash`` and ``session_id`` of a refresh token of an active session, even if it is spent."""
-    return await db.find(
+    return await db.fetchrow_batched(
         """
         SELECT asked, found.* FROM unnest($1::bytea[]) WITH ORDINALITY AS keys (key, asked), LATERAL (
             SELECT t.hash, t.session_id FROM refresh_tokens t
@@ -236,7 +236,7 @@ async def living_token(db: Database, *, hash: bytes) -> Record | None:
     )
 
 
-async def rotate(
+async def rotate_refresh_token(
     db: Executor,
     *,
     hash: bytes,
@@ -291,7 +291,7 @@ async def rotate(
     )
 
 
-async def end_session_of_spent_token(db: Executor, *, hashes: list[bytes], grace_seconds: float) -> UUID | None:
+async def end_session_of_reused_token(db: Executor, *, hashes: list[bytes], grace_seconds: float) -> UUID | None:
     """End the session of a spent refresh token that is used again; return its id, or None for any other token.
 
     A token does not count as reused if it was spent less than ``grace_seconds`` ago and its successor is unused: an
@@ -332,7 +332,7 @@ async def erase_salts(db: Executor, *, grace_seconds: float) -> int:
     return erased
 
 
-async def forget_old_networks(db: Executor) -> int:
+async def delete_stale_networks(db: Executor) -> int:
     """Delete a batch of networks that no longer count as known; return how many, 0 at the end."""
     forgotten: int = await db.fetchval(
         """
@@ -345,7 +345,7 @@ async def forget_old_networks(db: Executor) -> int:
         )
         SELECT count(*) FROM forgotten
         """,
-        KNOWN_NETWORK_DAYS,
+        KNOWN_NETWORK_RETENTION_DAYS,
     )
     return forgotten
 
@@ -364,9 +364,9 @@ async def end_session_of_token(db: Executor, *, hashes: list[bytes], user: UUID)
     return ended
 
 
-async def name_of_session(db: Database, *, session: UUID, user: UUID) -> str | None:
+async def user_name_of_session(db: Database, *, session: UUID, user: UUID) -> str | None:
     """Return the user's name, or None if the session has ended."""
-    row = await db.find(
+    row = await db.fetchrow_batched(
         """
         SELECT asked, found.name FROM unnest($1::uuid[], $2::uuid[]) WITH ORDINALITY AS keys (session, owner, asked),
         LATERAL (
@@ -426,15 +426,15 @@ async def list_sessions(db: Executor, *, user: UUID, current: UUID, limit: int, 
     )
 
 
-async def recently_ended(db: Executor, *, seconds: int, most: int) -> list[UUID]:
+async def recently_ended_sessions(db: Executor, *, seconds: int, limit: int) -> list[UUID]:
     """Return sessions that ended in the last ``seconds``, at most ``limit``."""
     rows = await db.fetch(
-        "SELECT id FROM sessions WHERE ended_at > now() - make_interval(secs => $1) LIMIT $2", seconds, most
+        "SELECT id FROM sessions WHERE ended_at > now() - make_interval(secs => $1) LIMIT $2", seconds, limit
     )
     return [row["id"] for row in rows]
 
 
-async def forget_old_sessions(db: Executor, *, keep_days: int) -> int:
+async def delete_expired_sessions(db: Executor, *, retention_days: int) -> int:
     """Delete a batch of sessions and tokens that expired long ago; return how many rows, 0 at the end.
 
     A session may have thousands of tokens: these are deleted first, and the session with the last of them.
@@ -454,12 +454,12 @@ async def forget_old_sessions(db: Executor, *, keep_days: int) -> int:
         )
         SELECT (SELECT count(*) FROM tokens) + (SELECT count(*) FROM forgotten)
         """,
-        keep_days,
+        retention_days,
     )
     return forgotten
 
 
-async def users_without_key(db: Executor, *, limit: int, after: tuple[Any, Any]) -> list[Record]:
+async def users_without_email_key(db: Executor, *, limit: int, after: tuple[Any, Any]) -> list[Record]:
     """Return accounts without an ``email_key``, oldest first."""
     return await db.fetch(
         """
@@ -472,7 +472,7 @@ async def users_without_key(db: Executor, *, limit: int, after: tuple[Any, Any])
     )
 
 
-async def give_key(db: Executor, *, user: UUID, email_key: str) -> bool:
+async def set_email_key(db: Executor, *, user: UUID, email_key: str) -> bool:
     """Set the key of an account; return whether the key was free.
 
     Raises:

@@ -14,10 +14,10 @@ from redis.asyncio import Redis
 from server import json
 from server.auth import tokens
 from server.errors import Unauthenticated
-from server.resources import reported
+from server.resources import translate_store_errors
 from server.rest.keys import User
 
-TICKET_SECONDS = 30
+TICKET_TTL_SECONDS = 30
 
 
 async def issue(redis: Redis, *, user: User) -> str:
@@ -27,9 +27,9 @@ async def issue(redis: Redis, *, user: User) -> str:
         Unavailable: Redis is down.
     """
     ticket = tokens.new_secret()
-    claims = [user.id, user.session, user.token, user.expires_at.isoformat()]
-    with reported():
-        await redis.set(_key(ticket), json.dumps(claims), ex=TICKET_SECONDS)
+    claims = [user.id, user.session, user.token_id, user.expires_at.isoformat()]
+    with translate_store_errors():
+        await redis.set(_key(ticket), json.dumps(claims), ex=TICKET_TTL_SECONDS)
     return ticket
 
 
@@ -40,12 +40,12 @@ async def redeem(redis: Redis, *, ticket: str) -> User:
         Unauthenticated: the ticket is unknown, used or expired, or the access token behind it has expired.
         Unavailable: Redis is down.
     """
-    with reported():
+    with translate_store_errors():
         raw: Any = await redis.getdel(_key(ticket))
     if raw is None:
-        raise Unauthenticated(f"The ticket is not valid: a ticket is for one use within {TICKET_SECONDS} seconds")
+        raise Unauthenticated(f"The ticket is not valid: a ticket is for one use within {TICKET_TTL_SECONDS} seconds")
     id, session, token, expires_at = json.loads(raw)
-    user = User(id=UUID(id), session=UUID(session), token=token, expires_at=datetime.fromisoformat(expires_at))
+    user = User(id=UUID(id), session=UUID(session), token_id=token, expires_at=datetime.fromisoformat(expires_at))
     if user.expires_at <= datetime.now(UTC):
         raise Unauthenticated("The access token behind the ticket has expired")
     return user

@@ -18,23 +18,23 @@ from server.errors import Unauthenticated
 ISSUER = "collaborative-workspace"
 AUDIENCE = "collaborative-workspace/api"
 LEEWAY_SECONDS = 2
-LARGEST_TOKEN = 4096
+MAX_TOKEN_LENGTH = 4096
 MAX_NUMERIC_DATE = 253_402_300_799  # the end of the year 9999
-REMEMBERED = 4096  # verified tokens cached in a process
-_THREE_PARTS = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.([A-Za-z0-9_-]+)")
-_TOKEN_ID = re.compile(r"[0-9a-f]{32}")
-_REQUIRED = ["exp", "iat", "iss", "aud", "sub", "sid", "jti", "typ"]
+MAX_CACHED_TOKENS = 4096  # verified tokens cached in a process
+_JWT_PATTERN = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.([A-Za-z0-9_-]+)")
+_TOKEN_ID_PATTERN = re.compile(r"[0-9a-f]{32}")
+_REQUIRED_CLAIMS = ["exp", "iat", "iss", "aud", "sub", "sid", "jti", "typ"]
 
 
 @dataclass(frozen=True)
-class Keys:
+class KeyRing:
     """Secrets by key id: one signs, all are accepted."""
 
     signing_id: str
     accepted: Mapping[str, str]
 
     @classmethod
-    def of(cls, current: str, previous: str = "") -> "Keys":
+    def from_secrets(cls, current: str, previous: str = "") -> "KeyRing":
         accepted = {_key_id(secret): secret for secret in (current, previous) if secret}
         return cls(signing_id=_key_id(current), accepted=accepted)
 
@@ -43,11 +43,11 @@ class Keys:
 class Claims:
     user: UUID
     session: UUID
-    token: str
+    token_id: str
     expires_at: datetime
 
 
-def issue(*, user: UUID, session: UUID, keys: Keys, now: datetime, ttl: int) -> str:
+def issue(*, user: UUID, session: UUID, keys: KeyRing, now: datetime, ttl: int) -> str:
     """Return a signed access token that expires after ``ttl`` seconds."""
     claims = {
         "iss": ISSUER,
@@ -62,7 +62,7 @@ def issue(*, user: UUID, session: UUID, keys: Keys, now: datetime, ttl: int) -> 
     return jwt.encode(claims, keys.accepted[keys.signing_id], algorithm="HS256", headers={"kid": keys.signing_id})
 
 
-def verify(token: str, *, keys: Keys, ttl: int) -> Claims:
+def verify(token: str, *, keys: KeyRing, ttl: int) -> Claims:
     """Return the claims of an access token that we signed and that has not expired.
 
     A token expires after at most ``ttl`` seconds, even if it was issued for longer before the setting was changed,
@@ -72,7 +72,7 @@ def verify(token: str, *, keys: Keys, ttl: int) -> Claims:
         Unauthenticated: the token is anything else.
     """
     try:
-        if len(token) > LARGEST_TOKEN or not _is_canonical(token):
+        if len(token) > MAX_TOKEN_LENGTH or not _is_canonical(token):
             raise jwt.InvalidTokenError("not as we write them")
         key = keys.accepted.get(str(jwt.get_unverified_header(token).get("kid")))
         if key is None:
@@ -84,15 +84,17 @@ def verify(token: str, *, keys: Keys, ttl: int) -> Claims:
             audience=AUDIENCE,
             issuer=ISSUER,
             leeway=LEEWAY_SECONDS,
-            options={"require": _REQUIRED, "strict_aud": True, "enforce_minimum_key_length": True},
+            options={"require": _REQUIRED_CLAIMS, "strict_aud": True, "enforce_minimum_key_length": True},
         )
         if claims["typ"] != "access":
             raise jwt.InvalidTokenError("not an access token")
         return Claims(
             user=UUID(claims["sub"]),
-            session=UUID(_text(claims["sid"])),
-            token=_token_id(claims["jti"]),
-            expires_at=min(_time(claims["exp"]), _time(claims["iat"]) + timedelta(seconds=ttl)),
+            session=UUID(_require_text(claims["sid"])),
+            token_id=_token_id(claims["jti"]),
+            expires_at=min(
+                _parse_numeric_date(claims["exp"]), _parse_numeric_date(claims["iat"]) + timedelta(seconds=ttl)
+            ),
         )
     # RecursionError: a JSON header of nested brackets.
     except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError):
@@ -102,20 +104,20 @@ def verify(token: str, *, keys: Keys, ttl: int) -> Claims:
 class Verifier:
     """A cache of verified tokens: each signature is checked once, the expiry every time."""
 
-    def __init__(self, keys: Keys, *, ttl: int) -> None:
+    def __init__(self, keys: KeyRing, *, ttl: int) -> None:
         self._keys, self._ttl = keys, ttl
-        self._verified: dict[str, Claims] = {}
+        self._cache: dict[str, Claims] = {}
 
     def verify(self, token: str, *, now: datetime) -> Claims:
         """Return the claims of a token, as the function ``verify`` does."""
-        known = self._verified.get(token)
+        known = self._cache.get(token)
         if known is None:
             known = verify(token, keys=self._keys, ttl=self._ttl)
-            if len(self._verified) >= REMEMBERED:
-                del self._verified[next(iter(self._verified))]  # the oldest
-            self._verified[token] = known
+            if len(self._cache) >= MAX_CACHED_TOKENS:
+                del self._cache[next(iter(self._cache))]  # the oldest
+            self._cache[token] = known
         if now >= known.expires_at + timedelta(seconds=LEEWAY_SECONDS):
-            del self._verified[token]
+            del self._cache[token]
             raise Unauthenticated("The access token is not valid")
         return known
 
@@ -125,7 +127,7 @@ def new_secret() -> str:
     return secrets.token_urlsafe(32)
 
 
-def fingerprints(secret: str, keys: Keys) -> list[bytes]:
+def keyed_hashes(secret: str, keys: KeyRing) -> list[bytes]:
     """Return the hash of a secret under every accepted key, the signing key's first. Only a hash is stored."""
     ordered = [keys.signing_id, *(key for key in keys.accepted if key != keys.signing_id)]
     return [hmac.digest(keys.accepted[key].encode(), secret.encode(), hashlib.sha256) for key in ordered]
@@ -140,7 +142,7 @@ def successor(token: str, *, salt: bytes, key: str) -> str:
     return base64.urlsafe_b64encode(digest).decode().rstrip("=")
 
 
-def _time(claim: Any) -> datetime:
+def _parse_numeric_date(claim: Any) -> datetime:
     """Return the time of a NumericDate (RFC 7519, section 2) in whole seconds, as we issue them.
 
     Raises:
@@ -157,12 +159,12 @@ def _token_id(claim: Any) -> str:
     Raises:
         ValueError: the claim is not an id that we issue.
     """
-    if not _TOKEN_ID.fullmatch(_text(claim)):
+    if not _TOKEN_ID_PATTERN.fullmatch(_require_text(claim)):
         raise ValueError("no token id")
     return str(claim)
 
 
-def _text(claim: Any) -> str:
+def _require_text(claim: Any) -> str:
     if not isinstance(claim, str):
         raise TypeError("no text")
     return claim
@@ -173,7 +175,7 @@ def _is_canonical(token: str) -> bool:
 
     Base64 has several spellings of one signature (padding, unused last bits); only ours is accepted.
     """
-    parts = _THREE_PARTS.fullmatch(token)
+    parts = _JWT_PATTERN.fullmatch(token)
     if parts is None:
         return False
     signature = parts.group(1)

@@ -15,20 +15,20 @@ from pathlib import Path
 import aiohttp
 
 from server import settings
-from server.child import Child, StackError, spawn
+from server.child import Child, StackError, spawn_process
 from server.devstack.stack import Stack, check_address, free_port
 from server.devstack.stores import Store
 from server.settings import StackSettings, authority
-from server.signals import stop_signal
+from server.signals import watch_stop_signals
 
-READY_SECONDS = 30.0
-WATCH_SECONDS = 0.5
-STOP_SECONDS = 30.0  # longer than a worker's grace period and a server's drain
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
+READY_TIMEOUT_SECONDS = 30.0
+POLL_INTERVAL_SECONDS = 0.5
+STOP_TIMEOUT_SECONDS = 30.0  # longer than a worker's grace period and a server's drain
+MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0
 MAX_PORT = 65535
-LONG_LIFE = 60.0  # a process that ran this long restarts without delay
+BACKOFF_RESET_SECONDS = 60.0  # a process that ran this long restarts without delay
 ROOT = Path(__file__).parent.parent.parent
-RUN = ROOT / "run.py"
+RUN_SCRIPT = ROOT / "run.py"
 
 
 async def run(config: StackSettings) -> None:
@@ -39,16 +39,16 @@ async def run(config: StackSettings) -> None:
     """
     config = dataclasses.replace(config, port=config.port or free_port())
     check_address(config.host, config.port)
-    stop = stop_signal()
+    stop = watch_stop_signals()
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, stop.set)
-    say("starting the stores")
-    with Stack(config.data_dir, say=say) as stack:
+    print_status("starting the stores")
+    with Stack(config.data_dir, print_status=print_status) as stack:
         try:
             await serve(config, stack, stop)
         finally:
-            say("stopping the stores")
-            await end([store.child for store in stack.stores], stop)
-    say(f"stopped; the data stays in {config.data_dir}")
+            print_status("stopping the stores")
+            await stop_all([store.child for store in stack.stores], stop)
+    print_status(f"stopped; the data stays in {config.data_dir}")
 
 
 async def serve(config: StackSettings, stack: Stack, stop: asyncio.Event) -> None:
@@ -59,17 +59,19 @@ async def serve(config: StackSettings, stack: Stack, stop: asyncio.Event) -> Non
     if stop.is_set():
         return
     programs = [program(name, environment) for name in ("server", "worker")]
-    async with started(programs, stop):
-        await until_ready(base_url(config), programs, stop)
+    async with running(programs, stop):
+        await wait_ready(base_url(config), programs, stop)
         if not stop.is_set():
-            say(summary(config, stack, env_file))
-            await keep_alive([*map(Watched.store, stack.stores), *map(Watched.program, programs)], stop)
-        say("stopping the server and the worker")
+            print_status(summary(config, stack, env_file))
+            await restart_on_exit(
+                [*map(WatchedProcess.store, stack.stores), *map(WatchedProcess.program, programs)], stop
+            )
+        print_status("stopping the server and the worker")
 
 
 def program(name: str, environment: dict[str, str]) -> Child:
     """Return a child process of ``run.py`` that writes to this terminal."""
-    return Child(name, [sys.executable, str(RUN), name], environment=environment)
+    return Child(name, [sys.executable, str(RUN_SCRIPT), name], environment=environment)
 
 
 async def migrate(environment: dict[str, str], stop: asyncio.Event) -> None:
@@ -79,21 +81,21 @@ async def migrate(environment: dict[str, str], stop: asyncio.Event) -> None:
         StackError: a migration fails, except after a signal to stop.
     """
     # In its own session, so that Ctrl-C does not interrupt a migration.
-    migration = await spawn(
+    migration = await spawn_process(
         sys.executable,
-        str(RUN),
+        str(RUN_SCRIPT),
         "migrate",
         environment=environment,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
-    output = await last_words(migration, stop)
+    output = await wait_output(migration, stop)
     if migration.returncode and not stop.is_set():
         lines = output.decode(errors="replace").strip().splitlines() or [f"exit code {migration.returncode}"]
         raise StackError(f"migrations failed: {lines[-1]}")
 
 
-async def last_words(process: asyncio.subprocess.Process, stop: asyncio.Event) -> bytes:
+async def wait_output(process: asyncio.subprocess.Process, stop: asyncio.Event) -> bytes:
     """Return the output of a process until its end; one signal lets it finish, a second one kills it."""
     finished = asyncio.ensure_future(process.communicate())
     signals = 0
@@ -112,20 +114,20 @@ async def last_words(process: asyncio.subprocess.Process, stop: asyncio.Event) -
 
 
 @contextlib.asynccontextmanager
-async def started(programs: Sequence[Child], stop: asyncio.Event) -> AsyncIterator[None]:
+async def running(programs: Sequence[Child], stop: asyncio.Event) -> AsyncIterator[None]:
     try:
         for program in programs:
             program.start()
         yield
     finally:
-        await end(programs, stop)
+        await stop_all(programs, stop)
 
 
-async def end(children: Sequence[Child], stop: asyncio.Event) -> None:
+async def stop_all(children: Sequence[Child], stop: asyncio.Event) -> None:
     """Send the stop signal to all children and wait; another signal to this process kills them."""
     stop.clear()
     for child in children:
-        child.ask_to_stop()
+        child.send_stop_signal()
     all_ended = asyncio.ensure_future(asyncio.to_thread(_wait_all, children))
     second_signal = asyncio.ensure_future(stop.wait())
     await asyncio.wait({all_ended, second_signal}, return_when=asyncio.FIRST_COMPLETED)
@@ -137,18 +139,18 @@ async def end(children: Sequence[Child], stop: asyncio.Event) -> None:
 
 
 def _wait_all(children: Sequence[Child]) -> None:
-    deadline = time.monotonic() + STOP_SECONDS
+    deadline = time.monotonic() + STOP_TIMEOUT_SECONDS
     for child in children:
-        child.wait(seconds=max(0, deadline - time.monotonic()))
+        child.wait(timeout=max(0, deadline - time.monotonic()))
 
 
-async def until_ready(base: str, programs: Sequence[Child], stop: asyncio.Event) -> None:
+async def wait_ready(base: str, programs: Sequence[Child], stop: asyncio.Event) -> None:
     """Wait until the server is ready.
 
     Raises:
         StackError: a program ends before that, or the server is not ready in time.
     """
-    deadline = time.monotonic() + READY_SECONDS
+    deadline = time.monotonic() + READY_TIMEOUT_SECONDS
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2)) as http:
         while not stop.is_set():
             for program in programs:
@@ -159,56 +161,56 @@ async def until_ready(base: str, programs: Sequence[Child], stop: asyncio.Event)
                     if response.status == 200:
                         return
             if time.monotonic() > deadline:
-                raise StackError(f"the server was not ready within {READY_SECONDS:.0f} s")
+                raise StackError(f"the server was not ready within {READY_TIMEOUT_SECONDS:.0f} s")
             await asyncio.sleep(0.05)
 
 
 @dataclass
-class Watched:
+class WatchedProcess:
     """A process that is restarted when it exits, with exponential backoff."""
 
     name: str
     child: Child
     start: Callable[[], None]
     started_at: float = field(default_factory=time.monotonic)
-    pause: float = FIRST_PAUSE
-    due: float | None = None
+    backoff: float = MIN_BACKOFF_SECONDS
+    restart_at: float | None = None
 
     @classmethod
-    def store(cls, store: Store) -> "Watched":
-        return cls(store.name, store.child, store.begin)
+    def store(cls, store: Store) -> "WatchedProcess":
+        return cls(store.name, store.child, store.launch)
 
     @classmethod
-    def program(cls, child: Child) -> "Watched":
+    def program(cls, child: Child) -> "WatchedProcess":
         return cls(child.name, child, child.start)
 
-    def look(self, now: float) -> None:
+    def poll(self, now: float) -> None:
         """Schedule a restart after an exit, or restart when it is due; in the main thread, as ``Child`` requires."""
         if self.child.alive:
             return
-        if self.due is None:
-            self._wait(now, f"ended with {self.child.exit_code}")
-        elif now >= self.due:
-            self.started_at, self.due = now, None
+        if self.restart_at is None:
+            self._schedule_restart(now, f"ended with {self.child.exit_code}")
+        elif now >= self.restart_at:
+            self.started_at, self.restart_at = now, None
             try:
                 self.start()
             except StackError as error:
-                self._wait(now, str(error))
+                self._schedule_restart(now, str(error))
 
-    def _wait(self, now: float, reason: str) -> None:
-        if now - self.started_at > LONG_LIFE:
-            self.pause = FIRST_PAUSE
-        self.due = now + self.pause
-        say(f"{self.name}: {reason}; restarting it in {self.pause:.0f} s")
-        self.pause = min(self.pause * 2, LONGEST_PAUSE)
+    def _schedule_restart(self, now: float, reason: str) -> None:
+        if now - self.started_at > BACKOFF_RESET_SECONDS:
+            self.backoff = MIN_BACKOFF_SECONDS
+        self.restart_at = now + self.backoff
+        print_status(f"{self.name}: {reason}; restarting it in {self.backoff:.0f} s")
+        self.backoff = min(self.backoff * 2, MAX_BACKOFF_SECONDS)
 
 
-async def keep_alive(watched: Sequence[Watched], stop: asyncio.Event) -> None:
+async def restart_on_exit(watched: Sequence[WatchedProcess], stop: asyncio.Event) -> None:
     while not stop.is_set():
         for process in watched:
-            process.look(time.monotonic())
+            process.poll(time.monotonic())
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(WATCH_SECONDS):
+            async with asyncio.timeout(POLL_INTERVAL_SECONDS):
                 await stop.wait()
 
 
@@ -223,7 +225,8 @@ def summary(config: StackSettings, stack: Stack, env_file: Path) -> str:
         "Redis": f"{stack.valkey.url} ({stack.valkey.name})",
         "MongoDB": f"{stack.mongo.url} ({stack.mongo.name})",
         "stack.env": f"{env_file}: a second server or worker joins with",
-        "": f"set -a; . {shlex.quote(str(env_file))}; PORT={port} {shlex.join([sys.executable, str(RUN)])} server",
+        "": f"set -a; . {shlex.quote(str(env_file))}; PORT={port} "
+        f"{shlex.join([sys.executable, str(RUN_SCRIPT)])} server",
     }
     lines = [f"  {name:<11} {value}" for name, value in rows.items()]
     return "\n".join(
@@ -247,6 +250,6 @@ def base_url(config: StackSettings) -> str:
     return f"http://{authority(host, config.port)}"
 
 
-def say(text: str) -> None:
+def print_status(text: str) -> None:
     with contextlib.suppress(OSError):  # the terminal may be closed
         print(f"dev: {text}", flush=True)

@@ -6,7 +6,7 @@ import pymongo
 from pymongo.errors import PyMongoError
 
 from server.child import Child
-from server.devstack.stores import DATABASE, HOST, Place, Store, script
+from server.devstack.stores import DATABASE, HOST, Store, StoreConfig, script_path
 
 OPTIONS = (
     *("--log-level", "WARNING"),
@@ -21,29 +21,29 @@ class Mongo(Store):
 
     name = "MongoDB stand-in"
 
-    def __init__(self, config: Place) -> None:
-        self._data = config.folder / "mongo"
-        self._file = config.folder / "mongo.toml"
+    def __init__(self, config: StoreConfig) -> None:
+        self._data = config.data_dir / "mongo"
+        self._config_file = config.data_dir / "mongo.toml"
         self.url = f"mongodb://{HOST}:{config.port}/{DATABASE}?directConnection=true"
         self.child = Child(
             self.name,
             [
-                str(script("secantusd-py")),
-                *("--config", str(self._file)),
+                str(script_path("secantusd-py")),
+                *("--config", str(self._config_file)),
                 *("--host", HOST),
                 *("--port", str(config.port)),
                 *("--storage-path", str(self._data)),
                 *OPTIONS,
             ],
-            log=config.log("mongo"),
-            lock=config.lock("mongo"),
+            log=config.log_path("mongo"),
+            lock=config.lock_path("mongo"),
         )
 
     def prepare(self) -> None:
         self._data.mkdir(mode=0o700, exist_ok=True)
-        self._file.touch()  # an empty file: else it reads settings from the home directory or from /etc
+        self._config_file.touch()  # an empty file: else it reads settings from the home directory or from /etc
 
-    def answers(self) -> bool:
+    def is_ready(self) -> bool:
         try:
             with pymongo.MongoClient[dict[str, Any]](self.url, serverSelectionTimeoutMS=300) as client:
                 client.admin.command("ping")

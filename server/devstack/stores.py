@@ -11,22 +11,22 @@ from server.child import Child, StackError
 
 DATABASE = "workspace"
 HOST = "127.0.0.1"
-Say = Callable[[str], None]
+PrintStatus = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Place:
+class StoreConfig:
     """The data directory and the port of a store; ``print_status`` shows messages to the user."""
 
-    folder: Path
+    data_dir: Path
     port: int
-    say: Say
+    print_status: PrintStatus
 
-    def log(self, name: str) -> Path:
-        return self.folder / "logs" / f"{name}.log"
+    def log_path(self, name: str) -> Path:
+        return self.data_dir / "logs" / f"{name}.log"
 
-    def lock(self, name: str) -> Path:
-        return self.folder / "locks" / name
+    def lock_path(self, name: str) -> Path:
+        return self.data_dir / "locks" / name
 
 
 class Store:
@@ -36,7 +36,7 @@ class Store:
     url: str
     child: Child
 
-    def begin(self) -> None:
+    def launch(self) -> None:
         """Start the process without waiting until it is ready.
 
         Raises:
@@ -47,7 +47,7 @@ class Store:
     def prepare(self) -> None:
         """Create the files that the store needs; it runs before each start, after the processes of earlier runs."""
 
-    def answers(self) -> bool:
+    def is_ready(self) -> bool:
         """Return whether the store accepts commands."""
         raise NotImplementedError
 
@@ -57,10 +57,10 @@ class Store:
         Raises:
             StackError: it is not ready in time.
         """
-        self.child.wait_until(self.answers)
+        self.child.wait_ready(self.is_ready)
 
     def start(self) -> None:
-        self.begin()
+        self.launch()
         self.wait_ready()
 
     def stop(self) -> None:
@@ -84,7 +84,7 @@ class Store:
         return self.child.pid
 
 
-def package(name: str) -> Path:
+def package_dir(name: str) -> Path:
     """Return the directory of an installed package without importing it: an import would have side effects.
 
     Raises:
@@ -92,11 +92,11 @@ def package(name: str) -> Path:
     """
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise missing(name)
+        raise missing_package(name)
     return Path(spec.origin).parent
 
 
-def script(name: str) -> Path:
+def script_path(name: str) -> Path:
     """Return the path of a program that pip installed next to this Python.
 
     Raises:
@@ -104,10 +104,10 @@ def script(name: str) -> Path:
     """
     path = Path(sys.executable).parent / name
     if not path.exists():
-        raise missing(name)
+        raise missing_package(name)
     return path
 
 
-def missing(name: str) -> StackError:
+def missing_package(name: str) -> StackError:
     python = shlex.quote(sys.executable)
     return StackError(f"{name} is missing; install the extra: {python} -m pip install -e '.[embedded]'")

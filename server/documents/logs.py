@@ -7,12 +7,12 @@ from uuid import UUID
 
 from asyncpg import Record
 
-from server.budget import uncounted, within
+from server.deadline import paused, remaining
 from server.documents import store, updates, wire
 from server.documents.commits import PAUSE_SECONDS
 from server.documents.live import MOST_STATE_BYTES
 from server.documents.workshop import Failed, Workshop
-from server.errors import Forbidden, NotFound, TooLarge, Unavailable, store_slow
+from server.errors import Forbidden, NotFound, TooLarge, Unavailable, store_timed_out
 from server.postgres import Executor
 
 PAGE_UPDATES = 2000  # of a log, read at once
@@ -100,7 +100,7 @@ async def text_now(db: Executor, workshop: Workshop, document: UUID) -> tuple[st
         NotFound: no such document.
     """
     log = await read_log(db, document)
-    with uncounted():
+    with paused():
         return await text_of(log, workshop), log.version
 
 
@@ -161,10 +161,10 @@ async def rewrite(
         log = await read_log(db, document)
         if accepts is not None and not accepts(log.version, log.revision):
             return None
-        with uncounted():
+        with paused():
             update = await _edit_to(text, log, workshop)
-        if within(WRITE_SECONDS) < WRITE_SECONDS:  # it could be written, and nobody would know
-            raise store_slow("PostgreSQL")
+        if remaining(WRITE_SECONDS) < WRITE_SECONDS:  # it could be written, and nobody would know
+            raise store_timed_out("PostgreSQL")
         # What others have just edited is not in this text; where they never rest, it is merged with theirs.
         merges = accepts is None and attempt == WRITE_AGAIN - 1
         row = await store.append_named(

@@ -14,11 +14,11 @@ from server.documents.news import Sight, Update
 from server.documents.rooms import Rooms
 from server.errors import Conflict, ServiceError, Unavailable, ValidationFailed
 from server.fields import Id, Schema
-from server.projects.access import Role, named, requires
+from server.projects.access import Role, requires, resource_ids
 from server.realtime.connection import Connection
-from server.realtime.hub import MOST_ROOMS
+from server.realtime.grants import ResourceRef, Revocation
+from server.realtime.hub import MAX_ROOMS_PER_CONNECTION
 from server.realtime.outbox import Delivery
-from server.realtime.peers import Revocation, Thing
 from server.realtime.table import MessageTable
 
 messages = MessageTable()
@@ -92,13 +92,13 @@ class JsonEditor:
     def see(self, sight: Sight) -> None:
         if self._held is None:
             key = (self._document, sight.entry.client)
-            self._connection.write(sight.json_frame, Delivery.NEWEST, key)
+            self._connection.write(sight.json_frame, Delivery.COALESCED, key)
 
     def restart(self) -> None:
         """Each of its updates is answered by itself."""
 
     def lost(self) -> None:
-        self._connection.lose(Thing("document", self._document), Revocation("deleted"))
+        self._connection.revoke(ResourceRef("document", self._document), Revocation("deleted"))
 
     def release(self, version: int) -> None:
         """The ack has been sent, with all up to this version: from now on everything at once."""
@@ -109,13 +109,15 @@ class JsonEditor:
 
 
 @messages.on("document:open", OpenDocument, ack=OpenedDocument)
-@requires(Role.VIEWER, of=named("documentId"))
+@requires(Role.VIEWER, of=resource_ids("documentId"))
 async def open_document(socket: Connection, data: dict[str, Any]) -> dict[str, Any]:
     """Open a document: get the missing updates, and receive every edit from now on."""
     document, rooms = data["document_id"], _rooms(socket)
-    thing = Thing("document", document)
-    if thing not in socket.grants and len(socket.grants) >= MOST_ROOMS:
-        raise Conflict(f"Connection exceeds the maximum of {MOST_ROOMS} joined workspaces and open documents")
+    thing = ResourceRef("document", document)
+    if thing not in socket.grants and len(socket.grants) >= MAX_ROOMS_PER_CONNECTION:
+        raise Conflict(
+            f"Connection exceeds the maximum of {MAX_ROOMS_PER_CONNECTION} joined workspaces and open documents"
+        )
     demand_vector(data["state_vector"])  # before another opening of the same is given up
     editor = JsonEditor(socket, document)
     try:
@@ -134,7 +136,7 @@ async def open_document(socket: Connection, data: dict[str, Any]) -> dict[str, A
         for sight in rooms.sights(document):
             editor.see(sight)
 
-    socket.after_answer(begin)
+    socket.after_reply(begin)
     return {
         "documentId": document,
         "update": b64encode(update).decode(),
@@ -144,7 +146,7 @@ async def open_document(socket: Connection, data: dict[str, Any]) -> dict[str, A
 
 
 @messages.on("document:update", UpdateDocument, ack=UpdatedDocument)
-@requires(Role.COLLABORATOR, of=named("documentId"))
+@requires(Role.COLLABORATOR, of=resource_ids("documentId"))
 async def update_document(socket: Connection, data: dict[str, Any]) -> dict[str, Any]:
     """Edit an open document; acknowledged when it is durable."""
     document = data["document_id"]
@@ -154,7 +156,7 @@ async def update_document(socket: Connection, data: dict[str, Any]) -> dict[str,
 
 
 @messages.on("document:awareness", ShowAwareness)
-@requires(Role.VIEWER, of=named("documentId"))
+@requires(Role.VIEWER, of=resource_ids("documentId"))
 async def show_awareness(socket: Connection, data: dict[str, Any]) -> None:
     """Broadcast an awareness state to the other editors; ephemeral."""
     _demand_open(socket, data["document_id"])
@@ -166,17 +168,17 @@ async def show_awareness(socket: Connection, data: dict[str, Any]) -> None:
 
 
 @messages.on("document:close", CloseDocument)
-@requires(Role.VIEWER, of=named("documentId"))
+@requires(Role.VIEWER, of=resource_ids("documentId"))
 async def close_document(socket: Connection, data: dict[str, Any]) -> None:
     """Close a document."""
     document = data["document_id"]
     _demand_open(socket, document)
-    socket.grants.pop(Thing("document", document), None)
+    socket.grants.pop(ResourceRef("document", document), None)
     _rooms(socket).leave(document, socket.id)
 
 
 def _demand_open(socket: Connection, document: UUID) -> None:
-    if Thing("document", document) not in socket.grants or _rooms(socket).listener(document, socket.id) is None:
+    if ResourceRef("document", document) not in socket.grants or _rooms(socket).listener(document, socket.id) is None:
         raise ServiceError("Document is not open on this connection", code="not_open")
 
 

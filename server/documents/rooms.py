@@ -30,8 +30,8 @@ from server.documents.news import Listener, Sight, Update
 from server.documents.workshop import Workshop
 from server.errors import Forbidden, NotFound, ServiceError, Unavailable, ValidationFailed
 from server.postgres import Database
+from server.realtime.background import run_forever
 from server.realtime.channels import Channels, document_channel
-from server.realtime.endless import keep_running
 from server.realtime.subscriber import Subscriber
 
 log = structlog.get_logger()
@@ -194,10 +194,10 @@ class Room:
         elif kind == "query":
             self._rooms.publish_sights(self, (sight for owner, sight in self.sights() if owner in self.listeners))
 
-    def interrupt(self) -> None:
+    def on_disconnect(self) -> None:
         """What is missed is read when it is over, and looked for by every sweep meanwhile."""
 
-    async def resume(self) -> None:
+    async def resync(self) -> None:
         await self._rooms.catch_up(self)
 
     def renewed(self, now: float) -> list[tuple[str, Sight]]:
@@ -231,11 +231,11 @@ class Rooms:
 
     def start(self) -> None:
         for endless in (*[self._commits.work] * LANES, self._publish, self._sweep, self._name_pauses):
-            self._own(keep_running(endless))
+            self._own(run_forever(endless))
 
     async def stop(self) -> None:
         while self._tasks:  # what is cancelled may begin others
-            await loop.end(self._tasks)
+            await loop.cancel_tasks(self._tasks)
         self.workshop.close()
 
     def _own(self, coroutine: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
@@ -669,7 +669,7 @@ class Rooms:
             self._to_publish.clear()
             messages, self._unpublished, self._unpublished_bytes = self._unpublished, [], 0
             try:
-                await self._channels.publish_all(messages, origin=self.process)
+                await self._channels.publish_many(messages, origin=self.process)
             except (RedisError, OSError) as error:
                 log.debug("documents not published", error=str(error), messages=len(messages))
 
@@ -678,7 +678,7 @@ class Rooms:
     def announce_version(self, row: Mapping[str, Any]) -> None:
         """A version has got a name because editing paused: tell the workspace."""
         self._own(
-            self._channels.report(
+            self._channels.announce_committed(
                 "DOCUMENT_CHANGED",
                 workspaces=[row["workspace_id"]],
                 user=row["paused_by"],

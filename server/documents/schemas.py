@@ -6,7 +6,7 @@ from typing import Any
 from marshmallow import ValidationError, fields, validate
 
 from server.documents.paths import normalize, problem_with
-from server.fields import Id, Schema, Time
+from server.fields import Id, Schema, Timestamp
 
 
 def _is_path(path: str) -> None:
@@ -33,8 +33,8 @@ class Document(Schema):
     mime_type = fields.String()
     size = fields.Integer(metadata={"description": "size of the text in bytes"})
     version = fields.Integer(metadata={"description": "grows with every edit"})
-    created_at = Time()
-    updated_at = Time()
+    created_at = Timestamp()
+    updated_at = Timestamp()
     updated_by = Id(allow_none=True, metadata={"description": "the user who edited it last"})
 
 
@@ -55,7 +55,7 @@ class Version(Schema):
     version = fields.Integer()
     cause = fields.String(metadata={"enum": ["created", "pause", "put", "restore"]})
     size = fields.Integer()
-    created_at = Time()
+    created_at = Timestamp()
     created_by = Id(allow_none=True)
 
 

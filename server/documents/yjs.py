@@ -17,13 +17,13 @@ from server.documents.news import Sight, Update, binary_frame
 from server.documents.rooms import ROOMS, Rooms
 from server.errors import Forbidden, NotFound, ServiceError, TooLarge, Unauthenticated, Unavailable, ValidationFailed
 from server.fields import parse_id
-from server.projects.access import Access, Kind, Role, check
+from server.projects.access import Access, ResourceKind, Role, check
 from server.realtime import protocol
 from server.realtime.connection import Connection
-from server.realtime.endpoint import identify, refuse_strangers
-from server.realtime.hub import REALTIME, RESTARTING, Realtime
+from server.realtime.endpoint import authenticate_upgrade, check_origin
+from server.realtime.grants import ResourceRef, Revocation
+from server.realtime.hub import CLOSE_RESTARTING, REALTIME, Realtime
 from server.realtime.outbox import Delivery
-from server.realtime.peers import Revocation, Thing
 from server.rest.keys import User
 
 log = structlog.get_logger()
@@ -49,8 +49,8 @@ _CLOSE_CODES: dict[type[ServiceError], int] = {
 
 async def yjs(request: web.Request) -> web.StreamResponse:
     realtime = request.app[REALTIME]
-    refuse_strangers(request, realtime)
-    notices = realtime.standing.notices
+    check_origin(request, realtime)
+    notices = realtime.access_monitor.epoch
     visitor: _Visitor | ServiceError
     try:
         visitor = await _admitted(request, realtime)
@@ -66,14 +66,14 @@ async def yjs(request: web.Request) -> web.StreamResponse:
         await _turn_away(request, socket, visitor)
         return socket
     editor = YjsEditor(request, realtime, visitor)
-    editor.notices = notices
+    editor.access_epoch = notices
     try:
-        realtime.admit(editor, notices=notices)
+        realtime.register(editor, access_epoch=notices)
         if realtime.draining:
-            editor.close(*RESTARTING)
+            editor.close(*CLOSE_RESTARTING)
         await _serve(editor, socket, request.app[ROOMS])
     finally:
-        editor.ended()
+        editor.on_closed()
     return socket
 
 
@@ -90,7 +90,7 @@ async def _admitted(request: web.Request, realtime: Realtime) -> _Visitor:
     Raises:
         Unauthenticated, NotFound, Forbidden, Unavailable: this client only understands close codes.
     """
-    identified = await identify(request, realtime.doorman)
+    identified = await authenticate_upgrade(request, realtime.socket_auth)
     if identified is None:
         raise Unauthenticated('Authentication required: protocols: ["collab.v1", "bearer." + accessToken]')
     user, name = identified
@@ -98,7 +98,7 @@ async def _admitted(request: web.Request, realtime: Realtime) -> _Visitor:
     if document is None:
         raise NotFound("Document not found")
     try:
-        access = await check(realtime.db, user=user.id, kind=Kind.DOCUMENT, id=document, role=Role.VIEWER)
+        access = await check(realtime.db, user=user.id, kind=ResourceKind.DOCUMENT, id=document, role=Role.VIEWER)
     except NotFound:
         if await store.read_document(realtime.db, document=document) is None:
             raise
@@ -135,7 +135,7 @@ class YjsEditor(Connection):
         self.write(update.yjs_frame)
 
     def see(self, sight: Sight) -> None:
-        self.write(sight.yjs_frame, Delivery.NEWEST, sight.entry.client)
+        self.write(sight.yjs_frame, Delivery.COALESCED, sight.entry.client)
 
     def restart(self) -> None:
         self.close(1013, "resynchronize")
@@ -143,18 +143,18 @@ class YjsEditor(Connection):
     def lost(self) -> None:
         self.close(4404, "document was deleted")
 
-    def lose(self, _: Thing, why: Revocation) -> None:
-        deleted = why.reason == "deleted"
+    def revoke(self, _: ResourceRef, revocation: Revocation) -> None:
+        deleted = revocation.reason == "deleted"
         self.close(4404 if deleted else 4403, "document was deleted" if deleted else "access revoked")
 
-    def announce_draining(self, frame: bytes) -> None:
+    def send_drain_notice(self, frame: bytes) -> None:
         """This client knows no such frame; it comes back when it is closed."""
 
 
 async def _serve(editor: YjsEditor, socket: web.WebSocketResponse, rooms: Rooms) -> None:
     try:
         await rooms.enter(editor.document, editor)
-        editor.realtime.grant(editor, Thing("document", editor.document))
+        editor.realtime.grant(editor, ResourceRef("document", editor.document))
         if editor.close_code is not None:  # meanwhile, and nobody knew that it is in there
             rooms.leave(editor.document, editor.id)
             await _until_closed(socket)
@@ -185,16 +185,16 @@ async def _read(editor: YjsEditor, socket: web.WebSocketResponse, rooms: Rooms) 
         if message is None:
             continue
         if message.type in _GONE:
-            editor.closed_by_peer(message.data if message.type is WSMsgType.CLOSE else None)
+            editor.on_peer_close(message.data if message.type is WSMsgType.CLOSE else None)
             return
-        editor.heard_at = now
+        editor.last_received_at = now
         if editor.close_code is None:
             await _hear(editor, message, rooms)
 
 
 async def _hear(editor: YjsEditor, message: WSMessage, rooms: Rooms) -> None:
     metrics.FRAMES_IN.inc()
-    if not editor.throttle.admit(asyncio.get_running_loop().time()):
+    if not editor.throttle.allow(asyncio.get_running_loop().time()):
         await asyncio.sleep(SLOW_DOWN_SECONDS)  # it cannot be told; it is read no faster
     if message.type is WSMsgType.PING:
         editor.write(protocol.pong_frame(message.data), Delivery.DROPPABLE)
@@ -227,10 +227,10 @@ async def _edit(editor: YjsEditor, update: bytes, rooms: Rooms, *, compared: boo
     """
     if update == wire.NOTHING:
         return
-    access = editor.grants.get(Thing("document", editor.document))
+    access = editor.grants.get(ResourceRef("document", editor.document))
     if access is None:  # in doubt
         access = await check(
-            editor.realtime.db, user=editor.user.id, kind=Kind.DOCUMENT, id=editor.document, role=Role.VIEWER
+            editor.realtime.db, user=editor.user.id, kind=ResourceKind.DOCUMENT, id=editor.document, role=Role.VIEWER
         )
     if not access.allows(Role.COLLABORATOR):
         if not (compared and wire.adds_nothing(update)):

@@ -8,59 +8,59 @@ import contextlib
 import os
 from pathlib import Path
 
-NEEDED = frozenset(("memory", "pids"))
-WISHED = frozenset(("cpu",))
-WORKERS = "workers"  # takes the processes of the top group: a group with limited subgroups may hold no process
+REQUIRED_CONTROLLERS = frozenset(("memory", "pids"))
+OPTIONAL_CONTROLLERS = frozenset(("cpu",))
+WORKERS_GROUP = "workers"  # takes the processes of the top group: a group with limited subgroups may hold no process
 MEBIBYTE = 1 << 20
-OWN_MB = 24  # for the processes around the program; the watchdog limits the program's own memory
-OWN_PROCESSES = 4
-WISHES = ("memory.swap.max", "cpu.weight")  # missing if the machine has no swap, or cpu is not delegated
+OVERHEAD_MB = 24  # for the processes around the program; the watchdog limits the program's own memory
+OVERHEAD_PROCESSES = 4
+OPTIONAL_LIMITS = ("memory.swap.max", "cpu.weight")  # missing if the machine has no swap, or cpu is not delegated
 
 
-def delegated() -> Path | None:
+def prepare_delegated_group() -> Path | None:
     """Return the delegated group, prepared for limited groups below it, or None if there is none."""
     try:
-        top = find()
+        top = find_delegated_group()
         if top is None:
             return None
-        workers = top / WORKERS
+        workers = top / WORKERS_GROUP
         workers.mkdir(exist_ok=True)
         for pid in (top / "cgroup.procs").read_text().split():
             with contextlib.suppress(ProcessLookupError):
                 (workers / "cgroup.procs").write_text(pid)
         available = set((top / "cgroup.controllers").read_text().split())
-        enabled = sorted(available & (NEEDED | WISHED))
+        enabled = sorted(available & (REQUIRED_CONTROLLERS | OPTIONAL_CONTROLLERS))
         (top / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in enabled))
     except OSError:
         return None
     return top
 
 
-def find() -> Path | None:
+def find_delegated_group() -> Path | None:
     """Return the delegated group as it is, or None if there is none."""
-    tree = mount()
+    tree = find_mount_point()
     paths = [line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")]
     if tree is None or not paths or ".." in paths[0]:
         return None
     group = tree / paths[0].lstrip("/")
-    top = group.parent if group.name == WORKERS else group  # another worker has moved this process
-    if not _belongs_to_us(top, tree) or not os.access(top, os.W_OK):
+    top = group.parent if group.name == WORKERS_GROUP else group  # another worker has moved this process
+    if not _is_delegated(top, tree) or not os.access(top, os.W_OK):
         return None
-    return top if set((top / "cgroup.controllers").read_text().split()) >= NEEDED else None
+    return top if set((top / "cgroup.controllers").read_text().split()) >= REQUIRED_CONTROLLERS else None
 
 
-def limits(*, memory_mb: int, processes: int) -> dict[str, str]:
+def group_limits(*, memory_mb: int, processes: int) -> dict[str, str]:
     """Return the contents of the files of a program's group, by file name."""
     return {
-        "memory.max": str((memory_mb + OWN_MB) * MEBIBYTE),
+        "memory.max": str((memory_mb + OVERHEAD_MB) * MEBIBYTE),
         "memory.swap.max": "0",
         "memory.oom.group": "1",
         "cpu.weight": "10",  # the default is 100, which the workers together keep
-        "pids.max": str(processes + OWN_PROCESSES),
+        "pids.max": str(processes + OVERHEAD_PROCESSES),
     }
 
 
-def mount() -> Path | None:
+def find_mount_point() -> Path | None:
     """Return the mount point of the cgroup v2 tree, or None."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         mount_fields, _, file_system = line.partition(" - ")
@@ -69,13 +69,13 @@ def mount() -> Path | None:
     return None
 
 
-def _belongs_to_us(top: Path, tree: Path) -> bool:
+def _is_delegated(top: Path, tree: Path) -> bool:
     # The root group of a machine has no cgroup.type: if "/" has one, it is the root of a container.
     in_container = top == tree and (top / "cgroup.type").exists()
-    return in_container or _is_marked(top)
+    return in_container or _has_delegate_attribute(top)
 
 
-def _is_marked(group: Path) -> bool:
+def _has_delegate_attribute(group: Path) -> bool:
     """Return whether systemd marks the group as delegated: another process manages a group without the mark."""
     for name in ("user.delegate", "trusted.delegate"):
         with contextlib.suppress(OSError):

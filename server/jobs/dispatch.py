@@ -16,12 +16,12 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from server.jobs import queue, store
-from server.jobs.store import Job
+from server.jobs.store import JobRecord
 from server.jobs.table import JobType
 
 log = structlog.get_logger()
 
-ROUNDS = 3  # a process that loses that many races leaves the rest to the others
+MAX_FILL_ROUNDS = 3  # a process that loses that many races leaves the rest to the others
 
 
 class Dispatcher:
@@ -29,65 +29,65 @@ class Dispatcher:
 
     def __init__(self, mongo: Any, redis: Redis, *, types: Mapping[str, JobType], slots: int) -> None:
         self.slots = slots
-        self.lanes = queue.lanes(redis)
+        self.queues = queue.priority_queues(redis)
         self._mongo = mongo
         self.types = types
 
-    async def admit(self, job: Job) -> None:
+    async def admit(self, job: JobRecord) -> None:
         """Enqueue a job that has just become pending if it has a slot; else fill its user's free slots."""
-        with _left_to_the_reconciler():
+        with _defer_to_reconciler():
             if job["slot"] is not None:
-                await self.send(job)
-            elif job["runAt"] is None or job["runAt"] <= store.moment():
-                await self.fill(job["userId"])
+                await self.enqueue(job)
+            elif job["runAt"] is None or job["runAt"] <= store.mongo_now():
+                await self.fill_slots(job["userId"])
 
-    async def fill(self, user: str) -> None:
+    async def fill_slots(self, user: str) -> None:
         """Enqueue the user's next jobs, one per free slot."""
-        for _ in range(ROUNDS):
+        for _ in range(MAX_FILL_ROUNDS):
             free = await store.free_slots(self._mongo, user=user, slots=self.slots)
             if not free:
                 return
-            waiting = await self._waiting(user, most=len(free))
+            waiting = await self._waiting(user, limit=len(free))
             if not waiting:
                 return
             for job, slot in zip(waiting, free, strict=False):
-                await self._place(job, slot)
+                await self._assign_slot(job, slot)
 
-    async def hand_on(self, user: str, slot: int | None) -> None:
+    async def release_slot(self, user: str, slot: int | None) -> None:
         """Assign a slot that has become free to the user's next job."""
         if slot is None or slot >= self.slots:
             return
-        with _left_to_the_reconciler():
-            while waiting := await self._waiting(user, most=1):
-                placed = await self._place(waiting[0], slot)
+        with _defer_to_reconciler():
+            while waiting := await self._waiting(user, limit=1):
+                placed = await self._assign_slot(waiting[0], slot)
                 if placed:
                     return
                 if placed is None:  # another process took it, and may not see the other waiting jobs
-                    await self.fill(user)
+                    await self.fill_slots(user)
                     return
 
-    async def send(self, job: Job) -> None:
+    async def enqueue(self, job: JobRecord) -> None:
         """Send a message for the next attempt."""
-        priority_queue = self.lanes[queue.class_of(job["priority"])]
-        with _left_to_the_reconciler():
-            await priority_queue.enqueue(queue.message(job, self.types[job["type"]]))
+        priority_queue = self.queues[queue.priority_class(job["priority"])]
+        with _defer_to_reconciler():
+            await priority_queue.enqueue(queue.make_message(job, self.types[job["type"]]))
 
-    async def _waiting(self, user: str, *, most: int) -> list[Job]:
+    async def _waiting(self, user: str, *, limit: int) -> list[JobRecord]:
         """Return waiting jobs of known types: in a rolling deploy, processes of the other version enqueue the rest."""
-        return await store.waiting(self._mongo, user=user, types=self.types, most=most, now=store.moment())
+        return await store.list_waiting(self._mongo, user=user, types=self.types, limit=limit, now=store.mongo_now())
 
-    async def _place(self, job: Job, slot: int) -> bool | None:
+    async def _assign_slot(self, job: JobRecord, slot: int) -> bool | None:
         """Return whether the job got the slot, or None if the slot was taken."""
-        taken = await store.take_slot(self._mongo, job=job, slot=slot, now=store.moment())
+        taken = await store.take_slot(self._mongo, job=job, slot=slot, now=store.mongo_now())
         if taken:
-            await self.send(job)
+            await self.enqueue(job)
         return taken
 
 
 @contextmanager
-def _left_to_the_reconciler() -> Iterator[None]:
+def _defer_to_reconciler() -> Iterator[None]:
     """Log an outage of a store: the record is stored, so that the reconciler enqueues the job later."""
     try:
         yield
     except (PyMongoError, RedisError, OSError) as error:
-        log.warning("job not queued yet", error=str(error)[:200])
+        log.warning("job not enqueued, left to the reconciler", error=str(error)[:200])

@@ -29,33 +29,33 @@ import sys
 import time
 from collections.abc import Iterable
 
-WATCH_SECONDS = 0.05
-DISK_SHARE = 10  # disk checks take at most a tenth of the time
-MOST_FILES = 10_000
-MOST_MAPPINGS = 1 << 16
-CGROUP_TRIES = 200
-LONGEST_MESSAGE = 4096
-STALE_SECONDS = 60.0
+WATCH_INTERVAL_SECONDS = 0.05
+DISK_CHECK_BACKOFF = 10  # disk checks take at most a tenth of the time
+MAX_SCANNED_FILES = 10_000
+MAX_MAPPINGS = 1 << 16
+MAX_CGROUP_REMOVAL_ATTEMPTS = 200
+MAX_CONTROL_MESSAGE_BYTES = 4096
+MIN_STALE_SECONDS = 60.0
 MEGABYTE = 1 << 20
 NICE = 10  # else programs that only compute would keep the worker from renewing its leases
-PIPE_BYTES, SOCKET_BYTES = 64 << 10, 208 << 10  # the kernel's maximum for one, by default
-WRITE_BUFFERS = "/proc/sys/net/core/wmem_default"
-SHARED_MEMORY = b"/dev/zero"  # the kernel's name for shared anonymous memory
+MAX_PIPE_BYTES, MAX_SOCKET_BYTES = 64 << 10, 208 << 10  # the kernel's maximum for one, by default
+WRITE_BUFFER_SETTING = "/proc/sys/net/core/wmem_default"
+SHARED_MEMORY_PATH = b"/dev/zero"  # the kernel's name for shared anonymous memory
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
 # Messages on a program's status pipe: the program has an init that reports its exit, or has none; a restriction failed;
 # the program exited.
-GUARDED, ALONE, FAILED, ENDED = b"+", b"-", b"!", b"="
-LAUNCHED = b"\n"  # on the channel, before the outcome: JSON ignores the white space
-ENDING = struct.Struct("<iq")  # wait status, peak kilobytes
+STATUS_HAS_INIT, STATUS_NO_INIT, STATUS_FAILED, STATUS_EXITED = b"+", b"-", b"!", b"="
+STATUS_LAUNCHED = b"\n"  # on the channel, before the outcome: JSON ignores the white space
+EXIT_STATUS = struct.Struct("<iq")  # wait status, peak kilobytes
 
 
 class ConfinementError(Exception):
     """A restriction cannot be set up; the program must not start."""
 
 
-def check(result: int, name: str) -> int:
+def check_syscall(result: int, name: str) -> int:
     if result < 0:
         raise ConfinementError(f"{name}: {os.strerror(ctypes.get_errno())}")
     return result
@@ -65,13 +65,13 @@ CLOSE_RANGE = 436  # close_range(2), Linux 5.9; the same on x86_64 and aarch64
 LAST_DESCRIPTOR = 0xFFFFFFFF
 
 
-def close_all_but(*kept: int) -> None:
+def close_descriptors_except(*kept: int) -> None:
     """Close every descriptor above 2 that is not in ``kept``."""
     first = 3
     for descriptor in (*sorted(kept), LAST_DESCRIPTOR + 1):
         if descriptor > first:
             last = ctypes.c_uint(descriptor - 1)
-            check(LIBC.syscall(CLOSE_RANGE, ctypes.c_uint(first), last, 0), "close_range")
+            check_syscall(LIBC.syscall(CLOSE_RANGE, ctypes.c_uint(first), last, 0), "close_range")
         first = descriptor + 1
 
 
@@ -81,8 +81,8 @@ LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446  # the same on 
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, TRUNCATE, IOCTL_DEVICE = 1, 2, 4, 8, 1 << 14, 1 << 15
 RIGHTS_OF_ABI = (0, 13, 14, 15, 15, 16)  # the number of file rights of each version; later versions as the last
 TRUNCATE_ABI, NETWORK_ABI, SCOPE_ABI = 3, 4, 6
-FOR_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEVICE
-RIGHTS = {
+FILE_RIGHTS = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEVICE
+LANDLOCK_RIGHTS = {
     "look": READ_FILE | READ_DIR,
     "read": READ_FILE | READ_DIR | EXECUTE,
     "device": READ_FILE | WRITE_FILE,
@@ -95,7 +95,7 @@ def landlock_abi() -> int:
     return max(0, int(LIBC.syscall(LANDLOCK_CREATE, None, 0, 1)))
 
 
-def landlock(rules: "list[list[str]]", abi: int) -> None:
+def restrict_files(rules: "list[list[str]]", abi: int) -> None:
     """Restrict file access to the given paths and what is below them.
 
     If the kernel's version supports it, also forbid TCP, and signals and abstract sockets to processes outside.
@@ -106,23 +106,23 @@ def landlock(rules: "list[list[str]]", abi: int) -> None:
     attributes = struct.pack("=Q", known)
     attributes += struct.pack("=Q", 0b11) if abi >= NETWORK_ABI else b""
     attributes += struct.pack("=Q", 0b11) if abi >= SCOPE_ABI else b""
-    ruleset = check(LIBC.syscall(LANDLOCK_CREATE, attributes, len(attributes), 0), "landlock_create_ruleset")
+    ruleset = check_syscall(LIBC.syscall(LANDLOCK_CREATE, attributes, len(attributes), 0), "landlock_create_ruleset")
     for path, kind in rules:
-        allow(ruleset, path, RIGHTS[kind] & known)
-    check(LIBC.syscall(LANDLOCK_RESTRICT, ruleset, 0), "landlock_restrict_self")
+        add_landlock_rule(ruleset, path, LANDLOCK_RIGHTS[kind] & known)
+    check_syscall(LIBC.syscall(LANDLOCK_RESTRICT, ruleset, 0), "landlock_restrict_self")
     os.close(ruleset)
 
 
-def allow(ruleset: int, path: str, rights: int) -> None:
+def add_landlock_rule(ruleset: int, path: str, rights: int) -> None:
     try:
         beneath = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except (FileNotFoundError, PermissionError):
         return  # a missing or unreachable path needs no rule
     try:
         if not os.path.isdir(path):
-            rights &= FOR_FILES
+            rights &= FILE_RIGHTS
         rule = struct.pack("=Qi", rights, beneath)
-        check(LIBC.syscall(LANDLOCK_ADD, ruleset, 1, rule, 0), f"landlock_add_rule {path}")
+        check_syscall(LIBC.syscall(LANDLOCK_ADD, ruleset, 1, rule, 0), f"landlock_add_rule {path}")
     finally:
         os.close(beneath)
 
@@ -131,12 +131,12 @@ def allow(ruleset: int, path: str, rights: int) -> None:
 
 CLONE_NEWTIME, CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS = 0x80, 0x20000, 0x02000000, 0x04000000
 CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x08000000, 0x10000000, 0x20000000, 0x40000000
-ANY_NAMESPACE = (
+ALL_NAMESPACES = (
     CLONE_NEWTIME | CLONE_NEWNS | CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER | CLONE_NEWPID
 ) | CLONE_NEWNET
 
 # The numbers on (x86_64, aarch64); None if the architecture lacks the call.
-FORBIDDEN = {
+FORBIDDEN_SYSCALLS = {
     # network; for socketpair see ``build_filter``
     "socket": (41, 198), "connect": (42, 203), "bind": (49, 200), "listen": (50, 201), "accept": (43, 202),
     "accept4": (288, 242),
@@ -177,24 +177,24 @@ FORBIDDEN = {
 }  # fmt: skip
 # Landlock does not cover these calls. They report success and do nothing: a program that copies a file must not fail
 # because it copies the mode too.
-PRETENDED = {
+NO_OP_SYSCALLS = {
     "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, None),
     "lchown": (94, None), "fchown": (93, 55), "fchownat": (260, 54), "utime": (132, None), "utimes": (235, None),
     "futimesat": (261, None), "utimensat": (280, 88),
 }  # fmt: skip
 # The first argument is the target process: only the process itself if its uid is shared with others.
-ABOUT_A_PROCESS = {
+OWN_PROCESS_SYSCALLS = {
     "prlimit64": (302, 261), "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119),
     "sched_setparam": (142, 118), "sched_setattr": (314, 274),
 }  # fmt: skip
-SIGNALS = {
+SIGNAL_SYSCALLS = {
     "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138),
     "rt_tgsigqueueinfo": (297, 240),
 }  # fmt: skip
 SETPRIORITY, IOPRIO_SET, TRUNCATE_PATH = (141, 140), (251, 30), (76, 45)
 CLONE, CLONE3, SOCKETPAIR, IOCTL, FCNTL, PRCTL = (56, 220), (435, 435), (53, 199), (16, 29), (72, 25), (157, 167)
 MMAP = (9, 222)
-LAST_KNOWN = 462  # mseal, Linux 6.10; later calls fail as on an older kernel
+LAST_KNOWN_SYSCALL = 462  # mseal, Linux 6.10; later calls fail as on an older kernel
 
 TIOCSTI, TIOCLINUX, FIOSETOWN, SIOCSPGRP = 0x5412, 0x541C, 0x8901, 0x8902
 F_SETOWN, F_SETOWN_EX = 8, 15  # set the receiver of SIGIO, or of any signal that F_SETSIG names
@@ -207,91 +207,100 @@ MACHINES = ("x86_64", "aarch64")
 AUDIT_ARCH = (0xC000003E, 0xC00000B7)
 X32_BIT = 0x40000000
 ALLOW, KILL_PROCESS, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
-REFUSE, UNKNOWN, PRETEND = ERRNO | errno.EPERM, ERRNO | errno.ENOSYS, ERRNO
+RETURN_EPERM, RETURN_ENOSYS, RETURN_SUCCESS = ERRNO | errno.EPERM, ERRNO | errno.ENOSYS, ERRNO
 LOAD, AND, EQUAL, GREATER, GREATER_OR_EQUAL, RETURN = 0x20, 0x54, 0x15, 0x25, 0x35, 0x06
 NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16
 ALL_BITS = 0xFFFFFFFF
 
 
-def give(verdict: int) -> "tuple[int, int, int, int]":
+def return_verdict(verdict: int) -> "tuple[int, int, int, int]":
     return (RETURN, 0, 0, verdict)
 
 
-def on(number: "int | None", body: list) -> list:
+def match_syscall(number: "int | None", body: list) -> list:
     """Return the steps that run ``body``, which ends with a verdict, for one system call."""
     return [] if number is None else [(EQUAL, 0, len(body), number), *body]
 
 
-def need(argument: int, *values: int, mask: int = ALL_BITS) -> list:
+def require_argument(argument: int, *values: int, mask: int = ALL_BITS) -> list:
     """Reject the call unless a masked argument has one of the values.
 
     Only the lower half is compared: the kernel treats all these arguments as int.
     """
     tests = [(EQUAL, len(values) - index, 0, value) for index, value in enumerate(values)]
-    return [(LOAD, 0, 0, ARGUMENTS + 8 * argument), (AND, 0, 0, mask), *tests, give(REFUSE)]
+    return [(LOAD, 0, 0, ARGUMENTS + 8 * argument), (AND, 0, 0, mask), *tests, return_verdict(RETURN_EPERM)]
 
 
-def refuse_if(argument: int, *values: int, mask: int = ALL_BITS) -> list:
-    tests = [step for value in values for step in ((EQUAL, 0, 1, value), give(REFUSE))]
-    return [(LOAD, 0, 0, ARGUMENTS + 8 * argument), (AND, 0, 0, mask), *tests, give(ALLOW)]
+def reject_argument(argument: int, *values: int, mask: int = ALL_BITS) -> list:
+    tests = [step for value in values for step in ((EQUAL, 0, 1, value), return_verdict(RETURN_EPERM))]
+    return [(LOAD, 0, 0, ARGUMENTS + 8 * argument), (AND, 0, 0, mask), *tests, return_verdict(ALLOW)]
 
 
-def filter_program(*, truncate: bool, others: list) -> bytes:
+def build_filter(*, allow_truncate: bool, shared_user_rules: list) -> bytes:
     """Return the whole seccomp filter.
 
     ``allow_truncate``: other restrictions protect files from truncation. ``shared_user_rules``: the rules for a program
     whose user also owns other processes.
     """
-    arch = machine()
+    arch = machine_index()
     program = [
         (LOAD, 0, 0, ARCHITECTURE),
         (EQUAL, 1, 0, AUDIT_ARCH[arch]),
-        give(KILL_PROCESS),
+        return_verdict(KILL_PROCESS),
         (LOAD, 0, 0, NUMBER),
         (GREATER_OR_EQUAL, 0, 1, X32_BIT),
-        give(KILL_PROCESS),  # the x32 numbers of x86-64 would bypass every rule
-        (GREATER, 0, 1, LAST_KNOWN),
-        give(UNKNOWN),
+        return_verdict(KILL_PROCESS),  # the x32 numbers of x86-64 would bypass every rule
+        (GREATER, 0, 1, LAST_KNOWN_SYSCALL),
+        return_verdict(RETURN_ENOSYS),
     ]
-    for numbers in FORBIDDEN.values():
-        program += on(numbers[arch], [give(REFUSE)])
+    for numbers in FORBIDDEN_SYSCALLS.values():
+        program += match_syscall(numbers[arch], [return_verdict(RETURN_EPERM)])
     # Its flags are in memory, which no filter can read; libraries then fall back to clone.
-    program += on(CLONE3[arch], [give(UNKNOWN)])
+    program += match_syscall(CLONE3[arch], [return_verdict(RETURN_ENOSYS)])
     # Threads must share their descriptors: the watchdog inspects those of one thread.
-    threads = refuse_if(0, CLONE_THREAD, mask=CLONE_THREAD | CLONE_FILES)
-    program += on(CLONE[arch], [*need(0, 0, mask=ANY_NAMESPACE), *threads])
+    threads = reject_argument(0, CLONE_THREAD, mask=CLONE_THREAD | CLONE_FILES)
+    program += match_syscall(CLONE[arch], [*require_argument(0, 0, mask=ALL_NAMESPACES), *threads])
     # A datagram socket of a pair could send to any named socket of the host.
-    program += on(SOCKETPAIR[arch], [*need(0, AF_UNIX), *need(1, SOCK_STREAM, mask=SOCK_TYPES), give(ALLOW)])
-    program += on(IOCTL[arch], refuse_if(1, TIOCSTI, TIOCLINUX, FIOSETOWN, SIOCSPGRP))
-    program += on(FCNTL[arch], refuse_if(1, F_SETOWN, F_SETOWN_EX, F_SETPIPE_SZ))
+    program += match_syscall(
+        SOCKETPAIR[arch],
+        [*require_argument(0, AF_UNIX), *require_argument(1, SOCK_STREAM, mask=SOCK_TYPES), return_verdict(ALLOW)],
+    )
+    program += match_syscall(IOCTL[arch], reject_argument(1, TIOCSTI, TIOCLINUX, FIOSETOWN, SIOCSPGRP))
+    program += match_syscall(FCNTL[arch], reject_argument(1, F_SETOWN, F_SETOWN_EX, F_SETPIPE_SZ))
     # Shared anonymous memory belongs to no process: pages that one has written and unmapped stay, and appear nowhere.
-    program += on(MMAP[arch], refuse_if(3, MAP_SHARED | MAP_ANONYMOUS, mask=MAP_TYPES | MAP_ANONYMOUS))
-    program += on(PRCTL[arch], refuse_if(0, PR_SET_DUMPABLE))  # else the watchdog could no longer measure the process
-    if not truncate:
-        program += on(TRUNCATE_PATH[arch], [give(REFUSE)])
-    return b"".join(struct.pack("=HBBI", *instruction) for instruction in [*program, *others, give(ALLOW)])
+    program += match_syscall(MMAP[arch], reject_argument(3, MAP_SHARED | MAP_ANONYMOUS, mask=MAP_TYPES | MAP_ANONYMOUS))
+    program += match_syscall(
+        PRCTL[arch], reject_argument(0, PR_SET_DUMPABLE)
+    )  # else the watchdog could no longer measure the process
+    if not allow_truncate:
+        program += match_syscall(TRUNCATE_PATH[arch], [return_verdict(RETURN_EPERM)])
+    return b"".join(
+        struct.pack("=HBBI", *instruction) for instruction in [*program, *shared_user_rules, return_verdict(ALLOW)]
+    )
 
 
-def among_others(*, signals: bool) -> list:
+def shared_user_rules(*, signals_confined: bool) -> list:
     """Return rules that protect other processes and files of the program's user.
 
     ``signals_confined``: other restrictions already confine signals.
     """
-    arch, pid = machine(), os.getpid()
+    arch, pid = machine_index(), os.getpid()
     program: list = []
-    for numbers in PRETENDED.values():
-        program += on(numbers[arch], [give(PRETEND)])
-    for numbers in ABOUT_A_PROCESS.values():
-        program += on(numbers[arch], [*need(0, 0, pid), give(ALLOW)])
-    program += on(SETPRIORITY[arch], [*need(0, 0), *need(1, 0, pid), give(ALLOW)])
-    program += on(IOPRIO_SET[arch], [give(REFUSE)])
-    if not signals:
-        for numbers in SIGNALS.values():
-            program += on(numbers[arch], [*need(0, pid), give(ALLOW)])
+    for numbers in NO_OP_SYSCALLS.values():
+        program += match_syscall(numbers[arch], [return_verdict(RETURN_SUCCESS)])
+    for numbers in OWN_PROCESS_SYSCALLS.values():
+        program += match_syscall(numbers[arch], [*require_argument(0, 0, pid), return_verdict(ALLOW)])
+    program += match_syscall(
+        SETPRIORITY[arch], [*require_argument(0, 0), *require_argument(1, 0, pid), return_verdict(ALLOW)]
+    )
+    program += match_syscall(IOPRIO_SET[arch], [return_verdict(RETURN_EPERM)])
+    if not signals_confined:
+        for numbers in SIGNAL_SYSCALLS.values():
+            program += match_syscall(numbers[arch], [*require_argument(0, pid), return_verdict(ALLOW)])
     return program
 
 
-def machine() -> int:
+def machine_index() -> int:
     """Return the index of this machine in a pair (x86_64, aarch64)."""
     name = os.uname().machine
     if name not in MACHINES:
@@ -299,16 +308,16 @@ def machine() -> int:
     return MACHINES.index(name)
 
 
-def seccomp(code: bytes) -> None:
+def install_filter(code: bytes) -> None:
     buffer = ctypes.create_string_buffer(code, len(code))
     header = struct.pack("@HxxxxxxP", len(code) // 8, ctypes.addressof(buffer))
-    check(LIBC.prctl(PR_SET_SECCOMP, 2, header, 0, 0), "seccomp")
+    check_syscall(LIBC.prctl(PR_SET_SECCOMP, 2, header, 0, 0), "seccomp")
 
 
 # Namespaces (unshare(2))
 
 
-def own_namespaces(uid: "int | None") -> bool:
+def unshare_namespaces(uid: "int | None") -> bool:
     """Create namespaces of processes, network, IPC, host name and cgroups for future children.
 
     Return whether the kernel allows it. Without root it requires a user namespace, which maps the user to itself.
@@ -332,7 +341,7 @@ def own_namespaces(uid: "int | None") -> bool:
 # The child
 
 
-def limits(config: dict, processes: int) -> "list[tuple[int, int]]":
+def resource_limits(config: dict, processes: int) -> "list[tuple[int, int]]":
     return [
         (resource.RLIMIT_CPU, config["cpuSeconds"]),
         (resource.RLIMIT_AS, config["addressSpaceMb"] * MEGABYTE),
@@ -346,14 +355,14 @@ def limits(config: dict, processes: int) -> "list[tuple[int, int]]":
     ]
 
 
-def limit(values: "list[tuple[int, int]]") -> None:
+def set_resource_limits(values: "list[tuple[int, int]]") -> None:
     for number, value in values:
         hard = resource.getrlimit(number)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(number, (value, value))
 
 
-def change_user(uid: int) -> None:
+def drop_privileges(uid: int) -> None:
     """Switch to a user and group that own nothing, irreversibly: all three ids change."""
     os.setgroups([])
     os.setresgid(uid, uid, uid)
@@ -361,79 +370,79 @@ def change_user(uid: int) -> None:
     LIBC.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # the switch clears it, and the watchdog must read /proc
 
 
-def die_with_parent() -> None:
+def set_parent_death_signal() -> None:
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-def become_program(config: dict, own_pids: bool) -> None:
+def exec_program(config: dict, own_pids: bool) -> None:
     """Set up the remaining restrictions, then exec the program."""
     uid, processes = config["uid"], config["processes"]
     os.umask(0o077)
     os.chdir(config["directory"])
     if uid is not None:
-        change_user(uid)
+        drop_privileges(uid)
     elif not own_pids:
-        processes += processes_of(os.getuid())  # the limit includes those that already run
-    die_with_parent()  # again: the change of user clears it
-    limit(limits(config, processes))
-    check(LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+        processes += count_threads_of_user(os.getuid())  # the limit includes those that already run
+    set_parent_death_signal()  # again: the change of user clears it
+    set_resource_limits(resource_limits(config, processes))
+    check_syscall(LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     abi = landlock_abi()
-    others = [] if uid is not None else among_others(signals=own_pids or abi >= SCOPE_ABI)
-    code = filter_program(truncate=uid is not None or abi >= TRUNCATE_ABI, others=others)
-    landlock(config["rules"], abi)
-    seccomp(code)
+    others = [] if uid is not None else shared_user_rules(signals_confined=own_pids or abi >= SCOPE_ABI)
+    code = build_filter(allow_truncate=uid is not None or abi >= TRUNCATE_ABI, shared_user_rules=others)
+    restrict_files(config["rules"], abi)
+    install_filter(code)
     for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
     os.execve(config["command"][0], config["command"], config["environment"])
 
 
-def act_as_init(config: dict, report: int) -> None:
+def run_init(config: dict, report: int) -> None:
     """Run as process 1 of new namespaces: start the program, reap, report its exit, and exit with all processes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent()
+    set_parent_death_signal()
     program = os.fork()
     if program == 0:
         os.setsid()
-        become_program(config, own_pids=True)
+        exec_program(config, own_pids=True)
     for descriptor in (0, 1, 2):  # else a reader of the output would wait for this process
         os.close(descriptor)
     while True:
         pid, status, usage = os.wait4(-1, 0)
         if pid == program:
-            os.write(report, ENDED + ENDING.pack(status, usage.ru_maxrss))
+            os.write(report, STATUS_EXITED + EXIT_STATUS.pack(status, usage.ru_maxrss))
             return
 
 
-def become_bubblewrap(config: dict, report: int) -> None:
+def exec_bubblewrap(config: dict, report: int) -> None:
     """Exec bubblewrap, which runs ``sandbox_child.py``: that sets the limits, which bubblewrap itself would exceed."""
     if config["cgroup"]:
-        write(f"{config['cgroup']}/cgroup.procs", "0")
+        write_file(f"{config['cgroup']}/cgroup.procs", "0")
     if config["uid"] is not None:
-        change_user(config["uid"])
-    die_with_parent()
+        drop_privileges(config["uid"])
+    set_parent_death_signal()
     filter_read, filter_write = os.pipe()
-    os.write(filter_write, filter_program(truncate=True, others=[]))
+    os.write(filter_write, build_filter(allow_truncate=True, shared_user_rules=[]))
     os.close(filter_write)
     for descriptor in (filter_read, report):
         os.set_inheritable(descriptor, True)
-    limits_text = ",".join(f"{number}:{value}" for number, value in limits(config, config["processes"]))
+    limits_text = ",".join(f"{number}:{value}" for number, value in resource_limits(config, config["processes"]))
     environment = "\n".join(f"{name}={value}" for name, value in config["environment"].items())
     child = [*config["inside"], str(report), limits_text, environment, *config["command"]]
     bubblewrap = [*config["bubblewrap"], "--seccomp", str(filter_read), "--", *child]
     os.execve(bubblewrap[0], bubblewrap, {})  # an empty environment: the program can read that of process 1
 
 
-def become(config: dict, report: int) -> None:
+def run_child(config: dict, report: int) -> None:
     """Become the program, or its parent if the program gets its own pid namespace."""
     os.setsid()  # a signal to the program's process group must not reach the shim
     if config["bubblewrap"]:
-        become_bubblewrap(config, report)
-    die_with_parent()
-    if config["namespaces"] and own_namespaces(config["uid"]):
+        exec_bubblewrap(config, report)
+    set_parent_death_signal()
+    if config["namespaces"] and unshare_namespaces(config["uid"]):
         init = os.fork()
         if init == 0:
-            os.write(report, GUARDED)
-            act_as_init(config, report)
+            os.write(report, STATUS_HAS_INIT)
+            run_init(config, report)
             return
         for descriptor in (0, 1, 2, report):
             os.close(descriptor)
@@ -441,11 +450,11 @@ def become(config: dict, report: int) -> None:
     elif config["namespaces"] and config["uid"] is None:
         raise ConfinementError("no namespaces for this user")
     else:
-        os.write(report, ALONE)
-        become_program(config, own_pids=False)
+        os.write(report, STATUS_NO_INIT)
+        exec_program(config, own_pids=False)
 
 
-def start(config: dict, stdout: int, stderr: int) -> "tuple[int, int]":
+def start_program(config: dict, stdout: int, stderr: int) -> "tuple[int, int]":
     """Fork the program; return the pid of the program or of its parent, and its status pipe."""
     status, report = os.pipe()
     child = os.fork()
@@ -455,10 +464,10 @@ def start(config: dict, stdout: int, stderr: int) -> "tuple[int, int]":
             os.setpriority(os.PRIO_PROCESS, 0, max(NICE, os.getpriority(os.PRIO_PROCESS, 0)))
             for number, descriptor in enumerate((os.open(config["stdin"], os.O_RDONLY), stdout, stderr)):
                 os.dup2(descriptor, number)
-            close_all_but(report)
-            become(config, report)
+            close_descriptors_except(report)
+            run_child(config, report)
         except BaseException as error:  # noqa: BLE001 - it is reported, and nothing has run
-            os.write(report, FAILED + f" {type(error).__name__}: {error}".encode()[:1000])
+            os.write(report, STATUS_FAILED + f" {type(error).__name__}: {error}".encode()[:1000])
         finally:
             os._exit(125)
     for descriptor in (report, stdout, stderr):
@@ -469,7 +478,7 @@ def start(config: dict, stdout: int, stderr: int) -> "tuple[int, int]":
 # The shim
 
 
-def processes_of(uid: int) -> int:
+def count_threads_of_user(uid: int) -> int:
     count = 0
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -480,7 +489,7 @@ def processes_of(uid: int) -> int:
     return count
 
 
-def tasks_of(pid: int) -> "list[str]":
+def thread_paths(pid: int) -> "list[str]":
     """Return the /proc paths of the threads of a process.
 
     /proc shows neither memory nor files of a thread that has ended, even of the first; and each has its own children.
@@ -493,7 +502,7 @@ def tasks_of(pid: int) -> "list[str]":
 
 def children_of(pid: int) -> "list[int]":
     pids: list[int] = []
-    for task in tasks_of(pid):
+    for task in thread_paths(pid):
         try:
             with open(f"{task}/children") as file:
                 pids += map(int, file.read().split())
@@ -502,29 +511,29 @@ def children_of(pid: int) -> "list[int]":
     return pids
 
 
-def below(ahead: "list[int]") -> "list[int]":
+def descendants_of(roots: "list[int]") -> "list[int]":
     """Return these processes and all their descendants; daemons too, since the shim is their subreaper."""
     pids = []
-    while ahead:
-        pid = ahead.pop()
+    while roots:
+        pid = roots.pop()
         pids.append(pid)
-        ahead += children_of(pid)
+        roots += children_of(pid)
     return pids
 
 
-def living(pids: "list[int]") -> "dict[str, int]":
+def resident_by_thread(pids: "list[int]") -> "dict[str, int]":
     """Return the resident bytes of each running process, by the path of one of its threads."""
     sizes = {}
     for pid in pids:
-        for task in tasks_of(pid):
-            size = resident(task)
+        for task in thread_paths(pid):
+            size = resident_bytes(task)
             if size:
                 sizes[task] = size
                 break
     return sizes
 
 
-def resident(task: str) -> int:
+def resident_bytes(task: str) -> int:
     try:
         with open(f"{task}/statm") as file:
             return int(file.read().split()[1]) * resource.getpagesize()
@@ -532,7 +541,7 @@ def resident(task: str) -> int:
         return 0
 
 
-def proportional_memory_of(tasks: "dict[str, int]") -> int:
+def proportional_bytes(tasks: "dict[str, int]") -> int:
     """Return the resident bytes, with shared pages divided among the processes: exact, but slower."""
     total = 0
     for task, size in tasks.items():
@@ -544,7 +553,7 @@ def proportional_memory_of(tasks: "dict[str, int]") -> int:
     return total
 
 
-class Holdings:
+class HeldResources:
     """Resources that processes hold and that no directory shows.
 
     These are bytes of deleted files, and bytes in pipes and sockets, each counted as full. ``unreadable`` are the
@@ -554,83 +563,83 @@ class Holdings:
     def __init__(self, config: dict, pids: "Iterable[int]") -> None:
         self.config = config
         self.disk = self.memory = self.mappings = 0
-        self.per_socket = socket_bytes()
-        self.open: set[tuple[int, int]] = set()
-        self.mapped: set[tuple[int, int]] = set()
-        self.hidden = [pid for pid in pids if not self.sees(pid)]
-        if self.hidden and config["uid"] is not None:
-            self.look_again_as(config["uid"])
+        self.socket_bytes = max_socket_bytes()
+        self.open_files: set[tuple[int, int]] = set()
+        self.mapped_files: set[tuple[int, int]] = set()
+        self.unreadable = [pid for pid in pids if not self.inspect(pid)]
+        if self.unreadable and config["uid"] is not None:
+            self.inspect_as(config["uid"])
         # Only the kernel knows the size of files that are mapped and no longer open: count their maximum.
-        self.disk += config["fileMb"] * MEGABYTE * len(self.mapped - self.open)
+        self.disk += config["fileMb"] * MEGABYTE * len(self.mapped_files - self.open_files)
 
-    def sees(self, pid: int) -> bool:
+    def inspect(self, pid: int) -> bool:
         """Inspect a process by a thread that still runs afterwards: a thread that has ended shows nothing."""
-        tasks = tasks_of(pid)
+        tasks = thread_paths(pid)
         for task in tasks:
             try:
-                self.look_at_descriptors(f"{task}/fd")
-                self.look_at_mappings(f"{task}/maps")
+                self.count_descriptors(f"{task}/fd")
+                self.count_mappings(f"{task}/maps")
             except OSError:
                 continue
-            if resident(task):
+            if resident_bytes(task):
                 return True
-        return len(tasks) < 2 and not living([pid])  # the whole process has ended
+        return len(tasks) < 2 and not resident_by_thread([pid])  # the whole process has ended
 
-    def look_again_as(self, uid: int) -> None:
+    def inspect_as(self, uid: int) -> None:
         """Inspect the unreadable processes as their own user, who may read what root in a container may not."""
         try:
             LIBC.setfsgid(uid)
             LIBC.setfsuid(uid)
-            self.hidden = [pid for pid in self.hidden if not self.sees(pid)]
+            self.unreadable = [pid for pid in self.unreadable if not self.inspect(pid)]
         finally:
             LIBC.setfsuid(os.geteuid())
             LIBC.setfsgid(os.getegid())
 
-    def look_at_descriptors(self, directory: str) -> None:
+    def count_descriptors(self, directory: str) -> None:
         for number in os.listdir(directory):
             try:
                 status = os.stat(f"{directory}/{number}")
             except FileNotFoundError:
                 continue
-            if (status.st_dev, status.st_ino) not in self.open:
-                self.open.add((status.st_dev, status.st_ino))
-                self.count(status)
+            if (status.st_dev, status.st_ino) not in self.open_files:
+                self.open_files.add((status.st_dev, status.st_ino))
+                self.count_descriptor(status)
 
-    def count(self, status: os.stat_result) -> None:
+    def count_descriptor(self, status: os.stat_result) -> None:
         if stat.S_ISSOCK(status.st_mode):
-            self.memory += self.per_socket
+            self.memory += self.socket_bytes
         elif stat.S_ISFIFO(status.st_mode):
-            self.memory += PIPE_BYTES
+            self.memory += MAX_PIPE_BYTES
         elif not status.st_nlink:
             self.disk += status.st_blocks * 512
 
-    def look_at_mappings(self, path: str) -> None:
+    def count_mappings(self, path: str) -> None:
         with open(path, "rb") as file:
             for line in file:
                 self.mappings += 1
-                if self.mappings > MOST_MAPPINGS:
+                if self.mappings > MAX_MAPPINGS:
                     raise OSError(f"too many mappings: {path}")
                 if line.endswith(b" (deleted)\n"):
                     self.count_mapping(line.split(None, 5))
 
     def count_mapping(self, fields: "list[bytes]") -> None:
         _, _, _, device, inode, path = fields
-        if path.startswith(SHARED_MEMORY):
+        if path.startswith(SHARED_MEMORY_PATH):
             self.memory += self.config["addressSpaceMb"] * MEGABYTE
             return
         major, minor = device.split(b":")
-        self.mapped.add((os.makedev(int(major, 16), int(minor, 16)), int(inode)))
+        self.mapped_files.add((os.makedev(int(major, 16), int(minor, 16)), int(inode)))
 
 
-def socket_bytes() -> int:
+def max_socket_bytes() -> int:
     try:
-        with open(WRITE_BUFFERS) as file:
-            return max(SOCKET_BYTES, int(file.read()))
+        with open(WRITE_BUFFER_SETTING) as file:
+            return max(MAX_SOCKET_BYTES, int(file.read()))
     except OSError:  # missing in a network namespace
-        return SOCKET_BYTES
+        return MAX_SOCKET_BYTES
 
 
-def disk_exceeded(directory: str, most_bytes: int) -> bool:
+def exceeds_disk_limit(directory: str, max_bytes: int) -> bool:
     """Return whether a directory exceeds its limit; one that is too deep or unreadable counts as exceeding."""
     size, files, directories = 0, 0, [directory]
     while directories:
@@ -641,7 +650,7 @@ def disk_exceeded(directory: str, most_bytes: int) -> bool:
                     size += entry.stat(follow_symlinks=False).st_blocks * 512
                     if entry.is_dir(follow_symlinks=False):
                         directories.append(entry.path)
-                    if files > MOST_FILES or size > most_bytes:
+                    if files > MAX_SCANNED_FILES or size > max_bytes:
                         return True
         except FileNotFoundError:
             continue
@@ -653,13 +662,13 @@ def disk_exceeded(directory: str, most_bytes: int) -> bool:
 def kill_all() -> None:
     """Kill and reap until no process is left; first forbid forks, so that a fork bomb cannot outrun it."""
     while True:
-        pids = below(children_of(os.getpid()))
+        pids = descendants_of(children_of(os.getpid()))
         for pid in pids:
             try:
                 resource.prlimit(pid, resource.RLIMIT_NPROC, (0, 0))
             except (OSError, ValueError):
                 continue
-        kill(pids)
+        kill_processes(pids)
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
@@ -668,7 +677,7 @@ def kill_all() -> None:
         time.sleep(0.001)
 
 
-def kill(pids: "list[int]") -> None:
+def kill_processes(pids: "list[int]") -> None:
     for pid in pids:
         try:
             os.kill(pid, signal.SIGKILL)
@@ -680,13 +689,13 @@ def make_cgroup(config: dict) -> None:
     os.mkdir(config["cgroup"])
     for name, value in config["cgroupLimits"].items():
         try:
-            write(f"{config['cgroup']}/{name}", value)
+            write_file(f"{config['cgroup']}/{name}", value)
         except OSError:
             if name not in config["cgroupWishes"]:
                 raise
 
 
-def write(path: str, value: str) -> None:
+def write_file(path: str, value: str) -> None:
     descriptor = os.open(path, os.O_WRONLY)
     try:
         os.write(descriptor, value.encode())
@@ -694,7 +703,7 @@ def write(path: str, value: str) -> None:
         os.close(descriptor)
 
 
-def ran_out_of_memory(cgroup: str) -> bool:
+def was_oom_killed(cgroup: str) -> bool:
     try:
         with open(f"{cgroup}/memory.events") as file:
             return any(line.startswith("oom_kill ") and int(line.split()[1]) > 0 for line in file)
@@ -704,7 +713,7 @@ def ran_out_of_memory(cgroup: str) -> bool:
 
 def remove_cgroup(cgroup: str) -> None:
     """Remove the group of reaped processes; retry, since the kernel may take a moment to see that it is empty."""
-    for _ in range(CGROUP_TRIES):
+    for _ in range(MAX_CGROUP_REMOVAL_ATTEMPTS):
         try:
             os.rmdir(cgroup)
         except FileNotFoundError:
@@ -715,87 +724,89 @@ def remove_cgroup(cgroup: str) -> None:
             return
 
 
-class Watch:
+class Watchdog:
     """The watchdog of a program: waits for its end, and stops it if it exceeds a limit."""
 
     def __init__(self, config: dict, child: int, status: int, channel: int) -> None:
         self.config, self.child, self.status, self.channel = config, child, status, channel
-        self.began = self.looked = time.monotonic()
-        self.look_again = 0.0
-        self.peak = self.kept = 0
-        self.hid = False
-        self.why: str | None = None
+        self.started_at = time.monotonic()
+        self.next_disk_check_at = 0.0
+        self.peak_bytes = self.kernel_bytes = 0
+        self.had_unreadable = False
+        self.stop_reason: str | None = None
 
-    def until_end(self) -> "tuple[int, int]":
+    def wait(self) -> "tuple[int, int]":
         """Wait for the end of the program; return its wait status and its peak memory in kilobytes."""
         poll = select.poll()
         exited = os.pidfd_open(self.child)
         poll.register(exited, select.POLLIN)
         poll.register(self.channel, select.POLLIN)
         while True:
-            events = dict(poll.poll(WATCH_SECONDS * 1000))
+            events = dict(poll.poll(WATCH_INTERVAL_SECONDS * 1000))
             if exited in events:
-                return self.ended()
-            self.why = "cancelled" if events else self.passed_limit()
-            if self.why:
+                return self.read_exit_status()
+            self.stop_reason = "cancelled" if events else self.exceeded_limit()
+            if self.stop_reason:
                 return signal.SIGKILL, 0
 
-    def ended(self) -> "tuple[int, int]":
+    def read_exit_status(self) -> "tuple[int, int]":
         _, status, usage = os.wait4(self.child, 0)
         os.set_blocking(self.status, False)
         try:
             messages = os.read(self.status, 4096)
         except BlockingIOError:
             messages = b""
-        if messages == ALONE:
+        if messages == STATUS_NO_INIT:
             return status, usage.ru_maxrss
-        if messages == GUARDED:
+        if messages == STATUS_HAS_INIT:
             return signal.SIGKILL, 0  # its init was killed
-        if messages.startswith(GUARDED + ENDED):
-            return ENDING.unpack(messages[2 : 2 + ENDING.size])
-        text = messages[2:].partition(ENDED)[0]  # its init may have reported the exit too
+        if messages.startswith(STATUS_HAS_INIT + STATUS_EXITED):
+            return EXIT_STATUS.unpack(messages[2 : 2 + EXIT_STATUS.size])
+        text = messages[2:].partition(STATUS_EXITED)[0]  # its init may have reported the exit too
         raise ConfinementError(text.decode(errors="replace") or "the confinement did not start")
 
-    def passed_limit(self) -> "str | None":
+    def exceeded_limit(self) -> "str | None":
         now = time.monotonic()
-        if now - self.began > self.config["timeout"]:
+        if now - self.started_at > self.config["timeout"]:
             return "time"
-        pids = below(children_of(os.getpid()))
-        if self.passed_memory(living(pids)):
+        pids = descendants_of(children_of(os.getpid()))
+        if self.exceeds_memory(resident_by_thread(pids)):
             return "memory"
-        if now >= self.look_again:
-            if self.passed_disk(pids):
+        if now >= self.next_disk_check_at:
+            if self.exceeds_disk(pids):
                 return "disk"
-            self.look_again = now + DISK_SHARE * (time.monotonic() - now)
+            self.next_disk_check_at = now + DISK_CHECK_BACKOFF * (time.monotonic() - now)
         return None
 
-    def passed_memory(self, tasks: "dict[str, int]") -> bool:
+    def exceeds_memory(self, tasks: "dict[str, int]") -> bool:
         max_bytes: int = self.config["memoryMb"] * MEGABYTE
         memory = sum(tasks.values())
-        if memory + self.kept > max_bytes:  # only here, pages that forks share are counted once
-            memory = min(memory, proportional_memory_of(tasks))
-        self.peak = max(self.peak, memory)
-        return memory + self.kept > max_bytes
+        if memory + self.kernel_bytes > max_bytes:  # only here, pages that forks share are counted once
+            memory = min(memory, proportional_bytes(tasks))
+        self.peak_bytes = max(self.peak_bytes, memory)
+        return memory + self.kernel_bytes > max_bytes
 
-    def passed_disk(self, pids: "list[int]") -> bool:
-        held = Holdings(self.config, pids)
-        self.kept = held.memory
+    def exceeds_disk(self, pids: "list[int]") -> bool:
+        held = HeldResources(self.config, pids)
+        self.kernel_bytes = held.memory
         # A single unreadable check may be chance: the process was about to exit or to exec.
-        was_unreadable, self.hid = self.hid, bool(held.hidden)
+        was_unreadable, self.had_unreadable = self.had_unreadable, bool(held.unreadable)
         max_bytes: int = self.config["diskMb"] * MEGABYTE
-        return (was_unreadable and self.hid) or disk_exceeded(self.config["work"], max_bytes - held.disk)
+        return (was_unreadable and self.had_unreadable) or exceeds_disk_limit(
+            self.config["work"], max_bytes - held.disk
+        )
 
 
-def run(config: dict, stdout: int, stderr: int, channel: int) -> dict:
+def supervise(config: dict, stdout: int, stderr: int, channel: int) -> dict:
     started_at = time.monotonic()
     try:
         if config["cgroup"]:
             make_cgroup(config)
-        child, status = start(config, stdout, stderr)
-        watch = Watch(config, child, status, channel)
-        wait_status, kilobytes = watch.until_end()
-        if config["cgroup"] and watch.why is None and ran_out_of_memory(config["cgroup"]):
-            watch.why = "memory"
+        child, status = start_program(config, stdout, stderr)
+        watchdog = Watchdog(config, child, status, channel)
+        wait_status, kilobytes = watchdog.wait()
+        if config["cgroup"] and watchdog.stop_reason is None and was_oom_killed(config["cgroup"]):
+            watchdog.stop_reason = "memory"
     finally:
         kill_all()
         if config["cgroup"]:
@@ -803,18 +814,18 @@ def run(config: dict, stdout: int, stderr: int, channel: int) -> dict:
     return {
         "exitCode": os.WEXITSTATUS(wait_status) if os.WIFEXITED(wait_status) else None,
         "signal": os.WTERMSIG(wait_status) if os.WIFSIGNALED(wait_status) else None,
-        "why": watch.why,
+        "why": watchdog.stop_reason,
         "durationMs": round((time.monotonic() - started_at) * 1000),
-        "maxRssKb": max(kilobytes, watch.peak >> 10),
+        "maxRssKb": max(kilobytes, watchdog.peak_bytes >> 10),
     }
 
 
-def remove(root: str) -> None:
+def remove_directory(root: str) -> None:
     """Remove a job's directory.
 
     ``rm`` removes trees of any depth; ``chmod`` restores permissions that the program may have removed.
     """
-    if removed_at_once(root):
+    if remove_flat_directory(root):
         return
     for command in (["/bin/rm", "-rf", root], ["/bin/chmod", "-R", "u+rwx", root], ["/bin/rm", "-rf", root]):
         if not os.path.lexists(root):
@@ -823,7 +834,7 @@ def remove(root: str) -> None:
         os.waitpid(os.posix_spawn(command[0], command, {}, file_actions=null), 0)
 
 
-def removed_at_once(root: str) -> bool:
+def remove_flat_directory(root: str) -> bool:
     """Remove a directory with at most one level below it; return whether that was enough.
 
     Most jobs leave such a directory, which needs no other program.
@@ -843,19 +854,19 @@ def removed_at_once(root: str) -> bool:
     return True
 
 
-def act_as_shim(path: str, stdout: int, stderr: int, channel: int) -> None:
+def run_shim(path: str, stdout: int, stderr: int, channel: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
     LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
-        os.write(channel, LAUNCHED)
+        os.write(channel, STATUS_LAUNCHED)
         with open(path) as file:
             config = json.load(file)
-        outcome = run(config, stdout, stderr, channel)
+        outcome = supervise(config, stdout, stderr, channel)
     except (ConfinementError, OSError) as error:
         outcome = {"error": str(error)}
     finally:
-        remove(os.path.dirname(path))
+        remove_directory(os.path.dirname(path))
     try:
         os.write(channel, json.dumps(outcome).encode())
     except OSError:
@@ -874,7 +885,7 @@ class Launcher:
 
     def serve(self) -> None:
         """Serve until the worker closes the control socket or exits, and then until the last shim exits."""
-        remove_stale(self.directory)
+        remove_stale_directories(self.directory)
         LIBC.prctl(
             PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0
         )  # the programs of a killed shim become children, to be killed here
@@ -885,7 +896,9 @@ class Launcher:
             )  # the worker decides when the launcher exits; its exit closes the control socket
         gc.freeze()
         while True:
-            message, descriptors, _, _ = socket.recv_fds(self.control, LONGEST_MESSAGE, 3, socket.MSG_CMSG_CLOEXEC)
+            message, descriptors, _, _ = socket.recv_fds(
+                self.control, MAX_CONTROL_MESSAGE_BYTES, 3, socket.MSG_CMSG_CLOEXEC
+            )
             if not message:
                 break
             self.launch(message.decode(), descriptors)
@@ -893,7 +906,7 @@ class Launcher:
         while self.shims:
             self.reap()
             time.sleep(0.01)
-        remove(self.directory)
+        remove_directory(self.directory)
 
     def launch(self, path: str, descriptors: "list[int]") -> None:
         signal.pthread_sigmask(
@@ -904,7 +917,7 @@ class Launcher:
             try:
                 self.control.close()
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
-                act_as_shim(path, *descriptors)
+                run_shim(path, *descriptors)
             finally:
                 os._exit(0)
         self.shims.add(shim)
@@ -919,10 +932,10 @@ class Launcher:
         except ChildProcessError:
             self.shims.clear()
         for orphan in set(children_of(os.getpid())) - self.shims:
-            kill(below([orphan]))
+            kill_processes(descendants_of([orphan]))
 
 
-def remove_stale(directory: str) -> None:
+def remove_stale_directories(directory: str) -> None:
     """Remove unlocked directories like ``directory``: those of workers that were killed with their launchers."""
     parent, name = os.path.split(directory)
     for entry in os.scandir(parent):
@@ -930,12 +943,12 @@ def remove_stale(directory: str) -> None:
             continue
         try:
             status = entry.stat(follow_symlinks=False)
-            if status.st_uid != os.geteuid() or time.time() - status.st_ctime < STALE_SECONDS:
+            if status.st_uid != os.geteuid() or time.time() - status.st_ctime < MIN_STALE_SECONDS:
                 continue
             descriptor = os.open(entry.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                remove(entry.path)
+                remove_directory(entry.path)
             finally:
                 os.close(descriptor)
         except OSError:
@@ -944,7 +957,7 @@ def remove_stale(directory: str) -> None:
 
 def main() -> None:
     control, lock, directory = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    close_all_but(control, lock)
+    close_descriptors_except(control, lock)
     for descriptor in (control, lock):  # for the launcher and its shims, not for programs
         os.set_inheritable(descriptor, False)
     Launcher(socket.socket(fileno=control), directory).serve()

@@ -22,23 +22,23 @@ from server import fields, loop, metrics, tracing
 from server.errors import ServiceError
 from server.jobs import artifacts, output, store
 from server.jobs.announcements import Announcements
-from server.jobs.attempt import Attempt
+from server.jobs.attempt_context import AttemptContext
 from server.jobs.dispatch import Dispatcher
-from server.jobs.files import Files
-from server.jobs.leases import Held, Leases
-from server.jobs.output import Output
+from server.jobs.leases import HeldLease, Leases
+from server.jobs.output import OutputWriter
 from server.jobs.sandbox import Sandbox
-from server.jobs.store import Job
+from server.jobs.store import JobRecord
 from server.jobs.table import JobType
+from server.jobs.workspace_files import WorkspaceFiles
 from server.projects import access
-from server.projects.access import Kind, Role
+from server.projects.access import ResourceKind, Role
 from server.resources import Resources
 
 log = structlog.get_logger()
 
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, JITTER = 1.0, 60.0, 0.2
-PATIENCE_SECONDS = 60.0  # a restart of MongoDB should not make a finished program run again
-AGAIN_SECONDS = 0.3
+MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS, BACKOFF_JITTER = 1.0, 60.0, 0.2
+MONGO_RETRY_TIMEOUT_SECONDS = 60.0  # a restart of MongoDB should not make a finished program run again
+MONGO_RETRY_INTERVAL_SECONDS = 0.3
 T = TypeVar("T")
 
 
@@ -47,7 +47,7 @@ class InjectedFault(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Bench:
+class WorkerContext:
     """The context of a worker process: the components that its attempts use."""
 
     stores: Resources
@@ -55,42 +55,44 @@ class Bench:
     announcements: Announcements
     leases: Leases
     sandbox: Sandbox
-    files: Files
+    files: WorkspaceFiles
     types: Mapping[str, JobType]
     worker: str
 
 
-async def attempt(bench: Bench, *, job: str, claim: int) -> None:
+async def run_attempt(context: WorkerContext, *, job: str, claim: int) -> None:
     """Process one attempt from its message to its outcome.
 
     Never raises: errors are stored in the record only, since SAQ neither retries nor reports them.
     """
     structlog.contextvars.bind_contextvars(job=job)
     try:
-        with bench.leases.hold(job, claim) as held:
-            record = await before_process(bench, job=job, claim=claim)
+        with context.leases.hold(job, claim) as held:
+            record = await before_process(context, job=job, claim=claim)
             if record is None:
                 return  # cancelled, or already claimed: the message arrived late or twice
             structlog.contextvars.bind_contextvars(type=record["type"], attempt=record["attempts"])
             slot = record["slot"]
-            await _run_and_write(bench, record, held)
-        await bench.dispatcher.hand_on(record["userId"], slot)
+            await _run_and_write(context, record, held)
+        await context.dispatcher.release_slot(record["userId"], slot)
     except Exception:
         # If the outcome is not written, the lease expires and the reconciler reclaims the job.
-        log.exception("attempt left behind")
+        log.exception("attempt abandoned")
 
 
-async def before_process(bench: Bench, *, job: str, claim: int) -> Job | None:
+async def before_process(context: WorkerContext, *, job: str, claim: int) -> JobRecord | None:
     """Claim the attempt and return its record, or None if there is nothing to do."""
-    mongo, worker = bench.stores.mongo, bench.worker
-    record, _ = await _patiently(lambda: store.claim(mongo, job=job, claim=claim, worker=worker, now=store.moment()))
+    mongo, worker = context.stores.mongo, context.worker
+    record, _ = await _retry_mongo(
+        lambda: store.claim(mongo, job=job, claim=claim, worker=worker, now=store.mongo_now())
+    )
     if record is not None:
-        _measure_wait(record)
-        await bench.announcements.moved(record)
+        _observe_wait(record)
+        await context.announcements.announce_status(record)
     return record
 
 
-def _measure_wait(record: Job) -> None:
+def _observe_wait(record: JobRecord) -> None:
     """Observe the time between due and started; an attempt without a known due time is not measured."""
     due = record["runAt"] or (record["createdAt"] if record["claim"] == 1 else None)
     if due is not None:
@@ -99,70 +101,74 @@ def _measure_wait(record: Job) -> None:
 
 
 async def after_process(
-    bench: Bench,
-    record: Job,
+    context: WorkerContext,
+    record: JobRecord,
     *,
     result: dict[str, Any] | None = None,
     error: dict[str, Any] | None = None,
     final: bool = True,
 ) -> None:
     """Write the outcome; schedule a retry with backoff after a failure that is not final."""
-    mongo, now = bench.stores.mongo, store.moment()
+    mongo, now = context.stores.mongo, store.mongo_now()
     if error is None:
         assert result is not None
         outcome, status = "completed", store.COMPLETED
-        written = await _write(bench, record, status, lambda: store.complete(mongo, job=record, result=result, now=now))
+        written = await _write_outcome(
+            context, record, status, lambda: store.complete(mongo, job=record, result=result, now=now)
+        )
     elif final or record["attempts"] >= record["maxAttempts"]:
         outcome, status = "failed", store.FAILED
-        written = await _write(bench, record, status, lambda: store.fail(mongo, job=record, error=error, now=now))
+        written = await _write_outcome(
+            context, record, status, lambda: store.fail(mongo, job=record, error=error, now=now)
+        )
     else:
         outcome, status = "retried", store.PENDING
-        at = now + pause_after(record["attempts"])
-        written = await _write(
-            bench, record, status, lambda: store.postpone(mongo, job=record, error=error, run_at=at, now=now)
+        at = now + retry_backoff(record["attempts"])
+        written = await _write_outcome(
+            context, record, status, lambda: store.schedule_retry(mongo, job=record, error=error, run_at=at, now=now)
         )
-    await _tell_end(bench, record, outcome, written=written)
+    await _finish_attempt(context, record, outcome, written=written)
 
 
-async def hand_back(bench: Bench, record: Job) -> None:
+async def requeue(context: WorkerContext, record: JobRecord) -> None:
     """Requeue the job because this worker shuts down; the attempt does not count."""
     error = {"code": "handed_back", "message": "Worker shut down during the attempt"}
-    mongo, now = bench.stores.mongo, store.moment()
-    written = await _write(
-        bench, record, store.PENDING, lambda: store.hand_back(mongo, job=record, error=error, now=now)
+    mongo, now = context.stores.mongo, store.mongo_now()
+    written = await _write_outcome(
+        context, record, store.PENDING, lambda: store.requeue(mongo, job=record, error=error, now=now)
     )
-    await _tell_end(bench, record, "handed back", written=written)
+    await _finish_attempt(context, record, "handed back", written=written)
 
 
-def pause_after(attempts: int, *, chance: float | None = None) -> timedelta:
+def retry_backoff(attempts: int, *, random_value: float | None = None) -> timedelta:
     """Return the backoff with jitter after attempt n: 1 s · 2^(n−1), at most 60 s, ± 20 %."""
-    chance = random.random() if chance is None else chance  # noqa: S311 - jitter
-    seconds = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** (attempts - 1))
-    return timedelta(seconds=seconds * (1 - JITTER + 2 * JITTER * chance))
+    random_value = random.random() if random_value is None else random_value  # noqa: S311 - jitter
+    seconds = min(MAX_BACKOFF_SECONDS, MIN_BACKOFF_SECONDS * 2.0 ** (attempts - 1))
+    return timedelta(seconds=seconds * (1 - BACKOFF_JITTER + 2 * BACKOFF_JITTER * random_value))
 
 
-async def _run_and_write(bench: Bench, record: Job, held: Held) -> None:
+async def _run_and_write(context: WorkerContext, record: JobRecord, held: HeldLease) -> None:
     try:
-        result = await held.run(_run_in_span(bench, record))
+        result = await held.run(_run_in_span(context, record))
     except asyncio.CancelledError:
-        if held.why == "lost":
-            await _tell_end(bench, record, "superseded", written=False)
+        if held.stop_reason == "lost":
+            await _finish_attempt(context, record, "superseded", written=False)
         else:
-            await asyncio.shield(hand_back(bench, record))
+            await asyncio.shield(requeue(context, record))
     except ServiceError as refusal:
         await after_process(
-            bench, record, error={"code": refusal.code, "message": refusal.detail}, final=refusal.status < 500
+            context, record, error={"code": refusal.code, "message": refusal.detail}, final=refusal.status < 500
         )
     except Exception as error:
         log.warning("attempt failed", exc_info=not isinstance(error, InjectedFault), error=str(error))
-        await after_process(bench, record, error=_described(error), final=False)
+        await after_process(context, record, error=_error_details(error), final=False)
     else:
         try:
-            await after_process(bench, record, result=result)
+            await after_process(context, record, result=result)
         except (DocumentTooLarge, InvalidDocument, OverflowError) as error:
             log.warning("result cannot be stored", error=str(error))
             await after_process(
-                bench,
+                context,
                 record,
                 error={
                     "code": "result_too_large",
@@ -171,7 +177,7 @@ async def _run_and_write(bench: Bench, record: Job, held: Held) -> None:
             )
 
 
-async def _run_in_span(bench: Bench, record: Job) -> dict[str, Any]:
+async def _run_in_span(context: WorkerContext, record: JobRecord) -> dict[str, Any]:
     """Run the attempt in the trace of the request that created the job."""
     with tracing.span(
         f"attempt {record['type']}",
@@ -181,23 +187,28 @@ async def _run_in_span(bench: Bench, record: Job) -> dict[str, Any]:
         job_type=record["type"],
         job_attempt=record["attempts"],
     ):
-        return await _run(bench, record)
+        return await _run(context, record)
 
 
-async def _run(bench: Bench, record: Job) -> dict[str, Any]:
-    type = bench.types[record["type"]]
-    await _check_access(bench, record)
-    if random.random() < bench.stores.settings.job_fault_rate:  # noqa: S311 - not a secret
+async def _run(context: WorkerContext, record: JobRecord) -> dict[str, Any]:
+    type = context.types[record["type"]]
+    await _check_access(context, record)
+    if random.random() < context.stores.settings.job_fault_rate:  # noqa: S311 - not a secret
         raise InjectedFault("injected fault")
     payload = fields.load(type.schema, record["payload"])
-    async with _output(bench, record) as writer, asyncio.timeout(type.timeout):
-        attempt = Attempt(
-            record, bench.stores, bench.sandbox, writer, bench.files, lambda percent: _progress(bench, record, percent)
+    async with _open_output(context, record) as writer, asyncio.timeout(type.timeout):
+        attempt = AttemptContext(
+            record,
+            context.stores,
+            context.sandbox,
+            writer,
+            context.files,
+            lambda percent: _write_progress(context, record, percent),
         )
         return await type.run(attempt, payload)
 
 
-async def _check_access(bench: Bench, record: Job) -> None:
+async def _check_access(context: WorkerContext, record: JobRecord) -> None:
     """Check that the user still has the role in the project: it may have changed while the job waited.
 
     Raises:
@@ -205,21 +216,21 @@ async def _check_access(bench: Bench, record: Job) -> None:
     """
     if record["projectId"]:
         user, project = UUID(record["userId"]), UUID(record["projectId"])
-        await access.check(bench.stores.db, user=user, kind=Kind.PROJECT, id=project, role=Role.COLLABORATOR)
+        await access.check(context.stores.db, user=user, kind=ResourceKind.PROJECT, id=project, role=Role.COLLABORATOR)
 
 
 @asynccontextmanager
-async def _output(bench: Bench, record: Job) -> AsyncIterator[Output]:
+async def _open_output(context: WorkerContext, record: JobRecord) -> AsyncIterator[OutputWriter]:
     """Store the output while the block runs, and the rest afterwards, even if the block fails."""
-    mongo, job, claim = bench.stores.mongo, record["_id"], record["claim"]
+    mongo, job, claim = context.stores.mongo, record["_id"], record["claim"]
     # Only a first attempt knows that no output is stored.
-    start = await output.end_of(mongo, job=job) if claim > 1 else 0
+    start = await output.read_end_offset(mongo, job=job) if claim > 1 else 0
 
     async def announce(chunks: Any) -> None:
-        await bench.announcements.output(record, chunks)
+        await context.announcements.announce_output(record, chunks)
 
-    writer = Output(mongo, job=job, claim=claim, start=start, tell=announce, now=store.moment)
-    flushing, timeout = asyncio.ensure_future(writer.keep()), PATIENCE_SECONDS
+    writer = OutputWriter(mongo, job=job, claim=claim, start=start, on_stored=announce, clock=store.mongo_now)
+    flushing, timeout = asyncio.ensure_future(writer.flush_forever()), MONGO_RETRY_TIMEOUT_SECONDS
     try:
         yield writer
     except asyncio.CancelledError:
@@ -227,71 +238,77 @@ async def _output(bench: Bench, record: Job) -> AsyncIterator[Output]:
         raise
     finally:
         try:
-            await _patiently(writer.flush, seconds=timeout)
+            await _retry_mongo(writer.flush, timeout=timeout)
         except PyMongoError as error:
-            log.warning("output not kept", error=str(error)[:200])
+            log.warning("output not stored", error=str(error)[:200])
         finally:
-            await loop.end([flushing])
+            await loop.cancel_tasks([flushing])
 
 
-async def _progress(bench: Bench, record: Job, percent: float) -> None:
+async def _write_progress(context: WorkerContext, record: JobRecord, percent: float) -> None:
     try:
-        holds_claim = await store.set_progress(bench.stores.mongo, job=record, progress=percent, now=store.moment())
+        holds_claim = await store.set_progress(
+            context.stores.mongo, job=record, progress=percent, now=store.mongo_now()
+        )
     except PyMongoError as error:
-        log.warning("progress not kept", error=str(error)[:200])
+        log.warning("progress not stored", error=str(error)[:200])
     else:
         if holds_claim:
-            await bench.announcements.changed(record)
+            await context.announcements.announce_update(record)
 
 
-async def _tell_end(bench: Bench, record: Job, outcome: str, *, written: bool) -> None:
+async def _finish_attempt(context: WorkerContext, record: JobRecord, outcome: str, *, written: bool) -> None:
     metrics.JOBS_FINISHED.labels(record["type"], outcome if written else "superseded").inc()
-    duration = (store.moment() - record["startedAt"]).total_seconds()
+    duration = (store.mongo_now() - record["startedAt"]).total_seconds()
     metrics.JOB_DURATION.labels(record["type"]).observe(max(0.0, duration))
     log.info("attempt ended", outcome=outcome, written=written)
     if written:
-        await bench.announcements.moved(record)
+        await context.announcements.announce_status(record)
     if record["status"] != store.COMPLETED:
-        await _discard(bench, record)
+        await _delete_artifacts(context, record)
 
 
-async def _discard(bench: Bench, record: Job) -> None:
+async def _delete_artifacts(context: WorkerContext, record: JobRecord) -> None:
     try:
-        await artifacts.discard(bench.stores.mongo, job=record["_id"], claim=record["claim"])
+        await artifacts.delete_for_attempt(context.stores.mongo, job=record["_id"], claim=record["claim"])
     except PyMongoError as error:  # the clean-up deletes them later
-        log.warning("artifacts not discarded yet", error=str(error)[:200])
+        log.warning("artifacts not deleted", error=str(error)[:200])
 
 
-async def _write(bench: Bench, record: Job, status: str, transition: Callable[[], Awaitable[bool]]) -> bool:
+async def _write_outcome(
+    context: WorkerContext, record: JobRecord, status: str, transition: Callable[[], Awaitable[bool]]
+) -> bool:
     """Write the outcome; return whether it is written, even if MongoDB's response to the write was lost."""
-    written, repeated = await _patiently(transition)
+    written, repeated = await _retry_mongo(transition)
     if written or not repeated:
         return written
-    current = await store.read(bench.stores.mongo, job=record["_id"])
+    current = await store.read(context.stores.mongo, job=record["_id"])
     if current is None or (current["claim"], current["status"]) != (record["claim"], status):
         return False
     record |= current
     return True
 
 
-async def _patiently(operation: Callable[[], Awaitable[T]], *, seconds: float = PATIENCE_SECONDS) -> tuple[T, bool]:
+async def _retry_mongo(
+    operation: Callable[[], Awaitable[T]], *, timeout: float = MONGO_RETRY_TIMEOUT_SECONDS
+) -> tuple[T, bool]:
     """Retry an operation until MongoDB responds; return the result, and whether it took more than one try.
 
     Raises:
         PyMongoError: MongoDB was unavailable or too slow until the deadline, or rejects the operation.
     """
-    deadline, repeated = time.monotonic() + seconds, False
+    deadline, repeated = time.monotonic() + timeout, False
     while True:
         try:
             return await operation(), repeated
         except PyMongoError as error:
             if not (isinstance(error, ConnectionFailure) or error.timeout) or time.monotonic() > deadline:
                 raise
-            log.warning("waiting for MongoDB", error=str(error)[:200])
+            log.warning("retrying MongoDB", error=str(error)[:200])
             repeated = True
-            await asyncio.sleep(AGAIN_SECONDS)
+            await asyncio.sleep(MONGO_RETRY_INTERVAL_SECONDS)
 
 
-def _described(error: Exception) -> dict[str, Any]:
+def _error_details(error: Exception) -> dict[str, Any]:
     code = "timeout" if isinstance(error, TimeoutError) else "fault" if isinstance(error, InjectedFault) else "error"
     return {"code": code, "message": str(error)[:500] or type(error).__name__}

@@ -15,104 +15,104 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from server.jobs import artifacts, output, queue, store
-from server.jobs.lifecycle import Bench
-from server.jobs.store import Job
+from server.jobs.lifecycle import WorkerContext
+from server.jobs.store import JobRecord
 
 log = structlog.get_logger()
 
-UNHEARD = timedelta(seconds=5)  # a message sent that long ago is checked
-AT_ONCE = 500
-MOST_ROUNDS = 20
-DUE_SECONDS = 0.4
-RECORDS_KEPT = timedelta(days=30)
-LOGS_KEPT = timedelta(days=7)
-ATTEMPTS_END = timedelta(hours=1)  # no attempt takes that long
-STEP_SECONDS = 60  # for each step of the clean-up
+REDELIVERY_DURATION = timedelta(seconds=5)  # a message sent that long ago is checked
+BATCH_SIZE = 500
+MAX_ROUNDS = 20
+DUE_CHECK_INTERVAL_SECONDS = 0.4
+RECORD_RETENTION = timedelta(days=30)
+LOG_RETENTION = timedelta(days=7)
+MAX_ATTEMPT_DURATION = timedelta(hours=1)  # no attempt takes that long
+CLEAN_UP_STEP_TIMEOUT_SECONDS = 60  # for each step of the clean-up
 _DUE_LOCK = "jobs:due"
 
 
-async def reconcile(bench: Bench) -> None:
+async def reconcile(context: WorkerContext) -> None:
     """Reclaim jobs with an expired lease, redeliver lost messages, and fill free slots."""
-    await take_back_lost(bench)
-    await send_missing(bench)
-    await fill_slots(bench, scheduled_only=False)
+    await reclaim_expired(context)
+    await redeliver_missing(context)
+    await admit_waiting_jobs(context, scheduled_only=False)
 
 
-async def take_back_lost(bench: Bench) -> None:
+async def reclaim_expired(context: WorkerContext) -> None:
     """Reclaim attempts with an expired lease: their workers are lost, unless MongoDB was unavailable."""
-    if not bench.leases.can_judge():
+    if not context.leases.can_reclaim():
         return
-    mongo = bench.stores.mongo
-    for job in await store.lost_leases(mongo, now=store.moment(), most=AT_ONCE):
+    mongo = context.stores.mongo
+    for job in await store.list_expired_leases(mongo, now=store.mongo_now(), limit=BATCH_SIZE):
         slot = job["slot"]
-        if await store.take_back(mongo, job=job, now=store.moment()):
-            log.warning("worker lost", job=job["_id"], worker=job["workerId"], in_a_row=job["lost"])
-            await bench.announcements.moved(job)
-            await bench.dispatcher.hand_on(job["userId"], slot)
+        if await store.reclaim(mongo, job=job, now=store.mongo_now()):
+            log.warning("lease expired, job reclaimed", job=job["_id"], worker=job["workerId"], in_a_row=job["lost"])
+            await context.announcements.announce_status(job)
+            await context.dispatcher.release_slot(job["userId"], slot)
 
 
-async def send_missing(bench: Bench) -> None:
+async def redeliver_missing(context: WorkerContext) -> None:
     """Redeliver the messages of queued attempts that have none."""
-    for _ in range(MOST_ROUNDS):
-        before = store.moment() - UNHEARD
-        jobs = await store.long_sent(bench.stores.mongo, types=bench.types, before=before, most=AT_ONCE)
+    for _ in range(MAX_ROUNDS):
+        before = store.mongo_now() - REDELIVERY_DURATION
+        jobs = await store.stale_messages(context.stores.mongo, types=context.types, before=before, limit=BATCH_SIZE)
         by_class = defaultdict(list)
         for job in jobs:
-            by_class[queue.class_of(job["priority"])].append(job)
+            by_class[queue.priority_class(job["priority"])].append(job)
         for priority_class, jobs_of_class in by_class.items():
-            await _send_missing(bench, priority_class, jobs_of_class)
-        if len(jobs) < AT_ONCE:
+            await _redeliver_missing(context, priority_class, jobs_of_class)
+        if len(jobs) < BATCH_SIZE:
             return
 
 
-async def _send_missing(bench: Bench, priority_class: str, jobs: list[Job]) -> None:
-    by_key = {queue.key_of(job): job for job in jobs}
-    queued = await bench.dispatcher.lanes[priority_class].waiting(list(by_key))
-    now = store.moment()
-    mongo = bench.stores.mongo
+async def _redeliver_missing(context: WorkerContext, priority_class: str, jobs: list[JobRecord]) -> None:
+    by_key = {queue.message_key(job): job for job in jobs}
+    queued = await context.dispatcher.queues[priority_class].queued_keys(list(by_key))
+    now = store.mongo_now()
+    mongo = context.stores.mongo
     if queued:
         waiting = [by_key[key]["_id"] for key in queued]
-        await store.note_waiting(mongo, jobs=waiting, sent_before=now - UNHEARD, now=now)
+        await store.confirm_messages(mongo, jobs=waiting, sent_before=now - REDELIVERY_DURATION, now=now)
     missing = [job for key, job in by_key.items() if key not in queued]
     for job in missing:
-        if await store.send_again(mongo, job=job, now=now):
-            await bench.dispatcher.send(job)
+        if await store.renew_message(mongo, job=job, now=now):
+            await context.dispatcher.enqueue(job)
     if missing:
-        log.warning("messages sent again", lane=priority_class, jobs=len(missing))
+        log.warning("messages redelivered", lane=priority_class, jobs=len(missing))
 
 
-async def fill_slots(bench: Bench, *, scheduled_only: bool) -> None:
+async def admit_waiting_jobs(context: WorkerContext, *, scheduled_only: bool) -> None:
     """Enqueue waiting jobs of users who may have a free slot."""
-    mongo, now = bench.stores.mongo, store.moment()
-    for user in await store.users_waiting(mongo, types=bench.types, now=now, scheduled_only=scheduled_only):
-        await bench.dispatcher.fill(user)
+    mongo, now = context.stores.mongo, store.mongo_now()
+    for user in await store.list_waiting_users(mongo, types=context.types, now=now, scheduled_only=scheduled_only):
+        await context.dispatcher.fill_slots(user)
 
 
-async def keep_admitting_due(bench: Bench, redis: Redis) -> None:
+async def admit_due_jobs_forever(context: WorkerContext, redis: Redis) -> None:
     """Enqueue scheduled jobs that are due, until cancelled; a lock lets one worker check at a time."""
     while True:
         try:
-            if await redis.set(_DUE_LOCK, "", nx=True, px=int(DUE_SECONDS * 900)):
-                await fill_slots(bench, scheduled_only=True)
+            if await redis.set(_DUE_LOCK, "", nx=True, px=int(DUE_CHECK_INTERVAL_SECONDS * 900)):
+                await admit_waiting_jobs(context, scheduled_only=True)
         except (PyMongoError, RedisError, OSError) as error:
-            log.warning("due jobs not looked for", error=str(error)[:200])
-        await asyncio.sleep(DUE_SECONDS)
+            log.warning("due jobs not admitted", error=str(error)[:200])
+        await asyncio.sleep(DUE_CHECK_INTERVAL_SECONDS)
 
 
-async def clean_up(bench: Bench) -> None:
+async def clean_up(context: WorkerContext) -> None:
     """Delete what exceeds its retention. A step that times out continues at the next run."""
-    mongo, now = bench.stores.mongo, store.moment()
+    mongo, now = context.stores.mongo, store.mongo_now()
     for delete, before in (
         (artifacts.delete_expired, now),
-        (artifacts.delete_abandoned, now - ATTEMPTS_END),
-        (output.delete_old, now - LOGS_KEPT),
+        (artifacts.delete_abandoned, now - MAX_ATTEMPT_DURATION),
+        (output.delete_old, now - LOG_RETENTION),
         (
             store.delete_old,
-            now - RECORDS_KEPT,
+            now - RECORD_RETENTION,
         ),  # last: their logs and artifacts have a shorter retention and are deleted
     ):
         try:
-            with pymongo.timeout(STEP_SECONDS):
+            with pymongo.timeout(CLEAN_UP_STEP_TIMEOUT_SECONDS):
                 await delete(mongo, before=before)
         except PyMongoError as error:
-            log.warning("not all cleaned up", error=str(error)[:200])
+            log.warning("clean-up step failed", error=str(error)[:200])

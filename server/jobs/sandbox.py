@@ -20,18 +20,18 @@ from typing import Any
 import structlog
 
 from server.jobs import cgroups, tiers
-from server.jobs.programs import Language, Limits, Program, installed
-from server.jobs.shims import Job, Launcher, NotLaunchedError, OnOutput, SandboxError
+from server.jobs.languages import Language, Program, ProgramLimits, installed_languages
+from server.jobs.sandbox_supervisor import LauncherProcess, NotLaunchedError, OnOutput, RunningProgram, SandboxError
 from server.jobs.tiers import NO_TIER, Tier
 
-__all__ = ["FilesRefusedError", "Limits", "Outcome", "Sandbox", "SandboxError"]
+__all__ = ["FilesRejectedError", "ProgramLimits", "ProgramResult", "Sandbox", "SandboxError"]
 
 log = structlog.get_logger()
 
-LAUNCHES = 3
-FIRST_UID, UIDS = 1_500_000_000, 1 << 26  # far from the uids of real users
-MOST_FILES, MOST_FILE_BYTES, LONGEST_PATH = 2_000, 32 << 20, 1024
-IMPOSSIBLE = (
+MAX_LAUNCH_ATTEMPTS = 3
+FIRST_UID, UID_COUNT = 1_500_000_000, 1 << 26  # far from the uids of real users
+MAX_INPUT_FILES, MAX_INPUT_BYTES, MAX_PATH_BYTES = 2_000, 32 << 20, 1024
+INVALID_PATH_ERRNOS = (
     errno.ENAMETOOLONG,
     errno.ENOTDIR,
     errno.EISDIR,
@@ -40,17 +40,17 @@ IMPOSSIBLE = (
 SIGXCPU = 24
 
 
-USUAL_LIMITS = Limits()
-SELF_TEST_LIMITS = Limits(timeout_seconds=60, memory_mb=256)
-SELF_TEST_ATTEMPTS = 3
+DEFAULT_LIMITS = ProgramLimits()
+SELF_TEST_LIMITS = ProgramLimits(timeout_seconds=60, memory_mb=256)
+MAX_SELF_TEST_ATTEMPTS = 3
 
 
-class FilesRefusedError(Exception):
+class FilesRejectedError(Exception):
     """The files cannot be written: a path is invalid, or the files exceed the limits."""
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ProgramResult:
     """The result of a program, as the job's result shows it."""
 
     exit_code: int | None
@@ -70,10 +70,10 @@ class Sandbox:
     """A confinement tier, its launcher, and the languages that run in it."""
 
     tier: Tier
-    _launcher: Launcher
+    _launcher: LauncherProcess
     _cgroup: Path | None = None
     _languages: Mapping[str, Language] = field(default_factory=dict)
-    _problem: str = ""  # of the last self-test that failed
+    _self_test_failure: str = ""  # of the last self-test that failed
     _starting: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
@@ -86,18 +86,18 @@ class Sandbox:
 
         If no tier passes, the sandbox has no languages. The caller closes it.
         """
-        launcher = await Launcher.start()
+        launcher = await LauncherProcess.start()
         problems: dict[str, str] = {}
-        for tier in tiers.ours() if candidates is None else candidates:
+        for tier in tiers.tiers_for_current_user() if candidates is None else candidates:
             sandbox = cls(tier, launcher)
-            problem = await sandbox._prepare()
+            problem = await sandbox._check_tier()
             if problem is None:
-                _log_choice(tier, problems)
+                _log_selected_tier(tier, problems)
                 for name in ("javascript", "bash"):
-                    await sandbox._learn(name)
+                    await sandbox._add_language(name)
                 return sandbox
             problems[tier.name] = problem
-        log.warning("no sandbox: programs are not run", problems=problems)
+        log.warning("no sandbox available", problems=problems)
         return cls(NO_TIER, launcher)
 
     async def close(self) -> None:
@@ -105,17 +105,17 @@ class Sandbox:
         await self._launcher.close()
 
     @contextlib.asynccontextmanager
-    async def folder(self) -> AsyncIterator[Path]:
+    async def temporary_directory(self) -> AsyncIterator[Path]:
         """Create a directory for a helper process, and remove it afterwards.
 
         The launcher removes it if the worker is killed.
         """
-        launcher = await self._living_launcher()
+        launcher = await self._running_launcher()
         directory = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="child-", dir=launcher.directory))
         try:
             yield directory
         finally:
-            await _in_thread(shutil.rmtree, directory, True)
+            await _run_in_thread(shutil.rmtree, directory, True)
 
     async def run(
         self,
@@ -125,9 +125,9 @@ class Sandbox:
         stdin: str = "",
         args: Sequence[str] = (),
         files: Mapping[str, bytes] | None = None,
-        limits: Limits = USUAL_LIMITS,
+        limits: ProgramLimits = DEFAULT_LIMITS,
         on_output: OnOutput = lambda *_: None,
-    ) -> Outcome:
+    ) -> ProgramResult:
         """Run a program until it ends or exceeds a limit. Cancelling the call kills all its processes.
 
         The program can read ``files``, given by relative path, in ``../files``; those at the top level also appear
@@ -142,47 +142,47 @@ class Sandbox:
         program = Program(self._languages[language], code, stdin, args, files or {}, limits)
         return await self._run(program, on_output)
 
-    async def _prepare(self) -> str | None:
+    async def _check_tier(self) -> str | None:
         """Return why the tier cannot be used here, or None if it can, at least for Python."""
-        if missing_package := tiers.missing(self.tier):
+        if missing_package := tiers.missing_package(self.tier):
             return missing_package
         if self.tier.cgroup:
-            self._cgroup = cgroups.delegated()
+            self._cgroup = cgroups.prepare_delegated_group()
             if self._cgroup is None:
                 return "no control group is delegated to the worker (cgroup v2): set Delegate=yes in its systemd unit"
-        return None if await self._learn("python") else f"self-test failed: {self._problem}"
+        return None if await self._add_language("python") else f"self-test failed: {self._self_test_failure}"
 
-    async def _learn(self, name: str) -> bool:
+    async def _add_language(self, name: str) -> bool:
         """Add a language by the first of its interpreters that passes the self-test; return whether one does.
 
         Python must be added first: its interpreter starts the programs of the other languages.
         """
-        for language in installed():
-            if language.name == name and await self._works(language):
+        for language in installed_languages():
+            if language.name == name and await self._passes_self_test(language):
                 self._languages = {**self._languages, name: language}
                 return True
         return False
 
-    async def _works(self, language: Language) -> bool:
+    async def _passes_self_test(self, language: Language) -> bool:
         """Return whether a self-test program runs and, for Python, finds every access blocked.
 
         A single pass suffices: on a loaded machine, a correct sandbox may fail because its program is killed or slow.
         """
-        for _ in range(SELF_TEST_ATTEMPTS):
-            problem = await self._problem_of(language)
+        for _ in range(MAX_SELF_TEST_ATTEMPTS):
+            problem = await self._run_self_test(language)
             if problem is None:
                 return True
-            self._problem = problem
-            log.debug("sandbox self-test", tier=self.tier.name, language=language.name, problem=problem)
+            self._self_test_failure = problem
+            log.debug("sandbox self-test failed", tier=self.tier.name, language=language.name, problem=problem)
         return False
 
-    async def _problem_of(self, language: Language) -> str | None:
+    async def _run_self_test(self, language: Language) -> str | None:
         """Run the self-test; return what it finds open or broken, or None if it passes."""
         secret, written = self._launcher.directory / "secret", self._launcher.directory / "written"
         secret.write_text("secret")
         args = (str(os.getpid()), str(secret), str(written))
         program = Program(
-            language, SELF_TESTS[language.name], args=args, files={"given": b"given"}, limits=SELF_TEST_LIMITS
+            language, SELF_TEST_PROGRAMS[language.name], args=args, files={"given": b"given"}, limits=SELF_TEST_LIMITS
         )
         try:
             outcome = await self._run(program, lambda *_: None)
@@ -193,42 +193,42 @@ class Sandbox:
         limit = "timed out" if outcome.timed_out else "out of memory" if outcome.out_of_memory else ""
         return limit or " ".join((outcome.stdout + outcome.stderr).split())[-200:] or f"signal {outcome.signal}"
 
-    async def _run(self, program: Program, on_output: OnOutput) -> Outcome:
-        for _ in range(LAUNCHES):
-            launcher = await self._living_launcher()
+    async def _run(self, program: Program, on_output: OnOutput) -> ProgramResult:
+        for _ in range(MAX_LAUNCH_ATTEMPTS):
+            launcher = await self._running_launcher()
             root = Path(tempfile.mkdtemp(prefix="job-", dir=launcher.directory))
-            job = Job(root, on_output)
+            job = RunningProgram(root, on_output)
             try:
-                await _in_thread(self._lay_out, root, program)
+                await _run_in_thread(self._write_job_directory, root, program)
                 await job.start(launcher)
-                report = await job.until_end()
+                report = await job.wait()
             except BaseException as error:
-                await _in_thread(shutil.rmtree, root, True)
+                await _run_in_thread(shutil.rmtree, root, True)
                 if not isinstance(error, NotLaunchedError):
                     raise
             else:
-                return _outcome(report, job, program.language, self.tier)
+                return _program_result(report, job, program.language, self.tier)
         raise SandboxError("the sandbox launcher exits repeatedly")
 
-    async def _living_launcher(self) -> Launcher:
+    async def _running_launcher(self) -> LauncherProcess:
         async with self._starting:
             if not self._launcher.alive:
-                log.warning("the launcher has ended; another is started")
-                exited, self._launcher = self._launcher, await Launcher.start()
+                log.warning("sandbox launcher exited, restarting")
+                exited, self._launcher = self._launcher, await LauncherProcess.start()
                 await exited.close()
             return self._launcher
 
-    def _lay_out(self, root: Path, program: Program) -> None:
+    def _write_job_directory(self, root: Path, program: Program) -> None:
         """Write the job's directory: the launcher's configuration, stdin, the files, and the program in ``work``."""
-        uid = _free_uid() if os.geteuid() == 0 else None
+        uid = _random_uid() if os.geteuid() == 0 else None
         root.chmod(0o711)
         work, files = root / "work", root / "files"
         work.mkdir(mode=0o700)
         files.mkdir(mode=0o755)
-        for name in _laid_out(program.files, files):
+        for name in _write_files(program.files, files):
             (work / name).symlink_to(Path("..", "files", name))
         if uid is not None:
-            _show(files)
+            _make_readable(files)
         code = work / program.language.file
         code.unlink(missing_ok=True)  # a file of that name is still available in ../files
         code.write_bytes(program.code.encode(errors="replace"))
@@ -237,18 +237,18 @@ class Sandbox:
         for path in (work, code, stdin):
             os.chown(path, -1 if uid is None else uid, -1 if uid is None else uid)
         python = self._languages.get("python", program.language)
-        config = tiers.config(root, program, self.tier, uid=uid, python=python, cgroup=self._cgroup)
+        config = tiers.launcher_config(root, program, self.tier, uid=uid, python=python, cgroup=self._cgroup)
         (root / "config.json").write_text(json.dumps(config))
 
 
-def _log_choice(tier: Tier, problems: Mapping[str, str]) -> None:
+def _log_selected_tier(tier: Tier, problems: Mapping[str, str]) -> None:
     """Log the selected tier, and why the better tiers fail: the next better first, each reason once."""
     tier_by_problem = {problem: name for name, problem in problems.items()}
     better = "; ".join(f"{name}: {problem}" for problem, name in reversed(tier_by_problem.items()))
-    log.info("sandbox chosen", tier=tier.name, better=better or None)
+    log.info("sandbox selected", tier=tier.name, better=better or None)
 
 
-async def _in_thread(work: Callable[..., object], *arguments: object) -> None:
+async def _run_in_thread(work: Callable[..., object], *arguments: object) -> None:
     """Run ``work`` in a thread to its end, even if cancelled: the caller must not continue while it is half done."""
     running = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
     try:
@@ -258,32 +258,32 @@ async def _in_thread(work: Callable[..., object], *arguments: object) -> None:
         raise
 
 
-def _laid_out(files: Mapping[str, bytes], directory: Path) -> set[str]:
+def _write_files(files: Mapping[str, bytes], directory: Path) -> set[str]:
     """Write the files below a directory; return the names at its top level.
 
     Raises:
         FilesRejectedError: a path is invalid, or the files exceed the limits.
     """
-    if len(files) > MOST_FILES or sum(map(len, files.values())) > MOST_FILE_BYTES:
-        raise FilesRefusedError(f"the maximum is {MOST_FILES} files and {MOST_FILE_BYTES >> 20} MiB")
+    if len(files) > MAX_INPUT_FILES or sum(map(len, files.values())) > MAX_INPUT_BYTES:
+        raise FilesRejectedError(f"the maximum is {MAX_INPUT_FILES} files and {MAX_INPUT_BYTES >> 20} MiB")
     top_names = set()
     for name, content in files.items():
         parts = PurePosixPath(name).parts
-        if not parts or parts[0] == "/" or ".." in parts or "\0" in name or len(name.encode()) > LONGEST_PATH:
-            raise FilesRefusedError(f"invalid path: {name[:100]!r}")
+        if not parts or parts[0] == "/" or ".." in parts or "\0" in name or len(name.encode()) > MAX_PATH_BYTES:
+            raise FilesRejectedError(f"invalid path: {name[:100]!r}")
         path = directory.joinpath(*parts)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
         except OSError as error:
-            if error.errno not in IMPOSSIBLE:
+            if error.errno not in INVALID_PATH_ERRNOS:
                 raise
-            raise FilesRefusedError(f"{name[:100]!r}: {error.strerror}") from error
+            raise FilesRejectedError(f"{name[:100]!r}: {error.strerror}") from error
         top_names.add(parts[0])
     return top_names
 
 
-def _show(directory: Path) -> None:
+def _make_readable(directory: Path) -> None:
     """Make the tree readable for other users, whatever the umask."""
     for parent, _, files in os.walk(directory):
         os.chmod(parent, 0o755)  # noqa: PTH101, S103
@@ -291,19 +291,19 @@ def _show(directory: Path) -> None:
             os.chmod(os.path.join(parent, name), 0o644)  # noqa: PTH101, PTH118
 
 
-def _free_uid() -> int:
+def _random_uid() -> int:
     """Return a random uid of this user namespace that owns nothing."""
     lines = Path("/proc/self/uid_map").read_text().splitlines()
     last = max(int(line.split()[0]) + int(line.split()[2]) for line in lines)
-    span = min(UIDS, last // 2)
+    span = min(UID_COUNT, last // 2)
     return min(FIRST_UID, last - span) + secrets.randbelow(span)
 
 
-def _outcome(report: dict[str, Any], job: Job, language: Language, tier: Tier) -> Outcome:
+def _program_result(report: dict[str, Any], job: RunningProgram, language: Language, tier: Tier) -> ProgramResult:
     if report["why"] == "disk":
-        job.stderr.take("\n[killed: the program exceeded its disk limit]\n")
-    allocation_failed = report["exitCode"] != 0 and language.exhausted in job.stderr.text[-4096:]
-    return Outcome(
+        job.stderr.append("\n[killed: the program exceeded its disk limit]\n")
+    allocation_failed = report["exitCode"] != 0 and language.out_of_memory_text in job.stderr.text[-4096:]
+    return ProgramResult(
         exit_code=report["exitCode"],
         signal=report["signal"],
         stdout=job.stdout.text,
@@ -319,7 +319,7 @@ def _outcome(report: dict[str, Any], job: Job, language: Language, tier: Tier) -
 
 # Each program receives the worker's pid, a file of the worker and one that does not exist. It prints "confined" if
 # every access is blocked, else which one is open. The other languages run under the same restrictions as Python.
-SELF_TESTS = {
+SELF_TEST_PROGRAMS = {
     "javascript": "console.log('confined')",
     "bash": "echo confined",
     "python": """

@@ -6,17 +6,17 @@ from typing import Any
 
 from marshmallow import fields, validate
 
-from server.fields import Id, QueryInteger, Schema, Time
-from server.jobs.output import JOB_CHARACTERS as MOST_CHARACTERS
+from server.fields import Id, QueryInteger, Schema, Timestamp
+from server.jobs.output import MAX_JOB_CHARACTERS
 from server.jobs.store import STATUSES
 from server.jobs.types import JOB_TYPES
-from server.rest.idempotency import KEY
-from server.rest.pages import LARGEST, PageQuery
+from server.rest.idempotency import KEY_PATTERN
+from server.rest.pagination import MAX_LIMIT, PageQuery
 
 _RESULT = "depends on the type; its `warnings` name the workspace files that were skipped because of their paths"
 
 
-class Instant(fields.AwareDateTime):
+class UtcDateTime(fields.AwareDateTime):
     """A time with an offset, converted to UTC."""
 
     def _deserialize(self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **options: Any) -> datetime:
@@ -32,13 +32,13 @@ class NewJob(Schema):
     priority = fields.Integer(load_default=5, strict=True, validate=validate.Range(1, 10))
     project_id = Id(load_default=None, allow_none=True)
     workspace_id = Id(load_default=None, allow_none=True)
-    run_at = Instant(
+    run_at = UtcDateTime(
         load_default=None,
         allow_none=True,
         format="iso",
         metadata={"description": "the earliest start; a time in the past means now"},
     )
-    idempotency_key = fields.String(load_default=None, allow_none=True, validate=validate.Regexp(KEY))
+    idempotency_key = fields.String(load_default=None, allow_none=True, validate=validate.Regexp(KEY_PATTERN))
 
 
 class JobsQuery(PageQuery):
@@ -51,22 +51,22 @@ class JobsQuery(PageQuery):
 class LogsQuery(Schema):
     after = QueryInteger(
         load_default=0,
-        validate=validate.Range(0, MOST_CHARACTERS),
+        validate=validate.Range(0, MAX_JOB_CHARACTERS),
         metadata={"description": "a position in the output, in characters; the response begins there"},
     )
     cursor = QueryInteger(
         load_default=None,
-        validate=validate.Range(0, MOST_CHARACTERS),
+        validate=validate.Range(0, MAX_JOB_CHARACTERS),
         metadata={"description": "the same as `after`, which it overrides"},
     )
-    limit = QueryInteger(load_default=LARGEST, validate=validate.Range(1, LARGEST))
+    limit = QueryInteger(load_default=MAX_LIMIT, validate=validate.Range(1, MAX_LIMIT))
 
 
 class LogItem(Schema):
     offset = fields.Integer(metadata={"description": "in characters, over both streams and all attempts"})
     stream = fields.String(metadata={"enum": ["stdout", "stderr"]})
     text = fields.String()
-    time = Time()
+    time = Timestamp()
 
 
 class Logs(Schema):
@@ -97,8 +97,8 @@ class Stats(Schema):
 
 class AttemptRecord(Schema):
     attempt = fields.Integer()
-    started_at = Time()
-    finished_at = Time()
+    started_at = Timestamp()
+    finished_at = Timestamp()
     worker_id = fields.String()
     error = fields.Dict(allow_none=True)
 
@@ -118,11 +118,11 @@ class Job(Schema):
     user_id = Id()
     project_id = Id(allow_none=True)
     workspace_id = Id(allow_none=True)
-    created_at = Time()
-    updated_at = Time()
-    run_at = Time(allow_none=True)
-    started_at = Time(allow_none=True)
-    completed_at = Time(allow_none=True)
+    created_at = Timestamp()
+    updated_at = Timestamp()
+    run_at = Timestamp(allow_none=True)
+    started_at = Timestamp(allow_none=True)
+    completed_at = Timestamp(allow_none=True)
     history = fields.List(fields.Nested(AttemptRecord))
 
 

@@ -28,29 +28,29 @@ from server.errors import ValidationFailed
 PENDING, PROCESSING, COMPLETED, FAILED, CANCELLED = "pending", "processing", "completed", "failed", "cancelled"
 STATUSES = (PENDING, PROCESSING, COMPLETED, FAILED, CANCELLED)
 MAX_ATTEMPTS = 3
-MOST_LOST = 5  # consecutive workers
-LEASE = timedelta(seconds=10)
-HISTORY_LENGTH = 50
-LAST_WORDS = timedelta(seconds=3)  # the processes of a cancelled job end within 2 s
-PAGE_BYTES = 4 << 20  # a page of jobs with large results is shorter than its limit
-_HIDDEN = ("_id", "claim", "lease", "slot", "sentAt", "lost", "bodyHash", "workerId", "userName", "trace")
+MAX_LOST_WORKERS = 5  # consecutive workers
+LEASE_DURATION = timedelta(seconds=10)
+MAX_HISTORY = 50
+OUTPUT_GRACE_DURATION = timedelta(seconds=3)  # the processes of a cancelled job end within 2 s
+MAX_PAGE_BYTES = 4 << 20  # a page of jobs with large results is shorter than its limit
+_INTERNAL_FIELDS = ("_id", "claim", "lease", "slot", "sentAt", "lost", "bodyHash", "workerId", "userName", "trace")
 
-Job = dict[str, Any]
+JobRecord = dict[str, Any]
 
 
-async def prepare(mongo: Any) -> None:
+async def create_indexes(mongo: Any) -> None:
     """Create the indexes, idempotently; replace those that an older version defined differently."""
     for name, keys, options in _INDEXES:
         try:
             await mongo.jobs.create_index(keys, name=name, **options)
         except OperationFailure as error:
-            if error.code not in _OTHERWISE:
+            if error.code not in _INDEX_CONFLICT_CODES:
                 raise
             await mongo.jobs.drop_index(name)
             await mongo.jobs.create_index(keys, name=name, **options)
 
 
-_OTHERWISE = (85, 86)  # IndexOptionsConflict, IndexKeySpecsConflict
+_INDEX_CONFLICT_CODES = (85, 86)  # IndexOptionsConflict, IndexKeySpecsConflict
 
 
 # The filters of partial indexes are comparisons: MongoDB does not infer that a value matches {"$type": "string"}, and
@@ -104,9 +104,9 @@ async def create(
     idempotency_key: str | None,
     body_hash: str,
     slots: int,
-    trace: str | None,
+    traceparent: str | None,
     now: datetime,
-) -> tuple[Job, bool]:
+) -> tuple[JobRecord, bool]:
     """Return the job, and whether it existed already under the same idempotency key.
 
     A job that is due tries one random slot of its user; if that slot is taken, the job has none and waits.
@@ -115,7 +115,7 @@ async def create(
         ValidationFailed: ``idempotency_key_reused``: the key was used with another body.
     """
     is_due = run_at is None or run_at <= now
-    job: Job = {
+    job: JobRecord = {
         "_id": str(uuid4()),
         "type": type,
         "status": PENDING,
@@ -142,7 +142,7 @@ async def create(
         "sentAt": now if is_due else None,
         "lost": 0,
         "userName": user_name,
-        "trace": trace,
+        "trace": traceparent,
         "bodyHash": body_hash,
     }
     while True:
@@ -150,7 +150,7 @@ async def create(
             await mongo.jobs.insert_one(job)
         except DuplicateKeyError:
             # Either unique index may have rejected the job: look up the key, else give up the slot.
-            if earlier := await under_key(mongo, user=user, key=idempotency_key, body_hash=body_hash):
+            if earlier := await find_by_idempotency_key(mongo, user=user, key=idempotency_key, body_hash=body_hash):
                 return earlier, True
             if job["slot"] is None:
                 raise
@@ -159,7 +159,7 @@ async def create(
             return job, False
 
 
-async def under_key(mongo: Any, *, user: UUID, key: str | None, body_hash: str) -> Job | None:
+async def find_by_idempotency_key(mongo: Any, *, user: UUID, key: str | None, body_hash: str) -> JobRecord | None:
     """Return the job that the user created under this idempotency key.
 
     Raises:
@@ -167,20 +167,20 @@ async def under_key(mongo: Any, *, user: UUID, key: str | None, body_hash: str) 
     """
     if key is None:
         return None
-    earlier: Job | None = await mongo.jobs.find_one({"userId": str(user), "idempotencyKey": key})
+    earlier: JobRecord | None = await mongo.jobs.find_one({"userId": str(user), "idempotencyKey": key})
     if earlier and earlier["bodyHash"] != body_hash:
         raise ValidationFailed("Idempotency key was used with another request body", code="idempotency_key_reused")
     return earlier
 
 
-def hash_of(body: dict[str, Any]) -> str:
+def hash_body(body: dict[str, Any]) -> str:
     """Return the hash of a request body, independent of the order of its keys and of the idempotency key."""
     hashed = {name: value for name, value in body.items() if name != "idempotency_key"}
     return hashlib.sha256(json.canonical(hashed)).hexdigest()
 
 
-async def read(mongo: Any, *, job: str) -> Job | None:
-    record: Job | None = await mongo.jobs.find_one({"_id": job})
+async def read(mongo: Any, *, job: str) -> JobRecord | None:
+    record: JobRecord | None = await mongo.jobs.find_one({"_id": job})
     return record
 
 
@@ -194,7 +194,7 @@ async def list_jobs(
     type: str | None,
     limit: int,
     after: tuple[datetime | None, str | None] = (None, None),
-) -> tuple[list[Job], bool]:
+) -> tuple[list[JobRecord], bool]:
     """Return the jobs of a workspace, else of a project, else of the user, newest first, and whether there are more.
 
     A page has at least one job, then as many as fit into its maximum size.
@@ -206,17 +206,17 @@ async def list_jobs(
     if created is not None:
         query["$or"] = [{"createdAt": {"$lt": created}}, {"createdAt": created, "_id": {"$lt": id}}]
     newest = [("createdAt", DESCENDING), ("_id", DESCENDING)]
-    page: list[Job] = []
+    page: list[JobRecord] = []
     size = 0
     async for job in mongo.jobs.find(query, sort=newest, limit=limit + 1, batch_size=10):
         size += len(json.dumps(job))
-        if len(page) == limit or (page and size > PAGE_BYTES):
+        if len(page) == limit or (page and size > MAX_PAGE_BYTES):
             return page, True
         page.append(job)
     return page, False
 
 
-async def count(mongo: Any, *, user: UUID, now: datetime) -> tuple[dict[str, int], dict[str, int]]:
+async def count_by_status(mongo: Any, *, user: UUID, now: datetime) -> tuple[dict[str, int], dict[str, int]]:
     """Count the user's jobs by status, and all users' jobs that are queued, active and scheduled."""
     by_status = dict.fromkeys(STATUSES, 0)
     pipeline = [{"$match": {"userId": str(user)}}, {"$group": {"_id": "$status", "jobs": {"$sum": 1}}}]
@@ -233,7 +233,7 @@ UNFINISHED_STATES = (PENDING, LIMITED, SCHEDULED, PROCESSING)
 
 
 @dataclass(frozen=True)
-class Unfinished:
+class UnfinishedJobs:
     """Jobs of one type in one state.
 
     ``pending``: due, and a worker may take it; ``limited``: due, but all slots of its user are taken;
@@ -242,11 +242,11 @@ class Unfinished:
 
     type: str
     state: str
-    number: int
+    count: int
     oldest_seconds: float
 
 
-async def unfinished(mongo: Any, *, now: datetime) -> list[Unfinished]:
+async def count_unfinished(mongo: Any, *, now: datetime) -> list[UnfinishedJobs]:
     """Count all users' unfinished jobs by type and state, with the seconds since the oldest became due."""
     due = {"$cond": [{"$eq": [{"$ifNull": ["$slot", None]}, None]}, LIMITED, PENDING]}
     pending = {"$cond": [{"$gt": ["$runAt", now]}, SCHEDULED, due]}
@@ -262,7 +262,7 @@ async def unfinished(mongo: Any, *, now: datetime) -> list[Unfinished]:
         },
     ]
     return [
-        Unfinished(
+        UnfinishedJobs(
             group["_id"]["type"],
             group["_id"]["state"],
             group["number"],
@@ -280,16 +280,16 @@ async def free_slots(mongo: Any, *, user: str, slots: int) -> list[int]:
     return [slot for slot in range(slots) if slot not in held]
 
 
-async def waiting(mongo: Any, *, user: str, types: Collection[str], most: int, now: datetime) -> list[Job]:
+async def list_waiting(mongo: Any, *, user: str, types: Collection[str], limit: int, now: datetime) -> list[JobRecord]:
     """Return the user's due jobs of these types without a slot, by priority, then age."""
     waiting_jobs = {"userId": user, "status": PENDING, "slot": None, "type": {"$in": list(types)}}
     due = waiting_jobs | {"runAt": {"$not": {"$gt": now}}}
     order = [("priority", DESCENDING), ("createdAt", ASCENDING)]
-    jobs: list[Job] = await mongo.jobs.find(due, sort=order, limit=most).to_list(None)
+    jobs: list[JobRecord] = await mongo.jobs.find(due, sort=order, limit=limit).to_list(None)
     return jobs
 
 
-async def users_waiting(mongo: Any, *, types: Collection[str], now: datetime, scheduled_only: bool) -> list[str]:
+async def list_waiting_users(mongo: Any, *, types: Collection[str], now: datetime, scheduled_only: bool) -> list[str]:
     """Return the users with due jobs of these types without a slot; optionally count only scheduled jobs."""
     due = {"$lte": now} if scheduled_only else {"$not": {"$gt": now}}
     query = {"status": PENDING, "slot": None, "type": {"$in": list(types)}, "runAt": due}
@@ -297,7 +297,7 @@ async def users_waiting(mongo: Any, *, types: Collection[str], now: datetime, sc
     return users
 
 
-async def take_slot(mongo: Any, *, job: Job, slot: int, now: datetime) -> bool | None:
+async def take_slot(mongo: Any, *, job: JobRecord, slot: int, now: datetime) -> bool | None:
     """Assign a slot to a job; return whether the job was still waiting, or None if the slot was taken."""
     change = {"slot": slot, "sentAt": now}
     try:
@@ -310,14 +310,14 @@ async def take_slot(mongo: Any, *, job: Job, slot: int, now: datetime) -> bool |
     return bool(taken.matched_count)
 
 
-async def long_sent(mongo: Any, *, types: Collection[str], before: datetime, most: int) -> list[Job]:
+async def stale_messages(mongo: Any, *, types: Collection[str], before: datetime, limit: int) -> list[JobRecord]:
     """Return queued attempts of these types whose messages were sent before a time."""
     query = {"sentAt": {"$lt": before}, "type": {"$in": list(types)}}
-    jobs: list[Job] = await mongo.jobs.find(query, limit=most).to_list(None)
+    jobs: list[JobRecord] = await mongo.jobs.find(query, limit=limit).to_list(None)
     return jobs
 
 
-async def send_again(mongo: Any, *, job: Job, now: datetime) -> bool:
+async def renew_message(mongo: Any, *, job: JobRecord, now: datetime) -> bool:
     """Raise the claim for a new message, so that the old message has no effect if it still arrives."""
     change = {"claim": job["claim"] + 1, "sentAt": now}
     changed = await mongo.jobs.update_one(
@@ -327,7 +327,7 @@ async def send_again(mongo: Any, *, job: Job, now: datetime) -> bool:
     return bool(changed.matched_count)
 
 
-async def note_waiting(mongo: Any, *, jobs: Collection[str], sent_before: datetime, now: datetime) -> None:
+async def confirm_messages(mongo: Any, *, jobs: Collection[str], sent_before: datetime, now: datetime) -> None:
     """Mark messages that are still in their queue as sent now, so that the reconciler checks them later."""
     await mongo.jobs.update_many(
         {"_id": {"$in": list(jobs)}, "status": PENDING, "sentAt": {"$lt": sent_before}}, {"$set": {"sentAt": now}}
@@ -337,7 +337,7 @@ async def note_waiting(mongo: Any, *, jobs: Collection[str], sent_before: dateti
 # Attempts --------------------------------------------------------------------------------------------------------
 
 
-async def claim(mongo: Any, *, job: str, claim: int, worker: str, now: datetime) -> Job | None:
+async def claim(mongo: Any, *, job: str, claim: int, worker: str, now: datetime) -> JobRecord | None:
     """Claim attempt number ``claim``; return the record, or None if it is taken or the job is cancelled.
 
     Idempotent for the same worker, which may repeat the call after a lost response.
@@ -348,7 +348,7 @@ async def claim(mongo: Any, *, job: str, claim: int, worker: str, now: datetime)
             "$set": {
                 "status": PROCESSING,
                 "claim": claim,
-                "lease": now + LEASE,
+                "lease": now + LEASE_DURATION,
                 "workerId": worker,
                 "startedAt": now,
                 "updatedAt": now,
@@ -358,61 +358,62 @@ async def claim(mongo: Any, *, job: str, claim: int, worker: str, now: datetime)
             "$inc": {"attempts": 1},
         },
     )
-    record: Job | None = await mongo.jobs.find_one({**_held(job, claim), "workerId": worker})
+    record: JobRecord | None = await mongo.jobs.find_one({**_claim_filter(job, claim), "workerId": worker})
     return record
 
 
-async def renew(mongo: Any, *, jobs: Collection[str], worker: str, now: datetime) -> None:
+async def renew_leases(mongo: Any, *, jobs: Collection[str], worker: str, now: datetime) -> None:
     """Renew the leases of those attempts that this worker still holds."""
     await mongo.jobs.update_many(
-        {"_id": {"$in": list(jobs)}, "status": PROCESSING, "workerId": worker}, {"$set": {"lease": now + LEASE}}
+        {"_id": {"$in": list(jobs)}, "status": PROCESSING, "workerId": worker},
+        {"$set": {"lease": now + LEASE_DURATION}},
     )
 
 
-async def claims(mongo: Any, *, jobs: Collection[str], worker: str) -> dict[str, int]:
+async def read_held_claims(mongo: Any, *, jobs: Collection[str], worker: str) -> dict[str, int]:
     """Return the claims that this worker holds on these jobs, by job."""
     held = mongo.jobs.find({"_id": {"$in": list(jobs)}, "status": PROCESSING, "workerId": worker}, {"claim": 1})
     return {job["_id"]: job["claim"] async for job in held}
 
 
-async def set_progress(mongo: Any, *, job: Job, progress: float, now: datetime) -> bool:
+async def set_progress(mongo: Any, *, job: JobRecord, progress: float, now: datetime) -> bool:
     """Store the progress; return whether the claim still held."""
     change = {"progress": progress, "updatedAt": now}
-    changed = await mongo.jobs.update_one(_held(job["_id"], job["claim"]), {"$set": change})
+    changed = await mongo.jobs.update_one(_claim_filter(job["_id"], job["claim"]), {"$set": change})
     job |= change
     return bool(changed.matched_count)
 
 
-async def complete(mongo: Any, *, job: Job, result: dict[str, Any], now: datetime) -> bool:
+async def complete(mongo: Any, *, job: JobRecord, result: dict[str, Any], now: datetime) -> bool:
     """Complete the job with its result; return whether the claim still held."""
     change = {"status": COMPLETED, "result": result, "error": None, "progress": 100, "completedAt": now}
     return await _end_attempt(mongo, job, change, error=None, now=now)
 
 
-async def fail(mongo: Any, *, job: Job, error: dict[str, Any], now: datetime) -> bool:
+async def fail(mongo: Any, *, job: JobRecord, error: dict[str, Any], now: datetime) -> bool:
     """Fail the job without a retry; return whether the claim still held."""
     change = {"status": FAILED, "error": error, "completedAt": now}
     return await _end_attempt(mongo, job, change, error=error, now=now)
 
 
-async def postpone(mongo: Any, *, job: Job, error: dict[str, Any], run_at: datetime, now: datetime) -> bool:
+async def schedule_retry(mongo: Any, *, job: JobRecord, error: dict[str, Any], run_at: datetime, now: datetime) -> bool:
     """Schedule a retry at ``run_at``; return whether the claim still held."""
     change = {"status": PENDING, "error": error, "runAt": run_at, "lost": 0}
     return await _end_attempt(mongo, job, change, error=error, now=now)
 
 
-async def hand_back(mongo: Any, *, job: Job, error: dict[str, Any], now: datetime) -> bool:
+async def requeue(mongo: Any, *, job: JobRecord, error: dict[str, Any], now: datetime) -> bool:
     """Return the job to pending without counting the attempt; return whether the claim still held."""
     change = {"status": PENDING, "attempts": job["attempts"] - 1, "lost": 0}
     return await _end_attempt(mongo, job, change, error=error, now=now)
 
 
-async def lost_leases(mongo: Any, *, now: datetime, most: int) -> list[Job]:
-    jobs: list[Job] = await mongo.jobs.find({"lease": {"$lt": now}}, limit=most).to_list(None)
+async def list_expired_leases(mongo: Any, *, now: datetime, limit: int) -> list[JobRecord]:
+    jobs: list[JobRecord] = await mongo.jobs.find({"lease": {"$lt": now}}, limit=limit).to_list(None)
     return jobs
 
 
-async def take_back(mongo: Any, *, job: Job, now: datetime) -> bool:
+async def reclaim(mongo: Any, *, job: JobRecord, now: datetime) -> bool:
     """Reclaim a job whose worker is lost; return whether the lease was still the expired one.
 
     The job becomes pending without counting the attempt, or fails after too many consecutive losses.
@@ -420,14 +421,14 @@ async def take_back(mongo: Any, *, job: Job, now: datetime) -> bool:
     lost = job["lost"] + 1
     error = {"code": "worker_lost", "message": "Worker was lost during the attempt"}
     change = {"attempts": job["attempts"] - 1, "lost": lost}
-    if lost >= MOST_LOST:
+    if lost >= MAX_LOST_WORKERS:
         change |= {"status": FAILED, "error": error, "completedAt": now}
     else:
         change |= {"status": PENDING}
-    return await _end_attempt(mongo, job, change, error=error, now=now, where={"lease": job["lease"]})
+    return await _end_attempt(mongo, job, change, error=error, now=now, condition={"lease": job["lease"]})
 
 
-async def cancel(mongo: Any, *, job: Job, now: datetime) -> bool:
+async def cancel(mongo: Any, *, job: JobRecord, now: datetime) -> bool:
     """Cancel a job; return whether it was still as read."""
     error = {"code": "cancelled", "message": "Job was cancelled"}
     change = {"status": CANCELLED, "completedAt": now}
@@ -438,10 +439,10 @@ async def cancel(mongo: Any, *, job: Job, now: datetime) -> bool:
         "claim": job["claim"],
         "slot": job["slot"],
     }  # if it got a slot since, the caller reads again and releases it
-    return await _change(mongo, job, as_read, {**change, **_RELEASED}, now)
+    return await _update_if(mongo, job, as_read, {**change, **_RELEASE_FIELDS}, now)
 
 
-async def start_anew(mongo: Any, *, job: Job, now: datetime) -> bool:
+async def retry(mongo: Any, *, job: JobRecord, now: datetime) -> bool:
     """Make a failed or cancelled job pending with its attempts reset; return whether it was still as read."""
     change = {
         "status": PENDING,
@@ -454,7 +455,7 @@ async def start_anew(mongo: Any, *, job: Job, now: datetime) -> bool:
         "startedAt": None,
         "completedAt": None,
     }
-    return await _change(mongo, job, {"status": job["status"], "claim": job["claim"]}, change, now)
+    return await _update_if(mongo, job, {"status": job["status"], "claim": job["claim"]}, change, now)
 
 
 async def delete_old(mongo: Any, *, before: datetime) -> None:
@@ -462,17 +463,17 @@ async def delete_old(mongo: Any, *, before: datetime) -> None:
     await mongo.jobs.delete_many({"completedAt": {"$lt": before}})
 
 
-_RELEASED = {"slot": None, "sentAt": None, "lease": None}
+_RELEASE_FIELDS = {"slot": None, "sentAt": None, "lease": None}
 
 
 async def _end_attempt(
     mongo: Any,
-    job: Job,
+    job: JobRecord,
     change: dict[str, Any],
     *,
     error: dict[str, Any] | None,
     now: datetime,
-    where: dict[str, Any] | None = None,
+    condition: dict[str, Any] | None = None,
 ) -> bool:
     attempt = {
         "attempt": job["attempts"],
@@ -481,14 +482,19 @@ async def _end_attempt(
         "workerId": job["workerId"],
         "error": error,
     }
-    return await _change(
-        mongo, job, _held(job["_id"], job["claim"]) | (where or {}), {**change, **_RELEASED}, now, attempt=attempt
+    return await _update_if(
+        mongo,
+        job,
+        _claim_filter(job["_id"], job["claim"]) | (condition or {}),
+        {**change, **_RELEASE_FIELDS},
+        now,
+        attempt=attempt,
     )
 
 
-async def _change(
+async def _update_if(
     mongo: Any,
-    job: Job,
+    job: JobRecord,
     condition: dict[str, Any],
     change: dict[str, Any],
     now: datetime,
@@ -498,33 +504,33 @@ async def _change(
     """Write a state transition if the condition holds, and apply it to ``job``; return whether it did."""
     update: dict[str, Any] = {"$set": {**change, "updatedAt": now}}
     if attempt is not None:
-        update["$push"] = {"history": {"$each": [attempt], "$slice": -HISTORY_LENGTH}}
+        update["$push"] = {"history": {"$each": [attempt], "$slice": -MAX_HISTORY}}
     changed = await mongo.jobs.update_one({"_id": job["_id"], **condition}, update)
     if not changed.matched_count:
         return False
     job |= {**change, "updatedAt": now}
     if attempt is not None:
-        job["history"] = [*job["history"], attempt][-HISTORY_LENGTH:]
+        job["history"] = [*job["history"], attempt][-MAX_HISTORY:]
     return True
 
 
-def _held(job: str, claim: int) -> dict[str, Any]:
+def _claim_filter(job: str, claim: int) -> dict[str, Any]:
     return {"_id": job, "status": PROCESSING, "claim": claim}
 
 
-def has_settled(job: Job, *, now: datetime) -> bool:
+def is_output_complete(job: JobRecord, *, now: datetime) -> bool:
     """Return whether a job has ended and its output is complete: a cancelled program may still print for a moment."""
     if job["status"] == CANCELLED and job["startedAt"] is not None:
-        return bool(now - job["completedAt"] > LAST_WORDS)
+        return bool(now - job["completedAt"] > OUTPUT_GRACE_DURATION)
     return job["status"] not in (PENDING, PROCESSING)
 
 
-def shown(job: Job) -> Job:
+def client_view(job: JobRecord) -> JobRecord:
     """Return the record as clients see it."""
-    return {"id": job["_id"], **{key: value for key, value in job.items() if key not in _HIDDEN}}
+    return {"id": job["_id"], **{key: value for key, value in job.items() if key not in _INTERNAL_FIELDS}}
 
 
-def moment() -> datetime:
+def mongo_now() -> datetime:
     """Return the current time in the precision of MongoDB (milliseconds)."""
     now = datetime.now(UTC)
     return now.replace(microsecond=now.microsecond // 1000 * 1000)

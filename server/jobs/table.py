@@ -10,10 +10,10 @@ from typing import Any
 
 from marshmallow import Schema
 
-from server.jobs.attempt import Attempt
+from server.jobs.attempt_context import AttemptContext
 
-Run = Callable[[Attempt, dict[str, Any]], Awaitable[dict[str, Any]]]
-Needs = Callable[[dict[str, Any]], str | None]
+JobFunction = Callable[[AttemptContext, dict[str, Any]], Awaitable[dict[str, Any]]]
+LanguageSelector = Callable[[dict[str, Any]], str | None]
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class JobType:
 
     name: str
     schema: Schema
-    run: Run
+    run: JobFunction
     timeout: int  # seconds for one attempt
-    needs: Needs
+    required_language: LanguageSelector
     """Returns the language that a worker must support for this payload, as the client sent it, or None."""
     summary: str
 
@@ -36,10 +36,10 @@ class JobTable:
         self._types: list[JobType] = []
 
     def on(
-        self, name: str, schema: type[Schema], *, timeout: int, needs: Needs = lambda _: None
-    ) -> Callable[[Run], Run]:
-        def add(run: Run) -> Run:
-            self._types.append(JobType(name, schema(), run, timeout, needs, (run.__doc__ or "").strip()))
+        self, name: str, schema: type[Schema], *, timeout: int, required_language: LanguageSelector = lambda _: None
+    ) -> Callable[[JobFunction], JobFunction]:
+        def add(run: JobFunction) -> JobFunction:
+            self._types.append(JobType(name, schema(), run, timeout, required_language, (run.__doc__ or "").strip()))
             return run
 
         return add

@@ -7,15 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from server.jobs import cgroups
-from server.jobs.programs import Language, Program
+from server.jobs.languages import Language, Program
 
-INSIDE = Path(__file__).parent / "inside.py"
-SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
-READABLE = ("/etc/ld.so.cache", "/etc/localtime", "/etc/alternatives", "/etc/ssl/openssl.cnf")  # node reads the last
-DEVICES = tuple(f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom"))
-BWRAP_PROGRAM = "/usr/bin/bwrap"
-BWRAP_HOME, BWRAP_FILES, BWRAP_INSIDE = "/job/work", "/job/files", "/inside.py"
-BWRAP_TEMPORARY_BYTES = 16 << 20
+SANDBOX_CHILD = Path(__file__).parent / "sandbox_child.py"
+SYSTEM_PATHS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
+READABLE_PATHS = (
+    "/etc/ld.so.cache",
+    "/etc/localtime",
+    "/etc/alternatives",
+    "/etc/ssl/openssl.cnf",
+)  # node reads the last
+DEVICE_PATHS = tuple(f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom"))
+BWRAP_PATH = "/usr/bin/bwrap"
+BWRAP_HOME, BWRAP_FILES, BWRAP_CHILD = "/job/work", "/job/files", "/sandbox_child.py"
+MAX_TEMPORARY_BYTES = 16 << 20
 NAMESPACES = ("user", "pid", "net", "ipc", "uts", "cgroup-try")
 
 
@@ -30,31 +35,31 @@ class Tier:
     namespaces: bool = False
 
 
-ROOT, SOMEBODY = "root", "somebody"
-BWRAP_CGROUP = Tier("bwrap-cgroup", (ROOT, SOMEBODY), bubblewrap=True, cgroup=True)
-BWRAP = Tier("bwrap", (ROOT, SOMEBODY), bubblewrap=True)
+ROOT, UNPRIVILEGED = "root", "somebody"
+BWRAP_CGROUP = Tier("bwrap-cgroup", (ROOT, UNPRIVILEGED), bubblewrap=True, cgroup=True)
+BWRAP = Tier("bwrap", (ROOT, UNPRIVILEGED), bubblewrap=True)
 LANDLOCK_UID = Tier("landlock-uid", (ROOT,), namespaces=True)
-LANDLOCK = Tier("landlock", (SOMEBODY,), namespaces=True)
-LANDLOCK_BARE = Tier("landlock-bare", (SOMEBODY,))
+LANDLOCK = Tier("landlock", (UNPRIVILEGED,), namespaces=True)
+LANDLOCK_BARE = Tier("landlock-bare", (UNPRIVILEGED,))
 TIERS = (BWRAP_CGROUP, BWRAP, LANDLOCK_UID, LANDLOCK, LANDLOCK_BARE)
 """From best to worst."""
 NO_TIER = Tier("none", ())
 
 
-def ours() -> tuple[Tier, ...]:
+def tiers_for_current_user() -> tuple[Tier, ...]:
     """Return the tiers for the user of this process."""
-    user = ROOT if os.geteuid() == 0 else SOMEBODY
+    user = ROOT if os.geteuid() == 0 else UNPRIVILEGED
     return tuple(tier for tier in TIERS if user in tier.users)
 
 
-def missing(tier: Tier) -> str | None:
+def missing_package(tier: Tier) -> str | None:
     """Return the package that a tier needs and the machine lacks, and how to install it, or None."""
-    if tier.bubblewrap and not Path(BWRAP_PROGRAM).exists():
+    if tier.bubblewrap and not Path(BWRAP_PATH).exists():
         return "bubblewrap is not installed: apt-get install bubblewrap"
     return None
 
 
-def config(
+def launcher_config(
     root: Path, program: Program, tier: Tier, *, uid: int | None, python: Language, cgroup: Path | None
 ) -> dict[str, Any]:
     """Return the launcher's configuration for a program.
@@ -77,9 +82,9 @@ def config(
         },
         "uid": uid,
         "namespaces": tier.namespaces,
-        "rules": [] if tier.bubblewrap else _rules(root, language),
-        "bubblewrap": _bubblewrap(root, {language.command[0], python.command[0]}) if tier.bubblewrap else [],
-        "inside": [python.command[0], "-I", "-S", BWRAP_INSIDE],
+        "rules": [] if tier.bubblewrap else _landlock_rules(root, language),
+        "bubblewrap": _bubblewrap_command(root, {language.command[0], python.command[0]}) if tier.bubblewrap else [],
+        "inside": [python.command[0], "-I", "-S", BWRAP_CHILD],
         "timeout": limits.timeout_seconds,
         "cpuSeconds": 2 * limits.timeout_seconds + 1,  # per process; several threads use more CPU time than real time
         "memoryMb": limits.memory_mb,
@@ -89,12 +94,12 @@ def config(
         "diskMb": limits.disk_mb,
         "openFiles": limits.open_files,
         "cgroup": str(cgroup / root.name) if cgroup else None,
-        "cgroupLimits": cgroups.limits(memory_mb=limits.memory_mb, processes=limits.processes),
-        "cgroupWishes": cgroups.WISHES,
+        "cgroupLimits": cgroups.group_limits(memory_mb=limits.memory_mb, processes=limits.processes),
+        "cgroupWishes": cgroups.OPTIONAL_LIMITS,
     }
 
 
-def _prefixes(interpreters: Iterable[str]) -> list[str]:
+def _interpreter_paths(interpreters: Iterable[str]) -> list[str]:
     """Return the program and library directories of interpreters outside the system's directories.
 
     Not their whole prefix: it may be the home of a user.
@@ -104,29 +109,29 @@ def _prefixes(interpreters: Iterable[str]) -> list[str]:
     return [str(prefix / name) for prefix in foreign for name in ("bin", "lib", "lib64")]
 
 
-def _rules(root: Path, language: Language) -> list[tuple[str, str]]:
+def _landlock_rules(root: Path, language: Language) -> list[tuple[str, str]]:
     """Return the accessible paths: the system's programs and libraries, harmless devices, and the job's directory."""
     return [
-        *((path, "read") for path in (*SYSTEM, *READABLE, *_prefixes(language.command[:1]))),
-        *((path, "device") for path in DEVICES),
+        *((path, "read") for path in (*SYSTEM_PATHS, *READABLE_PATHS, *_interpreter_paths(language.command[:1]))),
+        *((path, "device") for path in DEVICE_PATHS),
         (str(root / "files"), "look"),
         (str(root / "work"), "write"),
     ]
 
 
-def _bubblewrap(root: Path, interpreters: Iterable[str]) -> list[str]:
+def _bubblewrap_command(root: Path, interpreters: Iterable[str]) -> list[str]:
     """Return the bubblewrap command for the same paths; the launcher adds the filter and the program."""
-    command = [BWRAP_PROGRAM, *(f"--unshare-{space}" for space in NAMESPACES), "--disable-userns"]
+    command = [BWRAP_PATH, *(f"--unshare-{space}" for space in NAMESPACES), "--disable-userns"]
     command += ["--die-with-parent", "--new-session", "--as-pid-1", "--cap-drop", "ALL", "--clearenv"]
     command += ["--hostname", "sandbox"]
-    for path in SYSTEM:
+    for path in SYSTEM_PATHS:
         if Path(path).is_symlink():
             command += ["--symlink", str(Path(path).readlink()), path]
         else:
             command += ["--ro-bind-try", path, path]
-    for path in (*READABLE, *_prefixes(interpreters)):
+    for path in (*READABLE_PATHS, *_interpreter_paths(interpreters)):
         command += ["--ro-bind-try", path, path]
     command += ["--dev", "/dev", "--remount-ro", "/dev", "--proc", "/proc"]
-    command += ["--size", str(BWRAP_TEMPORARY_BYTES), "--tmpfs", "/tmp"]  # noqa: S108 - its own
-    command += ["--ro-bind", str(INSIDE), BWRAP_INSIDE, "--ro-bind", str(root / "files"), BWRAP_FILES]
+    command += ["--size", str(MAX_TEMPORARY_BYTES), "--tmpfs", "/tmp"]  # noqa: S108 - its own
+    command += ["--ro-bind", str(SANDBOX_CHILD), BWRAP_CHILD, "--ro-bind", str(root / "files"), BWRAP_FILES]
     return [*command, "--bind", str(root / "work"), BWRAP_HOME, "--chdir", BWRAP_HOME, "--remount-ro", "/"]

@@ -13,38 +13,38 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
+from server import multiprocess_metrics
 from server import settings as environment
-from server import tally
-from server.budget import budget
+from server.deadline import store_deadline
 from server.errors import Unavailable
 from server.jobs import store
 from server.jobs.types import JOB_TYPES
 from server.ops import operators
-from server.ops.stores import CHECK_SECONDS
-from server.resources import Resources, answered
+from server.ops.store_health import CHECK_TIMEOUT_SECONDS
+from server.resources import Resources, translate_mongo_errors
 
 log = structlog.get_logger()
 
-OF_JOBS = {
+JOB_METRICS = {
     "jobs_unfinished": "Jobs of the whole installation that wait or run; the same in every process: take the max",
     "jobs_oldest_seconds": "Seconds since the oldest of them was due; the same in every process: take the max",
 }
 JOB_LABELS = ("type", "state")
 
 
-async def answer(request: web.Request, stores: Resources) -> web.Response:
+async def metrics_response(request: web.Request, stores: Resources) -> web.Response:
     """Return the metrics in text format, to operators only."""
-    for guard in operators.demand(stores.settings):
+    for guard in operators.basic_auth(stores.settings):
         if not await guard.authenticate(request):
             challenge: web.Response = guard.challenge()
             return challenge
     return web.Response(
-        body=await asyncio.to_thread(_generated, await _jobs(stores.mongo)),
+        body=await asyncio.to_thread(_render_metrics, await _job_metrics(stores.mongo)),
         headers={"Content-Type": prometheus_client.CONTENT_TYPE_LATEST},
     )
 
 
-class Together(CollectorRegistry):
+class CombinedRegistry(CollectorRegistry):
     """A registry with further metrics that no process counts."""
 
     def __init__(self, counted: CollectorRegistry, more: Sequence[Metric]) -> None:
@@ -57,26 +57,30 @@ class Together(CollectorRegistry):
         yield from self._more
 
 
-def _generated(more: Sequence[Metric]) -> bytes:
+def _render_metrics(more: Sequence[Metric]) -> bytes:
     """Render the metrics. It reads the files of all processes, so call it outside of the event loop."""
-    directory = environment.metrics_folder()
-    with tally.read(directory) if directory else contextlib.nullcontext(prometheus_client.REGISTRY) as counted:
-        return prometheus_client.generate_latest(Together(counted, more))
+    directory = environment.multiproc_dir()
+    with (
+        multiprocess_metrics.locked_registry(directory)
+        if directory
+        else contextlib.nullcontext(prometheus_client.REGISTRY) as counted
+    ):
+        return prometheus_client.generate_latest(CombinedRegistry(counted, more))
 
 
-async def _jobs(mongo: Any) -> list[Metric]:
+async def _job_metrics(mongo: Any) -> list[Metric]:
     """Return the installation's jobs by type and state: 0 for none, no metrics at all during an outage of MongoDB."""
-    count, oldest = (GaugeMetricFamily(name, help, labels=JOB_LABELS) for name, help in OF_JOBS.items())
+    count, oldest = (GaugeMetricFamily(name, help, labels=JOB_LABELS) for name, help in JOB_METRICS.items())
     try:
-        with budget(CHECK_SECONDS):
-            async with answered(mongo):
-                groups = await store.unfinished(mongo, now=store.moment())
+        with store_deadline(CHECK_TIMEOUT_SECONDS):
+            async with translate_mongo_errors(mongo):
+                groups = await store.count_unfinished(mongo, now=store.mongo_now())
     except Unavailable as error:
-        log.warning("jobs not counted", error=error.detail)
+        log.warning("job metrics unavailable", error=error.detail)
         return []
     groups_by_labels = {(group.type, group.state): group for group in groups}
     for labels in dict.fromkeys((*product(JOB_TYPES, store.UNFINISHED_STATES), *groups_by_labels)):
         group = groups_by_labels.get(labels)
-        count.add_metric(labels, group.number if group else 0)
+        count.add_metric(labels, group.count if group else 0)
         oldest.add_metric(labels, group.oldest_seconds if group else 0)
     return [count, oldest]

@@ -9,27 +9,27 @@ from redis.exceptions import RedisError
 
 from server import __version__
 from server.errors import NotFound
-from server.jobs.handlers import ROSTER
-from server.ops import exposition, operators, stores
-from server.ops.health import alive
+from server.jobs.handlers import WORKER_REGISTRY
+from server.ops import exposition, operators, store_health
+from server.ops.health import liveness
 from server.ratelimit import limit
-from server.rest import answers
+from server.rest import responses
 from server.rest.keys import RESOURCES
 from server.rest.marks import public
 
 routes = web.RouteTableDef()
-STARTED = web.AppKey("started", float)
+STARTED_AT = web.AppKey("started", float)
 
 
-class Draining:
+class DrainState:
     """A flag that is set once, when the graceful shutdown begins."""
 
     def __init__(self) -> None:
-        self.begun = False
+        self.is_draining = False
 
 
-DRAINING = web.AppKey("draining", Draining)
-_ANSWERS = {
+DRAINING = web.AppKey("draining", DrainState)
+_RESPONSES = {
     "health": {200: {"description": "version, and seconds since the start"}},
     "ready": {
         200: {"description": "every store responds; with state and latency of each store, and the workers"},
@@ -44,26 +44,28 @@ _ANSWERS = {
 
 
 @routes.get("/health")
-@docs(tags=["operations"], summary="Check that the process is running (liveness)", responses=_ANSWERS["health"])
+@docs(tags=["operations"], summary="Check that the process is running (liveness)", responses=_RESPONSES["health"])
 @limit(None)
 @public
 async def health(request: web.Request) -> web.Response:
     """Respond while the process runs."""
-    return answers.json(alive(since=request.app[STARTED]))
+    return responses.json(liveness(started_at=request.app[STARTED_AT]))
 
 
 @routes.get("/health/ready")
-@docs(tags=["operations"], summary="Check that the process can take requests (readiness)", responses=_ANSWERS["ready"])
+@docs(
+    tags=["operations"], summary="Check that the process can take requests (readiness)", responses=_RESPONSES["ready"]
+)
 @limit(None)
 @public
 async def ready(request: web.Request) -> web.Response:
     """Respond 200 if every store responds and the process is not shutting down, else 503."""
-    states, workers = await asyncio.gather(stores.check(request.app[RESOURCES]), _workers(request))
-    draining = request.app[DRAINING].begun
+    states, workers = await asyncio.gather(store_health.check(request.app[RESOURCES]), _workers(request))
+    draining = request.app[DRAINING].is_draining
     up = not draining and all(state["status"] == "up" for state in states.values())
     status = "draining" if draining else "ready" if up else "unavailable"
     body = {"status": status, "version": __version__, "stores": states, "workers": workers}
-    return answers.json(body, status=200 if up else 503, headers=None if up else {"Retry-After": "2"})
+    return responses.json(body, status=200 if up else 503, headers=None if up else {"Retry-After": "2"})
 
 
 @routes.get("/metrics")
@@ -71,22 +73,22 @@ async def ready(request: web.Request) -> web.Response:
     tags=["operations"],
     summary="Read the metrics, for Prometheus",
     produces=["text/plain"],
-    responses=_ANSWERS["metrics"],
+    responses=_RESPONSES["metrics"],
 )
 @limit(None)
 @public
 async def metrics(request: web.Request) -> web.Response:
     opened = request.app[RESOURCES]
-    if operators.are_shut_out(opened.settings):
+    if operators.disabled(opened.settings):
         raise NotFound("Resource not found")
-    return await exposition.answer(request, opened)
+    return await exposition.metrics_response(request, opened)
 
 
 async def _workers(request: web.Request) -> list[dict[str, Any]] | None:
     """Return the reports of the workers, or None during an outage of Redis. Readiness does not depend on them."""
     try:
-        async with asyncio.timeout(stores.CHECK_SECONDS):
-            workers = await request.app[ROSTER].workers()
+        async with asyncio.timeout(store_health.CHECK_TIMEOUT_SECONDS):
+            workers = await request.app[WORKER_REGISTRY].workers()
     except (RedisError, OSError):
         return None
     return [{"worker": report.worker, "sandbox": report.tier, "languages": report.languages} for report in workers]

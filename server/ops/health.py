@@ -6,6 +6,6 @@ from typing import Any
 from server import __version__
 
 
-def alive(*, since: float) -> dict[str, Any]:
+def liveness(*, started_at: float) -> dict[str, Any]:
     """Return status, uptime and version; ``started_at`` is the monotonic time of the start."""
-    return {"status": "ok", "uptime": round(time.monotonic() - since, 3), "version": __version__}
+    return {"status": "ok", "uptime": round(time.monotonic() - started_at, 3), "version": __version__}

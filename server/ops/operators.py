@@ -9,7 +9,7 @@ from aiohttp_basicauth import BasicAuthMiddleware
 from server.settings import Settings
 
 
-class Operators(BasicAuthMiddleware):  # type: ignore[misc]
+class OperatorAuth(BasicAuthMiddleware):  # type: ignore[misc]
     """Basic authentication in constant time: its duration does not reveal how much of the credentials is right."""
 
     async def authenticate(self, request: web.Request) -> bool:
@@ -22,24 +22,24 @@ class Operators(BasicAuthMiddleware):  # type: ignore[misc]
         return scheme.lower() == "basic" and await self.check_credentials(username, password, request)
 
     async def check_credentials(self, username: str, password: str, request: web.Request) -> bool:  # noqa: ARG002
-        return _same(username, self.username) & _same(password, self.password)
+        return _equal_in_constant_time(username, self.username) & _equal_in_constant_time(password, self.password)
 
 
-def are_configured(settings: Settings) -> bool:
+def has_credentials(settings: Settings) -> bool:
     return bool(settings.ops_username and settings.ops_password)
 
 
-def are_shut_out(settings: Settings) -> bool:
+def disabled(settings: Settings) -> bool:
     """Return whether endpoints for operators do not exist: without credentials, production would expose them."""
-    return settings.production and not are_configured(settings)
+    return settings.production and not has_credentials(settings)
 
 
-def demand(settings: Settings) -> list[Operators]:
+def basic_auth(settings: Settings) -> list[OperatorAuth]:
     """Return the middleware that requires the credentials; an empty list if none are set."""
-    if not are_configured(settings):
+    if not has_credentials(settings):
         return []
-    return [Operators(username=settings.ops_username, password=settings.ops_password, realm="operators")]
+    return [OperatorAuth(username=settings.ops_username, password=settings.ops_password, realm="operators")]
 
 
-def _same(given: str, expected: str) -> bool:
+def _equal_in_constant_time(given: str, expected: str) -> bool:
     return hmac.compare_digest(given.encode(), expected.encode())

@@ -14,7 +14,7 @@ from server.settings import Settings, SettingsError
 
 
 @asynccontextmanager
-async def served(settings: Settings, stores: Resources) -> AsyncIterator[None]:
+async def serve_endpoint(settings: Settings, stores: Resources) -> AsyncIterator[None]:
     """Serve both paths during the block. Several workers share the port: any of them may respond.
 
     Raises:
@@ -36,14 +36,14 @@ def _application(settings: Settings, stores: Resources) -> web.Application:
     started = time.monotonic()
 
     async def serve_health(_: web.Request) -> web.Response:
-        return web.Response(body=json.dumps(health.alive(since=started)), content_type="application/json")
+        return web.Response(body=json.dumps(health.liveness(started_at=started)), content_type="application/json")
 
     async def serve_metrics(request: web.Request) -> web.Response:
-        return await exposition.answer(request, stores)
+        return await exposition.metrics_response(request, stores)
 
     app = web.Application()
     app.router.add_get("/health", serve_health)
-    if not operators.are_shut_out(settings):
+    if not operators.disabled(settings):
         app.router.add_get("/metrics", serve_metrics)
     return app
 

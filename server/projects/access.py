@@ -14,13 +14,13 @@ from uuid import UUID
 from aiohttp import web
 from asyncpg import Record
 
-from server.errors import Forbidden, NotFound, invalid
+from server.errors import Forbidden, NotFound, invalid_field
 from server.fields import parse_id
 from server.postgres import Database, Executor
 from server.realtime.connection import Connection
-from server.realtime.peers import Thing
-from server.realtime.table import Message
-from server.replicas import Proof
+from server.realtime.grants import ResourceRef
+from server.realtime.table import MessageDef
+from server.replicas import FreshnessCheck
 from server.rest.keys import BODY, QUERY, RESOURCES, USER
 
 H = TypeVar("H", bound=Callable[..., Any])
@@ -32,13 +32,13 @@ class Role(enum.IntEnum):
     OWNER = 3
 
 
-class Kind(enum.StrEnum):
+class ResourceKind(enum.StrEnum):
     PROJECT = "project"
     WORKSPACE = "workspace"
     DOCUMENT = "document"
 
     @property
-    def parameter(self) -> str:
+    def id_parameter(self) -> str:
         """The name of its id in paths and bodies."""
         return f"{self.value}Id"
 
@@ -46,15 +46,15 @@ class Kind(enum.StrEnum):
 @dataclass(frozen=True)
 class Requirement:
     role: Role
-    of: tuple[Kind, ...]  # resources that a body, query or message names; empty: the id in the path
+    kinds: tuple[ResourceKind, ...]  # resources that a body, query or message names; empty: the id in the path
 
 
-def named(*parameters: str) -> tuple[Kind, ...]:
+def resource_ids(*parameters: str) -> tuple[ResourceKind, ...]:
     """Return the kinds of resources that a body, query or message names by these fields, the most specific first."""
-    return tuple(next(kind for kind in Kind if kind.parameter == parameter) for parameter in parameters)
+    return tuple(next(kind for kind in ResourceKind if kind.id_parameter == parameter) for parameter in parameters)
 
 
-def requires(role: Role, *, of: tuple[Kind, ...] = ()) -> Callable[[H], H]:
+def requires(role: Role, *, of: tuple[ResourceKind, ...] = ()) -> Callable[[H], H]:
     """Mark a handler with the least role in the project of its resource.
 
     If ``of`` names several resources, the role is required for each, and all must belong to one project. Optional ones
@@ -84,24 +84,24 @@ class Access:
         """Return whether the role is at least this one."""
         return self.role >= role
 
-    def demand(self, role: Role) -> None:
+    def require(self, role: Role) -> None:
         """Raise Forbidden unless the role is at least this one."""
         if not self.allows(role):
             raise Forbidden(f"This action requires the role {role.name}; your role is {self.role.name}")
 
 
-async def check(db: Database, *, user: UUID, kind: Kind, id: UUID, role: Role) -> Access:
+async def check(db: Database, *, user: UUID, kind: ResourceKind, id: UUID, role: Role) -> Access:
     """Return the access of a user to a resource.
 
     Raises:
         NotFound: the resource does not exist, or the user is not a member: the two are not told apart.
         Forbidden: the user is a member without the required role.
     """
-    row = await db.find(_ACCESS, user, kind.value, id)
+    row = await db.fetchrow_batched(_ACCESS_OF_USERS, user, kind.value, id)
     if row is None:
         raise NotFound(f"{kind.value.capitalize()} not found")
     access = _access(row)
-    access.demand(role)
+    access.require(role)
     return access
 
 
@@ -109,18 +109,18 @@ def _access(row: Record) -> Access:
     return Access(project=row["project_id"], role=Role[row["role"]], revision=row["revision"])
 
 
-def proof(access: Access) -> Proof:
+def freshness_check(access: Access) -> FreshnessCheck:
     """Return a check whether a replica has the project at the revision of this access, or at a later one."""
 
     async def is_as_new(db: Executor) -> bool:
-        return bool(await db.fetchval(_AS_NEW, access.project, access.revision))
+        return bool(await db.fetchval(_IS_FRESH, access.project, access.revision))
 
     return is_as_new
 
 
-_AS_NEW = "SELECT true FROM projects WHERE id = $1 AND revision >= $2"
+_IS_FRESH = "SELECT true FROM projects WHERE id = $1 AND revision >= $2"
 # LIMIT forces one index lookup for each key: else a plan made while the tables were small would scan them ever after.
-_ACCESS = """
+_ACCESS_OF_USERS = """
 SELECT asked, found.*
 FROM unnest($1::uuid[], $2::text[], $3::uuid[]) WITH ORDINALITY AS keys (person, kind, thing, asked),
 LATERAL (
@@ -139,7 +139,7 @@ LATERAL (
 ACCESS = web.RequestKey("access", Access)
 
 
-def assemble(routes: Iterable[web.AbstractRoute], *, but: Collection[str] = ()) -> None:
+def verify_routes(routes: Iterable[web.AbstractRoute], *, exempt: Collection[str] = ()) -> None:
     """Reject a route that names a resource without ``@requires``, unless its path is ``exempt``.
 
     Raises:
@@ -147,73 +147,75 @@ def assemble(routes: Iterable[web.AbstractRoute], *, but: Collection[str] = ()) 
     """
     for route in routes:
         path = route.resource.canonical if route.resource else ""
-        if path in but:
+        if path in exempt:
             continue
         requirement = requirement_of(route.handler)
-        in_path = [kind for kind in Kind if f"{{{kind.parameter}}}" in path]
-        if in_path and (requirement is None or requirement.of):
+        in_path = [kind for kind in ResourceKind if f"{{{kind.id_parameter}}}" in path]
+        if in_path and (requirement is None or requirement.kinds):
             raise RuntimeError(f"{route.method} {path} names a {in_path[0]} but has no @requires for it")
-        for kind in _in_schemas(route.handler):
-            if requirement is None or kind not in (requirement.of or in_path):
-                raise RuntimeError(f"{route.method} {path} takes a {kind.parameter} but has no @requires for it")
+        for kind in _kinds_in_schemas(route.handler):
+            if requirement is None or kind not in (requirement.kinds or in_path):
+                raise RuntimeError(f"{route.method} {path} takes a {kind.id_parameter} but has no @requires for it")
 
 
-def _in_schemas(handler: Callable[..., Any]) -> Iterator[Kind]:
+def _kinds_in_schemas(handler: Callable[..., Any]) -> Iterator[ResourceKind]:
     for declared in getattr(handler, "__schemas__", ()):
         names = {field.data_key or name for name, field in declared["schema"].fields.items()}
-        yield from (kind for kind in Kind if kind.parameter in names)
+        yield from (kind for kind in ResourceKind if kind.id_parameter in names)
 
 
-def authorize(request: web.Request) -> Coroutine[Any, Any, None] | None:
+def authorize_path(request: web.Request) -> Coroutine[Any, Any, None] | None:
     """Return the access check of the resource that the path names, for the middleware; None if it names none."""
     requirement = requirement_of(request.match_info.handler)
-    if requirement is None or requirement.of:
+    if requirement is None or requirement.kinds:
         return None
-    return _authorize(request, requirement)
+    return _authorize_path(request, requirement)
 
 
-async def _authorize(request: web.Request, requirement: Requirement) -> None:
-    kind = next(kind for kind in Kind if kind.parameter in request.match_info)
-    id = parse_id(request.match_info[kind.parameter])
+async def _authorize_path(request: web.Request, requirement: Requirement) -> None:
+    kind = next(kind for kind in ResourceKind if kind.id_parameter in request.match_info)
+    id = parse_id(request.match_info[kind.id_parameter])
     if id is None:
         raise NotFound(f"{kind.value.capitalize()} not found")
     db = request.app[RESOURCES].db
     request[ACCESS] = await check(db, user=request[USER].id, kind=kind, id=id, role=requirement.role)
 
 
-async def authorize_named(request: web.Request) -> None:
+async def authorize_payload(request: web.Request) -> None:
     """Check the access to the resources that body or query name, for the middleware."""
     requirement = requirement_of(request.match_info.handler)
-    if requirement is not None and requirement.of:
+    if requirement is not None and requirement.kinds:
         values = request[BODY] if BODY in request else request.get(QUERY, {})
-        granted = await check_named(request.app[RESOURCES].db, requirement, user=request[USER].id, values=values)
+        granted = await check_payload(request.app[RESOURCES].db, requirement, user=request[USER].id, values=values)
         if granted is not None:
             request[ACCESS] = granted
 
 
-async def authorize_message(connection: Connection, message: Message, data: dict[str, Any]) -> None:
+async def authorize_message(connection: Connection, message: MessageDef, data: dict[str, Any]) -> None:
     """Check the access to the resources that a socket's message names, unless its connection has a grant for it."""
     requirement = requirement_of(message.handler)
-    if requirement is None or not requirement.of:
+    if requirement is None or not requirement.kinds:
         return
-    resources = [Thing(kind.value, id) for kind in requirement.of if (id := data.get(f"{kind.value}_id")) is not None]
+    resources = [
+        ResourceRef(kind.value, id) for kind in requirement.kinds if (id := data.get(f"{kind.value}_id")) is not None
+    ]
     known: Access | None = connection.grants.get(resources[0]) if len(resources) == 1 else None
     if known is None:
         db, user = connection.realtime.db, connection.user.id
-        connection.access = await check_named(db, requirement, user=user, values=data)
+        connection.access = await check_payload(db, requirement, user=user, values=data)
     else:
-        known.demand(requirement.role)
+        known.require(requirement.role)
         connection.access = known
 
 
 async def recheck(
-    db: Executor, sessions: Sequence[UUID], grants: Sequence[tuple[UUID, Thing]]
-) -> tuple[set[UUID], dict[tuple[UUID, Thing], Access]]:
+    db: Executor, sessions: Sequence[UUID], grants: Sequence[tuple[UUID, ResourceRef]]
+) -> tuple[set[UUID], dict[tuple[UUID, ResourceRef], Access]]:
     """Return the sessions that are still active, and the access of each pair of user and resource that still has it."""
     active, rows = await asyncio.gather(
-        db.fetch(_ALIVE, list(sessions)),
+        db.fetch(_ACTIVE_SESSIONS, list(sessions)),
         db.fetch(
-            _ACCESS,
+            _ACCESS_OF_USERS,
             [user for user, _ in grants],
             [resource.kind for _, resource in grants],
             [resource.id for _, resource in grants],
@@ -222,10 +224,10 @@ async def recheck(
     return {row["id"] for row in active}, {grants[row["asked"] - 1]: _access(row) for row in rows}
 
 
-_ALIVE = "SELECT id FROM sessions WHERE id = ANY ($1::uuid[]) AND ended_at IS NULL AND expires_at > now()"
+_ACTIVE_SESSIONS = "SELECT id FROM sessions WHERE id = ANY ($1::uuid[]) AND ended_at IS NULL AND expires_at > now()"
 
 
-async def check_named(
+async def check_payload(
     db: Database, requirement: Requirement, *, user: UUID, values: Mapping[str, Any]
 ) -> Access | None:
     """Return the access to the resources in ``values`` (a validated body, query or message); None if there are none.
@@ -235,12 +237,12 @@ async def check_named(
         ValidationFailed: they name resources of different projects.
     """
     granted: Access | None = None
-    for kind in requirement.of:
+    for kind in requirement.kinds:
         id = values.get(f"{kind.value}_id")
         if id is None:
             continue
         access = await check(db, user=user, kind=kind, id=id, role=requirement.role)
         if granted is not None and access.project != granted.project:
-            raise invalid(kind.parameter, "Belongs to another project than the other ids.")
+            raise invalid_field(kind.id_parameter, "Belongs to another project than the other ids.")
         granted = access
     return granted

@@ -12,12 +12,12 @@ from asyncpg import Record
 from server.postgres import Executor
 from server.projects import store
 from server.realtime.channels import Channels
-from server.realtime.peers import Revocation
+from server.realtime.grants import Revocation
 
 
 async def project_updated(db: Executor, channels: Channels, project: UUID, actor: UUID) -> None:
-    context = await store.audience(db, project=project, actor=actor)
-    await channels.report(
+    context = await store.read_event_context(db, project=project, actor=actor)
+    await channels.announce_committed(
         "PROJECT_UPDATED", workspaces=context["workspaces"], user=actor, name=context["name"], projectId=project
     )
 
@@ -32,9 +32,9 @@ async def roles_changed(
 ) -> None:
     """Announce changed roles by user, two of them after a transfer. A new member is no change of a role."""
     await channels.access_changed(project=project, users=list(roles))
-    context = await store.audience(db, project=project, actor=actor)
+    context = await store.read_event_context(db, project=project, actor=actor)
     for subject, role in roles.items():
-        await channels.report(
+        await channels.announce_committed(
             "ROLE_CHANGED",
             workspaces=context["workspaces"],
             user=actor,
@@ -48,9 +48,9 @@ async def roles_changed(
 async def member_removed(channels: Channels, project: UUID, actor: UUID, *, user: UUID, name: str) -> None:
     """Announce that the owner removed a member, or that the member left. ``name`` is the actor's."""
     why = Revocation("left" if actor == user else "removed", actor, name)
-    await channels.access_changed(project=project, users=[user], why=why)
+    await channels.access_changed(project=project, users=[user], revocation=why)
 
 
 async def workspaces_deleted(channels: Channels, workspaces: list[UUID], *, actor: UUID, name: str) -> None:
-    await channels.report("WORKSPACE_DELETED", workspaces=workspaces, user=actor, name=name)
-    await channels.gone("workspace", workspaces, actor=actor, name=name)
+    await channels.announce_committed("WORKSPACE_DELETED", workspaces=workspaces, user=actor, name=name)
+    await channels.deleted("workspace", workspaces, actor=actor, name=name)

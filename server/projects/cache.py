@@ -19,39 +19,39 @@ from server.pipelines import Pipelines
 from server.postgres import Executor
 from server.projects import schemas, store
 
-KEPT_SECONDS = 300
-LISTED_BYTES = 16 << 20  # of JSON, in a process
-PATIENCE_SECONDS = 0.2  # a slower cache is of no use
+CACHE_TTL_SECONDS = 300
+MAX_LIST_CACHE_BYTES = 16 << 20  # of JSON, in a process
+CACHE_TIMEOUT_SECONDS = 0.2  # a slower cache is of no use
 
 
-async def find(redis: Pipelines, *, project: UUID, revision: int, role: str) -> bytes | None:
+async def get(redis: Pipelines, *, project: UUID, revision: int, role: str) -> bytes | None:
     try:
-        body: bytes | None = await redis.ask("GET", _key(project, revision, role), seconds=PATIENCE_SECONDS)
+        body: bytes | None = await redis.submit("GET", _key(project, revision, role), timeout=CACHE_TIMEOUT_SECONDS)
     except (RedisError, OSError, TimeoutError):
         body = None
     metrics.PROJECT_CACHE.labels("redis", "miss" if body is None else "hit").inc()
     return body
 
 
-async def keep(redis: Pipelines, body: bytes, *, project: UUID, revision: int, role: str) -> None:
+async def put(redis: Pipelines, body: bytes, *, project: UUID, revision: int, role: str) -> None:
     try:
         key = _key(project, revision, role)
-        await redis.ask("SET", key, body, "EX", KEPT_SECONDS, seconds=PATIENCE_SECONDS)
+        await redis.submit("SET", key, body, "EX", CACHE_TTL_SECONDS, timeout=CACHE_TIMEOUT_SECONDS)
     except (RedisError, OSError, TimeoutError):
         return
 
 
-class Listed:
+class ProjectListCache:
     """A cache of the projects in lists, in this process: a list reads only the projects that have changed."""
 
     def __init__(self) -> None:
-        self._shown: LRUCache[tuple[UUID, int, str], bytes] = LRUCache(LISTED_BYTES, getsizeof=len)
-        self._forgotten_at = 0.0
+        self._entries: LRUCache[tuple[UUID, int, str], bytes] = LRUCache(MAX_LIST_CACHE_BYTES, getsizeof=len)
+        self._cleared_at = 0.0
 
-    async def show(self, db: Executor, rows: Sequence[Any]) -> list[orjson.Fragment]:
+    async def render(self, db: Executor, rows: Sequence[Any]) -> list[orjson.Fragment]:
         """Return the JSON of each row (id, revision, role), in their order; without projects deleted since."""
-        self._forget()
-        bodies = {row["id"]: self._shown.get((row["id"], row["revision"], row["role"])) for row in rows}
+        self._clear_if_expired()
+        bodies = {row["id"]: self._entries.get((row["id"], row["revision"], row["role"])) for row in rows}
         missing = {row["id"]: row["role"] for row in rows if bodies[row["id"]] is None}
         metrics.PROJECT_CACHE.labels("process", "hit").inc(len(rows) - len(missing))
         if missing:
@@ -60,17 +60,17 @@ class Listed:
                 id, role = project["id"], missing[project["id"]]
                 body = json.dumps(_PROJECT.dump({**project, "role": role}))
                 # The project may have changed since it was listed: the key has the revision that was read.
-                bodies[id] = self._shown[id, project["revision"], role] = body
+                bodies[id] = self._entries[id, project["revision"], role] = body
         return [orjson.Fragment(body) for body in bodies.values() if body is not None]
 
-    def _forget(self) -> None:
+    def _clear_if_expired(self) -> None:
         now = asyncio.get_running_loop().time()
-        if now - self._forgotten_at > KEPT_SECONDS:
-            self._forgotten_at = now
-            self._shown.clear()
+        if now - self._cleared_at > CACHE_TTL_SECONDS:
+            self._cleared_at = now
+            self._entries.clear()
 
 
-LISTED = web.AppKey("listed", Listed)
+PROJECT_LIST_CACHE = web.AppKey("listed", ProjectListCache)
 _PROJECT = schemas.Project()
 
 

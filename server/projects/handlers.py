@@ -9,7 +9,7 @@ from aiohttp import web
 from aiohttp_apispec import docs, json_schema, querystring_schema, response_schema
 
 from server import json
-from server.auth import addresses
+from server.auth import email_addresses
 from server.errors import Conflict, NotFound, Unauthenticated
 from server.fields import parse_id
 from server.postgres import Database
@@ -24,17 +24,23 @@ from server.projects import (
     schemas,
     store,
 )
-from server.projects.access import ACCESS, Kind, Role, requires
+from server.projects.access import ACCESS, ResourceKind, Role, requires
 from server.realtime.channels import Channels
 from server.realtime.hub import REALTIME
-from server.rest import answers
-from server.rest.etags import etag, expected_revisions, lost, unchanged, untagged
+from server.rest import responses
+from server.rest.etags import (
+    check_preconditions_without_etag,
+    conditional_write_error,
+    etag,
+    expected_revisions,
+    is_not_modified,
+)
 from server.rest.keys import BODY, DB, QUERY, RESOURCES, USER
-from server.rest.marks import Idempotency, idempotent, refuses
-from server.rest.pages import PageQuery, keys_of, page, page_of
+from server.rest.marks import Idempotency, error_codes, idempotent
+from server.rest.pagination import PageQuery, decode_cursor, page_schema, paginate
 
 routes = web.RouteTableDef()
-SHOWN_MEMBERS = 100
+MAX_EMBEDDED_ITEMS = 100
 PROJECT, PROJECT_WITH_MEMBERS = schemas.Project(), schemas.ProjectWithMembers()
 COLLABORATOR, ACTIVITY = schemas.Collaborator(), schemas.Activity()
 INVITATION, NEW_INVITATION = schemas.Invitation(), schemas.NewInvitation()
@@ -50,13 +56,13 @@ async def create_project(request: web.Request) -> web.Response:
     if project is None:
         raise Unauthenticated("The account has been deleted")
     tag = etag(project["revision"], project["role"])
-    return answers.created(f"/api/v1/projects/{project['id']}", PROJECT.dump(project), tag=tag)
+    return responses.created(f"/api/v1/projects/{project['id']}", PROJECT.dump(project), tag=tag)
 
 
 @routes.get("/api/v1/projects")
 @docs(tags=["projects"], summary="List your projects")
 @querystring_schema(schemas.ProjectQuery)
-@response_schema(page_of(schemas.Project), 200)
+@response_schema(page_schema(schemas.Project), 200)
 async def list_projects(request: web.Request) -> web.Response:
     query = request[QUERY]
     order = f"projects by {query['sort']}"
@@ -64,15 +70,15 @@ async def list_projects(request: web.Request) -> web.Response:
     rows = await store.list_projects(
         db,
         user=request[USER].id,
-        which=query["role"],
+        ownership=query["role"],
         search=query["q"],
         sort=query["sort"].lstrip("-"),
         descending=query["sort"].startswith("-"),
         limit=query["limit"],
-        after=keys_of(query["cursor"], str, UUID, of=order),
+        after=decode_cursor(query["cursor"], str, UUID, list_name=order),
     )
-    listed, next_cursor = page(rows, query["limit"], "key", "id", of=order)
-    return answers.page_of_shown(await request.app[cache.LISTED].show(db, listed), next_cursor)
+    listed, next_cursor = paginate(rows, query["limit"], "key", "id", list_name=order)
+    return responses.page_of_items(await request.app[cache.PROJECT_LIST_CACHE].render(db, listed), next_cursor)
 
 
 @routes.get("/api/v1/projects/{projectId}")
@@ -83,18 +89,18 @@ async def read_project(request: web.Request) -> web.Response:
     stores, project, role = request.app[RESOURCES], request[ACCESS].project, request[ACCESS].role.name
     revision = request[ACCESS].revision
     tag = etag(revision, role)
-    if unchanged(request, tag):
-        return answers.tagged(request, b"", tag=tag)
-    body = await cache.find(stores.pipelines, project=project, revision=revision, role=role)
+    if is_not_modified(request, tag):
+        return responses.with_etag(request, b"", tag=tag)
+    body = await cache.get(stores.pipelines, project=project, revision=revision, role=role)
     if body is None:
-        read = partial(store.read_project_with_members, project=project, most=SHOWN_MEMBERS)
-        row = await stores.replicas.read(read, proof=access.proof(request[ACCESS]))
+        read = partial(store.read_project_with_members, project=project, limit=MAX_EMBEDDED_ITEMS)
+        row = await stores.replicas.read(read, is_fresh=access.freshness_check(request[ACCESS]))
         if row is None:
             raise NotFound("Project not found")
         # The project may have changed since the access query: cache entry and ETag have the revision that was read.
         revision, body = row["revision"], json.dumps(PROJECT_WITH_MEMBERS.dump({**row, "role": role}))
-        await cache.keep(stores.pipelines, body, project=project, revision=revision, role=role)
-    return answers.tagged(request, body, tag=etag(revision, role))
+        await cache.put(stores.pipelines, body, project=project, revision=revision, role=role)
+    return responses.with_etag(request, body, tag=etag(revision, role))
 
 
 @routes.patch("/api/v1/projects/{projectId}")
@@ -115,9 +121,9 @@ async def change_project(request: web.Request) -> web.Response:
         revisions=revisions,
     )
     if changed is None:
-        raise lost(revisions)
-    await announcements.project_updated(*_told(request))
-    return answers.entity(request, PROJECT, {**changed, "role": role}, role=role)
+        raise conditional_write_error(revisions)
+    await announcements.project_updated(*_event_arguments(request))
+    return responses.entity(request, PROJECT, {**changed, "role": role}, role=role)
 
 
 @routes.delete("/api/v1/projects/{projectId}")
@@ -126,25 +132,25 @@ async def change_project(request: web.Request) -> web.Response:
 async def delete_project(request: web.Request) -> web.Response:
     revisions = expected_revisions(request, request[ACCESS].role.name)
     db, project, actor = request.app[RESOURCES].db, request[ACCESS].project, request[USER].id
-    context = await store.audience(db, project=project, actor=actor)
+    context = await store.read_event_context(db, project=project, actor=actor)
     if not await store.delete_project(db, project=project, revisions=revisions):
-        raise lost(revisions)
+        raise conditional_write_error(revisions)
     await announcements.project_deleted(request.app[REALTIME].channels, context, actor=actor)
-    return answers.nothing()
+    return responses.no_content()
 
 
 @routes.get("/api/v1/projects/{projectId}/activity")
 @docs(tags=["projects"], summary="List the activity of a project, newest first")
 @querystring_schema(PageQuery)
-@response_schema(page_of(schemas.Activity), 200)
+@response_schema(page_schema(schemas.Activity), 200)
 @requires(Role.VIEWER)
 async def list_activity(request: web.Request) -> web.Response:
     query = request[QUERY]
-    (before,) = keys_of(query["cursor"], int, of="activity")
+    (before,) = decode_cursor(query["cursor"], int, list_name="activity")
     rows = await store.list_activity(
         request.app[RESOURCES].db, project=request[ACCESS].project, limit=query["limit"], before=before
     )
-    return answers.page(ACTIVITY, *page(rows, query["limit"], "id", of="activity"))
+    return responses.page(ACTIVITY, *paginate(rows, query["limit"], "id", list_name="activity"))
 
 
 @routes.post("/api/v1/projects/{projectId}/transfer")
@@ -156,14 +162,16 @@ async def transfer_project(request: web.Request) -> web.Response:
     db, project, user = request.app[RESOURCES].db, request[ACCESS].project, request[USER].id
     to = request[BODY]["user_id"]
     await members.transfer(db, project=project, owner=user, to=to)
-    await announcements.roles_changed(*_told(request), roles={user: Role.COLLABORATOR.name, to: Role.OWNER.name})
-    return await _shown_anew(request, project)
+    await announcements.roles_changed(
+        *_event_arguments(request), roles={user: Role.COLLABORATOR.name, to: Role.OWNER.name}
+    )
+    return await _project_response(request, project)
 
 
 @routes.get("/api/v1/projects/{projectId}/collaborators")
 @docs(tags=["collaborators"], summary="List the members, including the owner, in the order in which they joined")
 @querystring_schema(PageQuery)
-@response_schema(page_of(schemas.Collaborator), 200)
+@response_schema(page_schema(schemas.Collaborator), 200)
 @requires(Role.VIEWER)
 async def list_collaborators(request: web.Request) -> web.Response:
     query = request[QUERY]
@@ -171,43 +179,43 @@ async def list_collaborators(request: web.Request) -> web.Response:
         members_store.list_members,
         project=request[ACCESS].project,
         limit=query["limit"],
-        after=keys_of(query["cursor"], datetime, UUID, of="collaborators"),
+        after=decode_cursor(query["cursor"], datetime, UUID, list_name="collaborators"),
     )
-    rows = await request.app[RESOURCES].replicas.read(read, proof=access.proof(request[ACCESS]))
-    return answers.page(COLLABORATOR, *page(rows, query["limit"], "joined_at", "id", of="collaborators"))
+    rows = await request.app[RESOURCES].replicas.read(read, is_fresh=access.freshness_check(request[ACCESS]))
+    return responses.page(COLLABORATOR, *paginate(rows, query["limit"], "joined_at", "id", list_name="collaborators"))
 
 
 @routes.post("/api/v1/projects/{projectId}/collaborators")
 @docs(tags=["collaborators"], summary="Add a known user at once, or invite an unknown address")
 @json_schema(schemas.NewCollaborator)
 @response_schema(schemas.CollaboratorOrInvitation, 201)
-@refuses("already_collaborator", "idempotency_secret")
+@error_codes("already_collaborator", "idempotency_secret")
 @idempotent(Idempotency.BY_TRANSACTION)
 @requires(Role.OWNER)
 async def add_collaborator(request: web.Request) -> web.Response:
     db, project, actor, body = request[DB], request[ACCESS].project, request[USER].id, request[BODY]
-    user = await members_store.user_id_by_key(db, email_key=addresses.key(body["email"]))
+    user = await members_store.user_id_by_email_key(db, email_key=email_addresses.key(body["email"]))
     project_path = f"/api/v1/projects/{project}"
     if user is None:
         invitation = await invitations.invite(db, project=project, actor=actor, now=datetime.now(UTC), **body)
         response_body: dict[str, Any] = {"invitation": NEW_INVITATION.dump(invitation)}
-        return answers.secret(answers.created(f"{project_path}/invitations/{invitation['id']}", response_body))
+        return responses.no_store(responses.created(f"{project_path}/invitations/{invitation['id']}", response_body))
     added = await members_store.add_member(db, project=project, actor=actor, user=user, role=body["role"])
     if added is None:
         raise NotFound("Project or user not found")
     if added["id"] is None:
         raise Conflict("The user is already a collaborator", code="already_collaborator")
-    return answers.created(f"{project_path}/collaborators/{added['id']}", {"collaborator": COLLABORATOR.dump(added)})
+    return responses.created(f"{project_path}/collaborators/{added['id']}", {"collaborator": COLLABORATOR.dump(added)})
 
 
 @routes.patch("/api/v1/projects/{projectId}/collaborators/{collaboratorId}")
 @docs(tags=["collaborators"], summary="Change a collaborator's role")
 @json_schema(schemas.RoleChange)
 @response_schema(schemas.Collaborator, 200)
-@refuses("owner_immutable")
+@error_codes("owner_immutable")
 @requires(Role.OWNER)
 async def change_role(request: web.Request) -> web.Response:
-    untagged(request)
+    check_preconditions_without_etag(request)
     changed = await members.change_role(
         request.app[RESOURCES].db,
         project=request[ACCESS].project,
@@ -215,41 +223,41 @@ async def change_role(request: web.Request) -> web.Response:
         member=_id(request, "collaboratorId"),
         role=request[BODY]["role"],
     )
-    await announcements.roles_changed(*_told(request), roles={changed["user_id"]: changed["role"]})
-    return answers.json(COLLABORATOR.dump(changed))
+    await announcements.roles_changed(*_event_arguments(request), roles={changed["user_id"]: changed["role"]})
+    return responses.json(COLLABORATOR.dump(changed))
 
 
 @routes.delete("/api/v1/projects/{projectId}/collaborators/{collaboratorId}")
 @docs(tags=["collaborators"], summary="Remove a collaborator, or leave: every member may remove themselves")
-@refuses("owner_immutable")
+@error_codes("owner_immutable")
 @requires(Role.VIEWER)
 async def remove_collaborator(request: web.Request) -> web.Response:
-    untagged(request)
+    check_preconditions_without_etag(request)
     removed = await members.remove(
         request.app[RESOURCES].db,
         access=request[ACCESS],
         actor=request[USER].id,
         member=_id(request, "collaboratorId"),
     )
-    _, channels, project, actor = _told(request)
+    _, channels, project, actor = _event_arguments(request)
     await announcements.member_removed(channels, project, actor, user=removed["user_id"], name=removed["actor_name"])
-    return answers.nothing()
+    return responses.no_content()
 
 
 @routes.get("/api/v1/projects/{projectId}/invitations")
 @docs(tags=["invitations"], summary="List pending invitations to a project, newest first")
 @querystring_schema(PageQuery)
-@response_schema(page_of(schemas.Invitation), 200)
+@response_schema(page_schema(schemas.Invitation), 200)
 @requires(Role.OWNER)
 async def list_invitations(request: web.Request) -> web.Response:
-    return await _invitations(request, project=request[ACCESS].project)
+    return await _invitation_page(request, project=request[ACCESS].project)
 
 
 @routes.delete("/api/v1/projects/{projectId}/invitations/{invitationId}")
 @docs(tags=["invitations"], summary="Withdraw an invitation")
 @requires(Role.OWNER)
 async def withdraw_invitation(request: web.Request) -> web.Response:
-    untagged(request)
+    check_preconditions_without_etag(request)
     withdrawn = await invitations_store.withdraw_invitation(
         request.app[RESOURCES].db,
         project=request[ACCESS].project,
@@ -258,52 +266,54 @@ async def withdraw_invitation(request: web.Request) -> web.Response:
     )
     if not withdrawn:
         raise NotFound("Invitation not found")
-    return answers.nothing()
+    return responses.no_content()
 
 
 @routes.get("/api/v1/invitations")
 @docs(tags=["invitations"], summary="List pending invitations to your address, newest first")
 @querystring_schema(PageQuery)
-@response_schema(page_of(schemas.Invitation), 200)
+@response_schema(page_schema(schemas.Invitation), 200)
 async def list_my_invitations(request: web.Request) -> web.Response:
-    return await _invitations(request, user=request[USER].id)
+    return await _invitation_page(request, user=request[USER].id)
 
 
 @routes.post("/api/v1/invitations/accept")
 @docs(tags=["invitations"], summary="Join a project by the token of an invitation to your address")
 @json_schema(schemas.Acceptance)
 @response_schema(schemas.Project, 200)
-@refuses("not_found", "gone", "forbidden")
+@error_codes("not_found", "gone", "forbidden")
 async def accept_invitation(request: web.Request) -> web.Response:
     project = await invitations.accept(request.app[RESOURCES].db, request[USER].id, request[BODY]["token"])
-    return await _shown_anew(request, project)
+    return await _project_response(request, project)
 
 
-def _told(request: web.Request) -> tuple[Database, Channels, UUID, UUID]:
+def _event_arguments(request: web.Request) -> tuple[Database, Channels, UUID, UUID]:
     """Return the first arguments of every announcement."""
     return request.app[RESOURCES].db, request.app[REALTIME].channels, request[ACCESS].project, request[USER].id
 
 
-async def _invitations(request: web.Request, *, project: UUID | None = None, user: UUID | None = None) -> web.Response:
+async def _invitation_page(
+    request: web.Request, *, project: UUID | None = None, user: UUID | None = None
+) -> web.Response:
     query = request[QUERY]
     rows = await invitations_store.list_invitations(
         request.app[RESOURCES].db,
         project=project,
         user=user,
         limit=query["limit"],
-        after=keys_of(query["cursor"], datetime, UUID, of="invitations"),
+        after=decode_cursor(query["cursor"], datetime, UUID, list_name="invitations"),
     )
-    return answers.page(INVITATION, *page(rows, query["limit"], "created_at", "id", of="invitations"))
+    return responses.page(INVITATION, *paginate(rows, query["limit"], "created_at", "id", list_name="invitations"))
 
 
-async def _shown_anew(request: web.Request, project: UUID) -> web.Response:
+async def _project_response(request: web.Request, project: UUID) -> web.Response:
     """Return the project as the caller sees it after their role has changed."""
     db, user = request.app[RESOURCES].db, request[USER].id
-    role = (await access.check(db, user=user, kind=Kind.PROJECT, id=project, role=Role.VIEWER)).role.name
+    role = (await access.check(db, user=user, kind=ResourceKind.PROJECT, id=project, role=Role.VIEWER)).role.name
     row = await store.read_project(db, project=project)
     if row is None:
         raise NotFound("Project not found")
-    return answers.entity(request, PROJECT, {**row, "role": role}, role=role)
+    return responses.entity(request, PROJECT, {**row, "role": role}, role=role)
 
 
 def _id(request: web.Request, parameter: str) -> UUID:

@@ -5,15 +5,17 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from server.auth import addresses
+from server.auth import email_addresses
 from server.auth.tokens import new_secret
-from server.errors import Forbidden, Gone, NotFound, invalid
+from server.errors import Forbidden, Gone, NotFound, invalid_field
 from server.postgres import Executor
 from server.projects import invitations_store
 
-LIFETIME = timedelta(days=7)
-KEPT_DAYS = 30  # after the expiry: so long a client with the token gets "expired" instead of "not found"
-FORGOTTEN_AT_ONCE = 1000
+INVITATION_TTL = timedelta(days=7)
+INVITATION_RETENTION_DAYS = (
+    30  # after the expiry: so long a client with the token gets "expired" instead of "not found"
+)
+MAX_DELETED_AT_ONCE = 1000
 
 
 def token_hash(token: str) -> bytes:
@@ -29,19 +31,19 @@ async def invite(db: Executor, *, project: UUID, actor: UUID, email: str, role: 
         NotFound: the project is deleted.
     """
     try:
-        email = addresses.parse(email)
-    except addresses.InvalidAddressError as error:
-        raise invalid("email", str(error)) from None
+        email = email_addresses.parse(email)
+    except email_addresses.InvalidAddressError as error:
+        raise invalid_field("email", str(error)) from None
     token = new_secret()
     invitation = await invitations_store.invite(
         db,
         project=project,
         actor=actor,
         email=email,
-        email_key=addresses.key(email),
+        email_key=email_addresses.key(email),
         role=role,
         token_hash=token_hash(token),
-        expires_at=now + LIFETIME,
+        expires_at=now + INVITATION_TTL,
     )
     if invitation is None:
         raise NotFound("Project not found")
@@ -57,17 +59,22 @@ async def accept(db: Executor, user: UUID, token: str) -> UUID:
     hashed = token_hash(token)
     accepted = await invitations_store.accept_invitation(db, user=user, token_hash=hashed)
     if accepted is None:
-        raise await _refusal(db, hashed)
+        raise await _accept_error(db, hashed)
     project: UUID = accepted["project_id"]
     return project
 
 
-async def forget_expired(db: Executor) -> None:
-    while await invitations_store.forget(db, keep_days=KEPT_DAYS, most=FORGOTTEN_AT_ONCE) == FORGOTTEN_AT_ONCE:
+async def delete_expired_invitations(db: Executor) -> None:
+    while (
+        await invitations_store.delete_expired_invitations(
+            db, retention_days=INVITATION_RETENTION_DAYS, limit=MAX_DELETED_AT_ONCE
+        )
+        == MAX_DELETED_AT_ONCE
+    ):
         pass
 
 
-async def _refusal(db: Executor, hashed: bytes) -> NotFound | Gone | Forbidden:
+async def _accept_error(db: Executor, hashed: bytes) -> NotFound | Gone | Forbidden:
     state = await invitations_store.invitation_state(db, token_hash=hashed)
     if state is None:
         return NotFound("Invitation not found")

@@ -127,7 +127,7 @@ async def invitation_state(db: Executor, *, token_hash: bytes) -> Record | None:
     return await db.fetchrow("SELECT expires_at <= now() AS expired FROM invitations WHERE token_hash = $1", token_hash)
 
 
-async def forget(db: Executor, *, keep_days: int, most: int) -> int:
+async def delete_expired_invitations(db: Executor, *, retention_days: int, limit: int) -> int:
     """Delete a batch of invitations that expired long ago; return how many."""
     forgotten: int = await db.fetchval(
         """
@@ -139,15 +139,15 @@ async def forget(db: Executor, *, keep_days: int, most: int) -> int:
         )
         SELECT count(*) FROM forgotten
         """,
-        keep_days,
-        most,
+        retention_days,
+        limit,
     )
     return forgotten
 
 
-async def invitations_without_key(db: Executor, *, limit: int) -> list[Record]:
+async def invitations_without_email_key(db: Executor, *, limit: int) -> list[Record]:
     return await db.fetch("SELECT id, email FROM invitations WHERE email_key IS NULL LIMIT $1", limit)
 
 
-async def give_key(db: Executor, *, invitation: UUID, email_key: str) -> None:
+async def set_email_key(db: Executor, *, invitation: UUID, email_key: str) -> None:
     await db.execute("UPDATE invitations SET email_key = $2 WHERE id = $1", invitation, email_key)

@@ -4,7 +4,7 @@ from uuid import UUID
 
 from asyncpg import Record
 
-from server.errors import Conflict, Forbidden, NotFound, ServiceError, invalid
+from server.errors import Conflict, Forbidden, NotFound, ServiceError, invalid_field
 from server.postgres import Database, Executor
 from server.projects import members_store
 from server.projects.access import Access, Role
@@ -19,7 +19,7 @@ async def change_role(db: Executor, *, project: UUID, actor: UUID, member: UUID,
     """
     changed = await members_store.change_role(db, project=project, actor=actor, member=member, role=role)
     if changed is None:
-        raise await _refusal(db, project=project, member=member)
+        raise await _member_error(db, project=project, member=member)
     return changed
 
 
@@ -33,10 +33,10 @@ async def remove(db: Executor, *, access: Access, actor: UUID, member: UUID) -> 
     """
     row = await members_store.read_member(db, project=access.project, member=member)
     if row is None or row["user_id"] != actor:
-        access.demand(Role.OWNER)
+        access.require(Role.OWNER)
     removed = await members_store.remove_member(db, project=access.project, actor=actor, member=member)
     if removed is None:
-        raise await _refusal(db, project=access.project, member=member)
+        raise await _member_error(db, project=access.project, member=member)
     return removed
 
 
@@ -48,18 +48,18 @@ async def transfer(db: Database, *, project: UUID, owner: UUID, to: UUID) -> Non
         ValidationFailed: that user is not a member, or already the owner.
     """
     if to == owner:
-        raise invalid("userId", "Already the owner of this project.")
+        raise invalid_field("userId", "Already the owner of this project.")
 
     async def swap(transaction: Executor) -> None:
-        if not await members_store.step_down(transaction, project=project, owner=owner):
+        if not await members_store.demote_owner(transaction, project=project, owner=owner):
             raise Forbidden("You are no longer the owner of this project")
-        if not await members_store.step_up(transaction, project=project, actor=owner, user=to):
-            raise invalid("userId", "Not a member of this project.")
+        if not await members_store.promote_to_owner(transaction, project=project, actor=owner, user=to):
+            raise invalid_field("userId", "Not a member of this project.")
 
     await db.transact(swap)
 
 
-async def _refusal(db: Executor, *, project: UUID, member: UUID) -> ServiceError:
+async def _member_error(db: Executor, *, project: UUID, member: UUID) -> ServiceError:
     """Return the error for a member that was neither changed nor removed."""
     if await members_store.read_member(db, project=project, member=member) is None:
         return NotFound("Collaborator not found")

@@ -8,7 +8,7 @@ from asyncpg import Record
 from server.postgres import Executor
 
 
-async def user_id_by_key(db: Executor, *, email_key: str) -> UUID | None:
+async def user_id_by_email_key(db: Executor, *, email_key: str) -> UUID | None:
     user: UUID | None = await db.fetchval("SELECT id FROM users WHERE email_key = $1", email_key)
     return user
 
@@ -109,7 +109,7 @@ async def remove_member(db: Executor, *, project: UUID, actor: UUID, member: UUI
     )
 
 
-async def step_down(db: Executor, *, project: UUID, owner: UUID) -> bool:
+async def demote_owner(db: Executor, *, project: UUID, owner: UUID) -> bool:
     """Make the owner a collaborator (first half of a transfer); return whether that user was the owner."""
     return bool(
         await db.fetchval(
@@ -126,7 +126,7 @@ async def step_down(db: Executor, *, project: UUID, owner: UUID) -> bool:
     )
 
 
-async def step_up(db: Executor, *, project: UUID, actor: UUID, user: UUID) -> bool:
+async def promote_to_owner(db: Executor, *, project: UUID, actor: UUID, user: UUID) -> bool:
     """Make a member the owner (second half of a transfer); return whether that user is a member."""
     return bool(
         await db.fetchval(

@@ -4,35 +4,35 @@ from typing import Any
 
 from marshmallow import fields, validate
 
-from server.auth.schemas import AnyEmail, Person, secret
-from server.fields import Id, JsonObject, Name, Ready, Schema, Time
-from server.rest.pages import PageQuery
+from server.auth.schemas import AnyEmail, Person, token_field
+from server.fields import Id, JsonObject, Name, RawJson, Schema, Timestamp
+from server.rest.pagination import PageQuery
 
 ROLES = ("OWNER", "COLLABORATOR", "VIEWER")
 SORTS = ("updatedAt", "-updatedAt", "createdAt", "-createdAt", "name", "-name")
 
 
-def project_name(**options: Any) -> Name:
+def project_name_field(**options: Any) -> Name:
     return Name(1, 100, metadata={"example": "Analytical Engine"}, **options)
 
 
-def description(**options: Any) -> fields.String:
+def description_field(**options: Any) -> fields.String:
     return fields.String(validate=validate.Length(max=500), **options)
 
 
-def given_role(**options: Any) -> fields.String:
+def assignable_role_field(**options: Any) -> fields.String:
     return fields.String(validate=validate.OneOf(ROLES[1:]), **options)
 
 
 class NewProject(Schema):
-    name = project_name(required=True)
-    description = description(load_default="")
+    name = project_name_field(required=True)
+    description = description_field(load_default="")
     settings = JsonObject(load_default=dict)
 
 
 class ProjectChange(Schema):
-    name = project_name()
-    description = description()
+    name = project_name_field()
+    description = description_field()
     settings = JsonObject()
 
 
@@ -56,18 +56,18 @@ class Project(Schema):
     name = fields.String(metadata={"example": "Analytical Engine"})
     description = fields.String()
     settings = fields.Dict()
-    owner = Ready(Person)
+    owner = RawJson(Person)
     role = fields.String(metadata={"enum": list(ROLES), "description": "role of the caller"})
-    counts = Ready(Counts)
-    created_at = Time()
-    updated_at = Time()
+    counts = RawJson(Counts)
+    created_at = Timestamp()
+    updated_at = Timestamp()
 
 
 class Collaborator(Schema):
     id = Id()
     user = fields.Nested(Person)
     role = fields.String(metadata={"enum": list(ROLES)})
-    joined_at = Time()
+    joined_at = Timestamp()
 
 
 class Workspace(Schema):
@@ -78,8 +78,8 @@ class Workspace(Schema):
     name = fields.String(metadata={"example": "Number crunching"})
     description = fields.String()
     meta = fields.Dict()
-    created_at = Time()
-    updated_at = Time()
+    created_at = Timestamp()
+    updated_at = Timestamp()
 
 
 class ProjectWithMembers(Project):
@@ -91,11 +91,11 @@ class ProjectWithMembers(Project):
 
 class NewCollaborator(Schema):
     email = AnyEmail(required=True)
-    role = given_role(load_default="COLLABORATOR")
+    role = assignable_role_field(load_default="COLLABORATOR")
 
 
 class RoleChange(Schema):
-    role = given_role(required=True)
+    role = assignable_role_field(required=True)
 
 
 class Invitation(Schema):
@@ -103,8 +103,8 @@ class Invitation(Schema):
     project_id = Id()
     email = fields.String()
     role = fields.String(metadata={"enum": list(ROLES[1:])})
-    expires_at = Time()
-    created_at = Time()
+    expires_at = Timestamp()
+    created_at = Timestamp()
     invited_by = fields.Nested(Person, allow_none=True)
 
 
@@ -120,7 +120,7 @@ class CollaboratorOrInvitation(Schema):
 
 
 class Acceptance(Schema):
-    token = secret(required=True)
+    token = token_field(required=True)
 
 
 class Transfer(Schema):
@@ -132,4 +132,4 @@ class Activity(Schema):
     action = fields.String(metadata={"example": "workspace.created"})
     actor = fields.Nested(Person, allow_none=True)
     subject = fields.Dict()
-    at = Time()
+    at = Timestamp()

@@ -39,7 +39,7 @@ async def read_project(db: Executor, *, project: UUID) -> Record | None:
     )
 
 
-async def read_project_with_members(db: Executor, *, project: UUID, most: int) -> Record | None:
+async def read_project_with_members(db: Executor, *, project: UUID, limit: int) -> Record | None:
     """Return the project with its first ``limit`` workspaces and members, oldest first."""
     return await db.fetchrow(
         """
@@ -54,7 +54,7 @@ async def read_project_with_members(db: Executor, *, project: UUID, most: int) -
         FROM projects p JOIN project_details d ON d.project_id = p.id WHERE p.id = $1
         """,
         project,
-        most,
+        limit,
     )
 
 
@@ -62,7 +62,7 @@ async def list_projects(
     db: Executor,
     *,
     user: UUID,
-    which: str | None,
+    ownership: str | None,
     search: str | None,
     sort: str,
     descending: bool,
@@ -93,7 +93,7 @@ async def list_projects(
         LIMIT $6 + 1
         """,
         user,
-        which,
+        ownership,
         search,
         sort,
         descending,
@@ -172,7 +172,7 @@ async def list_activity(db: Executor, *, project: UUID, limit: int, before: int 
     )
 
 
-async def audience(db: Executor, *, project: UUID, actor: UUID) -> Record:
+async def read_event_context(db: Executor, *, project: UUID, actor: UUID) -> Record:
     """Return the context of an event: ``name`` of the actor, and ``workspaces`` of the project, which receive it."""
     row = await db.fetchrow(
         """

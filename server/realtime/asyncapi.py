@@ -13,10 +13,10 @@ from marshmallow import Schema
 
 from server import __version__, json
 from server.realtime.events import PUSHES, Push
-from server.realtime.table import Message
+from server.realtime.table import MessageDef
 
-DOCUMENT = "/api-docs/asyncapi.json"
-PAGE = "/api-docs/realtime"
+DOCUMENT_PATH = "/api-docs/asyncapi.json"
+PAGE_PATH = "/api-docs/realtime"
 CLOSE_CODES = {
     1009: "frame exceeds the maximum size",
     1011: "internal server error; reconnect",
@@ -27,19 +27,25 @@ CLOSE_CODES = {
     4403: "origin not allowed, or access denied",
     4408: "authentication or heartbeat timed out",
 }
-RoleOf = Callable[[Message], str | None]
+RoleOf = Callable[[MessageDef], str | None]
 Json = dict[str, Any]
 _ID = {"type": ["string", "number"], "description": "chosen by the client; the reply repeats it"}
 
 
-def document(messages: Mapping[str, Message], *, role_of: RoleOf) -> Json:
+def document(messages: Mapping[str, MessageDef], *, role_of: RoleOf) -> Json:
     """Return the document; ``role_of`` returns the minimum role of a message, or None if it needs no role."""
-    client_messages = {_name(message.event): _said(message, role_of(message)) for message in messages.values()}
-    acks = {f"{_name(message.event)}.ack": _ack(message) for message in messages.values()}
-    pushes = {pushed_name(push): _pushed(push) for push in PUSHES}
+    client_messages = {
+        _name(message.event): _client_message(message, role_of(message)) for message in messages.values()
+    }
+    acks = {f"{_name(message.event)}.ack": _ack_message(message) for message in messages.values()}
+    pushes = {push_name(push): _push_message(push) for push in PUSHES}
     return {
         "asyncapi": "3.0.0",
-        "info": {"title": "Collaborative Workspace Backend: realtime", "version": __version__, "description": _ABOUT},
+        "info": {
+            "title": "Collaborative Workspace Backend: realtime",
+            "version": __version__,
+            "description": _DESCRIPTION,
+        },
         "defaultContentType": "application/json",
         "channels": {
             "socket": {
@@ -64,7 +70,7 @@ def document(messages: Mapping[str, Message], *, role_of: RoleOf) -> Json:
     }
 
 
-def _operation(message: Message) -> Json:
+def _operation(message: MessageDef) -> Json:
     name = _name(message.event)
     return {
         "action": "receive",
@@ -82,18 +88,18 @@ def _operation(message: Message) -> Json:
     }
 
 
-def _said(message: Message, role: str | None) -> Json:
+def _client_message(message: MessageDef, role: str | None) -> Json:
     frame = _frame(message.event, _json_schema(message.schema), id=True, required=("event",))
     entry: Json = {"name": message.event, "title": message.event, "summary": message.summary, "payload": frame}
     return entry | ({"x-least-role": role} if role else {})
 
 
-def _ack(message: Message) -> Json:
+def _ack_message(message: MessageDef) -> Json:
     frame = _frame("ack", _json_schema(message.ack), id=True, required=("event", "data", "id"))
     return {"name": "ack", "title": f"ack of {message.event}", "summary": "The message succeeded", "payload": frame}
 
 
-def _pushed(push: Push) -> Json:
+def _push_message(push: Push) -> Json:
     schema = _json_schema(push.schema)
     if push.type:
         schema["properties"]["type"] = {"const": push.type}
@@ -114,7 +120,7 @@ def _json_schema(schema: Schema) -> Json:
     return json_schema
 
 
-def pushed_name(push: Push) -> str:
+def push_name(push: Push) -> str:
     """Return the component name of a push; ``.push`` keeps it apart from a client's message of the same event."""
     return push.type or f"{_name(push.event)}.push"
 
@@ -131,7 +137,7 @@ _QUERY = {
     "type": "object",
     "properties": {"ticket": {"type": "string", "description": "issued by POST /auth/ws-ticket"}},
 }
-_ABOUT = """One WebSocket for live collaboration, JSON text frames `{event, data, id?}`.
+_DESCRIPTION = """One WebSocket for live collaboration, JSON text frames `{event, data, id?}`.
 
 Send the access token in the `Authorization: Bearer` header, in `Sec-WebSocket-Protocol: collab.v1, bearer.<token>`,
 as a ticket of `POST /api/v1/auth/ws-ticket`, or in a first frame `authenticate` within 10 s. The server replies to a
@@ -144,20 +150,20 @@ def page(asyncapi: Json) -> str:
     """Render the document as one HTML page, without scripts or resources of other hosts."""
     messages = asyncapi["components"]["messages"]
     operations = [name for name, operation in asyncapi["operations"].items() if operation["action"] == "receive"]
-    pushes = [_last(reference["$ref"]) for reference in asyncapi["operations"]["push"]["messages"]]
+    pushes = [_last_segment(reference["$ref"]) for reference in asyncapi["operations"]["push"]["messages"]]
     client_articles = "".join(_article(name, messages[name], messages[f"{name}.ack"]) for name in operations)
     push_articles = "".join(_article(name, messages[name]) for name in pushes)
     codes = "".join(f"<tr><td>{code}</td><td>{html.escape(reason)}</td></tr>" for code, reason in CLOSE_CODES.items())
-    about = "".join(f"<p>{_prose(part)}</p>" for part in asyncapi["info"]["description"].split("\n\n"))
+    about = "".join(f"<p>{_render_text(part)}</p>" for part in asyncapi["info"]["description"].split("\n\n"))
     links = _links("Client messages", operations, messages) + _links("Server messages", pushes, messages)
-    return _PAGE.format(
+    return _PAGE_TEMPLATE.format(
         title=html.escape(asyncapi["info"]["title"]),
         about=about,
         links=links,
         client_articles=client_articles,
         push_articles=push_articles,
         codes=codes,
-        document=DOCUMENT,
+        document=DOCUMENT_PATH,
     )
 
 
@@ -172,7 +178,7 @@ def _article(name: str, message: Json, ack: Json | None = None) -> str:
     title, role = html.escape(message["title"]), message.get("x-least-role")
     badge = f' <small class="role">{html.escape(role.lower())}</small>' if role else ""
     parts = [f'<article id="{html.escape(name)}"><h3><code>{title}</code>{badge}</h3>']
-    parts.append(f"<p>{_prose(message['summary'])}</p>{_fields(message)}")
+    parts.append(f"<p>{_render_text(message['summary'])}</p>{_fields(message)}")
     if ack is not None:
         parts.append(f"<h4>ack</h4>{_fields(ack)}")
     return "".join([*parts, "</article>"])
@@ -185,19 +191,19 @@ def _fields(message: Json) -> str:
     required = set(data.get("required", ()))
     rows = "".join(
         f"<tr><td><code>{html.escape(name)}</code>{'' if name in required else ' <small>optional</small>'}</td>"
-        f"<td>{html.escape(_kind(shape))}</td><td>{_prose(shape.get('description', ''))}</td></tr>"
+        f"<td>{html.escape(_type_of(shape))}</td><td>{_render_text(shape.get('description', ''))}</td></tr>"
         for name, shape in data["properties"].items()
     )
     return f"<table><tbody>{rows}</tbody></table>"
 
 
-def _kind(shape: Json) -> str:
+def _type_of(shape: Json) -> str:
     if "const" in shape:
         return json.dumps(shape["const"]).decode()
     if "enum" in shape:
         return "one of " + ", ".join(map(str, shape["enum"])) if len(shape["enum"]) < 9 else "a code"
     if shape.get("type") == "array":
-        return f"list of {_kind(shape['items'])}"
+        return f"list of {_type_of(shape['items'])}"
     if shape.get("properties"):
         return "{" + ", ".join(shape["properties"]) + "}"
     kinds = shape.get("type", "anything")
@@ -205,18 +211,18 @@ def _kind(shape: Json) -> str:
     return f"{kind}, {shape['format']}" if "format" in shape else str(kind)
 
 
-def _prose(text: str) -> str:
+def _render_text(text: str) -> str:
     """Escape the text for HTML, with text in backticks as code."""
     parts = html.escape(text).split("`")
     return "".join(f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(parts))
 
 
-def _last(reference: str) -> str:
+def _last_segment(reference: str) -> str:
     return reference.rpartition("/")[2]
 
 
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
-_PAGE = """<!doctype html>
+_PAGE_TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>

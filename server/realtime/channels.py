@@ -20,20 +20,20 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from server import json
+from server.realtime.grants import Revocation
 from server.realtime.history import History
-from server.realtime.peers import Revocation
 from server.realtime.protocol import encode
 
 log = structlog.get_logger()
 
-CONTROL = "realtime:control"
-MARK = "+"  # not for members: marks the position in a channel's order at which a connection joined
-NEWEST = "~"  # coalesced: only the newest of its origin matters, so it replaces an older one in the outbox
+CONTROL_CHANNEL = "realtime:control"
+MARKER = "+"  # not for members: marks the position in a channel's order at which a connection joined
+COALESCED = "~"  # coalesced: only the newest of its origin matters, so it replaces an older one in the outbox
 DROPPABLE = "?"  # may be dropped under backpressure
-AT_ONCE = 100
+MAX_BATCH = 100
 
 
-def room_channel(workspace: UUID) -> str:
+def workspace_channel(workspace: UUID) -> str:
     return f"ws:{workspace}"
 
 
@@ -45,7 +45,7 @@ def document_channel(document: UUID) -> str:
     return f"doc:{document}"
 
 
-def message(payload: bytes, *, origin: str = "", kind: str = "") -> bytes:
+def encode_message(payload: bytes, *, origin: str = "", kind: str = "") -> bytes:
     return f"{origin}\n{kind}\n".encode() + payload
 
 
@@ -82,9 +82,11 @@ class Channels:
             RedisError: Redis is unavailable; the event may or may not be in the history.
         """
         body = event_body(type, workspace=workspace, user=user, name=name, **more)
-        return await self.history.append(workspace, channel=room_channel(workspace), origin=origin, body=body)
+        return await self.history.append(workspace, channel=workspace_channel(workspace), origin=origin, body=body)
 
-    async def report(self, type: str, *, workspaces: Sequence[UUID], user: UUID, name: str, **more: Any) -> None:
+    async def announce_committed(
+        self, type: str, *, workspaces: Sequence[UUID], user: UUID, name: str, **more: Any
+    ) -> None:
         """Announce a change that is already committed (made over REST) in each of these workspaces.
 
         ``user`` and ``name`` are the author of the change; ``more`` are further fields of the event, in camelCase.
@@ -93,8 +95,8 @@ class Channels:
             (workspace, event_body(type, workspace=workspace, user=user, name=name, **more)) for workspace in workspaces
         ]
         try:
-            for start in range(0, len(bodies), AT_ONCE):
-                await self.history.append_all(bodies[start : start + AT_ONCE], channel=room_channel)
+            for start in range(0, len(bodies), MAX_BATCH):
+                await self.history.append_all(bodies[start : start + MAX_BATCH], channel=workspace_channel)
         except (RedisError, OSError) as error:
             log.warning("event not announced", type=type, error=str(error))
 
@@ -104,17 +106,19 @@ class Channels:
         Raises:
             RedisError: Redis is unavailable.
         """
-        await self._redis.publish(channel, message(payload, origin=origin, kind=kind))
+        await self._redis.publish(channel, encode_message(payload, origin=origin, kind=kind))
 
-    async def publish_all(self, messages: Sequence[tuple[str, str, bytes]], *, origin: str) -> None:
+    async def publish_many(self, messages: Sequence[tuple[str, str, bytes]], *, origin: str) -> None:
         """Publish many messages of one origin in one round trip: channel, kind and payload of each.
 
         Raises:
             RedisError: Redis is unavailable.
         """
-        await self.pass_on((channel, message(payload, origin=origin, kind=kind)) for channel, kind, payload in messages)
+        await self.publish_encoded(
+            (channel, encode_message(payload, origin=origin, kind=kind)) for channel, kind, payload in messages
+        )
 
-    async def pass_on(self, messages: Iterable[tuple[str, bytes]]) -> None:
+    async def publish_encoded(self, messages: Iterable[tuple[str, bytes]]) -> None:
         """Publish many messages of different origins in one round trip: channel and ``encode_message`` of each.
 
         Raises:
@@ -125,13 +129,13 @@ class Channels:
                 pipeline.publish(channel, encoded)
             await pipeline.execute()
 
-    async def tell_user(self, user: UUID, event: str, data: Any, *, droppable: bool = False) -> None:
+    async def push_to_user(self, user: UUID, event: str, data: Any, *, droppable: bool = False) -> None:
         """Push a frame to all connections of a user, on every process; live only, nothing is stored.
 
         ``droppable`` frames, such as ``job:output``, may be dropped when a client is slow.
         """
         kind = DROPPABLE if droppable else ""
-        await self._attempt(user_channel(user), encode(event, data), kind=kind)
+        await self._try_publish(user_channel(user), encode(event, data), kind=kind)
 
     async def revoke_sessions(self, sessions: Iterable[UUID]) -> None:
         """Close the sockets of ended sessions (logout, revocation, password change, deletion) with 4401.
@@ -139,17 +143,21 @@ class Channels:
         Call this after the rows are committed; every process acts within a second.
         """
         if session_ids := list(sessions):
-            await self._control({"sessions": session_ids})
+            await self._publish_control({"sessions": session_ids})
 
-    async def access_changed(self, *, project: UUID, users: Sequence[UUID], why: Revocation | None = None) -> None:
+    async def access_changed(
+        self, *, project: UUID, users: Sequence[UUID], revocation: Revocation | None = None
+    ) -> None:
         """Make every process recheck these users' access to a project in PostgreSQL: their roles changed or ended.
 
         Users who are no longer members leave its rooms and documents and receive ACCESS_REVOKED with ``revocation``.
         Call this after the commit, before any step that may fail. (Use ``announce_committed`` for ROLE_CHANGED.)
         """
-        await self._control({"project": project, "users": list(users)} | (why._asdict() if why else {}))
+        await self._publish_control(
+            {"project": project, "users": list(users)} | (revocation._asdict() if revocation else {})
+        )
 
-    async def gone(self, kind: str, ids: Sequence[UUID], *, actor: UUID, name: str) -> None:
+    async def deleted(self, kind: str, ids: Sequence[UUID], *, actor: UUID, name: str) -> None:
         """Remove all connections from deleted workspaces (``kind`` "workspace") or documents ("document").
 
         Call this after the commit, and after WORKSPACE_DELETED or DOCUMENT_DELETED is announced.
@@ -157,20 +165,20 @@ class Channels:
         if not ids:
             return
         if kind == "workspace":
-            await self._let_history_go(ids)
+            await self._expire_history(ids)
         revocation = Revocation("deleted", actor, name)
-        await self._control({"kind": kind, "ids": list(ids)} | revocation._asdict())
+        await self._publish_control({"kind": kind, "ids": list(ids)} | revocation._asdict())
 
-    async def _let_history_go(self, workspaces: Sequence[UUID]) -> None:
+    async def _expire_history(self, workspaces: Sequence[UUID]) -> None:
         try:
-            await self.history.let_go(workspaces)
+            await self.history.expire(workspaces)
         except (RedisError, OSError) as error:
-            log.warning("history of a deleted workspace kept until it expires", error=str(error))
+            log.warning("history of deleted workspace not expired early", error=str(error))
 
-    async def _control(self, notice: dict[str, Any]) -> None:
-        await self._attempt(CONTROL, json.dumps(notice))
+    async def _publish_control(self, notice: dict[str, Any]) -> None:
+        await self._try_publish(CONTROL_CHANNEL, json.dumps(notice))
 
-    async def _attempt(self, channel: str, payload: bytes, *, kind: str = "") -> None:
+    async def _try_publish(self, channel: str, payload: bytes, *, kind: str = "") -> None:
         try:
             await self.publish(channel, payload, kind=kind)
         except (RedisError, OSError) as error:

@@ -7,51 +7,51 @@ from uuid import UUID
 import structlog
 from redis.exceptions import RedisError
 
-from server.realtime.channels import NEWEST, Channels, message, room_channel
+from server.realtime.channels import COALESCED, Channels, encode_message, workspace_channel
 
 log = structlog.get_logger()
 
-CURSORS_PER_SECOND = 30
-AT_ONCE = 500
+MAX_CURSOR_UPDATES_PER_SECOND = 30
+MAX_BATCH = 500
 
 
-class Cursors:
+class CursorBroadcaster:
     """A broadcaster with one interval for all cursors of the process, and one round trip per batch."""
 
     def __init__(self, channels: Channels) -> None:
         self._channels = channels
-        self._newest: dict[tuple[UUID, str], bytes] = {}
-        self._moved = asyncio.Event()
+        self._pending: dict[tuple[UUID, str], bytes] = {}
+        self._updated = asyncio.Event()
         self._publishing = asyncio.Lock()
 
-    def move(self, workspace: UUID, connection: str, frame: bytes) -> None:
-        self._newest[workspace, connection] = frame
-        self._moved.set()
+    def update(self, workspace: UUID, connection: str, frame: bytes) -> None:
+        self._pending[workspace, connection] = frame
+        self._updated.set()
 
-    def forget(self, workspace: UUID, connection: str) -> None:
+    def remove(self, workspace: UUID, connection: str) -> None:
         """Drop the cursor of a connection that left; it must not follow the leave event, see ``wait_published``."""
-        self._newest.pop((workspace, connection), None)
+        self._pending.pop((workspace, connection), None)
 
-    async def settled(self) -> None:
+    async def wait_published(self) -> None:
         """Wait until no removed cursor is still being published."""
         async with self._publishing:
             return
 
     async def run(self) -> None:
         while True:
-            await self._moved.wait()
-            self._moved.clear()
-            updated = [*self._newest]
-            for start in range(0, len(updated), AT_ONCE):
+            await self._updated.wait()
+            self._updated.clear()
+            updated = [*self._pending]
+            for start in range(0, len(updated), MAX_BATCH):
                 async with self._publishing:
-                    await self._publish(updated[start : start + AT_ONCE])
-            await asyncio.sleep(1 / CURSORS_PER_SECOND)
+                    await self._publish(updated[start : start + MAX_BATCH])
+            await asyncio.sleep(1 / MAX_CURSOR_UPDATES_PER_SECOND)
 
     async def _publish(self, updated: Iterable[tuple[UUID, str]]) -> None:
-        cursors = [(key, frame) for key in updated if (frame := self._newest.pop(key, None)) is not None]
+        cursors = [(key, frame) for key in updated if (frame := self._pending.pop(key, None)) is not None]
         try:
-            await self._channels.pass_on(
-                (room_channel(workspace), message(frame, origin=connection, kind=NEWEST))
+            await self._channels.publish_encoded(
+                (workspace_channel(workspace), encode_message(frame, origin=connection, kind=COALESCED))
                 for (workspace, connection), frame in cursors
             )
         except (RedisError, OSError) as error:

@@ -11,30 +11,30 @@ from server import fields, metrics
 from server.errors import Forbidden, RateLimited, ServiceError, Unauthenticated, Unavailable
 from server.realtime import hub, messages, protocol
 from server.realtime.connection import Connection
-from server.realtime.doorman import Doorman, Identified
-from server.realtime.hub import REALTIME, RESTARTING, Realtime
+from server.realtime.hub import CLOSE_RESTARTING, REALTIME, Realtime
 from server.realtime.outbox import Delivery
 from server.realtime.protocol import SUBPROTOCOL, Frame, MalformedFrame
+from server.realtime.socket_auth import AuthenticatedUser, SocketAuth
 
 log = structlog.get_logger()
 
-FIRST_FRAME_SECONDS = 10.0
-FRAMES_AT_ONCE = 16  # of one client before the others get their turn
-MOST_PINGS = 16  # before the first frame; a client that sends this many is rejected
-MOST_UNREAD = 256  # frames of a rejected client to discard until its close frame
-REFUSAL_PAUSE_SECONDS = 0.01  # after a rejected frame: backpressure on a client that floods
-CLOSE_SECONDS = 2.0
+AUTHENTICATE_TIMEOUT_SECONDS = 10.0
+MAX_FRAMES_PER_TURN = 16  # of one client before the others get their turn
+MAX_PINGS_BEFORE_AUTH = 16  # before the first frame; a client that sends this many is rejected
+MAX_DISCARDED_FRAMES = 256  # frames of a rejected client to discard until its close frame
+REJECTION_DELAY_SECONDS = 0.01  # after a rejected frame: backpressure on a client that floods
+REJECTION_CLOSE_TIMEOUT_SECONDS = 2.0
 BEARER_PROTOCOL = "bearer."
 _AUTHENTICATE = messages.Authenticate()
-_GONE = {WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR}
-_HEARTBEATS = {WSMsgType.PING, WSMsgType.PONG}
+_CLOSE_TYPES = {WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR}
+_PING_PONG = {WSMsgType.PING, WSMsgType.PONG}
 
 
 async def websocket(request: web.Request) -> web.StreamResponse:
     realtime = request.app[REALTIME]
-    refuse_strangers(request, realtime)
-    notices = realtime.standing.notices
-    identified = await identify(request, realtime.doorman)
+    check_origin(request, realtime)
+    notices = realtime.access_monitor.epoch
+    identified = await authenticate_upgrade(request, realtime.socket_auth)
     socket = web.WebSocketResponse(
         protocols=[SUBPROTOCOL],
         autoping=False,
@@ -47,17 +47,17 @@ async def websocket(request: web.Request) -> web.StreamResponse:
         greeting = None
         if identified is None:
             identified, greeting = await _first_frame(socket, realtime)
-            notices = realtime.standing.notices - 1  # stale: the frame came at an unknown time since, so recheck
-        await _serve(request, socket, identified, greeting, notices=notices)
-    except _TurnedAway as rejected:
-        await _turn_away(request, socket, rejected)
+            notices = realtime.access_monitor.epoch - 1  # stale: the frame came at an unknown time since, so recheck
+        await _serve(request, socket, identified, greeting, access_epoch=notices)
+    except _Rejected as rejected:
+        await _reject(request, socket, rejected)
     except Exception:  # else the REST transport would write an HTTP response between the frames
         log.exception("socket failed")
-        await _turn_away(request, socket, _TurnedAway(1011, "internal server error"))
+        await _reject(request, socket, _Rejected(1011, "internal server error"))
     return socket
 
 
-def refuse_strangers(request: web.Request, realtime: Realtime) -> None:
+def check_origin(request: web.Request, realtime: Realtime) -> None:
     """Check the Origin header before the upgrade, on every socket endpoint.
 
     Raises:
@@ -74,18 +74,18 @@ def refuse_strangers(request: web.Request, realtime: Realtime) -> None:
         raise Forbidden("Origin not allowed")
 
 
-async def identify(request: web.Request, doorman: Doorman) -> Identified | None:
+async def authenticate_upgrade(request: web.Request, socket_auth: SocketAuth) -> AuthenticatedUser | None:
     """Return the user of the upgrade request's token or ticket; None if the first frame has to authenticate.
 
     Raises:
         Unauthenticated: the token or the ticket is not valid, or is sent in the wrong place.
     """
-    if token := doorman.bearer(request.headers.get(hdrs.AUTHORIZATION)):
-        return await doorman.by_token(token)
+    if token := socket_auth.bearer_token(request.headers.get(hdrs.AUTHORIZATION)):
+        return await socket_auth.authenticate_token(token)
     if (token := _subprotocol_token(request)) is not None:
-        return await doorman.by_token(token)
+        return await socket_auth.authenticate_token(token)
     if (ticket := request.query.get("ticket")) is not None:
-        return await doorman.by_ticket(ticket)
+        return await socket_auth.authenticate_ticket(ticket)
     if request.query.keys() & {"token", "access_token", "accessToken"}:
         # URLs end up in logs.
         raise Unauthenticated("Access tokens are not allowed in the URL; use a ticket of POST /api/v1/auth/ws-ticket")
@@ -109,20 +109,20 @@ def _subprotocol_token(request: web.Request) -> str | None:
     return token
 
 
-class _TurnedAway(Exception):
+class _Rejected(Exception):
     def __init__(self, code: int, reason: str, frame: bytes = b"") -> None:
         self.code, self.reason, self.frame = code, reason, frame
 
 
-async def _first_frame(socket: web.WebSocketResponse, realtime: Realtime) -> tuple[Identified, Frame]:
+async def _first_frame(socket: web.WebSocketResponse, realtime: Realtime) -> tuple[AuthenticatedUser, Frame]:
     """Return the user whom the first frame authenticates, and that frame.
 
     Raises:
         _Rejected: the frame does not authenticate, or did not come in time.
     """
     message = await _first_message(socket, realtime)
-    if message.type in _GONE:
-        raise _TurnedAway(1000, "")
+    if message.type in _CLOSE_TYPES:
+        raise _Rejected(1000, "")
     id = None
     try:
         frame = _parse(message)
@@ -130,55 +130,60 @@ async def _first_frame(socket: web.WebSocketResponse, realtime: Realtime) -> tup
         if frame.event != "authenticate":
             raise Unauthenticated("First frame must be an authenticate event")
         data = fields.load(_AUTHENTICATE, frame.data)
-        return await realtime.doorman.by_token(data["token"]), frame
+        return await realtime.socket_auth.authenticate_token(data["token"]), frame
     except ServiceError as error:
         id = error.id if isinstance(error, MalformedFrame) else id
         code = 1013 if isinstance(error, Unavailable) else 4401
-        raise _TurnedAway(code, error.detail, protocol.websocket_frame(protocol.refusal(error, id=id))) from None
+        raise _Rejected(code, error.detail, protocol.websocket_frame(protocol.error_reply(error, id=id))) from None
 
 
 async def _first_message(socket: web.WebSocketResponse, realtime: Realtime) -> WSMessage:
-    timeout = asyncio.timeout(0 if realtime.draining else FIRST_FRAME_SECONDS)
-    realtime.strangers.add(timeout)
+    timeout = asyncio.timeout(0 if realtime.draining else AUTHENTICATE_TIMEOUT_SECONDS)
+    realtime.unauthenticated.add(timeout)
     try:
         async with timeout:
-            for _ in range(MOST_PINGS):
+            for _ in range(MAX_PINGS_BEFORE_AUTH):
                 message = await socket.receive()
-                if message.type not in _HEARTBEATS:
+                if message.type not in _PING_PONG:
                     return message
     except TimeoutError:
         if realtime.draining:
-            raise _TurnedAway(*RESTARTING) from None
-        raise _TurnedAway(4408, "authentication timed out") from None
+            raise _Rejected(*CLOSE_RESTARTING) from None
+        raise _Rejected(4408, "authentication timed out") from None
     finally:
-        realtime.strangers.discard(timeout)
-    raise _TurnedAway(4400, "too many pings before authentication")
+        realtime.unauthenticated.discard(timeout)
+    raise _Rejected(4400, "too many pings before authentication")
 
 
-async def _turn_away(request: web.Request, socket: web.WebSocketResponse, rejected: _TurnedAway) -> None:
+async def _reject(request: web.Request, socket: web.WebSocketResponse, rejected: _Rejected) -> None:
     transport = request.transport
     if transport is None or transport.is_closing():
         return
     metrics.SOCKETS_CLOSED.labels(str(rejected.code)).inc()
     transport.write(rejected.frame + protocol.close_frame(rejected.code, rejected.reason))
     try:
-        async with asyncio.timeout(CLOSE_SECONDS):
-            await _until_closed(socket)
+        async with asyncio.timeout(REJECTION_CLOSE_TIMEOUT_SECONDS):
+            await _wait_closed(socket)
     except TimeoutError:
         pass
     transport.abort()
 
 
-async def _until_closed(socket: web.WebSocketResponse) -> None:
-    for turn in range(MOST_UNREAD):
-        if (await socket.receive()).type in _GONE:
+async def _wait_closed(socket: web.WebSocketResponse) -> None:
+    for turn in range(MAX_DISCARDED_FRAMES):
+        if (await socket.receive()).type in _CLOSE_TYPES:
             return
-        if turn % FRAMES_AT_ONCE == 0:
+        if turn % MAX_FRAMES_PER_TURN == 0:
             await asyncio.sleep(0)
 
 
 async def _serve(
-    request: web.Request, socket: web.WebSocketResponse, identified: Identified, greeting: Frame | None, *, notices: int
+    request: web.Request,
+    socket: web.WebSocketResponse,
+    identified: AuthenticatedUser,
+    greeting: Frame | None,
+    *,
+    access_epoch: int,
 ) -> None:
     realtime, (user, name) = request.app[REALTIME], identified
     if request.transport is None:
@@ -186,16 +191,16 @@ async def _serve(
     now = asyncio.get_running_loop().time()
     connection = Connection(request, realtime, user=user, name=name, now=now)
     try:
-        await realtime.listen_for(connection)
-        realtime.admit(connection, notices=notices)
+        await realtime.subscribe_user(connection)
+        realtime.register(connection, access_epoch=access_epoch)
         connection.send(_welcome(connection))
         if greeting is not None and greeting.id is not None:
             connection.send(protocol.ack(greeting.id, {"tokenExpiresAt": user.expires_at}))
         if realtime.draining:
-            connection.close(*RESTARTING)
+            connection.close(*CLOSE_RESTARTING)
         await _read(connection, socket)
     finally:
-        connection.ended()
+        connection.on_closed()
 
 
 def _welcome(connection: Connection) -> bytes:
@@ -205,7 +210,7 @@ def _welcome(connection: Connection) -> bytes:
             "connectionId": connection.id,
             "userId": connection.user.id,
             "userName": connection.name,
-            "heartbeatSeconds": hub.HEARTBEAT_SECONDS,
+            "heartbeatSeconds": hub.HEARTBEAT_INTERVAL_SECONDS,
             "maxMessageBytes": connection.realtime.settings.ws_max_message_bytes,
             "tokenExpiresAt": connection.user.expires_at,
         },
@@ -217,29 +222,29 @@ async def _read(connection: Connection, socket: web.WebSocketResponse) -> None:
     turn = 0
     while True:
         message = await socket.receive()
-        if message.type in _GONE:
-            connection.closed_by_peer(message.data if message.type is WSMsgType.CLOSE else None)
+        if message.type in _CLOSE_TYPES:
+            connection.on_peer_close(message.data if message.type is WSMsgType.CLOSE else None)
             return
         turn += 1
-        if turn % FRAMES_AT_ONCE == 0:
+        if turn % MAX_FRAMES_PER_TURN == 0:
             await asyncio.sleep(0)
         if connection.close_code is not None:
             continue  # discard frames between the server's close frame and the client's
-        connection.heard_at = now = loop.time()
+        connection.last_received_at = now = loop.time()
         metrics.FRAMES_IN.inc()
-        allowed = connection.throttle.admit(now)
+        allowed = connection.throttle.allow(now)
         if message.type is WSMsgType.PING:
             if allowed:
                 connection.write(protocol.pong_frame(message.data), Delivery.DROPPABLE)
         elif message.type is not WSMsgType.PONG:
-            await _answer(connection, message, allowed=allowed)
-        if connection.throttle.exhausted(now):
+            await _reply(connection, message, allowed=allowed)
+        if connection.throttle.must_close(now):
             connection.close(4400, "too many frames, or too many malformed frames")
         elif not allowed:
-            await asyncio.sleep(REFUSAL_PAUSE_SECONDS)
+            await asyncio.sleep(REJECTION_DELAY_SECONDS)
 
 
-async def _answer(connection: Connection, message: WSMessage, *, allowed: bool) -> None:
+async def _reply(connection: Connection, message: WSMessage, *, allowed: bool) -> None:
     connection.busy = True
     id = None
     try:
@@ -251,15 +256,15 @@ async def _answer(connection: Connection, message: WSMessage, *, allowed: bool) 
         if id is not None:
             connection.send(protocol.ack(id, data or {}))
     except MalformedFrame as error:
-        connection.throttle.note_malformed(connection.heard_at)
-        connection.send(protocol.refusal(error, id=error.id))
+        connection.throttle.record_malformed(connection.last_received_at)
+        connection.send(protocol.error_reply(error, id=error.id))
     except ServiceError as error:
-        connection.send(protocol.refusal(error, id=id))
+        connection.send(protocol.error_reply(error, id=id))
     except Exception:
         log.exception("message failed", connection=connection.id)
-        connection.send(protocol.refusal(ServiceError("Internal server error"), id=id))
+        connection.send(protocol.error_reply(ServiceError("Internal server error"), id=id))
     finally:
-        connection.answered()
+        connection.on_replied()
 
 
 def _parse(message: WSMessage) -> Frame:
@@ -273,6 +278,6 @@ async def _handle(connection: Connection, frame: Frame) -> dict[str, Any] | None
     if message is None:
         raise ServiceError(f"Unknown event: {frame.event}", code="unknown_event")
     data = fields.load(message.schema, frame.data)
-    connection.notices = connection.realtime.standing.notices
-    await connection.realtime.doorman.authorize(connection, message, data)
+    connection.access_epoch = connection.realtime.access_monitor.epoch
+    await connection.realtime.socket_auth.authorize(connection, message, data)
     return await message.handler(connection, data)

@@ -11,8 +11,8 @@ from typing import Any
 from marshmallow import INCLUDE, fields, validate
 from marshmallow import Schema as AnySchema
 
-from server.errors import CODES
-from server.fields import Id, Schema, Time
+from server.errors import ERROR_CODES
+from server.fields import Id, Schema, Timestamp
 
 Shape = Mapping[str, fields.Field[Any]]
 
@@ -44,7 +44,7 @@ class CollaborationEvent(Schema):
     workspace_id = Id(required=True)
     user_id = Id(required=True, allow_none=True, metadata={"description": "the user who caused it; null if unknown"})
     user_name = fields.String(required=True)
-    timestamp = Time(required=True)
+    timestamp = Timestamp(required=True)
 
 
 class AnyEvent(CollaborationEvent):
@@ -66,7 +66,7 @@ def push(event: str, summary: str, **shape: fields.Field[Any]) -> Push:
     return Push(event, Schema.from_dict(dict(shape), name=event)(), summary)
 
 
-def collaboration(type: str, summary: str, *, durable: bool, **shape: fields.Field[Any]) -> Push:
+def collaboration_event(type: str, summary: str, *, durable: bool, **shape: fields.Field[Any]) -> Push:
     attributes: dict[str, Any] = {"type": fields.Constant(type, required=True), **shape}
     if durable:
         attributes["event_id"] = event_id()
@@ -90,7 +90,7 @@ def _document() -> dict[str, fields.Field[Any]]:
     }
 
 
-def _anything() -> fields.Field[Any]:
+def _any_value() -> fields.Field[Any]:
     return fields.Raw(allow_none=True, metadata={"description": "exactly as the sender sent it"})
 
 
@@ -103,33 +103,33 @@ PUSHES: tuple[Push, ...] = (
         user_name=fields.String(required=True),
         heartbeat_seconds=fields.Float(required=True),
         max_message_bytes=fields.Integer(required=True),
-        token_expires_at=Time(required=True),
+        token_expires_at=Timestamp(required=True),
     ),
-    collaboration("USER_JOIN", "A user's first connection has joined", durable=False),
-    collaboration("USER_LEAVE", "A user's last connection has left", durable=False),
-    collaboration(
+    collaboration_event("USER_JOIN", "A user's first connection has joined", durable=False),
+    collaboration_event("USER_LEAVE", "A user's last connection has left", durable=False),
+    collaboration_event(
         "FILE_CHANGE",
         "A collaborator reports a change",
         durable=True,
         file_id=fields.String(allow_none=True),
         path=fields.String(allow_none=True),
-        change=_anything(),
+        change=_any_value(),
     ),
-    collaboration(
+    collaboration_event(
         "CURSOR_UPDATE",
         "The current cursor of a member; ephemeral, at most 30 per second of each sender",
         durable=False,
         file_id=fields.String(allow_none=True),
-        position=_anything(),
+        position=_any_value(),
     ),
-    collaboration("DOCUMENT_CREATED", "A document was created", durable=True, **_document()),
-    collaboration("DOCUMENT_CHANGED", "A document has a new version", durable=True, **_document()),
-    collaboration("DOCUMENT_RENAMED", "A document has another path", durable=True, **_document()),
-    collaboration("DOCUMENT_DELETED", "A document was deleted", durable=True, **_document()),
-    collaboration("WORKSPACE_UPDATED", "The workspace was changed", durable=True),
-    collaboration("WORKSPACE_DELETED", "The workspace was deleted; all members leave it", durable=True),
-    collaboration("PROJECT_UPDATED", "The project was changed", durable=True, project_id=Id(required=True)),
-    collaboration(
+    collaboration_event("DOCUMENT_CREATED", "A document was created", durable=True, **_document()),
+    collaboration_event("DOCUMENT_CHANGED", "A document has a new version", durable=True, **_document()),
+    collaboration_event("DOCUMENT_RENAMED", "A document has another path", durable=True, **_document()),
+    collaboration_event("DOCUMENT_DELETED", "A document was deleted", durable=True, **_document()),
+    collaboration_event("WORKSPACE_UPDATED", "The workspace was changed", durable=True),
+    collaboration_event("WORKSPACE_DELETED", "The workspace was deleted; all members leave it", durable=True),
+    collaboration_event("PROJECT_UPDATED", "The project was changed", durable=True, project_id=Id(required=True)),
+    collaboration_event(
         "ROLE_CHANGED",
         "A member has another role in the project",
         durable=True,
@@ -137,7 +137,7 @@ PUSHES: tuple[Push, ...] = (
         subject_id=Id(required=True, metadata={"description": "the user whose role changed"}),
         role=fields.String(required=True, validate=validate.OneOf(["OWNER", "COLLABORATOR", "VIEWER"])),
     ),
-    collaboration(
+    collaboration_event(
         "ACCESS_REVOKED",
         "The user lost access to this workspace or open document; sent to affected connections, which stay open",
         durable=False,
@@ -145,7 +145,7 @@ PUSHES: tuple[Push, ...] = (
         document_id=Id(metadata={"description": "the document, if access to a document ended"}),
         reason=fields.String(required=True, validate=validate.OneOf(["removed", "left", "deleted"])),
     ),
-    collaboration(
+    collaboration_event(
         "JOB_UPDATED",
         "A job of the workspace has another status",
         durable=True,
@@ -185,7 +185,7 @@ PUSHES: tuple[Push, ...] = (
         offset=fields.Integer(required=True),
         text=fields.String(required=True),
     ),
-    push("token:expiring", "Send `authenticate` with a new token soon", token_expires_at=Time(required=True)),
+    push("token:expiring", "Send `authenticate` with a new token soon", token_expires_at=Timestamp(required=True)),
     push(
         "server:draining",
         "The server shuts down gracefully: reconnect after this time",
@@ -194,7 +194,7 @@ PUSHES: tuple[Push, ...] = (
     push(
         "error",
         "The server rejected a frame; carries the `id` of that frame if it had one",
-        code=fields.String(required=True, validate=validate.OneOf(sorted(CODES))),
+        code=fields.String(required=True, validate=validate.OneOf(sorted(ERROR_CODES))),
         message=fields.String(required=True),
         details=fields.List(fields.Dict()),
         retry_after=fields.Integer(metadata={"description": "seconds"}),

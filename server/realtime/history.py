@@ -17,19 +17,19 @@ import structlog
 from redis.asyncio import Redis
 from redis.exceptions import NoScriptError, RedisError
 
-from server.errors import invalid
+from server.errors import invalid_field
 
 log = structlog.get_logger()
 
-KEPT_SECONDS = 24 * 3600
-REPLAY_BYTES = 1 << 20
-DELETED_KEPT_SECONDS = 60
-AT_ONCE = 64  # events per batch, which is one round trip
+RETENTION_SECONDS = 24 * 3600
+MAX_REPLAY_BYTES = 1 << 20
+DELETED_RETENTION_SECONDS = 60
+MAX_BATCH = 64  # events per batch, which is one round trip
 _ID = re.compile(r"([0-9]{1,16})-([0-9]{1,16})")
 
 # Functions for the scripts of this module and of presence. Fields of an entry: {'origin', o, 'end', n, 'data', d}.
-LUA = (
-    f"local KEPT = {KEPT_SECONDS}"
+LUA_FUNCTIONS = (
+    f"local KEPT = {RETENTION_SECONDS}"
     + """
 -- No client could resume from a stream that is empty because all its entries are older than a day: add an entry.
 local function last_id(stream)
@@ -62,7 +62,7 @@ end
 
 # KEYS: stream, bytes. ARGV: channel, origin, data, most, most bytes
 _APPEND = (
-    f"local KEPT = {KEPT_SECONDS}"
+    f"local KEPT = {RETENTION_SECONDS}"
     + """
 local size, most = #ARGV[3], tonumber(ARGV[5])
 local total = redis.call('INCRBY', KEYS[2], size)
@@ -83,7 +83,7 @@ return id
 
 # KEYS: stream, bytes. ARGV: since or empty, most, most bytes
 _READ = (
-    LUA
+    LUA_FUNCTIONS
     + """
 local last = last_id(KEYS[1])
 local since = ARGV[1]
@@ -100,7 +100,7 @@ return {last, read_after(KEYS[1], since, tonumber(ARGV[2]), tonumber(ARGV[3]))}
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoredEvent:
     id: str
     origin: str
     event: bytes  # the event's JSON object, with its id
@@ -110,20 +110,20 @@ class Entry:
 class Replay:
     """The events after an event: ``gap`` if that event is no longer in the history, ``more`` if there are more."""
 
-    last: str
-    entries: list[Entry]
+    last_event_id: str
+    events: list[StoredEvent]
     gap: bool = False
     more: bool = False
 
 
 class History:
-    def __init__(self, redis: Redis, *, most: int, most_bytes: int) -> None:
+    def __init__(self, redis: Redis, *, max_events: int, max_bytes: int) -> None:
         self._redis: Any = redis
-        self._limits = (most, most_bytes)
+        self._limits = (max_events, max_bytes)
         self._append = redis.register_script(_APPEND)
         self._read = redis.register_script(_READ)
-        self._waiting: list[tuple[list[Any], asyncio.Future[bytes]]] = []
-        self._flushing: asyncio.Task[None] | None = None
+        self._pending: list[tuple[list[Any], asyncio.Future[bytes]]] = []
+        self._flush_task: asyncio.Task[None] | None = None
 
     async def append(self, workspace: UUID, *, channel: str, origin: str, body: bytes) -> str:
         """Append an event, publish it, and return its id; ``body`` is the event's JSON object.
@@ -131,10 +131,10 @@ class History:
         Events that are appended during a round trip form the next batch.
         """
         appended: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self._waiting.append(([*keys(workspace), channel, origin, body[1:], *self._limits], appended))
-        if self._flushing is None or self._flushing.done():
+        self._pending.append(([*stream_keys(workspace), channel, origin, body[1:], *self._limits], appended))
+        if self._flush_task is None or self._flush_task.done():
             # In an empty context, not that of a request: the batch holds events of many requests.
-            self._flushing = asyncio.get_running_loop().create_task(self._flush(), context=Context())
+            self._flush_task = asyncio.get_running_loop().create_task(self._flush(), context=Context())
         return (await appended).decode()
 
     async def append_all(self, bodies: Sequence[tuple[UUID, bytes]], *, channel: Callable[[UUID], str]) -> None:
@@ -142,20 +142,20 @@ class History:
         async with self._redis.pipeline(transaction=False) as pipeline:
             for workspace, body in bodies:
                 arguments: list[str | bytes | int] = [channel(workspace), "", body[1:], *self._limits]
-                await self._append(keys=keys(workspace), args=arguments, client=pipeline)
+                await self._append(keys=stream_keys(workspace), args=arguments, client=pipeline)
             await pipeline.execute()
 
-    async def read(self, workspace: UUID, *, after: str | None, most: int) -> Replay:
+    async def read(self, workspace: UUID, *, after: str | None, limit: int) -> Replay:
         """Return up to ``limit`` events (and 1 MiB), oldest first, after an event or from the beginning."""
-        last, raw_replay = await self._read(keys=keys(workspace), args=[after or "", most, REPLAY_BYTES])
-        return replay(last, raw_replay)
+        last, raw_replay = await self._read(keys=stream_keys(workspace), args=[after or "", limit, MAX_REPLAY_BYTES])
+        return parse_replay(last, raw_replay)
 
     async def _flush(self) -> None:
         """Append batches until none is pending; callers of ``append`` wait for it, and ``close`` does at the end."""
-        while self._waiting:
-            batch, self._waiting = self._waiting[:AT_ONCE], self._waiting[AT_ONCE:]
+        while self._pending:
+            batch, self._pending = self._pending[:MAX_BATCH], self._pending[MAX_BATCH:]
             try:
-                results = await self._run([arguments for arguments, _ in batch])
+                results = await self._append_batch([arguments for arguments, _ in batch])
             except (RedisError, OSError) as error:
                 results = [error] * len(batch)
             except Exception as error:  # else the callers would wait forever
@@ -171,10 +171,10 @@ class History:
 
     async def close(self) -> None:
         """Wait until every pending event is sent or has failed."""
-        if self._flushing is not None:
-            await asyncio.wait({self._flushing})
+        if self._flush_task is not None:
+            await asyncio.wait({self._flush_task})
 
-    async def _run(self, batch: list[Any]) -> list[Any]:
+    async def _append_batch(self, batch: list[Any]) -> list[Any]:
         """Run the script for each event of a batch.
 
         Load the script only when Redis misses it; redis-py would look it up before every pipeline.
@@ -195,36 +195,36 @@ class History:
             results: list[Any] = await pipeline.execute(raise_on_error=False)
         return results
 
-    async def let_go(self, workspaces: Sequence[UUID]) -> None:
+    async def expire(self, workspaces: Sequence[UUID]) -> None:
         """Expire the histories of deleted workspaces soon: no client can resume there, and no event is kept."""
         async with self._redis.pipeline(transaction=False) as pipeline:
             for workspace in workspaces:
-                for key in keys(workspace):
-                    pipeline.expire(key, DELETED_KEPT_SECONDS)
+                for key in stream_keys(workspace):
+                    pipeline.expire(key, DELETED_RETENTION_SECONDS)
             await pipeline.execute()
 
 
-def keys(workspace: UUID) -> list[str]:
+def stream_keys(workspace: UUID) -> list[str]:
     stream = f"ws:{{{workspace}}}:events"
     return [stream, f"{stream}:bytes"]
 
 
-def replay(last: bytes, raw_replay: Any) -> Replay:
+def parse_replay(last: bytes, raw_replay: Any) -> Replay:
     """Parse the id of the last event and the result {gap, more, entries} of the Lua function ``read_after``."""
     gap, more, entries = raw_replay
     return Replay(
-        last=last.decode(),
-        entries=[Entry(id.decode(), origin.decode(), with_id(id, data)) for id, origin, data in entries],
+        last_event_id=last.decode(),
+        events=[StoredEvent(id.decode(), origin.decode(), insert_event_id(id, data)) for id, origin, data in entries],
         gap=bool(gap),
         more=bool(more),
     )
 
 
-def with_id(id: bytes, data: bytes) -> bytes:
+def insert_event_id(id: bytes, data: bytes) -> bytes:
     return b'{"eventId":"' + id + b'",' + data
 
 
-def position(id: str) -> tuple[int, int]:
+def event_id_key(id: str) -> tuple[int, int]:
     """Return the two integers by which event ids are compared."""
     milliseconds, _, count = id.partition("-")
     return int(milliseconds), int(count)
@@ -238,5 +238,5 @@ def parse_event_id(text: str, *, field: str) -> str:
     """
     match = _ID.fullmatch(text)
     if match is None:
-        raise invalid(field, "Not a valid event id: must be <milliseconds>-<number>.")
+        raise invalid_field(field, "Not a valid event id: must be <milliseconds>-<number>.")
     return "-".join(str(int(part)) for part in match.groups())

@@ -6,7 +6,7 @@ from typing import Any
 from marshmallow import fields
 
 from server.errors import Forbidden
-from server.fields import Schema, Time
+from server.fields import Schema, Timestamp
 from server.realtime.connection import Connection
 from server.realtime.table import MessageTable
 
@@ -18,7 +18,7 @@ class Authenticate(Schema):
 
 
 class Authenticated(Schema):
-    token_expires_at = Time(required=True)
+    token_expires_at = Timestamp(required=True)
 
 
 class Ping(Schema):
@@ -26,20 +26,20 @@ class Ping(Schema):
 
 
 class Pong(Schema):
-    server_time = Time(required=True)
+    server_time = Timestamp(required=True)
 
 
 @messages.on("authenticate", Authenticate, ack=Authenticated)
 async def authenticate(socket: Connection, data: dict[str, Any]) -> dict[str, Any]:
     """Sign in with the first frame; on a live connection, renew its token before it expires."""
     realtime = socket.realtime
-    notices = realtime.standing.notices
-    user, name = await realtime.doorman.by_token(data["token"])
+    notices = realtime.access_monitor.epoch
+    user, name = await realtime.socket_auth.authenticate_token(data["token"])
     if user.id != socket.user.id:
         raise Forbidden("Token belongs to another user; open another connection")
-    socket.user, socket.name, socket.warned = user, name, False
-    if notices != realtime.standing.notices:
-        realtime.standing.doubt(socket)
+    socket.user, socket.name, socket.expiry_warned = user, name, False
+    if notices != realtime.access_monitor.epoch:
+        realtime.access_monitor.mark_stale(socket)
     return {"tokenExpiresAt": user.expires_at}
 
 

@@ -10,24 +10,24 @@ from itertools import count
 
 class Delivery(enum.Enum):
     DURABLE = "durable"  # delivered, or the connection closes
-    NEWEST = "newest"  # replaces a pending frame with the same key
+    COALESCED = "newest"  # replaces a pending frame with the same key
     DROPPABLE = "droppable"  # dropped when the outbox is full
 
 
 class Outbox:
     """A first-in, first-out queue; a full queue drops ephemeral frames, the oldest first, for new ones."""
 
-    def __init__(self, *, most_frames: int, most_bytes: int) -> None:
-        self._most_frames = most_frames
-        self._most_bytes = most_bytes
-        self._waiting: dict[Hashable, bytes] = {}
+    def __init__(self, *, max_frames: int, max_bytes: int) -> None:
+        self._max_frames = max_frames
+        self._max_bytes = max_bytes
+        self._frames: dict[Hashable, bytes] = {}
         self._ephemeral: dict[Hashable, None] = {}
-        self._numbers = count()
+        self._sequence = count()
         self.bytes = 0
         self.dropped = 0  # by the last put
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._frames)
 
     def put(self, frame: bytes, delivery: Delivery, key: Hashable = None) -> bool:
         """Add a frame; return False if it is durable and the outbox is full.
@@ -35,42 +35,42 @@ class Outbox:
         An empty outbox takes a frame of any size: acks are as large as the data that the client requested.
         """
         self.dropped = 0
-        if delivery is Delivery.NEWEST:
+        if delivery is Delivery.COALESCED:
             slot: Hashable = ("newest", key)
             self._remove(slot)
         else:
-            slot = next(self._numbers)
-        while not self._has_room(frame):
+            slot = next(self._sequence)
+        while not self._fits(frame):
             if not self._ephemeral:
                 self.dropped += delivery is not Delivery.DURABLE
                 return delivery is not Delivery.DURABLE
             self._remove(next(iter(self._ephemeral)))
             self.dropped += 1
-        self._waiting[slot] = frame
+        self._frames[slot] = frame
         self.bytes += len(frame)
         if delivery is not Delivery.DURABLE:
             self._ephemeral[slot] = None
         return True
 
-    def take(self, most: int) -> Iterator[bytes]:
+    def take(self, max_bytes: int) -> Iterator[bytes]:
         """Remove and yield the oldest frames, up to ``max_bytes`` but at least one frame."""
-        while self._waiting and most > 0:
-            slot = next(iter(self._waiting))
-            most -= len(self._waiting[slot])
+        while self._frames and max_bytes > 0:
+            slot = next(iter(self._frames))
+            max_bytes -= len(self._frames[slot])
             yield self._remove(slot)
 
     def clear(self) -> None:
-        self._waiting.clear()
+        self._frames.clear()
         self._ephemeral.clear()
         self.bytes = 0
 
-    def _has_room(self, frame: bytes) -> bool:
-        if not self._waiting:
+    def _fits(self, frame: bytes) -> bool:
+        if not self._frames:
             return True
-        return len(self._waiting) < self._most_frames and self.bytes + len(frame) <= self._most_bytes
+        return len(self._frames) < self._max_frames and self.bytes + len(frame) <= self._max_bytes
 
     def _remove(self, slot: Hashable) -> bytes:
-        frame = self._waiting.pop(slot, b"")
+        frame = self._frames.pop(slot, b"")
         self._ephemeral.pop(slot, None)
         self.bytes -= len(frame)
         return frame

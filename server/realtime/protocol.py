@@ -7,8 +7,8 @@ from server import json
 from server.errors import BadRequest, FieldError, ServiceError
 
 SUBPROTOCOL = "collab.v1"
-LONGEST_EVENT = 64
-LONGEST_ID = 128
+MAX_EVENT_LENGTH = 64
+MAX_ID_LENGTH = 128
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ def parse(raw: bytes | str) -> Frame:
     event, data, id = value.get("event"), value.get("data", {}), value.get("id")
     if id is not None and (isinstance(id, bool) or not isinstance(id, str | int | float)):
         raise malformed("id must be a string or a number")
-    if isinstance(id, str) and len(id) > LONGEST_ID:
-        raise malformed(f"id must have at most {LONGEST_ID} characters")
-    if not isinstance(event, str) or len(event) > LONGEST_EVENT:
-        raise malformed(f"event must be a string of at most {LONGEST_EVENT} characters", id=id)
+    if isinstance(id, str) and len(id) > MAX_ID_LENGTH:
+        raise malformed(f"id must have at most {MAX_ID_LENGTH} characters")
+    if not isinstance(event, str) or len(event) > MAX_EVENT_LENGTH:
+        raise malformed(f"event must be a string of at most {MAX_EVENT_LENGTH} characters", id=id)
     if data is None:
         data = {}
     if not isinstance(data, dict) or value.keys() - {"event", "data", "id"}:
@@ -65,7 +65,7 @@ def _beyond_64_bits(error: json.IntegerOutOfRangeError) -> MalformedFrame:
     ]
     rejected = MalformedFrame(error.detail, code=error.code, details=details)
     id = error.value.get("id") if isinstance(error.value, dict) and details[0]["field"] != "id" else None
-    if isinstance(id, str | int | float) and not isinstance(id, bool) and len(str(id)) <= LONGEST_ID:
+    if isinstance(id, str | int | float) and not isinstance(id, bool) and len(str(id)) <= MAX_ID_LENGTH:
         rejected.id = id
     return rejected
 
@@ -80,7 +80,7 @@ def ack(id: str | int | float, data: Any) -> bytes:
     return encode("ack", data, id=id)
 
 
-def refusal(error: ServiceError, *, id: str | int | float | None = None) -> bytes:
+def error_reply(error: ServiceError, *, id: str | int | float | None = None) -> bytes:
     data: dict[str, Any] = {"code": error.code, "message": error.detail}
     if error.details:
         data["details"] = error.details

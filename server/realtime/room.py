@@ -11,103 +11,103 @@ from typing import NamedTuple
 from uuid import UUID, uuid4
 
 from server.errors import Unavailable
-from server.realtime.channels import DROPPABLE, MARK, NEWEST, event_frame, room_channel
+from server.realtime.channels import COALESCED, DROPPABLE, MARKER, event_frame, workspace_channel
 from server.realtime.connection import Connection
-from server.realtime.history import Entry, Replay, position
+from server.realtime.history import Replay, StoredEvent, event_id_key
 from server.realtime.outbox import Delivery
-from server.realtime.presence import Member, Online
+from server.realtime.presence import Member, OnlineUser
 from server.realtime.protocol import encode, websocket_frame
 
-MARK_SECONDS = 2.0
-KEPT_MESSAGES = 1000  # during a join; beyond that the client must retry
-_DELIVERY = {NEWEST: Delivery.NEWEST, DROPPABLE: Delivery.DROPPABLE}
+MARKER_TIMEOUT_SECONDS = 2.0
+MAX_BUFFERED_MESSAGES = 1000  # during a join; beyond that the client must retry
+_DELIVERY = {COALESCED: Delivery.COALESCED, DROPPABLE: Delivery.DROPPABLE}
 
 
-class Message(NamedTuple):
+class ChannelMessage(NamedTuple):
     origin: str
     kind: str
     frame: bytes
 
 
-class Arrival:
+class PendingJoin:
     """A join in progress: ignores messages before its marker, then buffers them until the join finishes."""
 
     def __init__(self, failure: Callable[[], Unavailable]) -> None:
-        self.kept: list[Message] = []
-        self._failure = failure
-        self._begun = False
-        self._broken = False
-        self._decided = asyncio.Event()
+        self.buffered: list[ChannelMessage] = []
+        self._make_error = failure
+        self._marker_seen = False
+        self._aborted = False
+        self._resolved = asyncio.Event()
 
-    def begin(self) -> None:
-        self._begun = True
-        self._decided.set()
+    def on_marker(self) -> None:
+        self._marker_seen = True
+        self._resolved.set()
 
-    def give_up(self) -> None:
-        self._broken = True
-        self._decided.set()
+    def abort(self) -> None:
+        self._aborted = True
+        self._resolved.set()
 
-    def keep(self, message: Message) -> None:
-        if self._begun:
-            self.kept.append(message)
+    def buffer(self, message: ChannelMessage) -> None:
+        if self._marker_seen:
+            self.buffered.append(message)
 
-    def demand_touch(self) -> None:
+    def raise_if_aborted(self) -> None:
         """Raise Unavailable if the subscription was lost since the join began."""
-        if self._broken:
-            raise self._failure()
+        if self._aborted:
+            raise self._make_error()
 
-    async def history_is_complete(self) -> None:
+    async def wait_for_marker(self) -> None:
         """Wait for the marker. Nothing may be awaited between this and ``finish_join``.
 
         Raises:
             Unavailable: the marker did not come in time, or too many messages are buffered.
         """
         try:
-            async with asyncio.timeout(MARK_SECONDS):
-                await self._decided.wait()
+            async with asyncio.timeout(MARKER_TIMEOUT_SECONDS):
+                await self._resolved.wait()
         except TimeoutError:
-            raise self._failure() from None
-        self.demand_touch()
-        if len(self.kept) > KEPT_MESSAGES:
-            raise Unavailable(f"Workspace is too busy: more than {KEPT_MESSAGES} messages during the join")
+            raise self._make_error() from None
+        self.raise_if_aborted()
+        if len(self.buffered) > MAX_BUFFERED_MESSAGES:
+            raise Unavailable(f"Workspace is too busy: more than {MAX_BUFFERED_MESSAGES} messages during the join")
 
 
-Restore = Callable[["Room", str], Awaitable[tuple[Replay, list[Online]]]]
+RestorePresence = Callable[["WorkspaceRoom", str], Awaitable[tuple[Replay, list[OnlineUser]]]]
 
 
-class Room:
+class WorkspaceRoom:
     """A ``ChannelListener`` of its workspace's channel."""
 
-    def __init__(self, workspace: UUID, restore: Restore, failure: Callable[[], Unavailable]) -> None:
+    def __init__(self, workspace: UUID, restore: RestorePresence, failure: Callable[[], Unavailable]) -> None:
         """``make_error`` returns the state of Redis as an error, for connections that cannot join."""
         self.workspace = workspace
-        self._failure = failure
-        self.channel = room_channel(workspace)
+        self._make_error = failure
+        self.channel = workspace_channel(workspace)
         self.members: dict[str, Connection] = {}
-        self.last = ""  # the id of the newest durable event that was sent to the members
-        self._arrivals: dict[str, Arrival] = {}
-        self._entering: dict[str, Connection] = {}
-        self._passing: set[tuple[tuple[int, int], asyncio.Future[None]]] = set()
+        self.last_event_id = ""  # the id of the newest durable event that was sent to the members
+        self._pending_joins: dict[str, PendingJoin] = {}
+        self._joining: dict[str, Connection] = {}
+        self._delivery_waiters: set[tuple[tuple[int, int], asyncio.Future[None]]] = set()
         self._restore = restore
-        self._restoring = asyncio.Lock()
-        self._whole = asyncio.Event()
-        self._whole.set()
+        self._resync_lock = asyncio.Lock()
+        self._in_sync = asyncio.Event()
+        self._in_sync.set()
 
     @property
-    def empty(self) -> bool:
-        return not self.members and not self._entering
+    def is_empty(self) -> bool:
+        return not self.members and not self._joining
 
     @property
-    def stuck(self) -> bool:
+    def needs_resync(self) -> bool:
         """Whether the room is out of sync with Redis and no resync is running."""
-        return not self._whole.is_set() and not self._restoring.locked()
+        return not self._in_sync.is_set() and not self._resync_lock.locked()
 
-    def people(self) -> list[Member]:
+    def present_members(self) -> list[Member]:
         """Return the connections that presence must know: members, and those that are joining."""
-        connections = (self.members | self._entering).values()
+        connections = (self.members | self._joining).values()
         return [Member(connection.id, connection.user.id, connection.name) for connection in connections]
 
-    async def expect(self, connection: Connection) -> Arrival:
+    async def begin_join(self, connection: Connection) -> PendingJoin:
         """Begin a join; the connection receives nothing until ``finish_join``.
 
         The caller must end the join by ``finish_join`` or ``remove``, even if this raises.
@@ -116,137 +116,137 @@ class Room:
             Unavailable: the room is out of sync with Redis.
         """
         self.members.pop(connection.id, None)
-        self._entering[connection.id] = connection
+        self._joining[connection.id] = connection
         try:
-            async with asyncio.timeout(MARK_SECONDS):
-                await self._whole.wait()
+            async with asyncio.timeout(MARKER_TIMEOUT_SECONDS):
+                await self._in_sync.wait()
         except TimeoutError:
-            raise self._failure() from None
-        return self._arrivals.setdefault(connection.id, Arrival(self._failure))
+            raise self._make_error() from None
+        return self._pending_joins.setdefault(connection.id, PendingJoin(self._make_error))
 
-    def admit(self, connection: Connection, *, last: str) -> None:
+    def finish_join(self, connection: Connection, *, last_event_id: str) -> None:
         """Finish a join and send the messages since its marker; the client has all events up to ``last_event_id``."""
-        pending = self._arrivals.pop(connection.id, None)
+        pending = self._pending_joins.pop(connection.id, None)
         if pending is None:  # the connection left before the reply was sent
             return
-        del self._entering[connection.id]
-        self.last = self.last or last
+        del self._joining[connection.id]
+        self.last_event_id = self.last_event_id or last_event_id
         self.members[connection.id] = connection
-        for message in pending.kept:
-            self._tell(message, [connection])
+        for message in pending.buffered:
+            self._fan_out(message, [connection])
 
-    def refuse(self, connection: Connection) -> None:
+    def remove(self, connection: Connection) -> None:
         """Remove a member, or abort its join."""
         self.members.pop(connection.id, None)
-        self._arrivals.pop(connection.id, None)
-        self._entering.pop(connection.id, None)
+        self._pending_joins.pop(connection.id, None)
+        self._joining.pop(connection.id, None)
 
     def deliver(self, origin: str, kind: str, payload: bytes) -> None:
-        if kind == MARK:
-            if origin in self._arrivals:
-                self._arrivals[origin].begin()
+        if kind == MARKER:
+            if origin in self._pending_joins:
+                self._pending_joins[origin].on_marker()
             if not payload:
                 return
             kind = ""
-        message = Message(origin, kind, websocket_frame(payload))
-        for pending in self._arrivals.values():
-            pending.keep(message)
-        if self._whole.is_set():
-            self._tell(message, self.members.values())
-            self._note(kind)
+        message = ChannelMessage(origin, kind, websocket_frame(payload))
+        for pending in self._pending_joins.values():
+            pending.buffer(message)
+        if self._in_sync.is_set():
+            self._fan_out(message, self.members.values())
+            self._record_event(kind)
 
-    async def passed(self, id: str) -> None:
+    async def wait_delivered(self, id: str) -> None:
         """Wait until all earlier events are sent to the members here.
 
         So the ack takes its event's place in the order, and a client that resumes from it misses nothing.
         """
-        if self.last and position(self.last) >= position(id):
+        if self.last_event_id and event_id_key(self.last_event_id) >= event_id_key(id):
             return
-        waiter = position(id), asyncio.get_running_loop().create_future()
-        self._passing.add(waiter)
+        waiter = event_id_key(id), asyncio.get_running_loop().create_future()
+        self._delivery_waiters.add(waiter)
         try:
-            async with asyncio.timeout(MARK_SECONDS):
+            async with asyncio.timeout(MARKER_TIMEOUT_SECONDS):
                 await waiter[1]
         except TimeoutError:
             return  # the event is in the history, and the ack promises no more
         finally:
-            self._passing.discard(waiter)
+            self._delivery_waiters.discard(waiter)
 
-    def interrupt(self) -> None:
-        self._whole.clear()
-        for pending in self._arrivals.values():
-            pending.give_up()
+    def on_disconnect(self) -> None:
+        self._in_sync.clear()
+        for pending in self._pending_joins.values():
+            pending.abort()
 
-    async def resume(self) -> None:
+    async def resync(self) -> None:
         """Send the members the missed events, the users online, and then the messages since the marker.
 
         Concurrent calls resync only once per interruption.
         """
-        async with self._restoring:
-            if self._whole.is_set():
+        async with self._resync_lock:
+            if self._in_sync.is_set():
                 return
             if not self.members:
-                self.last = ""
-                self._whole.set()
+                self.last_event_id = ""
+                self._in_sync.set()
                 return
             token = uuid4().hex
-            pending = self._arrivals[token] = Arrival(self._failure)
+            pending = self._pending_joins[token] = PendingJoin(self._make_error)
             try:
-                replay, online = await self._catch_up(token, pending)
-                await pending.history_is_complete()
+                replay, online = await self._replay_missed(token, pending)
+                await pending.wait_for_marker()
             finally:
-                del self._arrivals[token]
-            self._tell(Message("", "", self._resynced(replay, online)), self.members.values())
-            self._whole.set()
-            for message in pending.kept:
-                self._tell(message, self.members.values())
-                self._note(message.kind)
+                del self._pending_joins[token]
+            self._fan_out(ChannelMessage("", "", self._resync_frame(replay, online)), self.members.values())
+            self._in_sync.set()
+            for message in pending.buffered:
+                self._fan_out(message, self.members.values())
+                self._record_event(message.kind)
 
-    async def _catch_up(self, token: str, pending: Arrival) -> tuple[Replay, list[Online]]:
+    async def _replay_missed(self, token: str, pending: PendingJoin) -> tuple[Replay, list[OnlineUser]]:
         gap = False
         while True:
             replay, online = await self._restore(self, token)
-            pending.demand_touch()  # else a revocation of access may have been missed
-            for event in replay.entries:
-                self._tell(_missed(event), self.members.values())
-                self._note(event.id)
+            pending.raise_if_aborted()  # else a revocation of access may have been missed
+            for event in replay.events:
+                self._fan_out(_replayed_message(event), self.members.values())
+                self._record_event(event.id)
             gap = gap or replay.gap
             if not replay.more:
-                self._pass(replay.last)
-                return Replay(replay.last, [], gap=gap), online
+                self._advance(replay.last_event_id)
+                return Replay(replay.last_event_id, [], gap=gap), online
             await asyncio.sleep(0)
 
-    def _resynced(self, replay: Replay, online: list[Online]) -> bytes:
+    def _resync_frame(self, replay: Replay, online: list[OnlineUser]) -> bytes:
         data = {
             "workspaceId": self.workspace,
-            "users": [user.shown() for user in online],
-            "lastEventId": replay.last,
+            "users": [user.to_json() for user in online],
+            "lastEventId": replay.last_event_id,
             "gap": replay.gap,
         }
         return websocket_frame(encode("workspace:resync", data))
 
-    def _tell(self, message: Message, recipients: Iterable[Connection]) -> None:
+    def _fan_out(self, message: ChannelMessage, recipients: Iterable[Connection]) -> None:
         origin, kind, frame = message
         delivery = _DELIVERY.get(kind, Delivery.DURABLE)
-        key = (self.workspace, origin) if delivery is Delivery.NEWEST else None
+        key = (self.workspace, origin) if delivery is Delivery.COALESCED else None
         for connection in tuple(recipients):
             if connection.id != origin:
                 connection.write(frame, delivery, key)
 
-    def _note(self, kind: str) -> None:
+    def _record_event(self, kind: str) -> None:
         """Record that a durable event was sent; all other kinds are ignored."""
         if not kind or kind in _DELIVERY:
             return
-        self._pass(kind)
+        self._advance(kind)
 
-    def _pass(self, id: str) -> None:
-        self.last = id
-        if self._passing:
-            sent = position(id)
-            for awaited, delivered in self._passing:
+    def _advance(self, id: str) -> None:
+        self.last_event_id = id
+        if self._delivery_waiters:
+            sent = event_id_key(id)
+            for awaited, delivered in self._delivery_waiters:
                 if awaited <= sent and not delivered.done():
                     delivered.set_result(None)
 
 
-def _missed(event: Entry) -> Message:
-    return Message(event.origin, event.id, websocket_frame(event_frame(event.event)))
+def _replayed_message(event: StoredEvent) -> ChannelMessage:
+    return ChannelMessage(event.origin, event.id, websocket_frame(event_frame(event.event)))

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 Handler = Callable[["Connection", dict[str, Any]], Awaitable[dict[str, Any] | None]]
 
 
-class Nothing(Schema):
+class EmptyAck(Schema):
     """An ack without data."""
 
 
 @dataclass(frozen=True)
-class Message:
+class MessageDef:
     event: str
     schema: Schema
     ack: Schema
@@ -31,29 +31,29 @@ class Message:
 
 class MessageTable:
     def __init__(self) -> None:
-        self._messages: list[Message] = []
+        self._messages: list[MessageDef] = []
 
-    def on(self, event: str, schema: type[Schema], *, ack: type[Schema] = Nothing) -> Callable[[Handler], Handler]:
+    def on(self, event: str, schema: type[Schema], *, ack: type[Schema] = EmptyAck) -> Callable[[Handler], Handler]:
         """Register a handler; ``ack`` describes its return value for the AsyncAPI document."""
 
         def add(handler: Handler) -> Handler:
             summary = (handler.__doc__ or "").partition("\n")[0].strip()
-            self._messages.append(Message(event, schema(), ack(), handler, summary))
+            self._messages.append(MessageDef(event, schema(), ack(), handler, summary))
             return handler
 
         return add
 
-    def __iter__(self) -> Iterator[Message]:
+    def __iter__(self) -> Iterator[MessageDef]:
         return iter(self._messages)
 
 
-def merge(tables: Iterable[MessageTable]) -> dict[str, Message]:
+def merge(tables: Iterable[MessageTable]) -> dict[str, MessageDef]:
     """Merge the tables into one mapping by event.
 
     Raises:
         RuntimeError: two tables define the same event.
     """
-    merged: dict[str, Message] = {}
+    merged: dict[str, MessageDef] = {}
     for table in tables:
         for message in table:
             if message.event in merged:

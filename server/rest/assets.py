@@ -11,28 +11,28 @@ from pathlib import Path
 from aiohttp import hdrs, web
 
 from server.ratelimit import limit
-from server.rest.etags import unchanged
+from server.rest.etags import is_not_modified
 from server.rest.marks import public
 
-IMMUTABLE = "max-age=31536000, immutable"
-MINUTE = "public, max-age=60"
+CACHE_IMMUTABLE = "max-age=31536000, immutable"
+CACHE_ONE_MINUTE = "public, max-age=60"
 MIN_COMPRESSED_BYTES = 1024
-_OF_THE_BODY = (hdrs.CONTENT_TYPE, hdrs.CONTENT_ENCODING)
+_BODY_HEADERS = (hdrs.CONTENT_TYPE, hdrs.CONTENT_ENCODING)
 CONTENT_TYPES = {".css": "text/css", ".js": "text/javascript", ".png": "image/png"}
 
 
 @dataclass(frozen=True)
-class Variant:
+class EncodedBody:
     """The body in one encoding, with its headers."""
 
     body: bytes
     tag: str
     headers: Mapping[str, str]
 
-    def answer(self, request: web.Request) -> web.Response:
-        if unchanged(request, self.tag):
+    def respond(self, request: web.Request) -> web.Response:
+        if is_not_modified(request, self.tag):
             # All headers but the body's: a browser replaces those of its cached response by these, the policy, too.
-            headers = {name: value for name, value in self.headers.items() if name not in _OF_THE_BODY}
+            headers = {name: value for name, value in self.headers.items() if name not in _BODY_HEADERS}
             return web.Response(status=304, headers=headers)
         return web.Response(body=self.body, headers=self.headers)
 
@@ -47,7 +47,7 @@ class Asset:
         self._is_text = not content_type.startswith("image/")
         content_type_header = f"{content_type}; charset=utf-8" if self._is_text else content_type
         self._headers = {hdrs.CONTENT_TYPE: content_type_header, hdrs.CACHE_CONTROL: cache, **(headers or {})}
-        self._variants: tuple[Variant, Variant] | None = None
+        self._variants: tuple[EncodedBody, EncodedBody] | None = None
 
     @classmethod
     def of_file(cls, path: Path, *, cache: str) -> "Asset":
@@ -64,23 +64,25 @@ class Asset:
 
     @limit(None)
     @public
-    async def answer(self, request: web.Request) -> web.Response:
+    async def respond(self, request: web.Request) -> web.Response:
         """Respond to a GET in an encoding that the client accepts, or with 304 if it has the body already."""
         if self._variants is None:
             self._variants = await asyncio.to_thread(self._encoded)
         plain, compressed = self._variants
-        return (compressed if accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")) else plain).answer(request)
+        return (compressed if accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")) else plain).respond(request)
 
-    def _encoded(self) -> tuple[Variant, Variant]:
+    def _encoded(self) -> tuple[EncodedBody, EncodedBody]:
         """Return the body plain and, if worth it, as gzip; each has a strong ETag of its own (RFC 9110)."""
         headers = {**self._headers, hdrs.ETAG: f'"{self.tag}"'}
         if not self._is_text or len(self.body) < MIN_COMPRESSED_BYTES:
-            plain = Variant(self.body, self.tag, headers)
+            plain = EncodedBody(self.body, self.tag, headers)
             return plain, plain
         headers[hdrs.VARY] = hdrs.ACCEPT_ENCODING
         tag = f"{self.tag}-gzip"
         compressed = {**headers, hdrs.ETAG: f'"{tag}"', hdrs.CONTENT_ENCODING: "gzip"}
-        return Variant(self.body, self.tag, headers), Variant(gzip.compress(self.body, mtime=0), tag, compressed)
+        return EncodedBody(self.body, self.tag, headers), EncodedBody(
+            gzip.compress(self.body, mtime=0), tag, compressed
+        )
 
 
 @lru_cache(64)

@@ -16,7 +16,7 @@ from server.rest.keys import MALFORMED_REQUEST
 PREFIX = "/api/"
 MAX_AGE_SECONDS = 3600  # of a preflight in a browser's cache
 _NO_METHOD = "-"
-Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
+RequestHandlerFunction = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def allow_origins(app: web.Application, origins: Sequence[str]) -> None:
@@ -30,13 +30,13 @@ def allow_origins(app: web.Application, origins: Sequence[str]) -> None:
         if route.resource is not None and route.resource.canonical.startswith(PREFIX):
             cors.add(route)
     if len(origins) == 1:
-        app.on_response_prepare.append(_for_malformed_requests(origins[0]))
+        app.on_response_prepare.append(_allow_origin_for_malformed_requests(origins[0]))
     if "*" not in origins:
         app.on_response_prepare.append(_vary_by_origin)
 
 
 class _Adapter(ResourcesUrlDispatcherRouterAdapter):  # type: ignore[misc]
-    def add_preflight_handler(self, routing_entity: Any, handler: Answer) -> None:
+    def add_preflight_handler(self, routing_entity: Any, handler: RequestHandlerFunction) -> None:
         async def handle_options(request: web.Request) -> web.StreamResponse:
             return await handler(request) if _is_preflight(request) else await _allowed_methods(request)
 
@@ -69,7 +69,7 @@ async def _allowed_methods(request: web.Request) -> web.Response:
     return web.Response(status=204, headers={hdrs.ALLOW: ", ".join(sorted(allowed))})
 
 
-def _for_malformed_requests(origin: str) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
+def _allow_origin_for_malformed_requests(origin: str) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
     """Return a signal that allows the only origin: path and origin of a malformed request are unknown."""
 
     async def signal(request: web.Request, response: web.StreamResponse) -> None:

@@ -19,7 +19,7 @@ def etag(revision: int, role: str = "") -> str:
     return f"{revision}-{role.lower()}" if role else str(revision)
 
 
-def unchanged(request: web.Request, tag: str) -> bool:
+def is_not_modified(request: web.Request, tag: str) -> bool:
     """Return whether ``If-None-Match`` names this tag, by weak comparison."""
     header = _header(request, hdrs.IF_NONE_MATCH)
     return header == "*" or tag in (value for value, _ in _tags(header or ""))
@@ -46,10 +46,10 @@ class Preconditions:
         """
         excluded = _revisions(self.none_match, role)
         if self.match is None:
-            return _all_but(excluded) if excluded else None
+            return _ranges_without(excluded) if excluded else None
         accepted = _revisions(self.match, role) - excluded
         if not accepted:
-            raise changed()
+            raise precondition_failed()
         return [Range(revision, revision, upper_inc=True) for revision in sorted(accepted)]
 
 
@@ -63,12 +63,12 @@ def preconditions(request: web.Request) -> Preconditions:
     """
     match, none_match = _header(request, hdrs.IF_MATCH), _header(request, hdrs.IF_NONE_MATCH)
     if none_match == "*":
-        raise changed()
+        raise precondition_failed()
     accepted = None
     if match is not None and match != "*":
         accepted = frozenset(value for value, weak in _tags(match) if not weak)
         if not accepted:
-            raise changed()
+            raise precondition_failed()
     return Preconditions(accepted, frozenset(value for value, _ in _tags(none_match or "")))
 
 
@@ -81,23 +81,23 @@ def expected_revisions(request: web.Request, role: str = "") -> Revisions | None
     return preconditions(request).revisions(role)
 
 
-def untagged(request: web.Request) -> None:
+def check_preconditions_without_etag(request: web.Request) -> None:
     """Check the preconditions for a resource without an ETag.
 
     Raises:
         PreconditionFailed: they do not hold.
     """
     if not preconditions(request).hold_for():
-        raise changed()
+        raise precondition_failed()
 
 
-def changed() -> PreconditionFailed:
+def precondition_failed() -> PreconditionFailed:
     return PreconditionFailed("The resource does not meet If-Match or If-None-Match")
 
 
-def lost(revisions: Revisions | None) -> ServiceError:
+def conditional_write_error(revisions: Revisions | None) -> ServiceError:
     """Return the error for a conditional write that found no row: another revision, or no such row."""
-    return NotFound("Resource not found") if revisions is None else changed()
+    return NotFound("Resource not found") if revisions is None else precondition_failed()
 
 
 def _header(request: web.Request, name: str) -> str | None:
@@ -121,6 +121,6 @@ def _revisions(tags: frozenset[str], role: str) -> set[int]:
     return {revision for revision in revisions if etag(revision, role) in tags}
 
 
-def _all_but(excluded: set[int]) -> Revisions:
+def _ranges_without(excluded: set[int]) -> Revisions:
     edges = [None, *sorted(excluded), None]
     return [Range(low, high, lower_inc=False) for low, high in pairwise(edges)]

@@ -36,31 +36,31 @@ _BY_NAME = {
 _BY_TYPE: dict[str, Any] = {"integer": 1, "number": 0.5, "boolean": True, "object": {}}
 
 
-def fill(document: dict[str, Any]) -> None:
+def add_examples(document: dict[str, Any]) -> None:
     """Add an example to every property of every definition, and to every successful response with a body."""
     definitions = document["definitions"]
     for definition in definitions.values():
         for name, schema in definition.get("properties", {}).items():
             if schema.get("type") not in (None, "array", "object"):
-                schema.setdefault("example", of(schema, definitions, name))
+                schema.setdefault("example", example_for(schema, definitions, name))
     for operation in (operation for methods in document["paths"].values() for operation in methods.values()):
         for status, response in operation["responses"].items():
             if status.startswith("2") and "schema" in response:
-                response["examples"] = {"application/json": of(response["schema"], definitions)}
+                response["examples"] = {"application/json": example_for(response["schema"], definitions)}
 
 
-def of(schema: dict[str, Any], definitions: dict[str, Any], name: str = "text") -> Any:
+def example_for(schema: dict[str, Any], definitions: dict[str, Any], name: str = "text") -> Any:
     """Return a value that fits the schema; ``name`` is the name of the property."""
     if "example" in schema:
         return schema["example"]
     if "enum" in schema:
         return schema["enum"][0]
     if "$ref" in schema:
-        return of(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+        return example_for(definitions[schema["$ref"].rpartition("/")[2]], definitions)
     if "properties" in schema:
-        return {key: of(inner, definitions, key) for key, inner in schema["properties"].items()}
+        return {key: example_for(inner, definitions, key) for key, inner in schema["properties"].items()}
     if schema.get("type") == "array":
-        return [of(schema["items"], definitions, name)]
+        return [example_for(schema["items"], definitions, name)]
     if schema.get("format") in _BY_FORMAT:
         return _BY_FORMAT[schema["format"]]
     return _BY_NAME.get(name, _BY_TYPE.get(schema.get("type", ""), name))

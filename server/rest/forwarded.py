@@ -22,12 +22,12 @@ WARNING_INTERVAL_SECONDS = 60.0
 Address = IPv4Address | IPv6Address
 
 
-class ClientAddresses:
+class ClientAddressResolver:
     def __init__(self, trusted: Sequence[Network]) -> None:
         self._trusted = trusted
         self._next_warning = 0.0
 
-    def of(self, request: web.Request) -> str:
+    def resolve(self, request: web.Request) -> str:
         """Return the peer's address or, behind trusted proxies, the last forwarded one that is not a trusted proxy.
 
         A malformed entry hides its client, so the address of the proxy that added it is returned. All clients of that
@@ -40,7 +40,7 @@ class ClientAddresses:
         for entry in _entries(request) if self._trusted else ():
             if not self._is_trusted(client):
                 break
-            forwarded = parse(entry)
+            forwarded = parse_entry(entry)
             if forwarded is None:
                 self._warn(entry, proxy=client)
                 break
@@ -59,7 +59,7 @@ class ClientAddresses:
             log.warning("forwarded address malformed", entry=ascii(entry[:MAX_ENTRY_LENGTH]), proxy=str(proxy))
 
 
-def parse(entry: str) -> Address | None:
+def parse_entry(entry: str) -> Address | None:
     """Return the address of an entry, an IPv4-mapped one as IPv4; None for anything else.
 
     A name (``unknown``, ``_hidden``: RFC 7239, section 6) is no address. An address with a zone counts as none, because

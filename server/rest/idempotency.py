@@ -16,19 +16,19 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
 from server import json, postgres
-from server.budget import within
-from server.errors import Conflict, ValidationFailed, invalid, store_slow
+from server.deadline import remaining
+from server.errors import Conflict, ValidationFailed, invalid_field, store_timed_out
 from server.postgres import Executor
 from server.rest import idempotency_store as store
-from server.rest.keys import BODY, DB, HEADERS, ON_COMMIT, RESOURCES, USER
+from server.rest.keys import BODY, DB, ON_COMMIT, RESOURCES, RESPONSE_HEADERS, USER
 from server.rest.marks import Idempotency, idempotency_of
 
-HEADER, REPLAYED = "Idempotency-Key", "Idempotent-Replayed"
-KEY = re.compile(r"^[!-~]{1,255}$")
-KEPT = timedelta(hours=24)
-ANSWER_SECONDS = 0.3  # reserved of a request's deadline, to respond after waiting for the key in vain
-FORGOTTEN_AT_ONCE = 1000
-_KEPT_HEADERS = (hdrs.LOCATION, hdrs.ETAG)
+KEY_HEADER, REPLAYED_HEADER = "Idempotency-Key", "Idempotent-Replayed"
+KEY_PATTERN = re.compile(r"^[!-~]{1,255}$")
+KEY_RETENTION = timedelta(hours=24)
+RESPONSE_RESERVE_SECONDS = 0.3  # reserved of a request's deadline, to respond after waiting for the key in vain
+MAX_DELETED_AT_ONCE = 1000
+_STORED_HEADERS = (hdrs.LOCATION, hdrs.ETAG)
 _NO_STORE = "no-store"
 
 
@@ -38,74 +38,74 @@ def idempotency_key(request: web.Request) -> str | None:
     Raises:
         ValidationFailed: the key is malformed, or there are several.
     """
-    lines = request.headers.getall(HEADER, None)
+    lines = request.headers.getall(KEY_HEADER, None)
     if lines is None:
         return None
-    if len(lines) > 1 or not KEY.fullmatch(lines[0]):
-        raise invalid(HEADER, "Must have 1 to 255 visible ASCII characters.")
+    if len(lines) > 1 or not KEY_PATTERN.fullmatch(lines[0]):
+        raise invalid_field(KEY_HEADER, "Must have 1 to 255 visible ASCII characters.")
     return lines[0]
 
 
 @web.middleware
-async def idempotent(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def apply_idempotency(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Run a handler that is marked ``BY_TRANSACTION`` once for each idempotency key."""
     if idempotency_of(request.match_info.handler) is not Idempotency.BY_TRANSACTION:
         return await handler(request)
     request[DB], request[ON_COMMIT] = request.app[RESOURCES].db, []
     key = idempotency_key(request)
-    response = await (handler(request) if key is None else _once(request, handler, key))
+    response = await (handler(request) if key is None else _run_once(request, handler, key))
     for hook in request[ON_COMMIT]:
         await hook()
     return response
 
 
-async def _once(request: web.Request, handler: Handler, key: str) -> web.StreamResponse:
+async def _run_once(request: web.Request, handler: Handler, key: str) -> web.StreamResponse:
     route, user, body_hash = _route(request), request[USER].id, _body_hash(request)
 
     async def answer_once(transaction: Executor) -> web.StreamResponse:
-        seconds = within(postgres.STATEMENT_SECONDS) - ANSWER_SECONDS
+        seconds = remaining(postgres.STATEMENT_TIMEOUT_SECONDS) - RESPONSE_RESERVE_SECONDS
         if seconds <= 0:
-            raise store_slow("PostgreSQL")
+            raise store_timed_out("PostgreSQL")
         try:
             async with asyncio.timeout(seconds):
                 claimed = await store.claim(transaction, user=user, route=route, key=key, body_hash=body_hash)
         except TimeoutError:
             raise _in_progress() from None
         if not claimed:
-            return await _replayed(request, transaction, key, body_hash)
+            return await _replay(request, transaction, key, body_hash)
         request[DB], request[ON_COMMIT] = transaction, []  # reset: the transaction is retried after a write conflict
         response = await handler(request)
         assert isinstance(response, web.Response)
-        await store.keep_answer(
+        await store.save_response(
             transaction,
             user=user,
             route=route,
             key=key,
             status=response.status,
-            headers={str(name): response.headers[name] for name in _KEPT_HEADERS if name in response.headers},
-            body=None if response.headers.get(hdrs.CACHE_CONTROL) == _NO_STORE else _bytes(response),
+            headers={str(name): response.headers[name] for name in _STORED_HEADERS if name in response.headers},
+            body=None if response.headers.get(hdrs.CACHE_CONTROL) == _NO_STORE else _body_bytes(response),
         )
         return response
 
     return await request.app[RESOURCES].db.transact(answer_once)
 
 
-async def _replayed(request: web.Request, db: Executor, key: str, body_hash: bytes) -> web.Response:
+async def _replay(request: web.Request, db: Executor, key: str, body_hash: bytes) -> web.Response:
     """Return the stored response.
 
     Raises:
         ValidationFailed: the key was used with another body.
         Conflict: the response contained a secret, or the key has just been deleted.
     """
-    stored = await store.read_answer(db, user=request[USER].id, route=_route(request), key=key)
+    stored = await store.read_response(db, user=request[USER].id, route=_route(request), key=key)
     if stored is None:
         raise _in_progress()
     if stored["body_hash"] != body_hash:
         raise ValidationFailed("Idempotency key was used with another request body", code="idempotency_key_reused")
     if stored["body"] is None:
-        request[HEADERS].update(stored["headers"])
+        request[RESPONSE_HEADERS].update(stored["headers"])
         raise Conflict("The response contained a secret, which is returned only once", code="idempotency_secret")
-    headers = {**stored["headers"], REPLAYED: "true"}
+    headers = {**stored["headers"], REPLAYED_HEADER: "true"}
     return web.Response(status=stored["status"], body=stored["body"], content_type="application/json", headers=headers)
 
 
@@ -125,12 +125,14 @@ def _body_hash(request: web.Request) -> bytes:
     return hashlib.sha256(json.canonical(request_values)).digest()
 
 
-def _bytes(response: web.Response) -> bytes:
+def _body_bytes(response: web.Response) -> bytes:
     assert isinstance(response.body, bytes)
     return response.body
 
 
-async def forget_old(db: Executor) -> None:
+async def delete_expired_keys(db: Executor) -> None:
     """Delete idempotency keys after their retention of 24 hours, in batches."""
-    while await store.forget(db, older_than=KEPT, limit=FORGOTTEN_AT_ONCE) == FORGOTTEN_AT_ONCE:
+    while (
+        await store.delete_expired_keys(db, older_than=KEY_RETENTION, limit=MAX_DELETED_AT_ONCE) == MAX_DELETED_AT_ONCE
+    ):
         pass

@@ -27,7 +27,7 @@ async def claim(db: Executor, *, user: UUID, route: str, key: str, body_hash: by
     )
 
 
-async def keep_answer(
+async def save_response(
     db: Executor, *, user: UUID, route: str, key: str, status: int, headers: dict[str, str], body: bytes | None
 ) -> None:
     await db.execute(
@@ -44,7 +44,7 @@ async def keep_answer(
     )
 
 
-async def read_answer(db: Executor, *, user: UUID, route: str, key: str) -> Record | None:
+async def read_response(db: Executor, *, user: UUID, route: str, key: str) -> Record | None:
     return await db.fetchrow(
         """
         SELECT body_hash, status, headers, body FROM idempotency_keys
@@ -56,7 +56,7 @@ async def read_answer(db: Executor, *, user: UUID, route: str, key: str) -> Reco
     )
 
 
-async def forget(db: Executor, *, older_than: timedelta, limit: int) -> int:
+async def delete_expired_keys(db: Executor, *, older_than: timedelta, limit: int) -> int:
     """Delete a batch of old keys; return how many."""
     forgotten: int = await db.fetchval(
         """

@@ -20,7 +20,7 @@ class User:
 
     id: UUID
     session: UUID
-    token: str  # the id of the token (jti), not the token
+    token_id: str  # the id of the token (jti), not the token
     expires_at: datetime
 
 
@@ -28,16 +28,18 @@ RESOURCES = web.AppKey("resources", Resources)
 LIMITER = web.AppKey("limiter", RateLimiter)
 
 REQUEST_ID = web.RequestKey("request_id", str)
-CLIENT = web.RequestKey("client", str)  # the client's address, behind trusted proxies the forwarded one
+CLIENT_ADDRESS = web.RequestKey("client", str)  # the client's address, behind trusted proxies the forwarded one
 USER = web.RequestKey("user", User)
-BROKEN_OFF = web.RequestKey("broken_off", bool)  # the rest of the body is not read: close after the response
+CLOSE_AFTER_RESPONSE = web.RequestKey("broken_off", bool)  # the rest of the body is not read: close after the response
 MALFORMED_REQUEST = web.RequestKey("malformed_request", ServiceError)  # the parser's error; all else is unknown
-COUNTED = web.RequestKey("counted", bool)  # the handler has counted the request in a rate limit
-BEGUN = web.RequestKey("begun", web.StreamResponse)  # the response, from the moment its head is prepared
-Values = dict[str, Any]
-Tell = Callable[[], Awaitable[None]]
-BODY: web.RequestKey[Values] = web.RequestKey("body", dict)
-QUERY: web.RequestKey[Values] = web.RequestKey("query", dict)
+RATE_LIMIT_COUNTED = web.RequestKey("counted", bool)  # the handler has counted the request in a rate limit
+PREPARED_RESPONSE = web.RequestKey("begun", web.StreamResponse)  # the response, from the moment its head is prepared
+RequestValues = dict[str, Any]
+CommitHook = Callable[[], Awaitable[None]]
+BODY: web.RequestKey[RequestValues] = web.RequestKey("body", dict)
+QUERY: web.RequestKey[RequestValues] = web.RequestKey("query", dict)
 DB: web.RequestKey[Executor] = web.RequestKey("db", Executor)
-ON_COMMIT: web.RequestKey[list[Tell]] = web.RequestKey("on_commit", list)  # run after the commit of what DB wrote
-HEADERS: web.RequestKey[dict[str, str]] = web.RequestKey("headers", dict)  # sent with the response, of any kind
+ON_COMMIT: web.RequestKey[list[CommitHook]] = web.RequestKey("on_commit", list)  # run after the commit of what DB wrote
+RESPONSE_HEADERS: web.RequestKey[dict[str, str]] = web.RequestKey(
+    "headers", dict
+)  # sent with the response, of any kind

@@ -17,25 +17,25 @@ def is_public(handler: Callable[..., Any]) -> bool:
     return getattr(handler, "__public__", False)
 
 
-def refuses(*codes: str) -> Callable[[H], H]:
+def error_codes(*codes: str) -> Callable[[H], H]:
     """Mark a handler with its specific error codes, for the OpenAPI document; other marks imply the general ones."""
 
     def mark(handler: H) -> H:
-        handler.__refuses__ = codes  # type: ignore[attr-defined]
+        handler.__error_codes__ = codes  # type: ignore[attr-defined]
         return handler
 
     return mark
 
 
-def refusals_of(handler: Callable[..., Any]) -> tuple[str, ...]:
-    return getattr(handler, "__refuses__", ())
+def error_codes_of(handler: Callable[..., Any]) -> tuple[str, ...]:
+    return getattr(handler, "__error_codes__", ())
 
 
 class Idempotency(enum.Enum):
     """The way in which a handler honours the idempotency key."""
 
     BY_TRANSACTION = enum.auto()  # see server/rest/idempotency.py
-    BY_ITSELF = enum.auto()
+    BY_HANDLER = enum.auto()
 
 
 def idempotent(how: Idempotency) -> Callable[[H], H]:
@@ -52,6 +52,6 @@ def idempotency_of(handler: Callable[..., Any]) -> Idempotency | None:
     return getattr(handler, "__idempotency__", None)
 
 
-def answers_json(handler: Callable[..., Any]) -> bool:
+def produces_json(handler: Callable[..., Any]) -> bool:
     """Return whether aiohttp-apispec's decorator says that the handler produces JSON."""
     return "application/json" in getattr(handler, "__apispec__", {}).get("produces", ())

@@ -15,16 +15,16 @@ from aiohttp_apispec import AiohttpApiSpec
 from marshmallow import fields
 
 from server import __version__, errors, json
-from server.errors import CODES
+from server.errors import ERROR_CODES
 from server.fields import Schema
 from server.ratelimit import limit_of
 from server.rest import assets, examples
 from server.rest.assets import Asset
-from server.rest.idempotency import KEY, REPLAYED
-from server.rest.marks import Idempotency, answers_json, idempotency_of, is_public, refusals_of
+from server.rest.idempotency import KEY_PATTERN, REPLAYED_HEADER
+from server.rest.marks import Idempotency, error_codes_of, idempotency_of, is_public, produces_json
 
-STATIC = Path(aiohttp_apispec.__file__).parent / "static"
-DOCUMENT = "/api-docs/swagger.json"
+STATIC_DIR = Path(aiohttp_apispec.__file__).parent / "static"
+DOCUMENT_PATH = "/api-docs/swagger.json"
 _METHODS = {hdrs.METH_GET, hdrs.METH_POST, hdrs.METH_PUT, hdrs.METH_PATCH, hdrs.METH_DELETE}
 
 
@@ -40,7 +40,7 @@ class Problem(Schema):
     title = fields.String(metadata={"example": "Conflict"})
     status = fields.Integer(metadata={"example": 409})
     detail = fields.String(metadata={"example": "Email already registered"})
-    code = fields.String(metadata={"enum": sorted(code for code, (status, _) in CODES.items() if status)})
+    code = fields.String(metadata={"enum": sorted(code for code, (status, _) in ERROR_CODES.items() if status)})
     error = fields.String(metadata={"description": "the same as detail, for older clients"})
     details = fields.List(fields.Nested(FieldProblem), metadata={"description": "validation errors only"})
     request_id = fields.String()
@@ -54,10 +54,10 @@ _HEADERS = {
     "RateLimit": {"type": "string", "description": 'the rest of the quota, and for how long: `"default";r=99;t=512`'},
     "Retry-After": {"type": "integer", "description": "seconds"},
     "Location": {"type": "string", "description": "the path of the created resource"},
-    REPLAYED: {"type": "string", "description": "true if this is the response to an earlier request"},
+    REPLAYED_HEADER: {"type": "string", "description": "true if this is the response to an earlier request"},
     "ETag": {"type": "string", "description": "of this revision, for `If-Match` and `If-None-Match`"},
 }
-_CONDITIONS = (
+_PRECONDITION_HEADERS = (
     ("304", "If-None-Match", "an `ETag`: 304 if it is current"),
     ("412", "If-Match", "an `ETag`: change only that revision, else 412"),
     ("412", "If-None-Match", "an `ETag`: change any other revision, else 412; `*` always fails"),
@@ -66,13 +66,13 @@ _IDEMPOTENCY_KEY = {
     "in": "header",
     "name": "Idempotency-Key",
     "type": "string",
-    "pattern": KEY.pattern,
+    "pattern": KEY_PATTERN.pattern,
     "description": "a unique key of the client: a repeated request with it has one effect and one response, for 24 h",
 }
 NeedsRole = Callable[[Callable[..., Any]], bool]
 
 
-def document(routes: Iterable[web.AbstractRouteDef], *, needs_role: NeedsRole) -> dict[str, Any]:
+def build_document(routes: Iterable[web.AbstractRouteDef], *, needs_role: NeedsRole) -> dict[str, Any]:
     """Return the OpenAPI 2 document of these routes, in their order."""
     spec = AiohttpApiSpec(
         url=None,
@@ -93,7 +93,7 @@ def document(routes: Iterable[web.AbstractRouteDef], *, needs_role: NeedsRole) -
     )
     for route in routes:
         if isinstance(route, web.RouteDef) and route.method in _METHODS:
-            operation_data = _described(route, needs_role=needs_role)
+            operation_data = _describe_operation(route, needs_role=needs_role)
             if operation_data is not None:
                 spec._update_paths(operation_data, route.method.lower(), route.path)
     swagger: dict[str, Any] = spec.swagger_dict()
@@ -103,11 +103,11 @@ def document(routes: Iterable[web.AbstractRouteDef], *, needs_role: NeedsRole) -
     for definition in swagger["definitions"].values():
         for field in definition.get("properties", {}).values():
             _without_null_default(field)
-    examples.fill(swagger)
+    examples.add_examples(swagger)
     return swagger
 
 
-def _described(route: web.RouteDef, *, needs_role: NeedsRole) -> dict[str, Any] | None:
+def _describe_operation(route: web.RouteDef, *, needs_role: NeedsRole) -> dict[str, Any] | None:
     handler: Any = route.handler
     data: dict[str, Any] | None = copy.deepcopy(getattr(handler, "__apispec__", None))
     if data is None:
@@ -122,8 +122,8 @@ def _described(route: web.RouteDef, *, needs_role: NeedsRole) -> dict[str, Any] 
         responses["204"] = {"description": "done"}
     if route.method == hdrs.METH_GET and _is_entity(responses.get("200", {})):
         responses["304"] = {"description": "`If-None-Match` names the current `ETag`"}
-    for status, codes in _refusals(route, needs_role=needs_role):
-        responses.setdefault(status, _refusal(int(status), codes))
+    for status, codes in _error_codes_by_status(route, needs_role=needs_role):
+        responses.setdefault(status, _error_response(int(status), codes))
     for status, response in responses.items():
         response["headers"] = {name: _HEADERS[name] for name in _headers(route, status, responses)}
     _add_conditions(data["parameters"], responses)
@@ -146,7 +146,7 @@ def _headers(route: web.RouteDef, status: str, responses: dict[str, Any]) -> Ite
     if status in ("429", "503"):
         yield "Retry-After"
     if status in ("200", "201") and idempotency_of(route.handler):
-        yield REPLAYED
+        yield REPLAYED_HEADER
     if status == "201" and _has_id(responses[status]):
         yield "Location"
     shows_entity = _is_entity(responses[status]) and (status == "201" or route.method != hdrs.METH_POST)
@@ -162,7 +162,7 @@ def _has_id(response: dict[str, Any]) -> bool:
 
 def _add_conditions(parameters: list[dict[str, Any]], responses: dict[str, Any]) -> None:
     names = {parameter["name"] for parameter in parameters}
-    for status, name, description in _CONDITIONS:
+    for status, name, description in _PRECONDITION_HEADERS:
         if status in responses and name not in names:
             parameters.append({"in": "header", "name": name, "type": "string", "description": description})
 
@@ -181,19 +181,21 @@ def _without_null_default(described: dict[str, Any]) -> None:
         del described["default"]
 
 
-def _refusal(status: int, codes: list[str]) -> dict[str, Any]:
-    error = next(kind for kind in errors.KINDS if kind.status == status)(CODES[codes[0]][1], code=codes[0])
+def _error_response(status: int, codes: list[str]) -> dict[str, Any]:
+    error = next(kind for kind in errors.ERROR_CLASSES if kind.status == status)(
+        ERROR_CODES[codes[0]][1], code=codes[0]
+    )
     return {
         "schema": PROBLEM,
-        "description": "; ".join(f"`{code}`: {CODES[code][1]}" for code in codes),
+        "description": "; ".join(f"`{code}`: {ERROR_CODES[code][1]}" for code in codes),
         "examples": {"application/problem+json": errors.problem(error, request_id=_EXAMPLE_ID)},
     }
 
 
-def _refusals(route: web.RouteDef, *, needs_role: NeedsRole) -> Iterator[tuple[str, list[str]]]:
+def _error_codes_by_status(route: web.RouteDef, *, needs_role: NeedsRole) -> Iterator[tuple[str, list[str]]]:
     """Yield the error codes of a route by status, derived from its marks."""
     handler: Any = route.handler
-    codes = list(refusals_of(handler))
+    codes = list(error_codes_of(handler))
     if idempotency := idempotency_of(handler):
         codes.append("idempotency_key_reused")
         codes += ["idempotency_in_progress"] if idempotency is Idempotency.BY_TRANSACTION else []
@@ -208,10 +210,10 @@ def _refusals(route: web.RouteDef, *, needs_role: NeedsRole) -> Iterator[tuple[s
         codes += ["too_large", "unsupported_media_type"]
     if limit_of(handler):  # routes without a limit are for operators, and need no store to admit a request
         codes += ["bad_request", "rate_limited", "unavailable"]
-        codes += ["validation_failed"] if answers_json(handler) else []
+        codes += ["validation_failed"] if produces_json(handler) else []
     by_status: dict[int, list[str]] = {}
     for code in dict.fromkeys(codes):
-        status = CODES[code][0]
+        status = ERROR_CODES[code][0]
         assert status is not None
         by_status.setdefault(status, []).append(code)
     for status, of_status in sorted(by_status.items()):
@@ -220,29 +222,29 @@ def _refusals(route: web.RouteDef, *, needs_role: NeedsRole) -> Iterator[tuple[s
 
 def add_swagger(app: web.Application, swagger: dict[str, Any]) -> None:
     """Serve the document and the page that shows it."""
-    add_page(app, DOCUMENT, json.dumps(swagger))
-    files = {name: Asset.of_file(STATIC / name, cache=f"public, {assets.IMMUTABLE}") for name in _ASSETS}
+    add_page(app, DOCUMENT_PATH, json.dumps(swagger))
+    files = {name: Asset.of_file(STATIC_DIR / name, cache=f"public, {assets.CACHE_IMMUTABLE}") for name in _ASSETS}
     for name, asset in files.items():
-        app.router.add_get(f"{_STATIC_PATH}/{name}", asset.answer)
-    page = Asset(lambda: _page(files), "text/html", cache=assets.MINUTE, headers=_PAGE_POLICY)
-    app.router.add_get("/api-docs", page.answer)
-    app.router.add_get("/api-docs/", page.answer)
+        app.router.add_get(f"{_STATIC_PATH}/{name}", asset.respond)
+    page = Asset(lambda: _page(files), "text/html", cache=assets.CACHE_ONE_MINUTE, headers=_PAGE_POLICY)
+    app.router.add_get("/api-docs", page.respond)
+    app.router.add_get("/api-docs/", page.respond)
 
 
 def add_page(app: web.Application, path: str, body: bytes, *, policy: str | None = None) -> None:
     """Serve a document (JSON) or, with the content security policy that it needs, a page (HTML)."""
     kind = "application/json" if policy is None else "text/html"
     headers = {} if policy is None else {"Content-Security-Policy": policy}
-    app.router.add_get(path, Asset(lambda: body, kind, cache=assets.MINUTE, headers=headers).answer)
+    app.router.add_get(path, Asset(lambda: body, kind, cache=assets.CACHE_ONE_MINUTE, headers=headers).respond)
 
 
 def _page(files: Mapping[str, Asset]) -> bytes:
     """Return aiohttp-apispec's page, changed to add the word Bearer to a token that was pasted without it."""
-    page = (STATIC / "index.html").read_text()
+    page = (STATIC_DIR / "index.html").read_text()
     for old, new in (
-        ("{{ path }}", DOCUMENT),
+        ("{{ path }}", DOCUMENT_PATH),
         ("<title>Swagger UI</title>", "<title>Collaborative Workspace Backend: API</title>"),
-        ("dom_id: '#swagger-ui',", "dom_id: '#swagger-ui',\n" + _BEARER),
+        ("dom_id: '#swagger-ui',", "dom_id: '#swagger-ui',\n" + _BEARER_INTERCEPTOR),
         # The URL contains the version, because browsers never reload an immutable file.
         *((f"{{{{ static }}}}/{name}", f"{_STATIC_PATH}/{name}?v={asset.tag}") for name, asset in files.items()),
     ):
@@ -263,7 +265,7 @@ _PAGE_POLICY = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; "
     "script-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
 }
-_BEARER = """        persistAuthorization: true,
+_BEARER_INTERCEPTOR = """        persistAuthorization: true,
         requestInterceptor: request => {
           const token = request.headers.Authorization;
           if (token && !/^bearer /i.test(token)) request.headers.Authorization = "Bearer " + token.trim();

@@ -3,25 +3,25 @@
 from aiohttp import web
 
 from server.ratelimit import limit_key
-from server.rest.keys import CLIENT, COUNTED, HEADERS, LIMITER
+from server.rest.keys import CLIENT_ADDRESS, LIMITER, RATE_LIMIT_COUNTED, RESPONSE_HEADERS
 
 
-async def count(request: web.Request, name: str, key: str) -> None:
+async def consume(request: web.Request, name: str, key: str) -> None:
     """Consume one request of the rate limit ``name`` for ``key``.
 
     Raises:
         QuotaExceeded: the quota is used up.
     """
-    request[COUNTED] = True
-    quota = await request.app[LIMITER].take(name, key)
+    request[RATE_LIMIT_COUNTED] = True
+    quota = await request.app[LIMITER].consume(name, key)
     if quota is not None:
-        request[HEADERS].update(quota.headers())
+        request[RESPONSE_HEADERS].update(quota.headers())
 
 
-async def count_address(request: web.Request) -> None:
+async def consume_for_address(request: web.Request) -> None:
     """Consume one request of the client address's rate limit for sign-ins.
 
     Raises:
         QuotaExceeded: the quota is used up.
     """
-    await count(request, "auth", limit_key("auth", client=request[CLIENT]))
+    await consume(request, "auth", limit_key("auth", client=request[CLIENT_ADDRESS]))

@@ -15,23 +15,27 @@ from aiohttp.web_protocol import ERROR, RequestHandler
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from server.errors import BadRequest, HeaderFieldsTooLarge, ServiceError, UriTooLong
-from server.rest.keys import BROKEN_OFF, MALFORMED_REQUEST
-from server.rest.middlewares import problem, recognise
+from server.rest.keys import CLOSE_AFTER_RESPONSE, MALFORMED_REQUEST
+from server.rest.middlewares import assign_request_id, problem_response
 
 MAX_TARGET_BYTES = 8 << 10  # of a path with its query
 MAX_FIELD_BYTES = 8190  # of a header field. Not the same number, because the parser's error contains only the number
 MAX_FIELDS = 128
-LINGER_SECONDS = 2.0  # for the rest of a malformed request
-Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
-_BLANK = ERROR._replace(headers=CIMultiDictProxy(CIMultiDict()))
+LINGER_TIMEOUT_SECONDS = 2.0  # for the rest of a malformed request
+RequestHandlerFunction = Callable[[web.Request], Awaitable[web.StreamResponse]]
+_EMPTY_MESSAGE = ERROR._replace(headers=CIMultiDictProxy(CIMultiDict()))
 _LIMITS = {"max_line_size": MAX_TARGET_BYTES, "max_field_size": MAX_FIELD_BYTES, "max_headers": MAX_FIELDS}
 
 
-class Runner(web.AppRunner):
+class HttpRunner(web.AppRunner):
     async def _make_server(self) -> web.Server:
         server: Any = await super()._make_server()
         options = {**server._kwargs, **_LIMITS}
-        return _Server(_expecting(server.request_handler), request_factory=_marking(server.request_factory), **options)
+        return _Server(
+            _handling_expect(server.request_handler),
+            request_factory=_marking_malformed(server.request_factory),
+            **options,
+        )
 
 
 class _Server(web.Server):
@@ -52,7 +56,7 @@ class _Connection(RequestHandler):
         handler: Any = self._request_handler
 
         async def refuse(request: web.Request) -> web.StreamResponse:
-            request[MALFORMED_REQUEST] = _refusal(err_info.exc)
+            request[MALFORMED_REQUEST] = _parse_error(err_info.exc)
             response: web.StreamResponse = await handler(request)
             await response.prepare(request)
             await response.write_eof()
@@ -70,13 +74,13 @@ class _Connection(RequestHandler):
         if self.transport is not None and self.transport.can_write_eof():
             self.transport.write_eof()
         try:
-            async with asyncio.timeout(LINGER_SECONDS):
+            async with asyncio.timeout(LINGER_TIMEOUT_SECONDS):
                 await self._lost.wait()
         except TimeoutError:
             return
 
 
-def _refusal(error: BaseException) -> ServiceError:
+def _parse_error(error: BaseException) -> ServiceError:
     """Return the service error for an error of the parser."""
     if isinstance(error, LineTooLong) and error.args[1] == MAX_TARGET_BYTES:
         return UriTooLong(f"Path and query exceed the maximum size of {MAX_TARGET_BYTES} bytes")
@@ -87,25 +91,25 @@ def _refusal(error: BaseException) -> ServiceError:
     return BadRequest("Malformed request")
 
 
-def _marking(make_request: Callable[..., web.Request]) -> Callable[..., web.Request]:
+def _marking_malformed(make_request: Callable[..., web.Request]) -> Callable[..., web.Request]:
     """Return a request factory that marks malformed requests; aiohttp passes the message ``ERROR`` for all of them."""
 
     def marking(message: Any, *others: Any) -> web.Request:
         if message is not ERROR:
             return make_request(message, *others)
-        request = make_request(_BLANK, *others)
-        request[BROKEN_OFF] = True
+        request = make_request(_EMPTY_MESSAGE, *others)
+        request[CLOSE_AFTER_RESPONSE] = True
         return request
 
     return marking
 
 
-def _expecting(handler: Answer) -> Any:
+def _handling_expect(handler: RequestHandlerFunction) -> Any:
     async def expecting(request: web.Request) -> web.StreamResponse:
         try:
             return await handler(request)
         except web.HTTPExpectationFailed:  # before any middleware
-            recognise(request)
-            return problem(request, BadRequest("Expect supports only 100-continue"))
+            assign_request_id(request)
+            return problem_response(request, BadRequest("Expect supports only 100-continue"))
 
     return expecting

@@ -11,16 +11,16 @@ from orjson import Fragment
 
 from server.errors import NotFound
 from server.projects import access, announcements
-from server.projects.access import ACCESS, Role, named, requires
+from server.projects.access import ACCESS, Role, requires, resource_ids
 from server.realtime.events import AnyEvent
 from server.realtime.history import parse_event_id
 from server.realtime.hub import REALTIME
-from server.resources import reported
-from server.rest import answers
-from server.rest.etags import etag, expected_revisions, lost
+from server.resources import translate_store_errors
+from server.rest import responses
+from server.rest.etags import conditional_write_error, etag, expected_revisions
 from server.rest.keys import BODY, DB, QUERY, RESOURCES, USER
 from server.rest.marks import Idempotency, idempotent
-from server.rest.pages import PageQuery, keys_of, page, page_of
+from server.rest.pagination import PageQuery, decode_cursor, page_schema, paginate
 from server.workspaces import schemas, store
 
 routes = web.RouteTableDef()
@@ -32,7 +32,7 @@ WORKSPACE, ONLINE = schemas.Workspace(), schemas.UserHere()
 @json_schema(schemas.NewWorkspace)
 @response_schema(schemas.Workspace, 201)
 @idempotent(Idempotency.BY_TRANSACTION)
-@requires(Role.COLLABORATOR, of=named("projectId"))
+@requires(Role.COLLABORATOR, of=resource_ids("projectId"))
 async def create_workspace(request: web.Request) -> web.Response:
     body = request[BODY]
     workspace = await store.create_workspace(
@@ -44,13 +44,13 @@ async def create_workspace(request: web.Request) -> web.Response:
         meta=body["meta"],
     )
     tag = etag(workspace["revision"], request[ACCESS].role.name)
-    return answers.created(f"/api/v1/workspaces/{workspace['id']}", WORKSPACE.dump(workspace), tag=tag)
+    return responses.created(f"/api/v1/workspaces/{workspace['id']}", WORKSPACE.dump(workspace), tag=tag)
 
 
 @routes.get("/api/v1/workspaces/project/{projectId}")
 @docs(tags=["workspaces"], summary="List the workspaces of a project, oldest first")
 @querystring_schema(PageQuery)
-@response_schema(page_of(schemas.Workspace), 200)
+@response_schema(page_schema(schemas.Workspace), 200)
 @requires(Role.VIEWER)
 async def list_workspaces(request: web.Request) -> web.Response:
     query = request[QUERY]
@@ -58,10 +58,10 @@ async def list_workspaces(request: web.Request) -> web.Response:
         store.list_workspaces,
         project=request[ACCESS].project,
         limit=query["limit"],
-        after=keys_of(query["cursor"], datetime, UUID, of="workspaces"),
+        after=decode_cursor(query["cursor"], datetime, UUID, list_name="workspaces"),
     )
-    rows = await request.app[RESOURCES].replicas.read(read, proof=access.proof(request[ACCESS]))
-    return answers.page(WORKSPACE, *page(rows, query["limit"], "created_at", "id", of="workspaces"))
+    rows = await request.app[RESOURCES].replicas.read(read, is_fresh=access.freshness_check(request[ACCESS]))
+    return responses.page(WORKSPACE, *paginate(rows, query["limit"], "created_at", "id", list_name="workspaces"))
 
 
 @routes.get("/api/v1/workspaces/{workspaceId}")
@@ -72,28 +72,28 @@ async def read_workspace(request: web.Request) -> web.Response:
     row = await store.read_workspace(request.app[RESOURCES].db, workspace=_id(request))
     if row is None:
         raise NotFound("Workspace not found")
-    return answers.entity(request, WORKSPACE, row, role=request[ACCESS].role.name)
+    return responses.entity(request, WORKSPACE, row, role=request[ACCESS].role.name)
 
 
 @routes.get("/api/v1/workspaces/{workspaceId}/users")
 @docs(tags=["workspaces"], summary="List the users who are online in a workspace, over all processes")
 @querystring_schema(PageQuery)
-@response_schema(page_of(schemas.UserHere), 200)
+@response_schema(page_schema(schemas.UserHere), 200)
 @requires(Role.VIEWER)
 async def list_online(request: web.Request) -> web.Response:
     query = request[QUERY]
-    (after,) = keys_of(query["cursor"], UUID, of="online")
-    with reported():
+    (after,) = decode_cursor(query["cursor"], UUID, list_name="online")
+    with translate_store_errors():
         online = await request.app[REALTIME].presence.online(_id(request))
     rows = [vars(user) for user in online if after is None or user.user_id > after]
-    return answers.page(ONLINE, *page(rows[: query["limit"] + 1], query["limit"], "user_id", of="online"))
+    return responses.page(ONLINE, *paginate(rows[: query["limit"] + 1], query["limit"], "user_id", list_name="online"))
 
 
 @routes.get("/api/v1/workspaces/{workspaceId}/events")
 @docs(tags=["workspaces"], summary="List the retained realtime events of a workspace, oldest first")
 @querystring_schema(schemas.EventsQuery)
 @response_schema(
-    page_of(AnyEvent, gap=fields.Boolean(metadata={"description": "`after` is no longer in the history"})),
+    page_schema(AnyEvent, gap=fields.Boolean(metadata={"description": "`after` is no longer in the history"})),
     200,
 )
 @requires(Role.VIEWER)
@@ -101,11 +101,11 @@ async def list_events(request: web.Request) -> web.Response:
     query = request[QUERY]
     name = "after" if query["cursor"] is None else "cursor"  # the cursor of a page is its last event
     after = None if query[name] is None else parse_event_id(query[name], field=name)
-    with reported():
-        replay = await request.app[REALTIME].channels.history.read(_id(request), after=after, most=query["limit"])
-    items = [Fragment(entry.event) for entry in replay.entries]
-    next_cursor = replay.entries[-1].id if replay.more else None
-    return answers.json({"items": items, "nextCursor": next_cursor, "gap": replay.gap})
+    with translate_store_errors():
+        replay = await request.app[REALTIME].channels.history.read(_id(request), after=after, limit=query["limit"])
+    items = [Fragment(entry.event) for entry in replay.events]
+    next_cursor = replay.events[-1].id if replay.more else None
+    return responses.json({"items": items, "nextCursor": next_cursor, "gap": replay.gap})
 
 
 @routes.patch("/api/v1/workspaces/{workspaceId}")
@@ -127,10 +127,10 @@ async def change_workspace(request: web.Request) -> web.Response:
         revisions=revisions,
     )
     if row is None:
-        raise lost(revisions)
+        raise conditional_write_error(revisions)
     channels = request.app[REALTIME].channels
-    await channels.report("WORKSPACE_UPDATED", workspaces=[row["id"]], user=actor, name=row["actor_name"])
-    return answers.entity(request, WORKSPACE, row, role=role)
+    await channels.announce_committed("WORKSPACE_UPDATED", workspaces=[row["id"]], user=actor, name=row["actor_name"])
+    return responses.entity(request, WORKSPACE, row, role=role)
 
 
 @routes.delete("/api/v1/workspaces/{workspaceId}")
@@ -147,10 +147,10 @@ async def delete_workspace(request: web.Request) -> web.Response:
         revisions=revisions,
     )
     if row is None:
-        raise lost(revisions)
+        raise conditional_write_error(revisions)
     channels = request.app[REALTIME].channels
     await announcements.workspaces_deleted(channels, [workspace], actor=actor, name=row["actor_name"])
-    return answers.nothing()
+    return responses.no_content()
 
 
 def _id(request: web.Request) -> UUID:

@@ -8,7 +8,7 @@ from orjson import Fragment
 
 from server.errors import ServiceError
 from server.fields import Id, Schema, Text
-from server.projects.access import Role, named, requires
+from server.projects.access import Role, requires, resource_ids
 from server.realtime.connection import Connection
 from server.realtime.events import UserHere
 from server.realtime.history import parse_event_id
@@ -58,7 +58,7 @@ class CursorUpdate(Schema):
 
 
 @messages.on("join:workspace", JoinWorkspace, ack=JoinedWorkspace)
-@requires(Role.VIEWER, of=named("workspaceId"))
+@requires(Role.VIEWER, of=resource_ids("workspaceId"))
 async def join_workspace(socket: Connection, data: dict[str, Any]) -> dict[str, Any]:
     """Join a workspace: receive the users online, the missed events, and from now on every event."""
     since = None if data["since"] is None else parse_event_id(data["since"], field="since")
@@ -66,9 +66,9 @@ async def join_workspace(socket: Connection, data: dict[str, Any]) -> dict[str, 
     return {
         "workspaceId": data["workspace_id"],
         "role": socket.access.role.name,
-        "users": [user.shown() for user in online],
-        "lastEventId": replay.last,
-        "events": [Fragment(entry.event) for entry in replay.entries],
+        "users": [user.to_json() for user in online],
+        "lastEventId": replay.last_event_id,
+        "events": [Fragment(entry.event) for entry in replay.events],
         "gap": replay.gap,
         "more": replay.more,
     }
@@ -81,30 +81,30 @@ async def leave_workspace(socket: Connection, data: dict[str, Any]) -> None:
 
 
 @messages.on("file:change", FileChange, ack=FileChanged)
-@requires(Role.COLLABORATOR, of=named("workspaceId"))
+@requires(Role.COLLABORATOR, of=resource_ids("workspaceId"))
 async def change_file(socket: Connection, data: dict[str, Any]) -> dict[str, Any]:
     """Broadcast a file change; acknowledged when it is in the workspace's history."""
-    workspace = _joined(socket, data)
-    id = await socket.realtime.announce("FILE_CHANGE", workspace=workspace, connection=socket, **_sent(data))
+    workspace = _require_joined(socket, data)
+    id = await socket.realtime.announce("FILE_CHANGE", workspace=workspace, connection=socket, **_event_fields(data))
     return {"eventId": id}
 
 
 @messages.on("cursor:update", CursorUpdate)
-@requires(Role.VIEWER, of=named("workspaceId"))
+@requires(Role.VIEWER, of=resource_ids("workspaceId"))
 async def update_cursor(socket: Connection, data: dict[str, Any]) -> None:
     """Broadcast your cursor position; ephemeral, the newest wins."""
-    socket.realtime.move_cursor(_joined(socket, data), socket, **_sent(data))
+    socket.realtime.update_cursor(_require_joined(socket, data), socket, **_event_fields(data))
 
 
-def _joined(socket: Connection, data: dict[str, Any]) -> UUID:
+def _require_joined(socket: Connection, data: dict[str, Any]) -> UUID:
     workspace: UUID = data["workspace_id"]
     if not socket.is_in(workspace):
         raise ServiceError("Join the workspace first", code="not_joined")
     return workspace
 
 
-def _sent(data: dict[str, Any]) -> dict[str, Any]:
-    return {key: data[name] for key, name in _PASSED_ON.items() if name in data}
+def _event_fields(data: dict[str, Any]) -> dict[str, Any]:
+    return {key: data[name] for key, name in _EVENT_FIELD_NAMES.items() if name in data}
 
 
-_PASSED_ON = {"fileId": "file_id", "path": "path", "change": "change", "position": "position"}
+_EVENT_FIELD_NAMES = {"fileId": "file_id", "path": "path", "change": "change", "position": "position"}

@@ -7,12 +7,12 @@ from marshmallow import fields, validate
 from server.fields import Id, JsonObject, Name, Schema
 from server.projects.schemas import Workspace
 from server.realtime.events import UserHere
-from server.rest.pages import PageQuery
+from server.rest.pagination import PageQuery
 
 __all__ = ["EventsQuery", "NewWorkspace", "UserHere", "Workspace", "WorkspaceChange"]
 
 
-def workspace_name(**options: Any) -> Name:
+def workspace_name_field(**options: Any) -> Name:
     return Name(1, 100, metadata={"example": "Number crunching"}, **options)
 
 
@@ -26,12 +26,12 @@ class EventsQuery(PageQuery):
 
 class NewWorkspace(Schema):
     project_id = Id(required=True)
-    name = workspace_name(required=True)
+    name = workspace_name_field(required=True)
     description = fields.String(load_default="", validate=validate.Length(max=500))
     meta = JsonObject(load_default=dict)
 
 
 class WorkspaceChange(Schema):
-    name = workspace_name()
+    name = workspace_name_field()
     description = fields.String(validate=validate.Length(max=500))
     meta = JsonObject()

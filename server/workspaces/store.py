@@ -32,7 +32,7 @@ async def create_workspace(
 
 
 async def read_workspace(db: Database, *, workspace: UUID) -> Record | None:
-    return await db.find(
+    return await db.fetchrow_batched(
         """
         SELECT asked, found.* FROM unnest($1::uuid[]) WITH ORDINALITY AS keys (key, asked),
         LATERAL (SELECT * FROM workspaces WHERE id = key LIMIT 1) AS found

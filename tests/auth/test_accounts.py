@@ -9,15 +9,15 @@ import asyncpg
 import pytest
 
 from server.projects.invitations import token_hash
-from tests.actors import PASSWORD, Actor, Answer
+from tests.actors import PASSWORD, Actor, Response
 from tests.conftest import MakeActor
-from tests.patience import PATIENCE_SECONDS
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 USER_KEYS = {"id", "email", "name", "avatarUrl", "createdAt", "updatedAt"}
 OTHER_PASSWORD = "Babbage1791"
 
 
-async def register(http: aiohttp.ClientSession, base: str, **body: Any) -> Answer:
+async def register(http: aiohttp.ClientSession, base: str, **body: Any) -> Response:
     newcomer = Actor(http, base, "Newcomer")
     return await newcomer.post(
         "/auth/register", {"email": newcomer.email, "password": PASSWORD, "name": "New Comer"} | body
@@ -170,7 +170,7 @@ async def test_a_login_with_the_old_password_does_not_outlive_its_change(
     async with db.transaction():
         await db.execute("UPDATE users SET password_hash = 'new' WHERE id = $1", alice.id)
         login = asyncio.ensure_future(alice.post("/auth/login", {"email": alice.email, "password": PASSWORD}))
-        await until_blocked(database_url)
+        await wait_until_blocked(database_url)
     response = await login
     assert (response.status, response.code) == (401, "invalid_credentials")
 
@@ -224,7 +224,7 @@ async def test_member_who_joins_during_account_deletion_keeps_the_project(
     async with db.transaction():
         await db.execute("INSERT INTO members (project_id, user_id, role) VALUES ($1, $2, 'VIEWER')", project, bob.id)
         deletion = asyncio.ensure_future(alice.delete("/auth/profile", {"password": PASSWORD}))
-        await until_blocked(database_url)
+        await wait_until_blocked(database_url)
     assert (await deletion).status == 409
     assert (await bob.get(f"/projects/{project}")).status == 200
 
@@ -235,7 +235,7 @@ async def test_an_account_whose_password_has_just_been_changed_is_not_deleted_wi
     async with db.transaction():
         await db.execute("UPDATE users SET password_hash = 'new' WHERE id = $1", alice.id)
         deletion = asyncio.ensure_future(alice.delete("/auth/profile", {"password": PASSWORD}))
-        await until_blocked(database_url)
+        await wait_until_blocked(database_url)
     response = await deletion
     assert (response.status, response.code) == (401, "invalid_credentials")
 
@@ -290,11 +290,11 @@ async def test_signed_in_user_without_an_account_is_rejected(make_actor: MakeAct
         assert (response.status, response.code) == (401, "unauthenticated")
 
 
-async def until_blocked(database_url: str, *, statements: int = 1) -> None:
+async def wait_until_blocked(database_url: str, *, statements: int = 1) -> None:
     """Wait until so many statements wait for a lock that the test holds."""
     watcher = await asyncpg.connect(database_url)
     try:
-        async with asyncio.timeout(PATIENCE_SECONDS):
+        async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
             while await watcher.fetchval(BLOCKED) < statements:
                 await asyncio.sleep(0.01)
     finally:

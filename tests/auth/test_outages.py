@@ -20,21 +20,21 @@ from server.devstack.stack import Stack
 from server.pipelines import Pipelines
 from server.resources import redis_client
 from tests.actors import PASSWORD, Actor
-from tests.conftest import MakeActor, MakeServer, addresses_of
-from tests.faults import Mode, Network, Proxy
-from tests.patience import PATIENCE_SECONDS
+from tests.conftest import MakeActor, MakeServer, store_urls_of
+from tests.faults import FaultyNetwork, Mode, Proxy
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 SINCE = "{auth}:remembers-since"
 
 
 @pytest.fixture
 async def base(make_server: MakeServer, own_stack: Stack) -> str:
-    return await make_server(**addresses_of(own_stack))
+    return await make_server(**store_urls_of(own_stack))
 
 
 @pytest.fixture
 async def other_base(make_server: MakeServer, own_stack: Stack) -> str:
-    return await make_server(**addresses_of(own_stack))
+    return await make_server(**store_urls_of(own_stack))
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ async def test_emptied_redis_does_not_reopen_ended_sessions(base: str, make_acto
     assert await status(phone) == 401  # nor after Redis has a new key of its age
 
 
-@pytest.mark.hurried("redis_url")
+@pytest.mark.real_timeouts("redis_url")
 async def test_unresponsive_redis_delays_no_request_for_long(
     base: str, make_actor: MakeActor, own_stack: Stack
 ) -> None:
@@ -176,14 +176,14 @@ async def test_outage_of_both_stores_rejects_requests_without_delay(
 
 
 @pytest.fixture
-async def wired(quiet: dict[str, str]) -> AsyncIterator[Wired]:
+async def wired(isolated_stores: dict[str, str]) -> AsyncIterator[Wired]:
     """The shared Redis behind a proxy, for tests that cut the connection and leave Redis itself running."""
     async with (
-        Network.to({"redis_url": quiet["redis_url"]}) as network,
-        Redis.from_url(quiet["redis_url"]) as redis,
+        FaultyNetwork.start({"redis_url": isolated_stores["redis_url"]}) as network,
+        Redis.from_url(isolated_stores["redis_url"]) as redis,
     ):
         await redis.flushdb()
-        yield Wired(redis, network.stores["redis_url"], direct=quiet, wired=quiet | network.urls)
+        yield Wired(redis, network.stores["redis_url"], direct=isolated_stores, wired=isolated_stores | network.urls)
 
 
 async def test_failed_blacklist_write_is_repaired_for_other_servers(
@@ -195,12 +195,12 @@ async def test_failed_blacklist_write_is_repaired_for_other_servers(
     elsewhere = phone.at(other_base)
     assert await status(elsewhere) == 200
     await aged(wired.redis)
-    await wired.wire.turn(Mode.STOPPED)
+    await wired.wire.set_mode(Mode.STOPPED)
     assert (await phone.post("/auth/logout")).status == 204
     assert await status(elsewhere) == 200  # Redis has no entry yet: this state must not last
     assert await status(phone) == 401
-    await wired.wire.turn(Mode.PASS)
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    await wired.wire.set_mode(Mode.PASS)
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
         while await status(elsewhere) != 401:
             await asyncio.sleep(0.1)
     assert await status(alice.at(other_base)) == 200
@@ -214,29 +214,29 @@ async def test_blacklist_entry_lost_with_a_server_is_added_by_the_next_one(
     elsewhere = phone.at(other_base)
     assert await status(elsewhere) == 200
     await aged(wired.redis)
-    await wired.wire.turn(Mode.STOPPED)
+    await wired.wire.set_mode(Mode.STOPPED)
     assert (await phone.post("/auth/logout")).status == 204
     assert await status(elsewhere) == 200
     await make_server(**wired.direct)
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
         while await status(elsewhere) != 401:
             await asyncio.sleep(0.05)
 
 
-@pytest.mark.hurried("redis_url")
+@pytest.mark.real_timeouts("redis_url")
 async def test_cancelled_blacklist_write_marks_the_blacklist_incomplete(wired: Wired) -> None:
     async with redis_client(wired.wired["redis_url"]) as redis:
         pipelines = Pipelines(redis)
         list_ = blacklist.Blacklist(redis, pipelines, token_ttl=900)
 
         async def ended() -> bool | None:
-            return await list_.ended(session=uuid4(), token="x")
+            return await list_.is_revoked(session=uuid4(), token_id="x")
 
         for _ in range(2):  # the first call may have to load our script
             await ended()
         await aged(wired.redis)
         assert await ended() is False
-        await wired.wire.turn(Mode.BLACK_HOLE)
+        await wired.wire.set_mode(Mode.BLACK_HOLE)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
                 await list_.add(sessions=[uuid4()])

@@ -53,7 +53,7 @@ async def test_ended_session_closes_its_sockets(
     alice = await make_actor("Alice", here)
     phone = await alice.at(here).log_in()
     socket = await phone.at(there).connect()
-    monkeypatch.setattr(store, "SESSIONS_KEPT", 2)
+    monkeypatch.setattr(store, "MAX_SESSIONS_PER_USER", 2)
     await ENDS[end](alice, phone)
     assert await socket.closed() == 4401
     assert (await phone.at(there).get("/auth/profile")).status == 401

@@ -7,13 +7,13 @@ import asyncpg
 import pytest
 
 from server.auth import sessions, store
-from tests.actors import PASSWORD, Actor, Answer
+from tests.actors import PASSWORD, Actor, Response
 from tests.conftest import MakeActor, MakeServer
 
 REUSED, UNKNOWN = (401, "refresh_reused"), (401, "unauthenticated")
 
 
-async def refresh(actor: Actor, token: str) -> Answer:
+async def refresh(actor: Actor, token: str) -> Response:
     return await actor.post("/auth/refresh", {"refreshToken": token}, headers={"Authorization": "none"})
 
 
@@ -64,7 +64,7 @@ async def test_spent_token_counts_as_reused_after_the_grace_period(
     alice: Actor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert (await refresh(alice, alice.refresh_token)).status == 200
-    monkeypatch.setattr(sessions, "GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(sessions, "REUSE_GRACE_SECONDS", 0.0)
     late = await refresh(alice, alice.refresh_token)
     assert (late.status, late.code) == REUSED
 
@@ -184,7 +184,7 @@ async def test_a_device_can_be_signed_out_from_another(alice: Actor, bob: Actor)
 
 
 async def test_session_unused_longest_ends_beyond_the_maximum(alice: Actor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "SESSIONS_KEPT", 3)
+    monkeypatch.setattr(store, "MAX_SESSIONS_PER_USER", 3)
     devices = [await alice.at(alice.base).log_in() for _ in range(3)]
     assert (await alice.get("/auth/profile")).status == 401
     assert len(await active_sessions(devices[0])) == 3
@@ -205,7 +205,7 @@ async def test_expired_sessions_and_their_tokens_are_deleted(alice: Actor, bob: 
     db = await asyncpg.connect(database_url)
     try:
         await db.execute("UPDATE sessions SET expires_at = now() - interval '8 days' WHERE user_id = $1", alice.id)
-        await sessions.forget_old(db)
+        await sessions.delete_expired_sessions(db)
         left = await db.fetch(
             """
             SELECT user_id::text FROM sessions s JOIN refresh_tokens t ON t.session_id = s.id
@@ -230,8 +230,8 @@ async def test_session_with_thousands_of_tokens_is_deleted_in_batches(alice: Act
             session,
         )
         await db.execute("UPDATE sessions SET expires_at = now() - interval '8 days' WHERE user_id = $1", alice.id)
-        assert 0 < await store.forget_old_sessions(db, keep_days=7) <= 1100
-        await sessions.forget_old(db)
+        assert 0 < await store.delete_expired_sessions(db, retention_days=7) <= 1100
+        await sessions.delete_expired_sessions(db)
         assert await db.fetchval("SELECT count(*) FROM refresh_tokens WHERE session_id = $1", session) == 0
         assert await db.fetchval("SELECT count(*) FROM sessions WHERE id = $1", session) == 0
     finally:

@@ -16,7 +16,7 @@ import jwt
 import pytest
 
 from server.auth import tickets
-from server.auth.tokens import Keys
+from server.auth.tokens import KeyRing
 from server.errors import Unauthenticated
 from server.resources import redis_client
 from server.settings import Settings
@@ -25,7 +25,7 @@ from tests.conftest import MakeServer
 
 
 def sign(claims: dict[str, Any], key: str, *, algorithm: str = "HS256", kid: str | None = None) -> str:
-    return jwt.encode(claims, key, algorithm=algorithm, headers={"kid": kid or Keys.of(key).signing_id})
+    return jwt.encode(claims, key, algorithm=algorithm, headers={"kid": kid or KeyRing.from_secrets(key).signing_id})
 
 
 def part(raw: bytes) -> str:
@@ -55,14 +55,17 @@ def now() -> datetime:
 FORGERIES: dict[str, Callable[[str, str], str]] = {
     "another key": lambda token, _: sign(claims_of(token), "another key of more than 32 bytes, it is"),
     "another key under our key's id": lambda token, key: sign(
-        claims_of(token), "another key of more than 32 bytes, it is", kid=Keys.of(key).signing_id
+        claims_of(token), "another key of more than 32 bytes, it is", kid=KeyRing.from_secrets(key).signing_id
     ),
     "no key": lambda token, _: jwt.encode(claims_of(token), "", algorithm="none"),
     "no key, our id": lambda token, key: (
-        part(json.dumps({"alg": "none", "kid": Keys.of(key).signing_id}).encode()) + "." + token.split(".")[1] + "."
+        part(json.dumps({"alg": "none", "kid": KeyRing.from_secrets(key).signing_id}).encode())
+        + "."
+        + token.split(".")[1]
+        + "."
     ),
     "another algorithm": lambda token, key: sign(
-        claims_of(token), key * 2, algorithm="HS512", kid=Keys.of(key).signing_id
+        claims_of(token), key * 2, algorithm="HS512", kid=KeyRing.from_secrets(key).signing_id
     ),
     "another type": lambda token, key: sign(claims_of(token) | {"typ": "refresh"}, key),
     "another audience": lambda token, key: sign(claims_of(token) | {"aud": "someone else"}, key),
@@ -177,7 +180,7 @@ async def test_ticket_returns_its_user_once(alice: Actor, settings: Settings) ->
     try:
         user = await tickets.redeem(redis, ticket=issued["ticket"])
         claims = claims_of(alice.access_token)
-        assert (str(user.id), str(user.session), user.token) == (alice.id, claims["sid"], claims["jti"])
+        assert (str(user.id), str(user.session), user.token_id) == (alice.id, claims["sid"], claims["jti"])
         assert user.expires_at.timestamp() == claims["exp"]
         for ticket in (issued["ticket"], "never issued", "\udcff"):
             with pytest.raises(Unauthenticated):

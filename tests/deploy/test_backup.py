@@ -24,7 +24,7 @@ TABLES = "SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY t
 @pytest.fixture
 def tools(stack: Stack) -> str:
     """Return a PATH with the tools of the embedded PostgreSQL, which have its version."""
-    return f"{stack.postgres.programs}:{os.environ['PATH']}"
+    return f"{stack.postgres.bin_dir}:{os.environ['PATH']}"
 
 
 def run(script: str, folder: Path, url: str, tools: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -18,8 +18,8 @@ import pytest
 import yaml
 
 from server import settings
-from server.ending import server_seconds, worker_seconds
 from server.settings import Settings, SettingsError
+from server.shutdown import server_stop_timeout, worker_stop_timeout
 from tests.processes import ROOT
 
 TEXT = (ROOT / "docker-compose.yml").read_text()
@@ -118,7 +118,7 @@ def test_an_env_file_for_development_cannot_change_the_addresses_of_the_stores(s
 
 @pytest.mark.parametrize("service", OUR_SERVICES)
 def test_containers_receive_known_settings_only(service: str) -> None:
-    assert set(SERVICES[service]["environment"]) <= {name for name, _, _ in settings.table()}
+    assert set(SERVICES[service]["environment"]) <= {name for name, _, _ in settings.documented_settings()}
 
 
 @pytest.mark.parametrize("service", OUR_SERVICES)
@@ -205,7 +205,7 @@ def test_every_service_has_limits_of_memory_and_processes_and_rotates_its_logs(s
 
 @pytest.mark.parametrize("service", OUR_SERVICES)
 def test_the_stop_grace_period_is_enough_for_a_graceful_shutdown(service: str) -> None:
-    required = {"server": server_seconds(load_settings(service)), "worker": worker_seconds(), "migrate": 0}
+    required = {"server": server_stop_timeout(load_settings(service)), "worker": worker_stop_timeout(), "migrate": 0}
     grace = SERVICES[service].get("stop_grace_period", "10s")
     assert int(grace.removesuffix("s")) >= required[SERVICES[service]["command"][0]]
 

@@ -13,7 +13,7 @@ from tests.processes import ROOT
 FILE = ROOT / ".env.example"
 ENTRY = re.compile(r"# (?P<help>.+) \((?P<note>[^()]*)\)\n#(?P<name>[A-Z_]+)=(?P<value>.*)$", re.MULTILINE)
 ENTRIES = {entry["name"]: entry for entry in ENTRY.finditer(FILE.read_text())}
-SETTINGS = {name: (default, help) for name, default, help in settings.table()}
+SETTINGS = {name: (default, help) for name, default, help in settings.documented_settings()}
 
 
 def test_the_file_lists_every_setting_in_the_order_of_the_code() -> None:

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from server.cli import main
-from server.ending import server_seconds, worker_seconds
 from server.settings import Settings
+from server.shutdown import server_stop_timeout, worker_stop_timeout
 from tests.observability.test_observability import rules
 
 FOLDER = Path(__file__).parents[2] / "scripts" / "deploy" / "kubernetes"
@@ -116,9 +116,9 @@ def test_the_termination_grace_period_is_enough_for_a_graceful_shutdown(settings
     pod = find_manifest("Deployment", "server")["spec"]["template"]["spec"]
     pause = int(pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][1])
     configured = dataclasses.replace(settings, drain_seconds=float(variables("settings.env")["DRAIN_SECONDS"]))
-    assert pod["terminationGracePeriodSeconds"] >= pause + server_seconds(configured)
+    assert pod["terminationGracePeriodSeconds"] >= pause + server_stop_timeout(configured)
     worker = find_manifest("Deployment", "worker")["spec"]["template"]["spec"]
-    assert worker["terminationGracePeriodSeconds"] >= worker_seconds()
+    assert worker["terminationGracePeriodSeconds"] >= worker_stop_timeout()
 
 
 def test_prometheus_can_find_and_scrape_the_workers() -> None:

@@ -23,8 +23,8 @@ from aiohttp.test_utils import TestServer
 from server.devstack.stack import free_port
 from tests.actors import Actor
 from tests.conftest import MakeActor, MakeServer
-from tests.patience import PATIENCE_SECONDS, START_SECONDS
 from tests.processes import ROOT
+from tests.timeouts import PROCESS_TIMEOUT_SECONDS, WAIT_TIMEOUT_SECONDS
 
 PROGRAM = shutil.which("nginx", path=os.environ["PATH"] + ":/usr/sbin")
 needs_nginx = pytest.mark.skipif(PROGRAM is None, reason="nginx is missing: apt-get install nginx-light")
@@ -34,7 +34,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Nginx = Callable[..., Awaitable[str]]
 
 
-def here(ports: tuple[int, int], listen: int, folder: Path) -> str:
+def local_configuration(ports: tuple[int, int], listen: int, folder: Path) -> str:
     """Return the configuration with addresses and paths of this machine.
 
     It omits ``resolve``, because that needs Docker's DNS and a newer nginx than Debian's.
@@ -46,7 +46,7 @@ def here(ports: tuple[int, int], listen: int, folder: Path) -> str:
     return text.replace(" /tmp/", f" {folder}/").replace("/dev/stdout", f"{folder}/log")
 
 
-def program(conf: Path, *arguments: str) -> list[str]:
+def nginx_command(conf: Path, *arguments: str) -> list[str]:
     assert PROGRAM is not None
     root = " user root;" if os.geteuid() == 0 else ""  # else its workers cannot enter the test's directory
     return [PROGRAM, "-e", "stderr", "-c", str(conf), "-g", f"daemon off;{root}", *arguments]
@@ -60,9 +60,9 @@ async def nginx(tmp_path: Path) -> AsyncIterator[Nginx]:
     async def start(*ports: int) -> str:
         listen = free_port()
         conf = tmp_path / "nginx.conf"
-        conf.write_text(here((ports[0], ports[1]), listen, tmp_path))
-        running.append(await asyncio.create_subprocess_exec(*program(conf)))
-        await listening(listen)
+        conf.write_text(local_configuration((ports[0], ports[1]), listen, tmp_path))
+        running.append(await asyncio.create_subprocess_exec(*nginx_command(conf)))
+        await wait_until_listening(listen)
         return f"http://127.0.0.1:{listen}"
 
     yield start
@@ -71,8 +71,8 @@ async def nginx(tmp_path: Path) -> AsyncIterator[Nginx]:
         await process.wait()
 
 
-async def listening(port: int) -> None:
-    async with asyncio.timeout(START_SECONDS):
+async def wait_until_listening(port: int) -> None:
+    async with asyncio.timeout(PROCESS_TIMEOUT_SECONDS):
         while True:
             with contextlib.suppress(OSError):
                 _, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -85,21 +85,21 @@ class Upstream:
     """A scripted server that records its requests."""
 
     def __init__(self) -> None:
-        self.asked: list[web.Request] = []
+        self.requests: list[web.Request] = []
         self.answer: Handler = self.ok
 
-    async def hear(self, request: web.Request) -> web.StreamResponse:
-        self.asked.append(request)
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        self.requests.append(request)
         return await self.answer(request)
 
     async def ok(self, request: web.Request) -> web.StreamResponse:
         return web.json_response({"bytes": len(await request.read())})
 
-    async def away(self, _: web.Request) -> web.StreamResponse:
+    async def unavailable(self, _: web.Request) -> web.StreamResponse:
         body = {"status": 503, "code": "unavailable", "detail": "draining"}
         return web.json_response(body, status=503, content_type="application/problem+json")
 
-    async def dead(self, request: web.Request) -> web.StreamResponse:
+    async def abort(self, request: web.Request) -> web.StreamResponse:
         assert request.transport is not None
         request.transport.abort()
         return web.Response()
@@ -111,13 +111,13 @@ def upstreams() -> tuple[Upstream, Upstream]:
 
 
 @pytest.fixture
-async def door(nginx: Nginx, upstreams: tuple[Upstream, Upstream]) -> AsyncIterator[str]:
+async def proxy(nginx: Nginx, upstreams: tuple[Upstream, Upstream]) -> AsyncIterator[str]:
     """Start nginx in front of the two upstreams; return its address."""
     async with contextlib.AsyncExitStack() as stack:
         ports = []
         for upstream in upstreams:
             app = web.Application(client_max_size=16 << 20)
-            app.router.add_route("*", "/{path:.*}", upstream.hear)
+            app.router.add_route("*", "/{path:.*}", upstream.handle)
             server = await stack.enter_async_context(TestServer(app))
             ports.append(server.port)
         yield await nginx(*ports)
@@ -130,8 +130,8 @@ async def ask(http: aiohttp.ClientSession, method: str, url: str, **options: Any
 
 def test_nginx_accepts_its_configuration(tmp_path: Path) -> None:
     conf = tmp_path / "nginx.conf"
-    conf.write_text(here((3001, 3002), 3003, tmp_path))
-    result = subprocess.run(program(conf, "-t"), capture_output=True, text=True)
+    conf.write_text(local_configuration((3001, 3002), 3003, tmp_path))
+    result = subprocess.run(nginx_command(conf, "-t"), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
@@ -144,58 +144,58 @@ def test_nginx_writes_to_tmp_only() -> None:
 
 
 async def test_both_servers_receive_requests(
-    door: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession
+    proxy: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession
 ) -> None:
     for _ in range(8):
-        assert (await ask(http, "GET", f"{door}/api/v1/projects"))[0] == 200
-    assert all(len(upstream.asked) >= 2 for upstream in upstreams)
+        assert (await ask(http, "GET", f"{proxy}/api/v1/projects"))[0] == 200
+    assert all(len(upstream.requests) >= 2 for upstream in upstreams)
 
 
-@pytest.mark.parametrize("failure", ["away", "dead"])
+@pytest.mark.parametrize("failure", ["unavailable", "abort"])
 async def test_a_get_is_retried_on_the_other_server_when_one_drains_or_fails(
-    door: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession, failure: str
+    proxy: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession, failure: str
 ) -> None:
     upstreams[0].answer = getattr(upstreams[0], failure)
-    statuses = [(await ask(http, "GET", f"{door}/health"))[0] for _ in range(8)]
+    statuses = [(await ask(http, "GET", f"{proxy}/health"))[0] for _ in range(8)]
     assert statuses == [200] * 8
-    assert upstreams[0].asked
+    assert upstreams[0].requests
 
 
 async def test_a_post_is_never_sent_twice(
-    door: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession
+    proxy: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession
 ) -> None:
     for upstream in upstreams:
-        upstream.answer = upstream.dead
-    assert (await ask(http, "POST", f"{door}/api/v1/projects", json={}))[0] == 503
-    assert sum(len(upstream.asked) for upstream in upstreams) == 1
+        upstream.answer = upstream.abort
+    assert (await ask(http, "POST", f"{proxy}/api/v1/projects", json={}))[0] == 503
+    assert sum(len(upstream.requests) for upstream in upstreams) == 1
 
 
 async def test_a_post_goes_to_the_server_that_still_listens(
     nginx: Nginx, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession
 ) -> None:
     app = web.Application()
-    app.router.add_route("*", "/{path:.*}", upstreams[0].hear)
+    app.router.add_route("*", "/{path:.*}", upstreams[0].handle)
     async with TestServer(app) as server:
-        door = await nginx(free_port(), server.port)
+        proxy = await nginx(free_port(), server.port)
         for _ in range(4):
-            assert (await ask(http, "POST", f"{door}/api/v1/projects", json={}))[0] == 200
+            assert (await ask(http, "POST", f"{proxy}/api/v1/projects", json={}))[0] == 200
 
 
 async def test_the_client_gets_the_response_of_a_server_when_both_refuse(
-    door: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession
+    proxy: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession
 ) -> None:
     for upstream in upstreams:
-        upstream.answer = upstream.away
+        upstream.answer = upstream.unavailable
     for _ in range(5):
-        status, body, _ = await ask(http, "GET", f"{door}/health/ready")
+        status, body, _ = await ask(http, "GET", f"{proxy}/health/ready")
         assert (status, body["detail"]) == (503, "draining")
 
 
 async def test_nginx_responds_with_a_problem_body_when_no_server_is_reachable(
     nginx: Nginx, http: aiohttp.ClientSession
 ) -> None:
-    door = await nginx(free_port(), free_port())
-    status, body, headers = await ask(http, "GET", f"{door}/api/v1/projects", headers={"X-Request-Id": "mine-1"})
+    proxy = await nginx(free_port(), free_port())
+    status, body, headers = await ask(http, "GET", f"{proxy}/api/v1/projects", headers={"X-Request-Id": "mine-1"})
     assert status == body["status"] == 503
     assert (body["code"], body["type"], body["error"]) == ("unavailable", "about:blank", body["detail"])
     assert headers["Content-Type"] == "application/problem+json"
@@ -204,9 +204,9 @@ async def test_nginx_responds_with_a_problem_body_when_no_server_is_reachable(
 
 
 async def test_the_largest_document_is_accepted_and_a_larger_body_is_refused(
-    door: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession
+    proxy: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession
 ) -> None:
-    url = f"{door}/api/v1/documents/1/content"
+    url = f"{proxy}/api/v1/documents/1/content"
     status, body, _ = await ask(http, "PUT", url, data=io.BytesIO(b"x" * (10 << 20)))
     assert (status, body["bytes"]) == (200, 10 << 20)
     status, body, headers = await ask(http, "PUT", url, data=io.BytesIO(b"x" * (12 << 20)))
@@ -228,9 +228,9 @@ async def test_the_largest_document_is_accepted_and_a_larger_body_is_refused(
     ids=["two hosts", "method", "long path", "long header", "internal path", "encoding"],
 )
 async def test_an_error_of_nginx_itself_is_a_problem_body(
-    door: str, request_line: bytes, status: int, code: str
+    proxy: str, request_line: bytes, status: int, code: str
 ) -> None:
-    reader, writer = await asyncio.open_connection("127.0.0.1", urlsplit(door).port)
+    reader, writer = await asyncio.open_connection("127.0.0.1", urlsplit(proxy).port)
     writer.write(request_line + b"Connection: close\r\n\r\n")
     answer = (await reader.read()).decode()
     writer.close()
@@ -242,10 +242,10 @@ async def test_an_error_of_nginx_itself_is_a_problem_body(
 
 @pytest.mark.parametrize("sent", ["trace-1", None, "not sane\t{}"])
 async def test_a_request_keeps_its_valid_id_and_else_gets_a_new_one(
-    door: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession, sent: str | None
+    proxy: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession, sent: str | None
 ) -> None:
-    await ask(http, "GET", f"{door}/api/v1/projects", headers={"X-Request-Id": sent} if sent else {})
-    (received,) = (request for upstream in upstreams for request in upstream.asked)
+    await ask(http, "GET", f"{proxy}/api/v1/projects", headers={"X-Request-Id": sent} if sent else {})
+    (received,) = (request for upstream in upstreams for request in upstream.requests)
     if sent == "trace-1":
         assert received.headers["X-Request-Id"] == "trace-1"
     else:
@@ -253,16 +253,16 @@ async def test_a_request_keeps_its_valid_id_and_else_gets_a_new_one(
 
 
 async def test_a_client_cannot_forge_its_address(
-    door: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession
+    proxy: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession
 ) -> None:
-    await ask(http, "GET", f"{door}/health", headers={"X-Forwarded-For": "198.51.100.7"})
-    (received,) = (request for upstream in upstreams for request in upstream.asked)
+    await ask(http, "GET", f"{proxy}/health", headers={"X-Forwarded-For": "198.51.100.7"})
+    (received,) = (request for upstream in upstreams for request in upstream.requests)
     assert received.headers.getall("X-Forwarded-For") == ["127.0.0.1"]
-    assert received.headers["Host"] == urlsplit(door).netloc
+    assert received.headers["Host"] == urlsplit(proxy).netloc
 
 
 async def test_an_artifact_is_streamed_to_the_client(
-    door: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession
+    proxy: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession
 ) -> None:
     first_arrived = asyncio.Event()
 
@@ -270,14 +270,14 @@ async def test_an_artifact_is_streamed_to_the_client(
         response = web.StreamResponse()
         await response.prepare(request)
         await response.write(b"first")
-        async with asyncio.timeout(PATIENCE_SECONDS):
+        async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
             await first_arrived.wait()
         await response.write(b"second")
         return response
 
     for upstream in upstreams:
         upstream.answer = in_two_parts
-    async with http.get(f"{door}/api/v1/jobs/1/artifacts/export.zip") as answer:
+    async with http.get(f"{proxy}/api/v1/jobs/1/artifacts/export.zip") as answer:
         assert await answer.content.readany() == b"first"
         first_arrived.set()
         assert await answer.content.read() == b"second"
@@ -285,7 +285,7 @@ async def test_an_artifact_is_streamed_to_the_client(
 
 @pytest.mark.parametrize("path", ["/ws", "/yjs/0b8a"])
 async def test_sockets_pass_with_their_subprotocol_and_large_frames(
-    door: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession, path: str
+    proxy: str, upstreams: tuple[Upstream, Upstream], http: aiohttp.ClientSession, path: str
 ) -> None:
     async def echo(request: web.Request) -> web.StreamResponse:
         socket = web.WebSocketResponse(protocols=["collab.v1"], max_msg_size=16 << 20)
@@ -296,11 +296,11 @@ async def test_sockets_pass_with_their_subprotocol_and_large_frames(
 
     upstreams[0].answer, upstreams[1].answer = (
         echo,
-        upstreams[1].away,
+        upstreams[1].unavailable,
     )  # a new socket is retried on the server that accepts it
     for _ in range(4):
         protocols = ("collab.v1", "bearer.token")
-        async with http.ws_connect(door + path, protocols=protocols, max_msg_size=16 << 20) as socket:
+        async with http.ws_connect(proxy + path, protocols=protocols, max_msg_size=16 << 20) as socket:
             assert socket.protocol == "collab.v1"
             await socket.send_bytes(b"x" * (10 << 20))
             assert len((await socket.receive()).data) == 10 << 20
@@ -310,9 +310,9 @@ async def test_the_product_works_behind_nginx(
     nginx: Nginx, make_server: MakeServer, make_actor: MakeActor, tmp_path: Path
 ) -> None:
     servers = [await make_server() for _ in range(2)]
-    door = await nginx(*(urlsplit(server).port for server in servers))
-    ada: Actor = await make_actor("Ada", door)
-    bob: Actor = await make_actor("Bob", door)
+    proxy = await nginx(*(urlsplit(server).port for server in servers))
+    ada: Actor = await make_actor("Ada", proxy)
+    bob: Actor = await make_actor("Bob", proxy)
     workspace = await ada.make_workspace(None, bob)
     # nginx alternates between the two servers, so the two sockets are on different servers.
     receiver, sender = await bob.connect(workspace), await ada.connect(workspace)

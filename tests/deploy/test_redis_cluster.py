@@ -8,20 +8,20 @@ from redis.crc import key_slot
 
 from server.devstack.stack import Stack
 from tests.actors import Actor
-from tests.conftest import MakeActor, MakeServer, environment
+from tests.conftest import MakeActor, MakeServer, environment_of
 from tests.processes import Processes
 
 CODE = {"type": "CODE_EXECUTION", "payload": {"language": "python", "code": "print(1)"}}
 
 
-class Watched:
+class RedisMonitor:
     """A record of the scripts that Redis runs while it is open, from MONITOR."""
 
     def __init__(self, url: str) -> None:
         self._redis = Redis.from_url(url)
         self.scripts: list[list[str]] = []  # the keys of each call
 
-    async def __aenter__(self) -> "Watched":
+    async def __aenter__(self) -> "RedisMonitor":
         self._monitor = self._redis.monitor()
         await self._monitor.__aenter__()
         self._listening = asyncio.ensure_future(self._listen())
@@ -49,11 +49,11 @@ def test_the_slot_function_follows_the_specification() -> None:
 
 
 async def test_the_keys_of_every_script_of_a_real_session_share_a_slot(
-    stack: Stack, quiet: dict[str, str], make_server: MakeServer, make_actor: MakeActor, processes: Processes
+    stack: Stack, isolated_stores: dict[str, str], make_server: MakeServer, make_actor: MakeActor, processes: Processes
 ) -> None:
-    async with Watched(quiet["redis_url"]) as monitor:
-        processes.worker(**environment(quiet), JOB_FAULT_RATE="0").ready()
-        base = await make_server(**quiet)
+    async with RedisMonitor(isolated_stores["redis_url"]) as monitor:
+        processes.worker(**environment_of(isolated_stores), JOB_FAULT_RATE="0").ready()
+        base = await make_server(**isolated_stores)
         alice, bob = await make_actor("Alice", base), await make_actor("Bob", base)
         workspace = await alice.make_workspace(None, bob)
         await collaborate(alice, bob, workspace)

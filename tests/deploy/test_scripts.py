@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.patience import PATIENCE_SECONDS
 from tests.processes import ROOT
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 TOOLS = ("sh", "cat", "cksum", "cp", "date", "dirname", "flock", "mkdir", "mv", "rm", "sed", "sleep", "tail")
 PYTHON = """#!/bin/sh
@@ -74,7 +74,7 @@ class Machine:
     def notes(self) -> Path:
         return self.root / "notes"
 
-    def asked(self) -> list[str]:
+    def read_commands(self) -> list[str]:
         """Return the commands that Python received since the last call."""
         lines = self.notes.read_text().splitlines() if self.notes.exists() else []
         self.notes.unlink(missing_ok=True)
@@ -108,21 +108,21 @@ def machine(tmp_path: Path) -> Machine:
 
 def test_the_first_call_installs_and_the_second_does_not(machine: Machine) -> None:
     assert machine.run("dev").returncode == 0
-    assert machine.asked() == ["-m venv ROOT/.venv", INSTALL.format(extra="embedded"), "run.py dev"]
+    assert machine.read_commands() == ["-m venv ROOT/.venv", INSTALL.format(extra="embedded"), "run.py dev"]
     assert machine.run("dev").returncode == 0
-    assert machine.asked() == ["run.py dev"]
+    assert machine.read_commands() == ["run.py dev"]
 
 
 def test_the_extra_test_serves_dev_too_and_changed_dependencies_are_installed_again(machine: Machine) -> None:
     machine.run("test")
-    assert machine.asked()[:2] == ["-m venv ROOT/.venv", INSTALL.format(extra="test")]
+    assert machine.read_commands()[:2] == ["-m venv ROOT/.venv", INSTALL.format(extra="test")]
     machine.run("dev")
-    assert machine.asked() == ["run.py dev"]
+    assert machine.read_commands() == ["run.py dev"]
     for name in ("setup.cfg", "constraints.txt"):
         with (machine.root / name).open("a") as file:
             file.write("# another dependency\n")
         machine.run("test")
-        assert machine.asked()[0] == INSTALL.format(extra="test")
+        assert machine.read_commands()[0] == INSTALL.format(extra="test")
 
 
 @pytest.mark.parametrize(("processors", "processes"), [(1, 2), (2, 3), (64, 8)])
@@ -132,20 +132,22 @@ def test_a_whole_run_is_distributed_over_processes(machine: Machine, processors:
     nproc.chmod(0o755)
     for arguments in ((), ("-x",), ("--full",)):
         machine.run("test", *arguments)
-        assert machine.asked()[-1] == " ".join((DISTRIBUTED.format(processes=processes), *arguments))
+        assert machine.read_commands()[-1] == " ".join((DISTRIBUTED.format(processes=processes), *arguments))
 
 
 @pytest.mark.parametrize("choice", ["-n0", "-k name", "--lf", "ROOT/tests/test_one.py"])
 def test_a_selection_of_tests_runs_in_one_process(machine: Machine, choice: str) -> None:
     machine.run("test", *choice.replace("ROOT/", "").split())
-    assert machine.asked()[-1] == f"-m pytest {choice}"
+    assert machine.read_commands()[-1] == f"-m pytest {choice}"
 
 
 def test_a_path_is_relative_to_the_directory_of_the_caller(machine: Machine) -> None:
     machine.run("test", "test_one.py", "-k", "some/name", cwd=machine.root / "tests")
-    assert machine.asked()[-1] == "-m pytest ROOT/tests/test_one.py -k some/name"
+    assert machine.read_commands()[-1] == "-m pytest ROOT/tests/test_one.py -k some/name"
     machine.run("test", "--cov", "--full", "tests/test_one.py::test_x")
-    assert machine.asked()[-1] == "-m pytest --cov=server --cov-report=term --full ROOT/tests/test_one.py::test_x"
+    assert (
+        machine.read_commands()[-1] == "-m pytest --cov=server --cov-report=term --full ROOT/tests/test_one.py::test_x"
+    )
 
 
 def test_a_foreign_venv_is_moved_aside_and_a_moved_venv_is_recreated(machine: Machine) -> None:
@@ -156,11 +158,11 @@ def test_a_foreign_venv_is_moved_aside_and_a_moved_venv_is_recreated(machine: Ma
     (aside,) = machine.root.glob(".venv.*")
     assert (aside / "precious").exists()
     assert f"moved the existing .venv to {aside}" in result.stderr
-    machine.asked()
+    machine.read_commands()
 
     (venv / "made-at").write_text("/elsewhere/.venv\n")
     machine.run("dev")
-    assert machine.asked()[0] == "-m venv ROOT/.venv"
+    assert machine.read_commands()[0] == "-m venv ROOT/.venv"
     assert len(list(machine.root.glob(".venv.*"))) == 1
 
 
@@ -168,14 +170,14 @@ def test_a_failed_installation_is_reported_and_retried_by_the_next_call(machine:
     failed = machine.run("dev", PIP_FAILS="1")
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1].startswith("dev: error: ")
-    machine.asked()
+    machine.read_commands()
     assert machine.run("dev").returncode == 0
-    assert machine.asked()[-2:] == [INSTALL.format(extra="embedded"), "run.py dev"]
+    assert machine.read_commands()[-2:] == [INSTALL.format(extra="embedded"), "run.py dev"]
 
 
 def test_a_venv_is_created_without_pip_if_ensurepip_is_missing(machine: Machine) -> None:
     assert machine.run("dev", NO_ENSUREPIP="1").returncode == 0
-    assert machine.asked()[0] == "-m venv --without-pip ROOT/.venv"
+    assert machine.read_commands()[0] == "-m venv --without-pip ROOT/.venv"
 
 
 def test_a_missing_python_is_reported_with_the_versions_to_install(machine: Machine) -> None:
@@ -190,7 +192,7 @@ def test_help_is_the_comment_at_the_head_of_the_script(script: str, machine: Mac
     result = machine.run(script, "--help")
     assert result.returncode == 0
     assert result.stdout.startswith(f"Usage: scripts/{script}")
-    assert not machine.asked()
+    assert not machine.read_commands()
 
 
 def read_until(pattern: bytes, descriptor: int) -> bytes:
@@ -208,7 +210,7 @@ def test_a_long_installation_shows_its_current_step(machine: Machine) -> None:
         assert process.stderr
         read_until(rb"\ndev: 2 s looking for duckdb\n", process.stderr.fileno())
         release.touch()
-        assert process.wait(timeout=PATIENCE_SECONDS) == 0
+        assert process.wait(timeout=WAIT_TIMEOUT_SECONDS) == 0
         rest = process.stderr.read()
     assert re.fullmatch(rb"(dev: \d+ s looking for duckdb\n)*", rest)
 
@@ -219,7 +221,7 @@ def test_the_progress_on_a_terminal_is_one_line_that_disappears(machine: Machine
         shown = read_until(rb"dev: 2 s looking for duckdb", controller)
         release.touch()
         shown += read_until(rb"\r\x1b\[K$", controller)
-        assert process.wait(timeout=PATIENCE_SECONDS) == 0
+        assert process.wait(timeout=WAIT_TIMEOUT_SECONDS) == 0
     os.close(terminal)
     os.close(controller)
     assert b"\r\x1b[Kdev: 1 s looking for duckdb\r\x1b[Kdev: 2 s" in shown
@@ -230,8 +232,8 @@ def test_ctrl_c_stops_an_installation_and_its_progress(machine: Machine) -> None
         assert process.stderr
         read_until(rb"looking for duckdb\n", process.stderr.fileno())
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(timeout=PATIENCE_SECONDS) != 0
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        assert process.wait(timeout=WAIT_TIMEOUT_SECONDS) != 0
+        deadline = time.monotonic() + WAIT_TIMEOUT_SECONDS
         with contextlib.suppress(ProcessLookupError):
             while time.monotonic() < deadline:
                 os.killpg(process.pid, 0)

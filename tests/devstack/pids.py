@@ -11,7 +11,7 @@ def children_of(parent: int) -> dict[str, int]:
     return {_name(pid): pid for pid in pids if _status(pid)[1:2] == [str(parent)]}
 
 
-def gone(pids: Iterable[int], *, seconds: float = 0) -> bool:
+def all_exited(pids: Iterable[int], *, seconds: float = 0) -> bool:
     """Wait until none of the processes runs; return False at the timeout."""
     deadline = time.monotonic() + seconds
     while any(_status(pid)[:1] not in ([], ["Z"]) for pid in pids):  # init may be slow to reap zombies

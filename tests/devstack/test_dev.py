@@ -14,12 +14,12 @@ import pytest
 
 from server.child import Child, StackError
 from server.devstack import dev
-from server.devstack.dev import Watched
+from server.devstack.dev import WatchedProcess
 from server.devstack.stack import Stack, free_port, read_env
 from server.settings import StackSettings
-from tests.devstack.pids import children_of, gone
-from tests.patience import PATIENCE_SECONDS
+from tests.devstack.pids import all_exited, children_of
 from tests.processes import Process
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 READY = "Ctrl-C stops everything"
 
@@ -52,15 +52,15 @@ def directory() -> Iterator[Path]:
 
 @pytest.fixture
 def running(directory: Path) -> Iterator[Dev]:
-    process = Dev(directory, shorter="server.devstack.dev.STOP_SECONDS=600")
+    process = Dev(directory, override="server.devstack.dev.STOP_TIMEOUT_SECONDS=600")
     try:
-        process.until(READY)
+        process.wait_for_output(READY)
         yield process
     finally:
         process.kill()
 
 
-async def until_ready(running: Dev, *, seconds: float = PATIENCE_SECONDS) -> None:
+async def until_ready(running: Dev, *, seconds: float = WAIT_TIMEOUT_SECONDS) -> None:
     deadline = time.monotonic() + seconds
     while not await running.is_ready():
         assert time.monotonic() < deadline, running.output
@@ -80,8 +80,8 @@ async def test_dev_prints_its_addresses_restarts_killed_processes_and_leaves_not
     assert first.keys() == {"postgres", "valkey-server", "secantusd-py", "server", "worker"}
     for name in ("server", "valkey-server"):
         os.kill(first[name], signal.SIGKILL)
-    running.until("server: ended with -9; restarting it in 1 s")
-    running.until("Valkey: ended with -9; restarting it in 1 s")
+    running.wait_for_output("server: ended with -9; restarting it in 1 s")
+    running.wait_for_output("Valkey: ended with -9; restarting it in 1 s")
     await asyncio.sleep(1.5)
     await until_ready(running)
 
@@ -92,23 +92,23 @@ async def test_dev_prints_its_addresses_restarts_killed_processes_and_leaves_not
 
     assert running.terminate(number=signal.SIGINT) == 0
     assert "the data stays in" in running.output.splitlines()[-1]
-    assert gone(second.values())
+    assert all_exited(second.values())
 
 
 def test_closed_terminal_stops_dev_and_a_second_signal_kills_it(running: Dev) -> None:
     children = running.children()
     os.kill(children["worker"], signal.SIGSTOP)  # it cannot stop by itself
     os.kill(running.pid, signal.SIGHUP)
-    running.until("stopping the server")
+    running.wait_for_output("stopping the server")
     time.sleep(0.3)
     assert running.terminate(number=signal.SIGINT) == 0
-    assert gone(children.values())
+    assert all_exited(children.values())
 
 
 def test_no_process_outlives_dev(running: Dev) -> None:
     children = running.children()
     running.kill()
-    assert gone(children.values(), seconds=PATIENCE_SECONDS)
+    assert all_exited(children.values(), seconds=WAIT_TIMEOUT_SECONDS)
 
 
 def test_a_taken_port_ends_dev_before_anything_is_started(directory: Path) -> None:
@@ -141,20 +141,20 @@ class Dying(Child):
 
 def test_restart_backoff_doubles_up_to_a_bound_and_resets_after_a_long_run() -> None:
     child = Dying()
-    watched = Watched("program", child, child.begin, started_at=0)
+    watched = WatchedProcess("program", child, child.begin, started_at=0)
     now, pauses = 0.0, []
     for starts in range(1, 8):
-        watched.look(now)
-        assert watched.due is not None
-        pauses.append(watched.due - now)
-        now = watched.due
-        watched.look(now - 0.1)
+        watched.poll(now)
+        assert watched.restart_at is not None
+        pauses.append(watched.restart_at - now)
+        now = watched.restart_at
+        watched.poll(now - 0.1)
         assert child.starts == starts - 1
-        watched.look(now)
+        watched.poll(now)
     assert pauses == [1, 2, 4, 8, 16, 30, 30]
     now += 61
-    watched.look(now)
-    assert watched.due == now + 1
+    watched.poll(now)
+    assert watched.restart_at == now + 1
 
 
 @pytest.mark.parametrize(

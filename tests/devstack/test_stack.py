@@ -21,10 +21,10 @@ import redis
 from server.child import Child, StackError
 from server.devstack.postgres import Postgres
 from server.devstack.stack import Stack, check_address, read_env
-from server.devstack.stores import Place
-from tests.devstack.pids import gone
-from tests.patience import PATIENCE_SECONDS
+from server.devstack.stores import StoreConfig
+from tests.devstack.pids import all_exited
 from tests.processes import ROOT
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 Insert = Callable[[int], None]
 
@@ -98,9 +98,9 @@ def test_killed_stores_restart_at_their_addresses_with_all_acknowledged_writes(o
     while any(len(written) <= 10 for written in acknowledged.values()):
         time.sleep(0.05)
     own_stack.kill()  # while the writers write
-    assert [(store.alive, store.pid, store.answers()) for store in own_stack.stores] == [(False, None, False)] * 3
+    assert [(store.alive, store.pid, store.is_ready()) for store in own_stack.stores] == [(False, None, False)] * 3
     for writer in writers:
-        writer.join(timeout=PATIENCE_SECONDS)
+        writer.join(timeout=WAIT_TIMEOUT_SECONDS)
     for store in own_stack.stores:
         store.start()
     assert own_stack.urls == before[0]
@@ -114,7 +114,7 @@ def test_a_store_restarts_at_its_address(stack: Stack) -> None:
     stack.valkey.restart()
     assert stack.valkey.url == url
     assert stack.valkey.pid != pid
-    assert stack.valkey.answers()
+    assert stack.valkey.is_ready()
 
 
 def test_a_stack_keeps_its_addresses_and_secrets_and_only_a_taken_port_changes(directory: Path) -> None:
@@ -154,7 +154,7 @@ def test_stack_env_is_readable_by_a_shell_and_by_read_env(stack: Stack) -> None:
 def test_second_stack_in_the_same_directory_is_rejected(stack: Stack) -> None:
     with pytest.raises(StackError, match=f"^DATA_DIR {stack.data_dir} is in use by another `run.py dev`$"):
         Stack(stack.data_dir).__enter__()
-    assert all(store.answers() for store in stack.stores)
+    assert all(store.is_ready() for store in stack.stores)
 
 
 @pytest.mark.parametrize("below", ["file", "file/data"])
@@ -179,7 +179,7 @@ def test_existing_directory_keeps_its_mode_and_an_interrupted_initdb_is_discarde
     data.chmod(0o755)
     (half / "PG_VERSION").write_text("18\n")  # the first thing that initdb writes
     with Stack(data) as stack:
-        assert stack.postgres.answers()
+        assert stack.postgres.is_ready()
         stack.mongo.kill()
     assert mode(data) == 0o755
     assert not half.exists()
@@ -214,7 +214,7 @@ def test_stores_end_with_their_parent_and_the_next_stack_waits_for_them(director
     first.communicate()
     thaw.start()
     with Stack(directory / "data") as second:
-        assert gone(old)
+        assert all_exited(old)
         assert list(second.urls.values()) == urls
         second.mongo.kill()
 
@@ -226,7 +226,7 @@ def test_a_process_of_an_earlier_run_that_does_not_end_is_named(tmp_path: Path) 
         with pytest.raises(
             StackError, match=f"^store of an earlier run has not ended yet; end its process {first.pid}$"
         ):
-            Child("store", [], lock=tmp_path / "lock").wait_until_gone(seconds=0)
+            Child("store", [], lock=tmp_path / "lock").wait_for_previous(timeout=0)
     finally:
         first.kill()
 
@@ -250,6 +250,6 @@ def test_only_closed_parent_directories_are_made_traversable_and_reported(tmp_pa
     closed.chmod(0o700)
     open_already.chmod(0o755)
     messages: list[str] = []
-    Postgres(Place(open_already, 1, messages.append), password="x")._let_pass(open_already / "postgres")
+    Postgres(StoreConfig(open_already, 1, messages.append), password="x")._allow_traversal(open_already / "postgres")
     assert (mode(closed), mode(open_already)) == (0o701, 0o755)
     assert f"set o+x on {closed}, because PostgreSQL runs as nobody, not as root" in messages

@@ -16,8 +16,8 @@ from server.postgres import Database
 from server.realtime.subscriber import Subscriber
 from server.settings import Settings
 from tests.actors import Actor
-from tests.listeners import Nobody
-from tests.patience import PATIENCE_SECONDS
+from tests.listeners import NullListener
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ async def workspace(alice: Actor, bob: Actor) -> str:
 
 @pytest.fixture
 async def db(database_url: str) -> AsyncIterator[Database]:
-    made = await postgres.connect(database_url, size=5)
+    made = await postgres.connect(database_url, max_size=5)
     yield made
     await made.close()
 
@@ -70,7 +70,7 @@ def hold(database_url: str) -> Hold:
     async def held(document: str) -> AsyncIterator[Held]:
         connection = await asyncpg.connect(database_url)
         try:
-            async with asyncio.timeout(PATIENCE_SECONDS), connection.transaction():
+            async with asyncio.timeout(WAIT_TIMEOUT_SECONDS), connection.transaction():
                 await connection.execute("SELECT FROM documents WHERE id = $1 FOR UPDATE", UUID(document))
                 yield Held(connection, UUID(document))
         finally:
@@ -85,9 +85,9 @@ MakeRooms = Callable[[], Rooms]
 @pytest.fixture
 async def make_rooms(settings: Settings) -> AsyncIterator[MakeRooms]:
     """Live documents as a server process has them, without the REST and socket transports."""
-    nobody = Nobody()
+    nobody = NullListener()
     async with resources.connect(settings) as stores:
-        subscriber = Subscriber(stores.blocking_redis, channel="test", control=nobody, vouch=nobody.resume)
+        subscriber = Subscriber(stores.blocking_redis, channel="test", control=nobody, recheck_all=nobody.resync)
         listening = asyncio.ensure_future(subscriber.listen())
         made: list[Rooms] = []
 

@@ -10,11 +10,11 @@ from pycrdt import Doc, Text
 
 from server.documents import wire
 from tests.actors import Actor
-from tests.patience import PATIENCE_SECONDS
-from tests.sockets import Closed, Refused, Socket
+from tests.sockets import Closed, ErrorReply, SocketClient
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 RECONNECT_SECONDS = 30.0
-FAILURES = (Refused, Closed, aiohttp.ClientError, OSError, TimeoutError)
+FAILURES = (ErrorReply, Closed, aiohttp.ClientError, OSError, TimeoutError)
 
 
 class Editor:
@@ -24,7 +24,7 @@ class Editor:
         self.actor, self.document = actor, document
         self.doc: Doc[Text] = Doc()
         self.content = self.doc.get("content", type=Text)
-        self.socket: Socket
+        self.socket: SocketClient
         self.version = 0
 
     @property
@@ -58,7 +58,7 @@ class Editor:
         data = {"documentId": self.document, "update": b64encode(update).decode()}
         try:
             ack = await self.socket.push("document:update", **data)
-        except Refused as refusal:
+        except ErrorReply as refusal:
             if refusal.code != "unavailable":
                 raise
             await asyncio.sleep(refusal.data["retryAfter"])
@@ -68,14 +68,14 @@ class Editor:
 
     def hear(self) -> None:
         """Apply the updates that have arrived so far."""
-        while self.socket.heard:
-            self._apply(self.socket.heard.popleft())
+        while self.socket.received:
+            self._apply(self.socket.received.popleft())
 
     async def until(self, text: str) -> None:
         """Wait until the document has this text."""
-        async with asyncio.timeout(PATIENCE_SECONDS):
+        async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
             while self.text != text:
-                self._apply(await self.socket.next(seconds=PATIENCE_SECONDS))
+                self._apply(await self.socket.next(seconds=WAIT_TIMEOUT_SECONDS))
 
     async def show(self, *entries: wire.Entry) -> None:
         state = b64encode(wire.awareness_content(entries)).decode()

@@ -14,8 +14,8 @@ from server.devstack.stack import Stack
 from tests.actors import Actor
 from tests.conftest import TEST_SETTINGS, MakeServer
 from tests.documents.editors import Editor, make_document
-from tests.patience import PATIENCE_SECONDS
 from tests.processes import Processes, Server
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 UNHURRIED = {"WS_FRAMES_PER_SECOND": "100000", "WS_BURST": "100000"}  # tests type faster than the rate limit
 LETTERS = "abcdefghijklmnopqrstuvwxyzäöü𝄞é\n"
@@ -42,7 +42,7 @@ async def typing(*editors: Editor) -> AsyncIterator[list[str]]:
 
 async def amid_the_typing(acknowledged: list[str], *, after: int = 0) -> None:
     """Wait until more than ``after`` marks are acknowledged, and then for a random time."""
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
         while len(acknowledged) <= after:
             await asyncio.sleep(0.01)
     await asyncio.sleep(random.uniform(0, 0.7))
@@ -50,7 +50,7 @@ async def amid_the_typing(acknowledged: list[str], *, after: int = 0) -> None:
 
 async def text_of(actor: Actor, document: str) -> str:
     """Read the text over REST, with retries until the server is available."""
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
         while True:
             with contextlib.suppress(aiohttp.ClientError, OSError):
                 answer = await actor.get(f"/documents/{document}/content")

@@ -10,7 +10,7 @@ import asyncpg
 import pytest
 
 from server import postgres
-from server.budget import budget
+from server.deadline import store_deadline
 from server.documents import compaction, logs, store, updates, wire
 from server.documents.workshop import Workshop
 from server.errors import Forbidden, Unavailable
@@ -18,8 +18,8 @@ from server.postgres import Database
 from tests.actors import Actor
 from tests.documents.editors import Editor, make_document
 from tests.documents.test_yjs import raw_socket
-from tests.patience import PATIENCE_SECONDS
-from tests.sockets import Refused
+from tests.sockets import ErrorReply
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 
 async def rest_for(database_url: str, document: str, seconds: int) -> None:
@@ -175,7 +175,7 @@ async def test_long_log_is_compacted_automatically(
     editor = await Editor(alice, document).open()
     for number in range(60):
         await editor.type(f"{number} ")
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
         while await log_length(db, document) > 30:
             await asyncio.sleep(0.05)
     assert (await alice.get(f"/documents/{document}/content")).body == editor.text
@@ -199,7 +199,7 @@ async def test_document_written_only_over_rest_is_compacted_too(alice: Actor, wo
     texts = [f"{number}" * 20_000 for number in range(1, 8)]
     for text in texts:
         await put(alice, document, text)
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
         while await log_length(db, document) > 3:
             await asyncio.sleep(0.05)
     assert (await alice.get(f"/documents/{document}/content")).body == texts[-1]
@@ -210,7 +210,7 @@ async def test_document_written_only_over_rest_is_compacted_too(alice: Actor, wo
 async def test_long_log_is_compacted_when_the_document_is_opened(alice: Actor, workspace: str, db: Database) -> None:
     document = await make_document(alice, workspace, content="x" * 60_000)
     opened = await Editor(alice, document).open()
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
         while await log_length(db, document):
             await asyncio.sleep(0.05)
     assert await opened.type("!") == 2
@@ -225,7 +225,7 @@ class SlowWorkshop(Workshop):
 
     async def do(self, work: Callable[..., Any], *arguments: Any, **how: Any) -> Any:
         self.begun.set()
-        await asyncio.sleep(postgres.STATEMENT_SECONDS + 0.1)
+        await asyncio.sleep(postgres.STATEMENT_TIMEOUT_SECONDS + 0.1)
         await self.go.wait()
         return await super().do(work, *arguments, **how)
 
@@ -233,7 +233,7 @@ class SlowWorkshop(Workshop):
 async def test_compaction_may_exceed_the_statement_timeout(
     alice: Actor, bob: Actor, workspace: str, db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(postgres, "STATEMENT_SECONDS", 3.0)
+    monkeypatch.setattr(postgres, "STATEMENT_TIMEOUT_SECONDS", 3.0)
     document = await make_document(alice, workspace, content="0")
     for number in range(1, 4):
         await put(alice, document, f"{number}")
@@ -267,11 +267,11 @@ async def test_compaction_batches_versions_by_memory(
 async def test_all_transports_reject_nul(alice: Actor, bob: Actor, workspace: str) -> None:
     document = await make_document(alice, workspace, content="text")
     hers, his = await Editor(alice, document).open(), await raw_socket(bob, document)
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(ErrorReply) as refused:
         await hers.type("a\0b")
     assert refused.value.code == "validation_failed"
     await his.send_bytes(wire.sync(wire.UPDATE, updates.first("a\0b")))
-    while (await his.receive(timeout=PATIENCE_SECONDS)).type is aiohttp.WSMsgType.BINARY:
+    while (await his.receive(timeout=WAIT_TIMEOUT_SECONDS)).type is aiohttp.WSMsgType.BINARY:
         continue
     assert his.close_code == 4400
     assert (await alice.get(f"/documents/{document}/content")).body == "text"
@@ -358,7 +358,7 @@ async def test_work_on_a_document_does_not_count_against_the_store_deadline(
 ) -> None:
     document = await make_document(alice, workspace, content="base")
     slow = Interrupted(lambda: asyncio.sleep(3))
-    with budget(3.2):
+    with store_deadline(3.2):
         assert await logs.rewrite(db, slow, UUID(document), author=UUID(alice.id), text="new", cause="put")
 
 
@@ -367,7 +367,7 @@ async def test_write_is_rejected_when_too_little_time_remains_to_confirm_it(
 ) -> None:
     document = await make_document(alice, workspace, content="base")
     slowly = Between(db, lambda: asyncio.sleep(0.2))
-    with budget(0.6), pytest.raises(Unavailable):
+    with store_deadline(0.6), pytest.raises(Unavailable):
         await logs.rewrite(slowly, Workshop(), UUID(document), author=UUID(alice.id), text="new", cause="put")  # type: ignore[arg-type]
     assert (await alice.get(f"/documents/{document}"))["version"] == 1
 

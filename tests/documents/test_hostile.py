@@ -15,7 +15,7 @@ from tests.documents.editors import Editor, make_document
 from tests.documents.hostile import LETHAL, mutated, nested_types, nested_values, rich_updates
 from tests.documents.test_yjs import closed_with, compared, raw_socket
 from tests.processes import Processes
-from tests.sockets import Refused
+from tests.sockets import ErrorReply
 
 UNHURRIED = {"WS_FRAMES_PER_SECOND": "100000", "WS_BURST": "100000"}
 APPLY = """
@@ -42,7 +42,7 @@ async def test_update_that_crashes_pycrdt_does_not_crash_the_server(
     hers, his = await Editor(alice.at(server.base), document).open(), await Editor(bob.at(server.base), document).open()
     for update in updates[:-1]:
         await hers.socket.push("document:update", documentId=document, update=_coded(update))
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(ErrorReply) as refused:
         await hers.socket.push("document:update", documentId=document, update=_coded(updates[-1]))
     assert refused.value.code == "validation_failed"
     await his.type("alive")
@@ -66,7 +66,7 @@ async def test_servers_survive_concurrent_updates_that_crash_pycrdt_together(
             ),
             return_exceptions=True,
         )
-        assert all(isinstance(answer, dict | Refused) for answer in answers), answers
+        assert all(isinstance(answer, dict | ErrorReply) for answer in answers), answers
         for base in (one.base, two.base):
             late = await bob.at(base).connect()  # a raw client: applying both updates would crash the test
             await late.push("document:open", documentId=document)
@@ -135,7 +135,7 @@ async def test_mutated_updates_are_acknowledged_or_rejected_and_affect_no_other_
         try:
             await attacker.send(update)
             answers["accepted"] += 1
-        except Refused as refused:
+        except ErrorReply as refused:
             answers[refused.code] += 1  # any other code raises KeyError
         await neighbour.type(".")
     assert all(answers.values()), answers

@@ -9,7 +9,7 @@ from server.documents import wire
 from tests.actors import Actor
 from tests.conftest import MakeServer
 from tests.documents.editors import Editor, make_document
-from tests.sockets import Refused, until_refused
+from tests.sockets import ErrorReply, wait_until_rejected
 
 
 def coded(content: bytes) -> str:
@@ -53,7 +53,7 @@ async def test_update_needs_an_open_document(alice: Actor, workspace: str) -> No
         ("document:awareness", {"state": state_of(1, "{}")}),
         ("document:close", {}),
     ):
-        with pytest.raises(Refused) as refused:
+        with pytest.raises(ErrorReply) as refused:
             await editor.socket.push(event, documentId=document, **data)
         assert refused.value.code == "not_open"
 
@@ -71,7 +71,7 @@ async def test_unknown_document_and_one_without_access_cannot_be_opened(
 ) -> None:
     document = await make_document(alice, workspace)
     for actor, id in ((carol, document), (alice, "00000000-0000-4000-8000-000000000000")):
-        with pytest.raises(Refused) as refused:
+        with pytest.raises(ErrorReply) as refused:
             await Editor(actor, id).open()
         assert refused.value.code == "not_found"
 
@@ -81,7 +81,7 @@ async def test_viewer_receives_updates_but_cannot_edit(alice: Actor, carol: Acto
     await alice.add(carol, project, role="VIEWER")
     document = await make_document(alice, workspace)
     hers, viewers = await Editor(alice, document).open(), await Editor(carol, document).open()
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(ErrorReply) as refused:
         await viewers.type("mine")
     assert refused.value.code == "forbidden"
     await hers.socket.refute_push()
@@ -99,7 +99,7 @@ async def test_malformed_update_is_rejected_without_side_effects(
 ) -> None:
     document = await make_document(alice, workspace, content="safe")
     hers, his = await Editor(alice, document).open(), await Editor(bob, document).open()
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(ErrorReply) as refused:
         await hers.send(update)
     assert refused.value.code == "validation_failed"
     await his.type(" and sound")
@@ -112,7 +112,7 @@ async def test_invalid_base64_is_rejected(alice: Actor, workspace: str, field: s
     editor = await Editor(alice, document).open()
     event = {"update": "document:update", "state": "document:awareness", "stateVector": "document:open"}[field]
     for hostile in ("!", "AAA", "AA==AA", 5):
-        with pytest.raises(Refused) as refused:
+        with pytest.raises(ErrorReply) as refused:
             await editor.socket.push(event, documentId=document, **{field: hostile})
         assert refused.value.code == "validation_failed"
 
@@ -121,7 +121,7 @@ async def test_hostile_state_vector_is_rejected(alice: Actor, workspace: str) ->
     document = await make_document(alice, workspace)
     socket = await alice.connect()
     for hostile in (b"\xff" * 20, b"\x05\x01", b"\xff\xff\xff\xff\x0f\x00"):
-        with pytest.raises(Refused) as refused:
+        with pytest.raises(ErrorReply) as refused:
             await socket.push("document:open", documentId=document, stateVector=coded(hostile))
         assert refused.value.code == "validation_failed"
 
@@ -190,12 +190,12 @@ async def test_editors_of_other_types_than_text_sync_across_two_processes(
 async def test_opening_again_with_an_invalid_state_vector_keeps_the_document_open(alice: Actor, workspace: str) -> None:
     document = await make_document(alice, workspace)
     editor = await Editor(alice, document).open()
-    with pytest.raises(Refused, match="validation_failed"):
+    with pytest.raises(ErrorReply, match="validation_failed"):
         await editor.socket.push("document:open", documentId=document, stateVector=coded(b"\xff" * 20))
     assert await editor.type("still open") == 2
 
 
-@pytest.mark.usefixtures("notices_alone")
+@pytest.mark.usefixtures("no_periodic_recheck")
 async def test_removed_collaborator_loses_the_open_document(alice: Actor, bob: Actor, make_server: MakeServer) -> None:
     project = await alice.make_project()
     member = await alice.add(bob, project)
@@ -203,7 +203,7 @@ async def test_removed_collaborator_loses_the_open_document(alice: Actor, bob: A
     hers, his = await Editor(alice, document).open(), await Editor(bob.at(await make_server()), document).open()
     await alice.delete(f"/projects/{project}/collaborators/{member}")
     await his.socket.assert_push("ACCESS_REVOKED", documentId=document, reason="removed", userId=alice.id)
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(ErrorReply) as refused:
         await his.type("still here?")
     assert refused.value.code in ("not_found", "not_open")
     await hers.type("alone")
@@ -211,20 +211,20 @@ async def test_removed_collaborator_loses_the_open_document(alice: Actor, bob: A
     assert (await alice.get(f"/documents/{document}/content")).body == "alone"
 
 
-@pytest.mark.usefixtures("notices_alone")
+@pytest.mark.usefixtures("no_periodic_recheck")
 async def test_user_demoted_to_viewer_cannot_edit(alice: Actor, bob: Actor, make_server: MakeServer) -> None:
     project = await alice.make_project()
     member = await alice.add(bob, project)
     document = await make_document(alice, await alice.make_workspace(project))
     his = await Editor(bob.at(await make_server()), document).open()
     await alice.patch(f"/projects/{project}/collaborators/{member}", {"role": "VIEWER"})
-    await until_refused(lambda: his.type("x"), "forbidden")
+    await wait_until_rejected(lambda: his.type("x"), "forbidden")
     hers = await Editor(alice, document).open()
     await hers.type("read this")
     await his.socket.assert_push("document:update", userId=alice.id)
 
 
-@pytest.mark.usefixtures("notices_alone")
+@pytest.mark.usefixtures("no_periodic_recheck")
 @pytest.mark.parametrize("what", ["documents", "workspaces", "projects"])
 async def test_deleted_document_is_closed_on_every_process(
     alice: Actor, bob: Actor, make_server: MakeServer, what: str
@@ -236,7 +236,7 @@ async def test_deleted_document_is_closed_on_every_process(
     ids = {"documents": document, "workspaces": workspace, "projects": project}
     await alice.delete(f"/{what}/{ids[what]}")
     await his.socket.assert_push("ACCESS_REVOKED", documentId=document, reason="deleted")
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(ErrorReply) as refused:
         await his.type("x")
     assert refused.value.code in ("not_found", "not_open")
 
@@ -250,7 +250,7 @@ async def test_edit_beyond_the_maximum_document_size_is_rejected(
     version = await editor.type("x" * (6 << 20))
     other: Doc[Text] = Doc()
     other.get("content", type=Text).insert(0, "y" * (6 << 20))
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(ErrorReply) as refused:
         await editor.send(other.get_update())
     assert refused.value.code == "too_large"
     assert await editor.type("small") == version + 1

@@ -116,7 +116,7 @@ async def test_editor_receives_a_written_text_as_an_edit(alice: Actor, bob: Acto
     await put(alice, document, "one\n2\nthree\n")
     heard = await editor.socket.assert_push("document:update", userId=alice.id, version=2)
     assert len(heard["update"]) < 100
-    editor.socket.heard.append({"event": "document:update", "data": heard})
+    editor.socket.received.append({"event": "document:update", "data": heard})
     await editor.until("one\n2\nthree\n")
 
 

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import REGISTRY
 from pycrdt import Doc, Text
 
-from server.budget import budget, within
+from server.deadline import remaining, store_deadline
 from server.documents import rooms as rooms_module
 from server.documents import store, wire
 from server.documents.commits import Commits, Edit
@@ -23,7 +23,7 @@ from tests.documents.conftest import Hold, MakeRooms
 from tests.documents.editors import Editor, make_document
 from tests.documents.test_history import rest_for
 from tests.documents.test_yjs import NodeEditor, StartNode, compared, raw_socket, start_node
-from tests.patience import PATIENCE_SECONDS
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 __all__ = ["start_node"]
 
@@ -155,7 +155,7 @@ async def test_y_websocket_clients_keep_typing_while_commits_fail(
 
 async def both(*editors: NodeEditor) -> str:
     """Wait until all editors have the whole text, and return it."""
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
         while True:
             texts = {(await each.do("state"))["text"] for each in editors}
             if len(texts) == 1 and len(text := texts.pop()) == len("hers his "):
@@ -165,7 +165,7 @@ async def both(*editors: NodeEditor) -> str:
 
 async def last_frame(socket: aiohttp.ClientWebSocketResponse) -> aiohttp.WSMessage:
     """Return the first frame that is not binary; fail on a sync message before it."""
-    while (message := await socket.receive(timeout=PATIENCE_SECONDS)).type is aiohttp.WSMsgType.BINARY:
+    while (message := await socket.receive(timeout=WAIT_TIMEOUT_SECONDS)).type is aiohttp.WSMsgType.BINARY:
         assert not isinstance(wire.parse(message.data), wire.Sync), "the client received the content"
     return message
 
@@ -189,7 +189,7 @@ async def test_rejected_edit_does_not_fail_the_others_in_its_batch(
 
 async def queued(rooms: Rooms, edits: int) -> None:
     """Wait until this many edits are pending."""
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
         while sum(map(len, rooms._commits._waiting.values())) < edits:
             await asyncio.sleep(0.01)
 
@@ -237,7 +237,7 @@ async def test_failing_listener_does_not_block_other_documents(alice: Actor, wor
     deaf.heard = None  # type: ignore[assignment]
     await rooms.enter(UUID(document), deaf)
     await rooms.enter(UUID(beside), ear)
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
         assert await asyncio.gather(*(begin(rooms, each, alice, "x") for each in (document, beside))) == [2, 2]
     assert [update.version for update in ear.heard] == [2]
 
@@ -270,7 +270,7 @@ async def test_busy_document_does_not_starve_other_documents(
             done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
             commits.put(Edit(room, 1, UUID(alice.id), typed("x"), number, "", done))
         lane = asyncio.ensure_future(commits.work())
-        async with asyncio.timeout(PATIENCE_SECONDS):
+        async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
             while len(order) < 6:
                 await asyncio.sleep(0.01)
         lane.cancel()
@@ -299,7 +299,7 @@ async def test_update_in_flight_of_an_aborted_client_is_committed_once(
     async with hold(document) as held:
         sending = asyncio.ensure_future(hers.type("last words"))
         await held.waited_for()
-        hers.socket.cut()
+        hers.socket.abort()
     await his.until("last words")
     await asyncio.wait({sending})
     await hers.open()
@@ -313,11 +313,11 @@ async def test_shared_load_is_not_bound_to_the_deadline_of_its_first_caller(
     document, allowed = await make_document(alice, workspace), []
 
     async def reading(db: Database, id: UUID) -> Log:
-        allowed.append(within(600))
+        allowed.append(remaining(600))
         return await read_log(db, id)
 
     monkeypatch.setattr(rooms_module, "read_log", reading)
-    with budget(20):
+    with store_deadline(20):
         async with rooms.used(UUID(document)):
             pass
     assert allowed == [600]
@@ -369,6 +369,6 @@ async def test_document_that_fails_to_sync_does_not_block_other_documents(
             sizes=[1],
             pause_seconds=300,
         )
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
         while not ear.heard:
             await asyncio.sleep(0.05)

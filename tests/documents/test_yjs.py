@@ -17,9 +17,9 @@ from server.realtime.hub import Realtime
 from tests.actors import Actor
 from tests.conftest import MakeServer
 from tests.documents.editors import Editor, make_document
-from tests.patience import PATIENCE_SECONDS
 from tests.processes import Processes
 from tests.sockets import Closed
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 CLIENTS = Path(__file__).parent.parent / "clients"
 
@@ -34,12 +34,12 @@ class NodeEditor:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps({"do": what, **more}).encode() + b"\n")
-        async with asyncio.timeout(PATIENCE_SECONDS):
+        async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
             return json.loads(await self.process.stdout.readline())
 
     async def until(self, **state: Any) -> dict[str, Any]:
         """Wait until the client has the expected state, and return its whole state."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + WAIT_TIMEOUT_SECONDS
         while not state.items() <= (now := await self.do("state")).items():
             assert time.monotonic() < deadline, now
             await asyncio.sleep(0.02)
@@ -125,7 +125,7 @@ async def test_y_websocket_client_syncs_offline_edits_after_a_restart(
     first.kill()
     await hers.until(connected=False)
     await hers.do("insert", text="meanwhile")
-    processes.server(PORT=base.rpartition(":")[2]).until("server ready")
+    processes.server(PORT=base.rpartition(":")[2]).wait_for_output("server ready")
     await other.until(text="before meanwhile")
     client = (await hers.until(synced=True))["clientId"]
     await other.until(others=[[client, {"name": "Alice"}]])
@@ -190,7 +190,7 @@ async def test_rejected_client_gets_a_close_code_with_the_reason(
 
     async def code(path: str, *protocols: str) -> int | None:
         async with http.ws_connect(f"{alice.base}/yjs/{path}", protocols=protocols) as socket:
-            while (message := await socket.receive(timeout=PATIENCE_SECONDS)).type is aiohttp.WSMsgType.BINARY:
+            while (message := await socket.receive(timeout=WAIT_TIMEOUT_SECONDS)).type is aiohttp.WSMsgType.BINARY:
                 continue
             assert message.type is aiohttp.WSMsgType.CLOSE, message
             return socket.close_code
@@ -209,7 +209,7 @@ async def raw_socket(actor: Actor, document: str) -> aiohttp.ClientWebSocketResp
     )
     assert socket.protocol == "collab.v1"
     while True:  # edits of others may come first
-        message = wire.parse((await socket.receive(timeout=PATIENCE_SECONDS)).data)
+        message = wire.parse((await socket.receive(timeout=WAIT_TIMEOUT_SECONDS)).data)
         if isinstance(message, wire.Sync) and message.step == wire.STEP_1:
             return socket
 
@@ -218,7 +218,7 @@ async def compared(socket: aiohttp.ClientWebSocketResponse) -> bytes:
     """Return the whole state, once all earlier messages are durable; empty if the socket is closed instead."""
     with contextlib.suppress(aiohttp.ClientConnectionResetError):
         await socket.send_bytes(wire.sync(wire.STEP_1, b"\x00"))
-    while (message := await socket.receive(timeout=PATIENCE_SECONDS)).type is aiohttp.WSMsgType.BINARY:
+    while (message := await socket.receive(timeout=WAIT_TIMEOUT_SECONDS)).type is aiohttp.WSMsgType.BINARY:
         answer = wire.parse(message.data)
         if isinstance(answer, wire.Sync) and answer.step == wire.STEP_2:
             return answer.payload
@@ -226,7 +226,7 @@ async def compared(socket: aiohttp.ClientWebSocketResponse) -> bytes:
 
 
 async def closed_with(socket: aiohttp.ClientWebSocketResponse) -> int | None:
-    while (await socket.receive(timeout=PATIENCE_SECONDS)).type is aiohttp.WSMsgType.BINARY:
+    while (await socket.receive(timeout=WAIT_TIMEOUT_SECONDS)).type is aiohttp.WSMsgType.BINARY:
         continue
     return socket.close_code
 
@@ -289,7 +289,7 @@ async def test_resent_deletions_make_no_version(alice: Actor, bob: Actor, worksp
     assert (read["version"], read["updatedBy"]) == (2, alice.id)
 
 
-@pytest.mark.usefixtures("notices_alone")
+@pytest.mark.usefixtures("no_periodic_recheck")
 async def test_socket_of_a_removed_collaborator_is_closed(alice: Actor, bob: Actor, make_server: MakeServer) -> None:
     project = await alice.make_project()
     member = await alice.add(bob, project)
@@ -376,7 +376,7 @@ async def test_idle_awareness_state_is_renewed_before_clients_drop_it(
     for socket in sockets:
         clocks: list[int] = []
         while len(clocks) < 2:
-            seen = wire.parse((await socket.receive(timeout=PATIENCE_SECONDS)).data)
+            seen = wire.parse((await socket.receive(timeout=WAIT_TIMEOUT_SECONDS)).data)
             assert isinstance(seen, wire.Awareness)
             clocks += [entry.clock for entry in seen.entries if entry.client == 77]
         assert clocks[0] < clocks[1]
@@ -389,7 +389,7 @@ async def test_silent_client_receives_keepalive_messages(
 ) -> None:
     monkeypatch.setattr("server.documents.yjs.KEEPALIVE_SECONDS", 0.3)
     socket = await raw_socket(alice, await make_document(alice, workspace))
-    heard = [(await socket.receive(timeout=PATIENCE_SECONDS)).data for _ in range(4)]
+    heard = [(await socket.receive(timeout=WAIT_TIMEOUT_SECONDS)).data for _ in range(4)]
     assert heard.count(wire.KEEPALIVE) >= 3
     await socket.close()
 
@@ -400,13 +400,13 @@ async def test_client_registered_while_draining_begins_is_closed_with_1012(
 ) -> None:
     """Authentication succeeds before the drain, and the registration follows after the drain closed all others."""
     document = await make_document(alice, workspace)
-    admit = Realtime.admit
+    admit = Realtime.register
 
     def begin_to_stop(self: Realtime, peer: Any, **more: Any) -> None:
         self.draining = True
         admit(self, peer, **more)
 
-    monkeypatch.setattr(Realtime, "admit", begin_to_stop)
+    monkeypatch.setattr(Realtime, "register", begin_to_stop)
     door = door.format(document=document)
     async with alice.http.ws_connect(f"{alice.base}{door}", headers=alice.headers) as socket:
         async for _ in socket:

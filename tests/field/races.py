@@ -17,8 +17,8 @@ from server.auth.passwords import Hasher
 from server.documents import updates
 from server.projects.invitations import token_hash
 from server.settings import Settings
-from tests.actors import PASSWORD, Actor, Answer
-from tests.sockets import Closed, Socket
+from tests.actors import PASSWORD, Actor, Response
+from tests.sockets import Closed, SocketClient
 
 NAMES = ("Owner", "Member", "Invited", "Outsider")
 TEXT = "one"
@@ -26,7 +26,7 @@ FIRST_UPDATE = updates.first(TEXT)
 
 
 @dataclass
-class World:
+class RaceScenario:
     """A project with an owner, a member, two invitations and a workspace.
 
     It has two documents: their order by id is the reverse of their order by path and by age.
@@ -42,85 +42,85 @@ class World:
     invitation: UUID = field(default_factory=uuid4)
     workspace: UUID = field(default_factory=uuid4)
     documents: list[UUID] = field(default_factory=lambda: sorted((uuid4(), uuid4()), reverse=True))
-    sockets: list[Socket] = field(default_factory=list)
+    sockets: list[SocketClient] = field(default_factory=list)
 
     @property
     def here(self) -> str:
         return f"/projects/{self.project}"
 
-    async def prepare(self, moves: Sequence["Move"]) -> None:
+    async def prepare(self, moves: Sequence["Write"]) -> None:
         """Open the documents on one socket for each write that edits."""
-        for _ in range(moves.count(World.edit)):
+        for _ in range(moves.count(RaceScenario.edit)):
             self.sockets.append(await self.member.connect())
             for document in self.documents:
                 await self.sockets[-1].push("document:open", documentId=str(document))
 
-    async def rename_project(self) -> Answer:
+    async def rename_project(self) -> Response:
         return await self.owner.patch(self.here, {"name": "Renamed"})
 
-    async def delete_project(self) -> Answer:
+    async def delete_project(self) -> Response:
         return await self.owner.delete(self.here)
 
-    async def transfer(self) -> Answer:
+    async def transfer(self) -> Response:
         return await self.owner.post(f"{self.here}/transfer", {"userId": self.member.id})
 
-    async def add_collaborator(self) -> Answer:
+    async def add_collaborator(self) -> Response:
         body = {"email": self.outsider.email, "role": "VIEWER"}
         return await self.owner.post(f"{self.here}/collaborators", body)
 
-    async def invite(self) -> Answer:
+    async def invite(self) -> Response:
         return await self.owner.post(
             f"{self.here}/collaborators", {"email": self.newcomer.email, "role": "COLLABORATOR"}
         )
 
-    async def change_role(self) -> Answer:
+    async def change_role(self) -> Response:
         return await self.owner.patch(f"{self.here}/collaborators/{self.member_id}", {"role": "VIEWER"})
 
-    async def remove_collaborator(self) -> Answer:
+    async def remove_collaborator(self) -> Response:
         return await self.owner.delete(f"{self.here}/collaborators/{self.member_id}")
 
-    async def leave(self) -> Answer:
+    async def leave(self) -> Response:
         return await self.member.delete(f"{self.here}/collaborators/{self.member_id}")
 
-    async def withdraw_invitation(self) -> Answer:
+    async def withdraw_invitation(self) -> Response:
         return await self.owner.delete(f"{self.here}/invitations/{self.invitation}")
 
-    async def accept_invitation(self) -> Answer:
+    async def accept_invitation(self) -> Response:
         return await self.invited.post("/invitations/accept", {"token": invitation_token(self.invited)})
 
-    async def register_with_invitation(self) -> Answer:
+    async def register_with_invitation(self) -> Response:
         body = {"email": self.newcomer.email, "password": PASSWORD, "name": "Newcomer"}
         return await self.newcomer.post("/auth/register", {**body, "invitationToken": invitation_token(self.newcomer)})
 
-    async def create_workspace(self) -> Answer:
+    async def create_workspace(self) -> Response:
         return await self.member.post("/workspaces", {"projectId": str(self.project), "name": "More"})
 
-    async def rename_workspace(self) -> Answer:
+    async def rename_workspace(self) -> Response:
         return await self.member.patch(f"/workspaces/{self.workspace}", {"name": "Renamed"})
 
-    async def delete_workspace(self) -> Answer:
+    async def delete_workspace(self) -> Response:
         return await self.member.delete(f"/workspaces/{self.workspace}")
 
-    async def create_document(self) -> Answer:
+    async def create_document(self) -> Response:
         return await self.member.post(f"/workspaces/{self.workspace}/documents", {"path": "c.txt", "content": TEXT})
 
-    async def rename_document(self) -> Answer:
+    async def rename_document(self) -> Response:
         return await self.member.patch(f"/documents/{self.documents[0]}", {"path": "b.txt"})
 
-    async def rename_other_document(self) -> Answer:
+    async def rename_other_document(self) -> Response:
         return await self.member.patch(f"/documents/{self.documents[1]}", {"path": "a.txt"})
 
-    async def delete_document(self) -> Answer:
+    async def delete_document(self) -> Response:
         return await self.member.delete(f"/documents/{self.documents[0]}")
 
-    async def write_document(self) -> Answer:
+    async def write_document(self) -> Response:
         path, options = f"/documents/{self.documents[0]}/content", {"data": "two", "headers": {"If-Match": "*"}}
         return await self.member.put(path, **options)
 
-    async def restore_document(self) -> Answer:
+    async def restore_document(self) -> Response:
         return await self.member.post(f"/documents/{self.documents[0]}/restore", {"version": 1})
 
-    async def edit(self) -> Answer:
+    async def edit(self) -> Response:
         """Edit both documents at once; return the status that REST would have."""
         socket, update = self.sockets.pop(), b64encode(updates.first("x")).decode()
         try:
@@ -128,88 +128,88 @@ class World:
                 await socket.send("document:update", {"documentId": str(document), "update": update}, id=str(document))
             return await self._edited(socket)
         except Closed:  # the project is deleted
-            return Answer(404, {}, {})
+            return Response(404, {}, {})
         finally:
             await socket.close()
 
-    async def rename_owner(self) -> Answer:
+    async def rename_owner(self) -> Response:
         return await self.owner.patch("/auth/profile", {"name": "Another"})
 
-    async def rename_member(self) -> Answer:
+    async def rename_member(self) -> Response:
         return await self.member.patch("/auth/profile", {"name": "Another"})
 
-    async def delete_owner(self) -> Answer:
+    async def delete_owner(self) -> Response:
         return await self.owner.delete("/auth/profile", {"password": PASSWORD})
 
-    async def delete_member(self) -> Answer:
+    async def delete_member(self) -> Response:
         return await self.member.delete("/auth/profile", {"password": PASSWORD})
 
-    async def delete_invited(self) -> Answer:
+    async def delete_invited(self) -> Response:
         return await self.invited.delete("/auth/profile", {"password": PASSWORD})
 
-    async def log_in_as_member(self) -> Answer:
+    async def log_in_as_member(self) -> Response:
         return await self.member.post("/auth/login", {"email": self.member.email, "password": PASSWORD})
 
-    async def refresh_member(self) -> Answer:
+    async def refresh_member(self) -> Response:
         return await self.member.post("/auth/refresh", {"refreshToken": self.member.refresh_token})
 
-    async def change_password_of_member(self) -> Answer:
+    async def change_password_of_member(self) -> Response:
         body = {"currentPassword": PASSWORD, "newPassword": PASSWORD + "2"}
         return await self.member.post("/auth/password", body)
 
-    async def end_other_sessions_of_member(self) -> Answer:
+    async def end_other_sessions_of_member(self) -> Response:
         return await self.member.delete("/auth/sessions")
 
-    async def log_out_member(self) -> Answer:
+    async def log_out_member(self) -> Response:
         return await self.member.post("/auth/logout", {"refreshToken": self.member.refresh_token})
 
-    async def _edited(self, socket: Socket) -> Answer:
-        pending, answer = set(map(str, self.documents)), Answer(200, {}, {})
+    async def _edited(self, socket: SocketClient) -> Response:
+        pending, answer = set(map(str, self.documents)), Response(200, {}, {})
         while pending:
             frame = await socket.next()
             pending.discard(frame.get("id"))
             if frame["event"] == "error":
-                answer = Answer(503 if frame["data"]["code"] == "unavailable" else 409, frame["data"], {})
+                answer = Response(503 if frame["data"]["code"] == "unavailable" else 409, frame["data"], {})
         return answer
 
 
-Move = Callable[[World], Awaitable[Answer]]
-ON_A_PROJECT: tuple[Move, ...] = (
-    World.rename_project,
-    World.delete_project,
-    World.transfer,
-    World.add_collaborator,
-    World.invite,
-    World.change_role,
-    World.remove_collaborator,
-    World.leave,
-    World.withdraw_invitation,
-    World.accept_invitation,
-    World.register_with_invitation,
-    World.create_workspace,
-    World.rename_workspace,
-    World.delete_workspace,
-    World.create_document,
-    World.rename_document,
-    World.rename_other_document,
-    World.delete_document,
-    World.write_document,
-    World.restore_document,
-    World.edit,
-    World.rename_owner,
-    World.rename_member,
-    World.delete_owner,
-    World.delete_member,
-    World.delete_invited,
+Write = Callable[[RaceScenario], Awaitable[Response]]
+PROJECT_WRITES: tuple[Write, ...] = (
+    RaceScenario.rename_project,
+    RaceScenario.delete_project,
+    RaceScenario.transfer,
+    RaceScenario.add_collaborator,
+    RaceScenario.invite,
+    RaceScenario.change_role,
+    RaceScenario.remove_collaborator,
+    RaceScenario.leave,
+    RaceScenario.withdraw_invitation,
+    RaceScenario.accept_invitation,
+    RaceScenario.register_with_invitation,
+    RaceScenario.create_workspace,
+    RaceScenario.rename_workspace,
+    RaceScenario.delete_workspace,
+    RaceScenario.create_document,
+    RaceScenario.rename_document,
+    RaceScenario.rename_other_document,
+    RaceScenario.delete_document,
+    RaceScenario.write_document,
+    RaceScenario.restore_document,
+    RaceScenario.edit,
+    RaceScenario.rename_owner,
+    RaceScenario.rename_member,
+    RaceScenario.delete_owner,
+    RaceScenario.delete_member,
+    RaceScenario.delete_invited,
 )
-ON_AN_ACCOUNT: tuple[Move, ...] = (
-    World.rename_member,
-    World.delete_member,
-    World.log_in_as_member,
-    World.refresh_member,
-    World.change_password_of_member,
-    World.end_other_sessions_of_member,
-    World.log_out_member,
+ACCOUNT_WRITES: tuple[Write, ...] = (
+    RaceScenario.rename_member,
+    RaceScenario.delete_member,
+    RaceScenario.log_in_as_member,
+    RaceScenario.refresh_member,
+    RaceScenario.change_password_of_member,
+    RaceScenario.end_other_sessions_of_member,
+    RaceScenario.log_out_member,
 )
 
 
@@ -217,26 +217,26 @@ def invitation_token(actor: Actor) -> str:
     return f"invitation-for-{actor.email}"
 
 
-class Worlds:
+class ScenarioFactory:
     """A factory of scenarios whose users are signed in at one server."""
 
     def __init__(
         self, db: asyncpg.Connection, settings: Settings, http: aiohttp.ClientSession, base: str, password_hash: str
     ) -> None:
         self._db, self._http, self._base, self._password_hash = db, http, base, password_hash
-        self._access_keys = tokens.Keys.of(settings.jwt_secret)
-        self._refresh_keys = tokens.Keys.of(settings.jwt_refresh_secret)
+        self._access_keys = tokens.KeyRing.from_secrets(settings.jwt_secret)
+        self._refresh_keys = tokens.KeyRing.from_secrets(settings.jwt_refresh_secret)
         self._ttl = settings.access_token_ttl
 
     @classmethod
     async def at(
         cls, base: str, *, db: asyncpg.Connection, settings: Settings, http: aiohttp.ClientSession
-    ) -> "Worlds":
+    ) -> "ScenarioFactory":
         return cls(db, settings, http, base, await Hasher(rounds=4).hash(PASSWORD))
 
-    async def make(self) -> World:
+    async def make(self) -> RaceScenario:
         actors = {name: Actor(self._http, self._base, name) for name in (*NAMES, "Newcomer")}
-        world = World(*actors.values())
+        world = RaceScenario(*actors.values())
         async with self._db.transaction():
             await self._sign_up([actors[name] for name in NAMES])
             await self._found(world)
@@ -268,11 +268,11 @@ class Worlds:
             [actor.email for actor in actors],
             [actor.name for actor in actors],
             sessions,
-            [tokens.fingerprints(actor.refresh_token, self._refresh_keys)[0] for actor in actors],
+            [tokens.keyed_hashes(actor.refresh_token, self._refresh_keys)[0] for actor in actors],
             self._password_hash,
         )
 
-    async def _found(self, world: World) -> None:
+    async def _found(self, world: RaceScenario) -> None:
         await self._db.execute("INSERT INTO projects (id, name) VALUES ($1, 'Engine')", world.project)
         await self._db.execute(
             """
@@ -304,7 +304,7 @@ class Worlds:
             world.owner.id,
         )
 
-    async def _write_documents(self, world: World) -> None:
+    async def _write_documents(self, world: RaceScenario) -> None:
         await self._db.execute(
             "INSERT INTO workspaces (id, project_id, name) VALUES ($1, $2, 'Numbers')", world.workspace, world.project
         )

@@ -26,9 +26,9 @@ from server.postgres import Database, Executor
 from server.projects import invitations_store
 from server.settings import Settings
 from tests.conftest import MakeServer
-from tests.field.races import ON_A_PROJECT, ON_AN_ACCOUNT, Move, World, Worlds
-from tests.patience import PATIENCE_SECONDS
+from tests.field.races import ACCOUNT_WRITES, PROJECT_WRITES, RaceScenario, ScenarioFactory, Write
 from tests.test_sql import STORES
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 FULL_RACES = 200  # of each pair
 AT_ONCE = 8
@@ -51,20 +51,22 @@ async def pool(database_url: str) -> AsyncIterator[Database]:
 
 
 @pytest.fixture
-async def worlds(db: asyncpg.Connection, settings: Settings, http: aiohttp.ClientSession, server: str) -> Worlds:
-    return await Worlds.at(server, db=db, settings=settings, http=http)
+async def worlds(
+    db: asyncpg.Connection, settings: Settings, http: aiohttp.ClientSession, server: str
+) -> ScenarioFactory:
+    return await ScenarioFactory.at(server, db=db, settings=settings, http=http)
 
 
 @pytest.mark.timeout(4 * 3600)  # the full form takes 40 minutes on an idle core
-@pytest.mark.parametrize("moves", [ON_A_PROJECT, ON_AN_ACCOUNT], ids=["on_a_project", "on_an_account"])
+@pytest.mark.parametrize("moves", [PROJECT_WRITES, ACCOUNT_WRITES], ids=["on_a_project", "on_an_account"])
 async def test_two_concurrent_writes_never_fail_as_an_outage(
-    moves: tuple[Move, ...], worlds: Worlds, full: bool
+    moves: tuple[Write, ...], worlds: ScenarioFactory, full: bool
 ) -> None:
     pairs = [*itertools.combinations_with_replacement(moves, 2)] * (FULL_RACES if full else 1)
     slots, creation = asyncio.Semaphore(AT_ONCE), asyncio.Lock()
     failures: Counter[str] = Counter()
 
-    async def race(pair: tuple[Move, Move]) -> None:
+    async def race(pair: tuple[Write, Write]) -> None:
         async with slots:
             async with creation:
                 world = await worlds.make()
@@ -78,19 +80,26 @@ async def test_two_concurrent_writes_never_fail_as_an_outage(
     with capture_logs() as logged:
         await asyncio.gather(*map(race, pairs))
     assert not failures
-    assert not [entry for entry in logged if entry["event"] == "concurrent writes collided"], "hidden by the retry"
+    assert not [entry for entry in logged if entry["event"] == "write conflict, transaction retried"], (
+        "hidden by the retry"
+    )
 
 
 # The lock order
 
-WITHOUT_PROJECT_LOCK = {World.edit, World.write_document, World.restore_document, World.delete_invited}
+WITHOUT_PROJECT_LOCK = {
+    RaceScenario.edit,
+    RaceScenario.write_document,
+    RaceScenario.restore_document,
+    RaceScenario.delete_invited,
+}
 WEAK_LOCK_WRITES = {  # KEY SHARE is enough, because the response for the project does not include their rows
-    World.invite,
-    World.withdraw_invitation,
-    World.create_document,
-    World.delete_document,
-    World.rename_document,
-    World.rename_other_document,
+    RaceScenario.invite,
+    RaceScenario.withdraw_invitation,
+    RaceScenario.create_document,
+    RaceScenario.delete_document,
+    RaceScenario.rename_document,
+    RaceScenario.rename_other_document,
 }
 PROJECT_ROWS = {
     "members": "SELECT FROM members WHERE project_id = $1",
@@ -113,7 +122,7 @@ class LockedRow:
         waiting = (
             "SELECT true FROM pg_locks WHERE NOT granted AND pg_backend_pid() = ANY (pg_blocking_pids(pid)) LIMIT 1"
         )
-        async with asyncio.timeout(PATIENCE_SECONDS):
+        async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
             while not await self.holder.fetchval(waiting):
                 assert not work.done(), f"it did not wait: {work.result()}"
                 await asyncio.sleep(0.005)
@@ -148,9 +157,11 @@ async def hold(database_url: str) -> LockRow:
 
 
 @pytest.mark.parametrize(
-    "move", [move for move in ON_A_PROJECT if move not in WITHOUT_PROJECT_LOCK], ids=lambda move: move.__name__
+    "move", [move for move in PROJECT_WRITES if move not in WITHOUT_PROJECT_LOCK], ids=lambda move: move.__name__
 )
-async def test_a_write_locks_the_project_before_anything_in_it(move: Move, worlds: Worlds, hold: LockRow) -> None:
+async def test_a_write_locks_the_project_before_anything_in_it(
+    move: Write, worlds: ScenarioFactory, hold: LockRow
+) -> None:
     """It takes the strongest lock that it needs at once.
 
     Otherwise two writes that upgrade their locks, and a deletion that waits for both, would deadlock.
@@ -169,8 +180,12 @@ async def test_a_write_locks_the_project_before_anything_in_it(move: Move, world
     assert (await writing).status < 500
 
 
-@pytest.mark.parametrize("move", [World.edit, World.write_document, World.restore_document], ids=lambda m: m.__name__)
-async def test_a_commit_of_an_edit_does_not_wait_for_the_project(move: Move, worlds: Worlds, hold: LockRow) -> None:
+@pytest.mark.parametrize(
+    "move", [RaceScenario.edit, RaceScenario.write_document, RaceScenario.restore_document], ids=lambda m: m.__name__
+)
+async def test_a_commit_of_an_edit_does_not_wait_for_the_project(
+    move: Write, worlds: ScenarioFactory, hold: LockRow
+) -> None:
     world = await worlds.make()
     await world.prepare([move])
     async with hold("projects", world.project):
@@ -178,17 +193,19 @@ async def test_a_commit_of_an_edit_does_not_wait_for_the_project(move: Move, wor
 
 
 @pytest.mark.parametrize(
-    "move", [World.delete_workspace, World.delete_project, World.delete_owner], ids=lambda move: move.__name__
+    "move",
+    [RaceScenario.delete_workspace, RaceScenario.delete_project, RaceScenario.delete_owner],
+    ids=lambda move: move.__name__,
 )
 async def test_a_deletion_locks_documents_in_the_order_of_edits(
-    move: Move, worlds: Worlds, hold: LockRow, db: asyncpg.Connection
+    move: Write, worlds: ScenarioFactory, hold: LockRow, db: asyncpg.Connection
 ) -> None:
     world, other = await worlds.make(), await worlds.make()
     # The owner is now the only member of both projects, and may delete the account.
-    actor = world.member if move is World.delete_workspace else world.owner
+    actor = world.member if move is RaceScenario.delete_workspace else world.owner
     await db.execute("DELETE FROM members WHERE role <> 'OWNER' AND user_id <> $1", actor.id)
     await db.execute("UPDATE members SET user_id = $1 WHERE project_id = $2", world.owner.id, other.project)
-    documents = sorted(world.documents + (other.documents if move is World.delete_owner else []))
+    documents = sorted(world.documents + (other.documents if move is RaceScenario.delete_owner else []))
     async with hold("documents", documents[0]) as row:
         deleting = asyncio.ensure_future(move(world))
         await row.waited_for(deleting)
@@ -196,17 +213,20 @@ async def test_a_deletion_locks_documents_in_the_order_of_edits(
     assert (await deleting).status == 204
 
 
-async def test_renames_that_swap_two_paths_do_not_wait_for_each_other(worlds: Worlds, hold: LockRow) -> None:
+async def test_renames_that_swap_two_paths_do_not_wait_for_each_other(worlds: ScenarioFactory, hold: LockRow) -> None:
     world = await worlds.make()
     async with hold("workspaces", world.workspace) as row:
-        renames = [asyncio.ensure_future(move(world)) for move in (World.rename_document, World.rename_other_document)]
+        renames = [
+            asyncio.ensure_future(move(world))
+            for move in (RaceScenario.rename_document, RaceScenario.rename_other_document)
+        ]
         for rename in renames:
             await row.waited_for(rename)
         assert await row.locked(DOCUMENT_ROWS, world.documents) == 0
     assert [(await rename).status for rename in renames] == [409, 409]
 
 
-async def test_a_refresh_locks_its_session_before_its_token(worlds: Worlds, hold: LockRow) -> None:
+async def test_a_refresh_locks_its_session_before_its_token(worlds: ScenarioFactory, hold: LockRow) -> None:
     """The deletion of an account takes the locks in the same order."""
     world = await worlds.make()
     async with hold("sessions", UUID(world.member.id), column="user_id") as row:
@@ -217,7 +237,9 @@ async def test_a_refresh_locks_its_session_before_its_token(worlds: Worlds, hold
     assert (await refreshing).status == 200
 
 
-async def test_a_log_is_shortened_after_its_document_is_locked(worlds: Worlds, hold: LockRow, pool: Database) -> None:
+async def test_a_log_is_shortened_after_its_document_is_locked(
+    worlds: ScenarioFactory, hold: LockRow, pool: Database
+) -> None:
     """The deletion of a document takes the locks in the same order."""
     world = await worlds.make()
     document = world.documents[0]
@@ -231,16 +253,16 @@ async def test_a_log_is_shortened_after_its_document_is_locked(worlds: Worlds, h
 
 
 async def test_housekeeping_skips_locked_rows(
-    worlds: Worlds, hold: LockRow, pool: Database, db: asyncpg.Connection
+    worlds: ScenarioFactory, hold: LockRow, pool: Database, db: asyncpg.Connection
 ) -> None:
     world = await worlds.make()
     users = [UUID(actor.id) for actor in (world.member, world.owner)]
     await db.execute("UPDATE invitations SET expires_at = '2020-01-01' WHERE project_id = $1", world.project)
     await db.execute("UPDATE sessions SET expires_at = '2020-01-01' WHERE user_id = ANY ($1)", users)
     async with hold("invitations", world.invitation):
-        assert await invitations_store.forget(pool, keep_days=30, most=1000) >= 1
+        assert await invitations_store.delete_expired_invitations(pool, retention_days=30, limit=1000) >= 1
     async with hold("sessions", users[0], column="user_id"):
-        while await auth_store.forget_old_sessions(pool, keep_days=7):
+        while await auth_store.delete_expired_sessions(pool, retention_days=7):
             pass
     assert await db.fetchval("SELECT count(*) FROM invitations WHERE project_id = $1", world.project) == 1
     assert await db.fetchval("SELECT count(*) FROM sessions WHERE user_id = ANY ($1)", users) == 1
@@ -256,13 +278,13 @@ PROJECT_LOCK = re.compile(
 TABLES_WITH_PROJECT_TRIGGER = {"members", "workspaces"}  # their triggers update the project
 EXCEPTIONS = {
     "create_workspace": "its rows are new; a trigger locks the project before the foreign key does",
-    "step_up": "runs in the transaction of step_down, which has locked the project",
-    "forget": "skips locked rows",
+    "promote_to_owner": "runs in the transaction of demote_owner, which has locked the project",
+    "delete_expired_invitations": "skips locked rows",
     "append": "locks documents only, in the order of their ids",
     "append_named": "locks one document only",
     "correct_size": "locks one document only",
     "keep_snapshot": "locks one document only",
-    "give_key": "locks one invitation only",
+    "set_email_key": "locks one invitation only",
     "name_pauses": "locks documents only, and skips locked rows",
 }
 
@@ -329,7 +351,7 @@ class ConflictingSession:
     """A session that locks rows in another order; PostgreSQL cancels the server's side of a deadlock."""
 
     connection: asyncpg.Connection
-    world: World
+    world: RaceScenario
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -337,7 +359,7 @@ class ConflictingSession:
         cls, url: str, server: str, settings: Settings, http: aiohttp.ClientSession
     ) -> AsyncIterator["ConflictingSession"]:
         connection = await asyncpg.connect(url, server_settings={"deadlock_timeout": "1min"})
-        world = await (await Worlds.at(server, db=connection, settings=settings, http=http)).make()
+        world = await (await ScenarioFactory.at(server, db=connection, settings=settings, http=http)).make()
         yield cls(connection, world)
         await connection.close()
 
@@ -346,12 +368,12 @@ class ConflictingSession:
     ("move", "first", "then"),
     [
         (
-            World.rename_owner,
+            RaceScenario.rename_owner,
             "SELECT FROM projects WHERE id = $1 FOR UPDATE",
             "SELECT FROM users WHERE id IN (SELECT user_id FROM members WHERE project_id = $1) FOR UPDATE",
         ),
         (
-            World.transfer,
+            RaceScenario.transfer,
             "SELECT FROM members WHERE project_id = $1 AND role <> 'OWNER' FOR UPDATE",
             "SELECT FROM projects WHERE id = $1 FOR UPDATE",
         ),
@@ -359,16 +381,16 @@ class ConflictingSession:
     ids=["a_statement", "a_transaction"],
 )
 async def test_a_server_retries_a_write_after_a_deadlock_with_another_session(
-    move: Move,
+    move: Write,
     first: str,
     then: str,
     fast_deadlock_url: str,
     make_server: MakeServer,
-    quiet: dict[str, str],
+    isolated_stores: dict[str, str],
     settings: Settings,
     http: aiohttp.ClientSession,
 ) -> None:
-    server = await make_server(database_url=fast_deadlock_url, **quiet)
+    server = await make_server(database_url=fast_deadlock_url, **isolated_stores)
     async with ConflictingSession.at(fast_deadlock_url, server, settings, http) as conflicting:
         async with conflicting.connection.transaction():
             await conflicting.connection.execute(first, conflicting.world.project)
@@ -407,8 +429,8 @@ async def test_a_transaction_that_collides_is_retried_once_from_its_start(pool: 
 # A slow store
 
 
-@pytest.mark.hurried("database_url")
-async def test_a_slow_write_is_not_reported_as_an_outage(worlds: Worlds, hold: LockRow) -> None:
+@pytest.mark.real_timeouts("database_url")
+async def test_a_slow_write_is_not_reported_as_an_outage(worlds: ScenarioFactory, hold: LockRow) -> None:
     """Neither a slow statement nor a slow transaction is reported as an outage."""
     world = await worlds.make()
     async with hold("projects", world.project):

@@ -9,12 +9,12 @@ import limits
 import pytest
 
 from server.app import swagger_document
-from server.rest.pages import cursor_of
-from tests.actors import Actor, Answer
+from server.rest.pagination import encode_cursor
+from tests.actors import Actor, Response
 from tests.conftest import MakeActor, MakeServer
 from tests.documents.editors import make_document
-from tests.jobs.asking import program
-from tests.patience import PATIENCE_SECONDS
+from tests.jobs.requests import program_job
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 LATER = "2100-01-01T00:00:00Z"
 
@@ -24,7 +24,7 @@ async def tag_of(actor: Actor, path: str) -> str:
     return tag
 
 
-async def put(actor: Actor, document: str, text: str, **conditions: str) -> Answer:
+async def put(actor: Actor, document: str, text: str, **conditions: str) -> Response:
     headers = {"Content-Type": "text/plain"} | {name.replace("_", "-"): value for name, value in conditions.items()}
     return await actor.put(f"/documents/{document}/content", data=io.BytesIO(text.encode()), headers=headers)
 
@@ -122,7 +122,7 @@ async def test_a_restore_overwrote_a_version_that_its_if_match_did_not_name(alic
     old_tags = [await tag_of(alice, f"/documents/{document}{part}") for part in ("/content", "")]
     assert (await put(alice, document, "second", If_Match="*")).status == 200
 
-    async def restore(**conditions: str) -> Answer:
+    async def restore(**conditions: str) -> Response:
         headers = {name.replace("_", "-"): value for name, value in conditions.items()}
         return await alice.post(f"/documents/{document}/restore", {"version": 1}, headers=headers)
 
@@ -187,7 +187,7 @@ async def answer_to(server: str, *parts: bytes) -> tuple[int, bytes]:
     for part in parts:
         writer.write(part)
         await asyncio.sleep(0.01)
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
         head, _, body = (await reader.read()).partition(b"\r\n\r\n")
     writer.close()
     return int(head.split()[1]), body
@@ -207,7 +207,7 @@ async def answer_to(server: str, *parts: bytes) -> tuple[int, bytes]:
 async def test_an_oversized_head_was_reported_as_a_malformed_request(
     server: str, parts: list[bytes], status: int, code: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.rest.runner.LINGER_SECONDS", PATIENCE_SECONDS)
+    monkeypatch.setattr("server.rest.runner.LINGER_TIMEOUT_SECONDS", WAIT_TIMEOUT_SECONDS)
     got, body = await answer_to(server, *parts)
     assert got == status
     assert b'"code":"' + code in body
@@ -293,7 +293,7 @@ INVALID_NUMBERS = ("1_0", "+1", " 1", "1 ", "-1", "\u0663", "1e1", "1.0", "0x1",
 async def test_numbers_in_queries_were_read_as_python_reads_them(alice: Actor) -> None:
     project = await alice.make_project()
     workspace = await alice.make_workspace(project)
-    job = (await alice.post("/jobs", {**program(), "runAt": LATER}))["job"]["id"]
+    job = (await alice.post("/jobs", {**program_job(), "runAt": LATER}))["job"]["id"]
     for path, name in (
         ("/projects", "limit"),
         (f"/projects/{project}/activity", "limit"),
@@ -315,7 +315,7 @@ async def test_numbers_in_queries_were_read_as_python_reads_them(alice: Actor) -
 
 @pytest.mark.parametrize("key", ["1_0", "+1", " 1", "\u0661", "9223372036854775808"])
 async def test_a_cursor_with_such_a_number_was_accepted(alice: Actor, key: str) -> None:
-    cursor = cursor_of(key, of="activity")
+    cursor = encode_cursor(key, list_name="activity")
     refused = await alice.get(f"/projects/{await alice.make_project()}/activity", params={"cursor": cursor})
     assert (refused.status, refused["details"][0]["field"]) == (422, "cursor")
 
@@ -360,9 +360,9 @@ async def test_jobs_of_a_workspace_could_not_be_listed(alice: Actor, bob: Actor,
     project = await alice.make_project(bob)
     here, there = await alice.make_workspace(project), await alice.make_workspace(project)
     place = {"workspaceId": here, "runAt": LATER}
-    jobs = [(await actor.post("/jobs", {**program(), **place}))["job"]["id"] for actor in (alice, bob, alice)]
-    other = (await alice.post("/jobs", {**program(), "workspaceId": there, "runAt": LATER}))["job"]["id"]
-    await alice.post("/jobs", {**program(), "runAt": LATER})
+    jobs = [(await actor.post("/jobs", {**program_job(), **place}))["job"]["id"] for actor in (alice, bob, alice)]
+    other = (await alice.post("/jobs", {**program_job(), "workspaceId": there, "runAt": LATER}))["job"]["id"]
+    await alice.post("/jobs", {**program_job(), "runAt": LATER})
 
     async def listed(query: str) -> list[str]:
         return [job["id"] for job in (await bob.get(f"/jobs?{query}"))["items"]]
@@ -381,7 +381,7 @@ async def test_a_job_with_a_run_time_in_the_past_runs_at_once_and_the_openapi_do
     run_at = swagger_document()["definitions"]["NewJob"]["properties"]["runAt"]
     assert "in the past" in run_at["description"]
     before = (await alice.get("/jobs/stats"))["queue"]
-    created = await alice.post("/jobs", {**program(), "runAt": "2001-01-01T00:00:00Z"})
+    created = await alice.post("/jobs", {**program_job(), "runAt": "2001-01-01T00:00:00Z"})
     assert (created.status, created["job"]["runAt"]) == (201, "2001-01-01T00:00:00.000Z")
     after = (await alice.get("/jobs/stats"))["queue"]
     assert (after["queued"], after["scheduled"]) == (before["queued"] + 1, before["scheduled"])

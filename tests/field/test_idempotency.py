@@ -13,12 +13,12 @@ from aiohttp import web
 
 from server import postgres
 from server.app import API, swagger_document
-from server.rest.idempotency import forget_old
+from server.rest.idempotency import delete_expired_keys
 from server.rest.marks import idempotency_of
-from tests.actors import Actor, Answer
-from tests.auth.test_accounts import until_blocked
-from tests.conftest import UNHURRIED_SECONDS, MakeActor, MakeServer
-from tests.jobs.asking import program
+from tests.actors import Actor, Response
+from tests.auth.test_accounts import wait_until_blocked
+from tests.conftest import RELAXED_TIMEOUT_SECONDS, MakeActor, MakeServer
+from tests.jobs.requests import program_job
 from tests.processes import Processes
 
 KEY = "order-1815"
@@ -30,10 +30,10 @@ class CreateEndpoint:
     def __init__(self, path: str, body: dict[str, Any], count: Callable[[Actor], Awaitable[int]]) -> None:
         self.path, self.body, self.count = path, body, count
 
-    async def post(self, actor: Actor, key: str = KEY, **change: Any) -> Answer:
+    async def post(self, actor: Actor, key: str = KEY, **change: Any) -> Response:
         return await actor.post(self.path, self.body | change, headers={"Idempotency-Key": key})
 
-    async def post_until_acknowledged(self, actor: Actor, key: str = KEY) -> Answer:
+    async def post_until_acknowledged(self, actor: Actor, key: str = KEY) -> Response:
         """Post until the response is neither 503 nor "in progress", as clients do."""
         while (answer := await self.post(actor, key)).body.get("code") in ("unavailable", "idempotency_in_progress"):
             await asyncio.sleep(0.1)
@@ -54,7 +54,7 @@ async def endpoint_for(kind: str, alice: Actor, bob: Actor) -> CreateEndpoint:
     if kind == "project":
         return CreateEndpoint("/projects", {"name": "Engine"}, count_items("/projects"))
     if kind == "job":
-        return CreateEndpoint("/jobs", {**program(), "runAt": "2100-01-01T00:00:00Z"}, count_items("/jobs"))
+        return CreateEndpoint("/jobs", {**program_job(), "runAt": "2100-01-01T00:00:00Z"}, count_items("/jobs"))
     project = await alice.make_project()
     if kind == "workspace":
         return CreateEndpoint(
@@ -161,7 +161,7 @@ async def test_an_invalid_key_is_refused(alice: Actor, bob: Actor, key: str) -> 
         assert (refused.status, refused.code) == (422, "validation_failed"), kind
         assert refused["details"][0]["field"] == "Idempotency-Key"
         assert await endpoint.count(alice) == 0
-    refused = await alice.post("/jobs", {**program(), "idempotencyKey": key})
+    refused = await alice.post("/jobs", {**program_job(), "idempotencyKey": key})
     assert (refused.status, refused["details"][0]["field"]) == (422, "idempotencyKey")
 
 
@@ -197,7 +197,7 @@ async def test_fifty_posts_with_one_key_through_two_servers_have_one_effect(
         check_answers(kind, answers)
 
 
-def check_answers(kind: str, answers: list[Answer]) -> None:
+def check_answers(kind: str, answers: list[Response]) -> None:
     """Check that at most one response is the first, and that all others replay it."""
     first = [answer for answer in answers if answer.status == 201 and "Idempotent-Replayed" not in answer.headers]
     replays = [answer for answer in answers if answer not in first]
@@ -228,9 +228,9 @@ async def test_a_repeat_waits_for_the_first_request_and_gets_its_response(
     endpoint, there = await endpoint_for("project", alice, bob), alice.at(await make_server())
     async with locked_user(database_url, alice):
         requests = [asyncio.ensure_future(endpoint.post(alice))]
-        await until_blocked(database_url, statements=1)
+        await wait_until_blocked(database_url, statements=1)
         requests.append(asyncio.ensure_future(endpoint.post(there)))
-        await until_blocked(database_url, statements=2)
+        await wait_until_blocked(database_url, statements=2)
     first, repeated = await asyncio.gather(*requests)
     assert (first.status, repeated.status, repeated.body) == (201, 201, first.body)
     assert repeated.headers["Idempotent-Replayed"] == "true"
@@ -239,7 +239,7 @@ async def test_a_repeat_waits_for_the_first_request_and_gets_its_response(
 async def test_a_repeat_of_a_request_that_takes_too_long_is_refused_as_in_progress(
     alice: Actor, bob: Actor, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.rest.idempotency.ANSWER_SECONDS", UNHURRIED_SECONDS - 0.5)
+    monkeypatch.setattr("server.rest.idempotency.RESPONSE_RESERVE_SECONDS", RELAXED_TIMEOUT_SECONDS - 0.5)
     endpoint = await endpoint_for("project", alice, bob)
     claimed = "INSERT INTO idempotency_keys (user_id, route, key, body_hash) VALUES ($1::text::uuid, $2, $3, '')"
     connection = await asyncpg.connect(database_url)
@@ -276,8 +276,9 @@ async def test_a_request_whose_response_cannot_be_stored_has_no_effect(
 
 KILL = "__import__('os').kill(__import__('os').getpid(), 9)"
 MOMENTS = {
-    "before the commit": f"server.rest.idempotency._bytes=lambda answer: {KILL}",
-    "after the commit": f"server.rest.middlewares._record=lambda request, *_: request.path.endswith('s') and {KILL}",
+    "before the commit": f"server.rest.idempotency._body_bytes=lambda answer: {KILL}",
+    "after the commit": "server.rest.middlewares._record_request="
+    f"lambda request, *_: request.path.endswith('s') and {KILL}",
 }
 
 
@@ -285,7 +286,7 @@ MOMENTS = {
 async def test_a_killed_server_leaves_one_effect_and_its_response(
     processes: Processes, alice: Actor, bob: Actor, moment: str
 ) -> None:
-    killed, endpoint = processes.server(shorter=MOMENTS[moment]), await endpoint_for("project", alice, bob)
+    killed, endpoint = processes.server(override=MOMENTS[moment]), await endpoint_for("project", alice, bob)
     with pytest.raises(aiohttp.ClientError):
         await endpoint.post(alice.at(killed.base))
     killed.wait()
@@ -298,12 +299,12 @@ async def test_a_killed_server_leaves_one_effect_and_its_response(
 async def test_keys_are_stored_for_a_day(alice: Actor, bob: Actor, database_url: str) -> None:
     endpoint = await endpoint_for("project", alice, bob)
     first = await endpoint.post(alice)
-    db = await postgres.connect(database_url, size=2)
+    db = await postgres.connect(database_url, max_size=2)
     try:
         for age, expected in ((timedelta(hours=23), 1), (timedelta(hours=25), 2)):
             age_keys = "UPDATE idempotency_keys SET created_at = now() - $2::interval WHERE user_id = $1::text::uuid"
             await db.execute(age_keys, alice.id, age)
-            await forget_old(db)
+            await delete_expired_keys(db)
             repeated = await endpoint.post(alice)
             assert (repeated["id"] == first["id"]) == (expected == 1)
             assert await endpoint.count(alice) == expected

@@ -21,7 +21,7 @@ import pytest
 from server import backfill, migrations
 from server.auth import passwords
 from server.projects.invitations import token_hash
-from tests.actors import PASSWORD, Actor, Answer
+from tests.actors import PASSWORD, Actor, Response
 from tests.conftest import MakeActor, MakeServer
 from tests.processes import Processes
 
@@ -56,12 +56,12 @@ def random_word() -> str:
     return uuid4().hex[:12]
 
 
-async def register(http: aiohttp.ClientSession, base: str, **body: Any) -> Answer:
+async def register(http: aiohttp.ClientSession, base: str, **body: Any) -> Response:
     newcomer = Actor(http, base, "Newcomer")
     return await newcomer.post("/auth/register", {"email": newcomer.email, "password": PASSWORD, "name": "New"} | body)
 
 
-async def log_in(http: aiohttp.ClientSession, base: str, email: str, password: str = PASSWORD) -> Answer:
+async def log_in(http: aiohttp.ClientSession, base: str, email: str, password: str = PASSWORD) -> Response:
     return await Actor(http, base, "Guest").post("/auth/login", {"email": email, "password": password})
 
 
@@ -72,7 +72,7 @@ async def db(database_url: str) -> AsyncIterator[asyncpg.Connection]:
     await connection.close()
 
 
-def fields_of(refused: Answer) -> set[str]:
+def fields_of(refused: Response) -> set[str]:
     assert (refused.status, refused.code) == (422, "validation_failed"), refused
     return {problem["field"] for problem in refused["details"]}
 
@@ -212,10 +212,10 @@ def old_database_url(empty_database_url: str, tmp_path: Path, monkeypatch: pytes
     """Return a database with the migrations of the previous version only."""
     folder = tmp_path / "migrations"
     folder.mkdir()
-    for path in migrations.FOLDER.glob("000[1-6].*"):
+    for path in migrations.MIGRATIONS_DIR.glob("000[1-6].*"):
         shutil.copy(path, folder)
     with monkeypatch.context() as before:
-        before.setattr(migrations, "FOLDER", folder)
+        before.setattr(migrations, "MIGRATIONS_DIR", folder)
         migrations.apply(empty_database_url)
     return empty_database_url
 
@@ -225,7 +225,7 @@ OLD_HASH_ROUNDS = 4
 
 def old_hash(password: str) -> str:
     """Return the hash of a password as an older version made it: without normalization."""
-    digest = base64.b64encode(hmac.digest(passwords.LABEL, password.encode(), hashlib.sha256))
+    digest = base64.b64encode(hmac.digest(passwords.HMAC_LABEL, password.encode(), hashlib.sha256))
     return bcrypt.hashpw(digest, bcrypt.gensalt(OLD_HASH_ROUNDS)).decode()
 
 
@@ -407,7 +407,7 @@ async def test_the_next_upgrade_gives_the_key_of_a_deleted_account_to_its_twin(
 # Names
 
 
-async def set_name(actor: Actor, kind: str, name: str) -> Answer:
+async def set_name(actor: Actor, kind: str, name: str) -> Response:
     if kind == "user":
         return await actor.patch("/auth/profile", {"name": name})
     if kind == "registration":

@@ -22,25 +22,25 @@ from server.devstack.stack import Stack, free_port
 from server.jobs import dashboard
 from server.jobs.types import JOB_TYPES
 from server.settings import StackSettings
-from tests.conftest import MakeActor, MakeServer, environment
+from tests.conftest import MakeActor, MakeServer, environment_of
 from tests.deploy.test_nginx import Nginx, needs_nginx, nginx
 from tests.ipv6 import needs_ipv6
-from tests.jobs.asking import ask, program
+from tests.jobs.requests import program_job, submit_job
 from tests.observability.test_observability import rules
 from tests.ops.test_metrics import scrape
-from tests.patience import PATIENCE_SECONDS
 from tests.processes import ROOT, Process, Processes
 from tests.rest.test_try_it_out import Browser, browser
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 __all__ = ["browser", "nginx"]  # fixtures
 
 
 @pytest.mark.parametrize("arguments", [("worker",), ("server",), ("worker", "--processes", "2")], ids=" ".join)
 async def test_ctrl_c_on_an_idle_process_logs_no_warning(
-    processes: Processes, quiet: dict[str, str], arguments: tuple[str, ...]
+    processes: Processes, isolated_stores: dict[str, str], arguments: tuple[str, ...]
 ) -> None:
-    process = processes.command(*arguments, **environment(quiet))
-    process.until(f"{arguments[0]} ready")
+    process = processes.command(*arguments, **environment_of(isolated_stores))
+    process.wait_for_output(f"{arguments[0]} ready")
     await asyncio.sleep(1.2)  # the timers of a worker have run once, and sleep
     assert await asyncio.to_thread(process.terminate, number=signal.SIGINT) == 0
     assert [line for line in process.output.splitlines() if '"level":"info"' not in line] == []
@@ -50,14 +50,14 @@ async def test_ctrl_c_on_an_idle_process_logs_no_warning(
 
 
 def test_a_worker_without_bubblewrap_logs_its_sandbox_and_how_to_improve_it_in_one_line(
-    processes: Processes, quiet: dict[str, str]
+    processes: Processes, isolated_stores: dict[str, str]
 ) -> None:
-    missing_bwrap = 'server.jobs.tiers.BWRAP_PROGRAM="/nowhere/bwrap"'
-    worker = processes.worker(**environment(quiet), shorter=missing_bwrap).ready()
+    missing_bwrap = 'server.jobs.tiers.BWRAP_PATH="/nowhere/bwrap"'
+    worker = processes.worker(**environment_of(isolated_stores), override=missing_bwrap).ready()
     assert "FileNotFoundError" not in worker.output
     [line] = [line for line in worker.output.splitlines() if "sandbox" in line and "worker ready" not in line]
     entry = json.loads(line)
-    assert (entry["level"], entry["event"]) == ("info", "sandbox chosen")
+    assert (entry["level"], entry["event"]) == ("info", "sandbox selected")
     assert entry["tier"].startswith("landlock")
     assert entry["better"] == "bwrap: bubblewrap is not installed: apt-get install bubblewrap"
 
@@ -119,7 +119,7 @@ def test_the_printed_join_command_works_in_a_folder_with_a_space(
     settings = StackSettings(data_dir=folder, host="127.0.0.1", port=65535)
     shutil.copy(stack.write_env(host=settings.host, port=settings.port), env_file)
     monkeypatch.setattr(sys, "executable", str(python))
-    monkeypatch.setattr(dev, "RUN", folder / "run.py")
+    monkeypatch.setattr(dev, "RUN_SCRIPT", folder / "run.py")
     [command] = re.findall(r"joins with\n +(.*)\n", dev.summary(settings, stack, env_file))
     joined = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
     assert joined.stdout.splitlines() == ["65534", stack.postgres.url, str(folder / "run.py"), "server"]
@@ -151,9 +151,9 @@ def test_an_occupied_port_on_ipv6_is_reported_with_brackets(processes: Processes
 
 
 async def test_the_metric_of_an_empty_queue_is_0_and_not_absent(
-    http: aiohttp.ClientSession, make_server: MakeServer, quiet: dict[str, str]
+    http: aiohttp.ClientSession, make_server: MakeServer, isolated_stores: dict[str, str]
 ) -> None:
-    samples = await scrape(http, await make_server(**quiet))
+    samples = await scrape(http, await make_server(**isolated_stores))
     for name in ("jobs_unfinished", "jobs_oldest_seconds"):
         values = {series: value for series, value in samples.items() if series.startswith(name + "{")}
         assert len(values) == len(JOB_TYPES) * 4
@@ -161,13 +161,13 @@ async def test_the_metric_of_an_empty_queue_is_0_and_not_absent(
 
 
 async def test_the_autoscaler_counts_3_jobs_as_3_for_any_number_of_processes(
-    http: aiohttp.ClientSession, make_server: MakeServer, make_actor: MakeActor, quiet: dict[str, str]
+    http: aiohttp.ClientSession, make_server: MakeServer, make_actor: MakeActor, isolated_stores: dict[str, str]
 ) -> None:
     """Five more jobs wait for other jobs of the same user; more workers would not start them."""
-    bases = [await make_server(**quiet, jobs_per_user=3) for _ in range(3)]
+    bases = [await make_server(**isolated_stores, jobs_per_user=3) for _ in range(3)]
     ada = await make_actor("Ada", bases[0])
     for _ in range(8):
-        await ask(ada, program("print(1)"))
+        await submit_job(ada, program_job("print(1)"))
     samples = [sample for base in bases for sample in (await scrape(http, base)).items()]
     assert autoscaled(samples) == 3
     limited = [value for series, value in samples if series == 'jobs_unfinished{state="limited",type="CODE_EXECUTION"}']
@@ -214,25 +214,25 @@ def exit_code(command: list[str]) -> int:
 
 
 async def test_a_worker_whose_redis_has_another_port_is_alive_and_one_that_hangs_is_not(
-    processes: Processes, quiet: dict[str, str], http: aiohttp.ClientSession, unused_tcp_port: int
+    processes: Processes, isolated_stores: dict[str, str], http: aiohttp.ClientSession, unused_tcp_port: int
 ) -> None:
-    assert ":6379" not in quiet["redis_url"]
+    assert ":6379" not in isolated_stores["redis_url"]
     probe = probe_of_the_worker(unused_tcp_port)
     assert exit_code(probe) == 1
-    worker = processes.worker(METRICS_PORT=str(unused_tcp_port), **environment(quiet)).ready()
+    worker = processes.worker(METRICS_PORT=str(unused_tcp_port), **environment_of(isolated_stores)).ready()
     assert await asyncio.to_thread(exit_code, probe) == 0
     async with http.get(f"http://127.0.0.1:{unused_tcp_port}/health") as answer:
         assert (await answer.json())["status"] == "ok"
     worker.freeze()
     assert await asyncio.to_thread(exit_code, probe) == 1
-    worker.thaw()
+    worker.unfreeze()
 
 
 async def test_the_health_of_a_worker_is_public_where_its_metrics_are_disabled(
-    processes: Processes, quiet: dict[str, str], http: aiohttp.ClientSession, unused_tcp_port: int
+    processes: Processes, isolated_stores: dict[str, str], http: aiohttp.ClientSession, unused_tcp_port: int
 ) -> None:
     production = {"APP_ENV": "production", "BCRYPT_ROUNDS": "10", "METRICS_PORT": str(unused_tcp_port)}
-    processes.worker(**production, **environment(quiet)).ready()
+    processes.worker(**production, **environment_of(isolated_stores)).ready()
     for path, status in (("/health", 200), ("/metrics", 404)):
         async with http.get(f"http://127.0.0.1:{unused_tcp_port}{path}") as answer:
             assert answer.status == status
@@ -269,7 +269,7 @@ async def test_the_log_of_nginx_contains_the_requested_path_without_its_query(
 
 async def wait_for_match(file: Path, pattern: str) -> re.Match[str]:
     """Wait for a match in a file that a process writes, and return it."""
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
         while not (file.exists() and (match := re.search(pattern, file.read_text()))):
             await asyncio.sleep(0.02)
     return match
@@ -299,7 +299,7 @@ def view_queues(browser: Browser, base: str, job: str) -> None:
     assert browser.address == f"{base}/ops/queues/queues/normal"
     browser.click("[href*='/jobs/'] td")
     browser.until("main hgroup > *", "Job", f"{job}:1")
-    browser.until("hgroup + p", dashboard.READ_ONLY)
+    browser.until("hgroup + p", dashboard.READ_ONLY_MESSAGE)
     assert browser.count("[role=button]") == 0
     browser.click("td a")
     browser.until("main hgroup > *", "Queue", "normal")
@@ -320,8 +320,8 @@ async def test_the_dashboard_is_readable_and_has_no_buttons_without_effect(
     browser: Browser,
     make_server: MakeServer,
     make_actor: MakeActor,
-    quiet: dict[str, str],
+    isolated_stores: dict[str, str],
 ) -> None:
-    base = await make_server(**quiet)
-    job = (await ask(await make_actor("Ada", base)))["id"]
+    base = await make_server(**isolated_stores)
+    job = (await submit_job(await make_actor("Ada", base)))["id"]
     await asyncio.to_thread(view, browser, base, job)

@@ -12,18 +12,18 @@ import asyncpg
 import pytest
 
 from server.documents.paths import MAX_PATH_BYTES
-from tests.actors import Actor, Answer
+from tests.actors import Actor, Response
 from tests.conftest import MakeServer
 from tests.documents.editors import make_document
-from tests.jobs.asking import ask, program
 from tests.jobs.conftest import worker  # noqa: F401 - a fixture
+from tests.jobs.requests import program_job, submit_job
 
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "caf\u00e9/\u1e69.py") for form in ("NFC", "NFD"))
 INVALID_PATHS = ("a\nb", "a\x1bb", "..\\..\\..\\evil.bat", "x" * 256, DECOMPOSED, "src")
 VALID_PATHS = {"main.py": "print(1)", "src/deep/er.py": "print(2)", "src-x": "3", COMPOSED: "4"}
 
 
-async def post(actor: Actor, workspace: str, path: str) -> Answer:
+async def post(actor: Actor, workspace: str, path: str) -> Response:
     return await actor.post(f"/workspaces/{workspace}/documents", {"path": path, "content": path[:9]})
 
 
@@ -144,7 +144,7 @@ async def test_old_paths_stay_readable_and_can_be_renamed(alice: Actor, old_work
 
 
 async def run_to_completion(actor: Actor, body: dict[str, Any]) -> dict[str, Any]:
-    job = await actor.finished_job((await ask(actor, body))["id"])
+    job = await actor.finished_job((await submit_job(actor, body))["id"])
     assert job["status"] == "completed", job
     result: dict[str, Any] = job["result"]
     return result
@@ -167,11 +167,11 @@ print(json.dumps(sorted(os.path.relpath(path, "../files") for path in paths)))
 
 @pytest.mark.usefixtures("worker")
 async def test_a_program_did_not_run_in_a_workspace_with_such_a_path(alice: Actor, old_workspace: str) -> None:
-    result = await run_to_completion(alice, program(WALK, workspaceId=old_workspace))
+    result = await run_to_completion(alice, program_job(WALK, workspaceId=old_workspace))
     assert (result["exitCode"], result["stdout"]) == (0, f"{json.dumps(sorted(VALID_PATHS))}\n")
     assert skipped_paths(result["warnings"]) == ESCAPED_INVALID_PATHS
     assert "control characters" in "".join(result["warnings"])
-    assert (await run_to_completion(alice, program("print(1)")))["warnings"] == []
+    assert (await run_to_completion(alice, program_job("print(1)")))["warnings"] == []
 
 
 @pytest.mark.usefixtures("worker")
@@ -230,6 +230,6 @@ async def test_thousands_of_such_paths_produce_a_short_warning(alice: Actor, dat
         )
     finally:
         await connection.close()
-    warnings = (await run_to_completion(alice, program("print(1)", workspaceId=workspace)))["warnings"]
+    warnings = (await run_to_completion(alice, program_job("print(1)", workspaceId=workspace)))["warnings"]
     assert len(warnings) == 21
     assert warnings[-1] == "Skipped 2481 more files."

@@ -1,7 +1,7 @@
 """Faults of sandboxed programs, and of the worker that runs them, that users saw."""
 
-from tests.conftest import MakeActor, MakeServer, environment
-from tests.jobs.asking import run
+from tests.conftest import MakeActor, MakeServer, environment_of
+from tests.jobs.requests import run_program
 from tests.processes import Processes
 
 FORGE = """
@@ -15,12 +15,12 @@ for number in range(3, 256):
 
 
 async def test_a_program_forged_and_truncated_the_log_of_its_worker(
-    processes: Processes, quiet: dict[str, str], make_server: MakeServer, make_actor: MakeActor
+    processes: Processes, isolated_stores: dict[str, str], make_server: MakeServer, make_actor: MakeActor
 ) -> None:
-    ada = await make_actor("Ada", await make_server(**quiet))
-    worker = processes.worker(**environment(quiet)).ready()
+    ada = await make_actor("Ada", await make_server(**isolated_stores))
+    worker = processes.worker(**environment_of(isolated_stores)).ready()
     log_before = worker.output
-    result = (await run(ada, FORGE))["result"]
+    result = (await run_program(ada, FORGE))["result"]
     assert (result["stdout"], result["stderr"]) == ("", "")
     assert worker.output.startswith(log_before)
     assert "FORGED" not in worker.output

@@ -29,18 +29,18 @@ from structlog.testing import capture_logs
 from server import migrations, ratelimit
 from server.auth import sessions, store, tickets
 from server.auth.passwords import Hasher
-from server.auth.sessions import GRACE_SECONDS
-from server.auth.tokens import AUDIENCE, ISSUER, Keys, Verifier
+from server.auth.sessions import REUSE_GRACE_SECONDS
+from server.auth.tokens import AUDIENCE, ISSUER, KeyRing, Verifier
 from server.errors import Unauthenticated
 from server.resources import redis_client
 from server.rest import forwarded
 from server.settings import Settings
-from tests.actors import PASSWORD, Actor, Answer
+from tests.actors import PASSWORD, Actor, Response
 from tests.conftest import MakeServer
-from tests.faults import Mode, Network
-from tests.patience import PATIENCE_SECONDS
+from tests.faults import FaultyNetwork, Mode
 from tests.processes import Processes
-from tests.test_ratelimit import from_address, shown
+from tests.test_ratelimit import from_address, quota_headers
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 BEHIND_PROXY = {"trusted_proxies": (ip_network("127.0.0.1"),)}
 TEN, SIXTY = limits.parse("10/15minutes"), limits.parse("60/15minutes")
@@ -54,8 +54,8 @@ def _long_limiter_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
 
     On a busy machine Redis may respond late. The local fallback of a process would then allow more requests.
     """
-    monkeypatch.setattr(ratelimit, "SILENCE_SECONDS", 30.0)
-    monkeypatch.setattr(ratelimit, "LONGEST_SECONDS", 30.0)
+    monkeypatch.setattr(ratelimit, "NO_RESPONSE_TIMEOUT_SECONDS", 30.0)
+    monkeypatch.setattr(ratelimit, "HIT_TIMEOUT_SECONDS", 30.0)
 
 
 @pytest.fixture
@@ -78,8 +78,8 @@ async def guarded(make_server: MakeServer) -> str:
 
 
 @pytest.fixture
-async def database_network(database_url: str) -> AsyncIterator[Network]:
-    async with Network.to({"database_url": database_url}) as network:
+async def database_network(database_url: str) -> AsyncIterator[FaultyNetwork]:
+    async with FaultyNetwork.start({"database_url": database_url}) as network:
         yield network
 
 
@@ -97,12 +97,12 @@ async def register(actor: Actor, *, address: str) -> Actor:
     return actor._signed_in(await actor.post("/auth/register", body, headers=from_address(address)), 201)
 
 
-async def log_in(actor: Actor, password: str = PASSWORD, *, address: str, email: str = "") -> Answer:
+async def log_in(actor: Actor, password: str = PASSWORD, *, address: str, email: str = "") -> Response:
     body = {"email": email or actor.email, "password": password}
     return await actor.post("/auth/login", body, headers=from_address(address) | {"Authorization": "none"})
 
 
-async def refresh(actor: Actor, token: str = "", *, address: str = "") -> Answer:
+async def refresh(actor: Actor, token: str = "", *, address: str = "") -> Response:
     headers = {"Authorization": "none"} | (from_address(address) if address else {})
     return await actor.post("/auth/refresh", {"refreshToken": token or actor.refresh_token}, headers=headers)
 
@@ -122,7 +122,7 @@ async def test_an_office_behind_one_address_is_not_signed_out(office: str, http:
     assert (await guess_passwords(attacker, 11, address=address))[-1] == 429  # the quota of that address is used up
     answers = [await refresh(colleague, address=address) for colleague in colleagues]
     assert [answer.status for answer in answers] == [200] * 15
-    assert {shown(answer)[:2] for answer in answers} == {("refresh", 59)}
+    assert {quota_headers(answer)[:2] for answer in answers} == {("refresh", 59)}
     assert {answer.headers["RateLimit-Policy"] for answer in answers} == {'"refresh";q=60;w=900'}
 
 
@@ -134,7 +134,7 @@ async def test_a_session_that_refreshes_too_often_is_refused_and_its_token_stays
     phone = await ada.at(base).log_in()
     for left in (2, 1, 0):
         answer = await refresh(ada)
-        assert shown(answer)[:2] == ("refresh", left)
+        assert quota_headers(answer)[:2] == ("refresh", left)
         ada.refresh_token = answer["refreshToken"]
     for address in (fresh_address(), fresh_address()):
         refused = await refresh(ada, address=address)
@@ -169,24 +169,24 @@ async def test_refreshes_without_an_active_session_count_as_sign_ins_of_their_ad
         *[await refresh(active, secrets.token_urlsafe(), address=address) for _ in range(5)],
     ]
     assert [answer.status for answer in refusals] == [401, 401, 401, 422, 422, 400, 415, 401, 401, 401, 429, 429]
-    assert [shown(answer)[:2] for answer in refusals] == [("auth", max(0, left)) for left in range(9, -3, -1)]
+    assert [quota_headers(answer)[:2] for answer in refusals] == [("auth", max(0, left)) for left in range(9, -3, -1)]
     assert int(refusals[-1].headers["Retry-After"]) > 0
     assert (await log_in(active, address=address)).status == 429
     assert (await refresh(active, address=address)).status == 200
 
 
 async def test_refreshes_during_an_outage_of_postgresql_do_not_count_as_sign_ins(
-    make_server: MakeServer, http: aiohttp.ClientSession, database_network: Network
+    make_server: MakeServer, http: aiohttp.ClientSession, database_network: FaultyNetwork
 ) -> None:
     """Otherwise an outage would keep an office from signing in afterwards."""
     network, address = database_network, fresh_address()
     base = await make_server(**network.urls, rate_limit_auth=TEN, rate_limit_refresh=SIXTY, **BEHIND_PROXY)
     ada = await register(user(http, base), address=fresh_address())
-    await network.stores["database_url"].turn(Mode.STOPPED)
+    await network.stores["database_url"].set_mode(Mode.STOPPED)
     answers = [await refresh(ada, address=address) for _ in range(11)]
     assert {(answer.status, answer.code) for answer in answers} == {(503, "unavailable")}
-    await network.stores["database_url"].turn(Mode.PASS)
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    await network.stores["database_url"].set_mode(Mode.PASS)
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
         while (answer := await log_in(ada, address=address)).status == 503:
             await asyncio.sleep(0.05)
     assert answer.status == 200
@@ -207,8 +207,8 @@ async def test_password_guesses_from_many_networks_are_limited(
     refused = await log_in(ada, address=fresh_address())  # with the right password, which is not checked
     assert (refused.status, refused.code) == (429, "rate_limited")
     assert refused.headers["RateLimit-Policy"] == '"account";q=10;w=900'
-    assert shown(refused)[:2] == ("account", 0)
-    assert int(refused.headers["Retry-After"]) == shown(refused)[2]
+    assert quota_headers(refused)[:2] == ("account", 0)
+    assert int(refused.headers["Retry-After"]) == quota_headers(refused)[2]
 
 
 async def test_spellings_of_one_address_are_one_account(guarded: str, http: aiohttp.ClientSession) -> None:
@@ -247,7 +247,7 @@ async def test_a_network_is_known_for_thirty_days_after_a_sign_in(
     await db.execute(age, ada.id, 30 * 24 + 1)
     assert (await refresh(ada, address=home)).status == 200  # a refresh is no sign-in
     assert (await log_in(ada, address=home)).status == 429
-    await sessions.forget_old_networks(db)
+    await sessions.delete_stale_networks(db)
     assert await networks_of(ada, db) == []
 
 
@@ -391,13 +391,13 @@ async def test_keys_of_redis_contain_neither_addresses_nor_passwords(
 
 
 async def test_password_guesses_are_limited_while_redis_is_down(
-    make_server: MakeServer, http: aiohttp.ClientSession, quiet: dict[str, str]
+    make_server: MakeServer, http: aiohttp.ClientSession, isolated_stores: dict[str, str]
 ) -> None:
-    async with Network.to({"redis_url": quiet["redis_url"]}) as network:
-        base = await make_server(**quiet | network.urls, rate_limit_account=TEN, **BEHIND_PROXY)
+    async with FaultyNetwork.start({"redis_url": isolated_stores["redis_url"]}) as network:
+        base = await make_server(**isolated_stores | network.urls, rate_limit_account=TEN, **BEHIND_PROXY)
         home = fresh_address()
         ada = await register(user(http, base), address=home)
-        await network.stores["redis_url"].turn(Mode.STOPPED)
+        await network.stores["redis_url"].set_mode(Mode.STOPPED)
         assert await guess_passwords(ada, 12) == [401] * 10 + [429] * 2
         assert (await log_in(ada, address=home)).status == 200
 
@@ -427,7 +427,7 @@ async def test_networks_of_active_sessions_are_known_after_the_migration(empty_d
     migrations.apply(empty_database_url)
     connection = await asyncpg.connect(empty_database_url)
     try:
-        await connection.execute((migrations.FOLDER / "0008.sign_in.rollback.sql").read_text())
+        await connection.execute((migrations.MIGRATIONS_DIR / "0008.sign_in.rollback.sql").read_text())
         ada = await connection.fetchval(
             "INSERT INTO users (email, name, password_hash) VALUES ('a@x.org', 'Ada', 'x') RETURNING id"
         )
@@ -445,7 +445,7 @@ async def test_networks_of_active_sessions_are_known_after_the_migration(empty_d
                 ip,
                 days,
             )
-        await connection.execute((migrations.FOLDER / "0008.sign_in.sql").read_text())
+        await connection.execute((migrations.MIGRATIONS_DIR / "0008.sign_in.sql").read_text())
         rows = await connection.fetch(
             """
             SELECT network::text, (now() - last_sign_in_at)::text AS age FROM known_networks ORDER BY network
@@ -521,7 +521,7 @@ async def test_a_lost_response_of_a_refresh_can_be_requested_again(
 ) -> None:
     ada = await user(http, server).register()
     first = await refresh(ada)
-    await spend_earlier(ada.refresh_token, settings, db, seconds=GRACE_SECONDS - 3)
+    await spend_earlier(ada.refresh_token, settings, db, seconds=REUSE_GRACE_SECONDS - 3)
     repeated = await refresh(ada)
     assert (repeated.status, repeated["refreshToken"]) == (200, first["refreshToken"])
     assert repeated["expiresIn"] == first["expiresIn"]
@@ -534,7 +534,7 @@ async def test_a_token_used_again_after_ten_seconds_ends_its_session(
 ) -> None:
     ada = await user(http, server).register()
     fresh = await refresh(ada)
-    await spend_earlier(ada.refresh_token, settings, db, seconds=GRACE_SECONDS)
+    await spend_earlier(ada.refresh_token, settings, db, seconds=REUSE_GRACE_SECONDS)
     reused = await refresh(ada)
     assert (reused.status, reused.code) == (401, "refresh_reused")
     assert (await refresh(ada, fresh["refreshToken"])).status == 401
@@ -566,7 +566,7 @@ async def test_a_leaked_key_does_not_derive_later_tokens_from_an_old_one(
     for _ in range(3):
         successor = (await refresh(ada, token))["refreshToken"]
         row = await row_of(token, settings, db)
-        assert (len(row["salt"]), row["key_id"]) == (32, Keys.of(settings.jwt_refresh_secret).signing_id)
+        assert (len(row["salt"]), row["key_id"]) == (32, KeyRing.from_secrets(settings.jwt_refresh_secret).signing_id)
         assert successor == successor_of(token, row["salt"], settings.jwt_refresh_secret)
         assert (await refresh(ada, successor)).status == 200
         row = await row_of(token, settings, db)
@@ -580,8 +580,8 @@ async def test_salts_are_erased_after_ten_seconds(
     ada, bob = await user(http, server).register(), await user(http, server).register()
     for actor in (ada, bob):
         await refresh(actor)
-    await spend_earlier(ada.refresh_token, settings, db, seconds=GRACE_SECONDS)
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    await spend_earlier(ada.refresh_token, settings, db, seconds=REUSE_GRACE_SECONDS)
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
         while (await row_of(ada.refresh_token, settings, db))["salt"] is not None:
             await asyncio.sleep(0.05)
     assert (await row_of(ada.refresh_token, settings, db))["key_id"] is None
@@ -609,7 +609,7 @@ async def test_a_token_that_an_older_version_has_just_spent_is_refused_and_its_s
     assert (raced.status, raced.code) == (401, "unauthenticated")
     assert len(await children_of(ada.refresh_token, settings, db)) == 1
     assert (await ada.get("/auth/profile")).status == 200
-    await spend_earlier(ada.refresh_token, settings, db, seconds=GRACE_SECONDS)
+    await spend_earlier(ada.refresh_token, settings, db, seconds=REUSE_GRACE_SECONDS)
     assert (await refresh(ada)).code == "refresh_reused"
     assert (await refresh(ada, fresh["refreshToken"])).status == 401
 
@@ -686,23 +686,25 @@ NO_ADDRESSES = [
     ],
 )
 def test_an_entry_is_an_address_with_or_without_a_port_or_invalid(entry: str, address: str | None) -> None:
-    parsed = forwarded.parse(entry)
+    parsed = forwarded.parse_entry(entry)
     assert (parsed and str(parsed)) == address
 
 
 @NO_DEADLINE
 @given(st.text(max_size=80))
 def test_no_entry_breaks_a_server(entry: str) -> None:
-    forwarded.parse(entry)
+    forwarded.parse_entry(entry)
 
 
 def test_an_entry_that_is_no_address_is_counted_and_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [1000.0]
     monkeypatch.setattr(forwarded.time, "monotonic", lambda: clock[0])
-    addresses = forwarded.ClientAddresses([ip_network("127.0.0.1"), ip_network("10.0.0.0/8")])
+    addresses = forwarded.ClientAddressResolver([ip_network("127.0.0.1"), ip_network("10.0.0.0/8")])
 
     def seen(header: str, peer: str = "127.0.0.1") -> str:
-        return addresses.of(make_mocked_request("GET", "/", headers={"X-Forwarded-For": header}).clone(remote=peer))
+        return addresses.resolve(
+            make_mocked_request("GET", "/", headers={"X-Forwarded-For": header}).clone(remote=peer)
+        )
 
     before = malformed_entries()
     with capture_logs() as logs:
@@ -731,7 +733,7 @@ ABSURD = [*HUGE, *(-number for number in HUGE), -1, 0.5, float("inf"), float("na
 
 def sign_token(claims: Any, key: str, **header: Any) -> str:
     """Return a token with any claims and header, because libraries refuse to sign most of these."""
-    parts = [{"alg": "HS256", "typ": "JWT", "kid": Keys.of(key).signing_id, **header}, claims]
+    parts = [{"alg": "HS256", "typ": "JWT", "kid": KeyRing.from_secrets(key).signing_id, **header}, claims]
     text = ".".join(base64.urlsafe_b64encode(json.dumps(part).encode()).decode().rstrip("=") for part in parts)
     signature = hmac.digest(key.encode(), text.encode(), hashlib.sha256)
     return f"{text}.{base64.urlsafe_b64encode(signature).decode().rstrip('=')}"
@@ -785,12 +787,12 @@ NAMES = st.sampled_from([*claims(), "nbf", "x"])
 @NO_DEADLINE
 @given(st.dictionaries(NAMES, JSON, max_size=4), st.dictionaries(st.sampled_from(["kid", "typ", "crit", "b64"]), JSON))
 def test_no_signed_token_breaks_a_server(changes: dict[str, Any], header: dict[str, Any]) -> None:
-    verifier = Verifier(Keys.of(KEY), ttl=900)
+    verifier = Verifier(KeyRing.from_secrets(KEY), ttl=900)
     try:
         verified = verifier.verify(sign_token(claims() | changes, KEY, **header), now=datetime.now(UTC))
     except Unauthenticated:
         return
-    assert len(verified.token) == 32
+    assert len(verified.token_id) == 32
     assert verified.expires_at <= datetime.fromtimestamp(time.time() + 905, UTC)
 
 
@@ -798,7 +800,7 @@ def test_no_signed_token_breaks_a_server(changes: dict[str, Any], header: dict[s
 @given(JSON)
 def test_no_signed_payload_breaks_a_server(payload: Any) -> None:
     with pytest.raises(Unauthenticated):
-        Verifier(Keys.of(KEY), ttl=900).verify(sign_token(payload, KEY), now=datetime.now(UTC))
+        Verifier(KeyRing.from_secrets(KEY), ttl=900).verify(sign_token(payload, KEY), now=datetime.now(UTC))
 
 
 async def test_no_ticket_breaks_a_server(settings: Settings) -> None:

@@ -28,23 +28,25 @@ from marshmallow import Schema
 from server import resources
 from server import worker as worker_process
 from server.devstack.stack import Stack
-from server.jobs import cgroups, collections, store, tiers
-from server.jobs.attempt import Attempt
+from server.jobs import cgroups, indexes, store, tiers
+from server.jobs.attempt_context import AttemptContext
 from server.jobs.dispatch import Dispatcher
-from server.jobs.lifecycle import Bench
-from server.jobs.store import Job
+from server.jobs.lifecycle import WorkerContext
+from server.jobs.store import JobRecord
 from server.jobs.table import JobType
 from server.settings import Settings
 from tests.conftest import TEST_SETTINGS
 from tests.jobs.runner import Runner
 from tests.processes import Processes, Worker
 
-Run = Callable[[Attempt, dict[str, Any]], Awaitable[dict[str, Any]]]
-MakeBench = Callable[..., Awaitable[Bench]]
-SOMEBODY = 20_000 + os.getpid() % 40_000  # only this run of the tests has processes of this user, and their limits
-TIERS = [tier for tier in tiers.TIERS if not tier.cgroup or cgroups.find()]  # few machines have cgroups
-EVERYWHERE = [f"{tier.name} as {user}" for tier in TIERS for user in tier.users]
-HOW_TO_HAVE_IT = {"bwrap": "apt-get install bubblewrap, and user namespaces"}
+Run = Callable[[AttemptContext, dict[str, Any]], Awaitable[dict[str, Any]]]
+MakeContext = Callable[..., Awaitable[WorkerContext]]
+UNPRIVILEGED_UID = (
+    20_000 + os.getpid() % 40_000
+)  # only this run of the tests has processes of this user, and their limits
+TIERS = [tier for tier in tiers.TIERS if not tier.cgroup or cgroups.find_delegated_group()]  # few machines have cgroups
+TIERS_AND_USERS = [f"{tier.name} as {user}" for tier in TIERS for user in tier.users]
+INSTALL_HINTS = {"bwrap": "apt-get install bubblewrap, and user namespaces"}
 
 
 @dataclasses.dataclass
@@ -80,25 +82,27 @@ def streams(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Streams]
 
 
 @pytest.fixture
-async def make_bench(settings: Settings, quiet: dict[str, str]) -> AsyncIterator[MakeBench]:
+async def make_context(settings: Settings, isolated_stores: dict[str, str]) -> AsyncIterator[MakeContext]:
     async with AsyncExitStack() as stack:
 
-        async def make(run: Run, *, timeout: float = 20, **override: str) -> Bench:
-            replaced = dataclasses.replace(settings, **(quiet | override))
+        async def make(run: Run, *, timeout: float = 20, **override: str) -> WorkerContext:
+            replaced = dataclasses.replace(settings, **(isolated_stores | override))
             stores = await stack.enter_async_context(resources.connect(replaced))
-            await collections.prepare(stores.mongo)
+            await indexes.create_all(stores.mongo)
             types: Any = {"TEST": JobType("TEST", Schema(), run, timeout, lambda _: None, "")}  # type: ignore[arg-type]
-            bench = worker_process.make_bench(replaced, stores, None)  # type: ignore[arg-type]
+            context = worker_process.make_context(replaced, stores, None)  # type: ignore[arg-type]
             dispatcher = Dispatcher(stores.mongo, stores.redis, types=types, slots=4)
-            return dataclasses.replace(bench, types=types, dispatcher=dispatcher)
+            return dataclasses.replace(context, types=types, dispatcher=dispatcher)
 
         yield make
 
 
-async def ask_for(bench: Bench, *, user: UUID | None = None, type: str = "TEST", priority: int = 5) -> Job:
+async def create_record(
+    context: WorkerContext, *, user: UUID | None = None, type: str = "TEST", priority: int = 5
+) -> JobRecord:
     """Create the record of a job, without a message."""
     job, _ = await store.create(
-        bench.stores.mongo,
+        context.stores.mongo,
         user=user or uuid4(),
         user_name="Ada",
         type=type,
@@ -109,9 +113,9 @@ async def ask_for(bench: Bench, *, user: UUID | None = None, type: str = "TEST",
         run_at=None,
         idempotency_key=None,
         body_hash="",
-        slots=bench.dispatcher.slots,
-        trace=None,
-        now=store.moment(),
+        slots=context.dispatcher.slots,
+        traceparent=None,
+        now=store.mongo_now(),
     )
     return job
 
@@ -122,26 +126,26 @@ def worker(stack: Stack, database_url: str, tmp_path_factory: pytest.TempPathFac
         yield running.worker().ready()
 
 
-@pytest.fixture(scope="module", params=EVERYWHERE)
+@pytest.fixture(scope="module", params=TIERS_AND_USERS)
 def runner(request: pytest.FixtureRequest) -> Iterator[Runner]:
-    yield from running(request.param)
+    yield from start_runner(request.param)
 
 
-@pytest.fixture(params=EVERYWHERE)
+@pytest.fixture(params=TIERS_AND_USERS)
 def own_runner(request: pytest.FixtureRequest) -> Iterator[Runner]:
-    yield from running(request.param)
+    yield from start_runner(request.param)
 
 
-@pytest.fixture(params=EVERYWHERE)
+@pytest.fixture(params=TIERS_AND_USERS)
 def exposed_runner(request: pytest.FixtureRequest, streams: Streams) -> Iterator[Runner]:
-    yield from running(request.param, streams=streams.descriptor)
+    yield from start_runner(request.param, streams=streams.descriptor)
 
 
-def running(tier_and_user: str, *, streams: int | None = None) -> Iterator[Runner]:
+def start_runner(tier_and_user: str, *, streams: int | None = None) -> Iterator[Runner]:
     tier, _, user = tier_and_user.partition(" as ")
     if user == tiers.ROOT and os.geteuid() != 0:
         pytest.skip("needs root")
-    uid = SOMEBODY if user == tiers.SOMEBODY and os.geteuid() == 0 else os.geteuid()
+    uid = UNPRIVILEGED_UID if user == tiers.UNPRIVILEGED and os.geteuid() == 0 else os.geteuid()
     # Not in pytest's directories, which other users cannot read.
     folder = Path(tempfile.mkdtemp(prefix="runner-"))
     folder.chmod(0o711)
@@ -149,7 +153,7 @@ def running(tier_and_user: str, *, streams: int | None = None) -> Iterator[Runne
     new_runner = Runner(tier, uid, folder, streams=streams)
     try:
         if new_runner.tier != tier:
-            pytest.skip(f"this machine does not support {tier}: needs {HOW_TO_HAVE_IT.get(tier, 'a kernel with it')}")
+            pytest.skip(f"this machine does not support {tier}: needs {INSTALL_HINTS.get(tier, 'a kernel with it')}")
         yield new_runner
     finally:
         new_runner.close()

@@ -22,42 +22,42 @@ from typing import Any
 import structlog
 
 from server import loop
-from server.jobs import shims, tiers
-from server.jobs.sandbox import FilesRefusedError, Limits, Outcome, Sandbox, SandboxError
-from tests.devstack.pids import gone
-from tests.patience import PATIENCE_SECONDS
+from server.jobs import sandbox_supervisor, tiers
+from server.jobs.sandbox import FilesRejectedError, ProgramLimits, ProgramResult, Sandbox, SandboxError
+from tests.devstack.pids import all_exited
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 ROOT = Path(__file__).parents[2]
 SECRET = "a-secret-of-the-worker"
 SYSTEM_PYTHON = "/usr/bin/python3"
 
 
-class Job:
+class RunningProgram:
     """A program that runs, or has run."""
 
     def __init__(self, runner: "Runner", number: int) -> None:
         self._runner, self._number = runner, number
 
-    def outcome(self) -> Outcome:
+    def result(self) -> ProgramResult:
         """Wait for the end of the program and return its result.
 
         Raises:
             SandboxError: the program did not run.
         """
-        answer = self._runner.until(self._number, "outcome", "error", "cancelled")
+        answer = self._runner.wait_for_message(self._number, "outcome", "error", "cancelled")
         if "outcome" not in answer:
             raise SandboxError(answer.get("error", "cancelled"))
-        return Outcome(**answer["outcome"])
+        return ProgramResult(**answer["outcome"])
 
-    def until_output(self) -> str:
+    def wait_for_output(self) -> str:
         """Wait for the next output and return it."""
-        text: str = self._runner.until(self._number, "text")["text"]
+        text: str = self._runner.wait_for_message(self._number, "text")["text"]
         return text
 
     def cancel(self) -> None:
         """Cancel the program and wait until the sandbox confirms it."""
-        self._runner.say(id=self._number, cancel=True)
-        self._runner.until(self._number, "cancelled")
+        self._runner.send(id=self._number, cancel=True)
+        self._runner.wait_for_message(self._number, "cancelled")
 
 
 class Runner:
@@ -84,7 +84,7 @@ class Runner:
             )
             self._control = control.makefile("rwb")
         try:
-            hello = self._hear()
+            hello = self._receive()
         except AssertionError:
             self.close()
             raise
@@ -104,9 +104,9 @@ class Runner:
         args: Sequence[str] = (),
         files: Mapping[str, str] | None = None,
         **limits: int,
-    ) -> Job:
+    ) -> RunningProgram:
         number = next(self._numbers)
-        self.say(
+        self.send(
             id=number,
             language=language,
             code=code,
@@ -115,10 +115,10 @@ class Runner:
             files=dict(files or {}),
             limits={"timeout_seconds": 60, **limits},
         )
-        return Job(self, number)
+        return RunningProgram(self, number)
 
-    def run(self, code: str, language: str = "python", **options: Any) -> Outcome:
-        return self.start(code, language, **options).outcome()
+    def run(self, code: str, language: str = "python", **options: Any) -> ProgramResult:
+        return self.start(code, language, **options).result()
 
     def alive(self) -> bool:
         return self._process.poll() is None
@@ -130,13 +130,13 @@ class Runner:
 
     def close(self) -> None:
         self._control.close()
-        self._process.wait(timeout=PATIENCE_SECONDS)
+        self._process.wait(timeout=WAIT_TIMEOUT_SECONDS)
 
-    def say(self, **message: Any) -> None:
+    def send(self, **message: Any) -> None:
         self._control.write(json.dumps(message).encode() + b"\n")
         self._control.flush()
 
-    def until(self, number: int, *what: str) -> dict[str, Any]:
+    def wait_for_message(self, number: int, *what: str) -> dict[str, Any]:
         """Wait for the first response to a request that has one of these keys."""
         seen = 0
         while True:
@@ -145,9 +145,9 @@ class Runner:
                 if answer["id"] == number and any(name in answer for name in what):
                     return self._answers.pop(index)
             seen = len(self._answers)
-            self._answers.append(self._hear())
+            self._answers.append(self._receive())
 
-    def _hear(self) -> dict[str, Any]:
+    def _receive(self) -> dict[str, Any]:
         line = self._control.readline()
         if not line:
             raise AssertionError("the runner has exited")
@@ -165,9 +165,9 @@ def processes_with(word: str) -> list[int]:
     return pids
 
 
-def leaves_no_process(word: str, *, seconds: float = PATIENCE_SECONDS) -> bool:
+def wait_until_no_process(word: str, *, seconds: float = WAIT_TIMEOUT_SECONDS) -> bool:
     """Wait until no process has the word: another process reaps them, which may take a moment."""
-    return gone(processes_with(word), seconds=seconds) and not processes_with(word)
+    return all_exited(processes_with(word), seconds=seconds) and not processes_with(word)
 
 
 # The process itself
@@ -209,27 +209,27 @@ async def answer(box: Sandbox, request: dict[str, Any], tell: Callable[..., None
             stdin=request["stdin"],
             args=request["args"],
             files={name: content.encode() for name, content in request["files"].items()},
-            limits=Limits(**request["limits"]),
+            limits=ProgramLimits(**request["limits"]),
             on_output=lambda stream, offset, text: tell(id=number, stream=stream, offset=offset, text=text[:100]),
         )
-    except (SandboxError, FilesRefusedError) as error:
+    except (SandboxError, FilesRejectedError) as error:
         tell(id=number, error=f"{type(error).__name__}: {error}")
     else:
         tell(id=number, outcome=dataclasses.asdict(outcome))
 
 
-async def find_nothing() -> None:
+async def warm_up_imports() -> None:
     await (await Sandbox.detect([])).close()
 
 
-def become(uid: int) -> None:
+def switch_user(uid: int) -> None:
     """Switch to another user, with copies of files and an interpreter that this user can read."""
     copies = Path(tempfile.mkdtemp(prefix="copies-"))
     copies.chmod(0o755)
-    shims.LAUNCHER = Path(shutil.copy(shims.LAUNCHER, copies))
-    tiers.INSIDE = Path(shutil.copy(tiers.INSIDE, copies))
+    sandbox_supervisor.LAUNCHER = Path(shutil.copy(sandbox_supervisor.LAUNCHER, copies))
+    tiers.SANDBOX_CHILD = Path(shutil.copy(tiers.SANDBOX_CHILD, copies))
     asyncio.run(asyncio.to_thread(os.getpid))  # import what is needed later, before the switch
-    loop.run(find_nothing())
+    loop.run(warm_up_imports())
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
@@ -241,7 +241,7 @@ def main() -> None:
     tier, uid, control = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     if uid != os.geteuid():
-        become(uid)
+        switch_user(uid)
     loop.run(serve(tier, socket.socket(fileno=control)))  # the loop of a worker
 
 

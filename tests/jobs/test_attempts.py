@@ -15,48 +15,50 @@ from pymongo.errors import AutoReconnect, ExecutionTimeout, OperationFailure, Py
 
 from server.app import create_app
 from server.jobs import artifacts, leases, lifecycle, output, recovery, store
-from server.jobs.attempt import Attempt
+from server.jobs.attempt_context import AttemptContext
 from server.jobs.dispatch import Dispatcher
 from server.jobs.handlers import DISPATCHER
-from server.jobs.leases import Answers
-from server.jobs.lifecycle import Bench
-from server.jobs.store import Job
+from server.jobs.leases import MongoAvailability
+from server.jobs.lifecycle import WorkerContext
+from server.jobs.store import JobRecord
 from server.jobs.types import JOB_TYPES
 from server.resources import connect
 from server.settings import Settings
 from tests.actors import Actor
-from tests.faults import Mode, Network
-from tests.jobs.asking import ask
-from tests.jobs.conftest import MakeBench, ask_for
-from tests.patience import PATIENCE_SECONDS
+from tests.faults import FaultyNetwork, Mode
+from tests.jobs.conftest import MakeContext, create_record
+from tests.jobs.requests import submit_job
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 
-async def said(bench: Bench, job: Job) -> str:
-    items, _ = await output.read(bench.stores.mongo, job=job["_id"], after=0, limit=100)
+async def read_output(context: WorkerContext, job: JobRecord) -> str:
+    items, _ = await output.read(context.stores.mongo, job=job["_id"], after=0, limit=100)
     return "".join(item["text"] for item in items)
 
 
-async def read(bench: Bench, job: Job) -> Job:
-    record = await store.read(bench.stores.mongo, job=job["_id"])
+async def read(context: WorkerContext, job: JobRecord) -> JobRecord:
+    record = await store.read(context.stores.mongo, job=job["_id"])
     assert record is not None
     return record
 
 
-async def until(condition: Any, *, seconds: float = PATIENCE_SECONDS) -> None:
+async def until(condition: Any, *, seconds: float = WAIT_TIMEOUT_SECONDS) -> None:
     async with asyncio.timeout(seconds):
         while not await condition():
             await asyncio.sleep(0.02)
 
 
 @pytest.fixture
-async def network(quiet: dict[str, str]) -> AsyncIterator[Network]:
-    async with Network.to({"mongodb_uri": quiet["mongodb_uri"]}) as proxies:
+async def network(isolated_stores: dict[str, str]) -> AsyncIterator[FaultyNetwork]:
+    async with FaultyNetwork.start({"mongodb_uri": isolated_stores["mongodb_uri"]}) as proxies:
         yield proxies
 
 
 @pytest.mark.parametrize(("timeout", "fails", "code"), [(5, False, "timeout"), (600, True, "error")])
-async def test_output_before_a_failure_is_stored(make_bench: MakeBench, timeout: float, fails: bool, code: str) -> None:
-    async def run(attempt: Attempt, _: Any) -> dict[str, Any]:
+async def test_output_before_a_failure_is_stored(
+    make_context: MakeContext, timeout: float, fails: bool, code: str
+) -> None:
+    async def run(attempt: AttemptContext, _: Any) -> dict[str, Any]:
         attempt.output.add("stdout", 0, "first\n")
         await asyncio.sleep(0.2)
         attempt.output.add("stdout", 0, "last\n")
@@ -65,15 +67,15 @@ async def test_output_before_a_failure_is_stored(make_bench: MakeBench, timeout:
         await asyncio.sleep(600)
         return {}
 
-    bench = await make_bench(run, timeout=timeout)
-    job = await ask_for(bench)
-    await lifecycle.attempt(bench, job=job["_id"], claim=1)
-    assert (await read(bench, job))["error"]["code"] == code
-    assert await said(bench, job) == "first\nlast\n"
+    context = await make_context(run, timeout=timeout)
+    job = await create_record(context)
+    await lifecycle.run_attempt(context, job=job["_id"], claim=1)
+    assert (await read(context, job))["error"]["code"] == code
+    assert await read_output(context, job) == "first\nlast\n"
 
 
-async def test_output_after_a_cancellation_is_stored_and_waited_for(make_bench: MakeBench) -> None:
-    async def run(attempt: Attempt, _: Any) -> dict[str, Any]:
+async def test_output_after_a_cancellation_is_stored_and_waited_for(make_context: MakeContext) -> None:
+    async def run(attempt: AttemptContext, _: Any) -> dict[str, Any]:
         attempt.output.add("stdout", 0, "ready\n")
         try:
             await asyncio.sleep(600)
@@ -81,33 +83,35 @@ async def test_output_after_a_cancellation_is_stored_and_waited_for(make_bench: 
             attempt.output.add("stdout", 0, "last\n")
         return {}
 
-    bench = await make_bench(run)
-    job = await ask_for(bench)
-    running = asyncio.ensure_future(lifecycle.attempt(bench, job=job["_id"], claim=1))
-    await until(lambda: said(bench, job))
-    cancelled = await read(bench, job)
-    assert await store.cancel(bench.stores.mongo, job=cancelled, now=store.moment())
-    assert not store.has_settled(cancelled, now=store.moment())
-    bench.leases.drop(job["_id"])
+    context = await make_context(run)
+    job = await create_record(context)
+    running = asyncio.ensure_future(lifecycle.run_attempt(context, job=job["_id"], claim=1))
+    await until(lambda: read_output(context, job))
+    cancelled = await read(context, job)
+    assert await store.cancel(context.stores.mongo, job=cancelled, now=store.mongo_now())
+    assert not store.is_output_complete(cancelled, now=store.mongo_now())
+    context.leases.cancel(job["_id"])
     await running
-    assert await said(bench, job) == "ready\nlast\n"
-    assert store.has_settled(cancelled, now=store.moment() + timedelta(seconds=4))
+    assert await read_output(context, job) == "ready\nlast\n"
+    assert store.is_output_complete(cancelled, now=store.mongo_now() + timedelta(seconds=4))
 
 
-@pytest.mark.hurried("mongodb_uri")
-async def test_failed_progress_write_does_not_fail_the_attempt(make_bench: MakeBench, network: Network) -> None:
+@pytest.mark.real_timeouts("mongodb_uri")
+async def test_failed_progress_write_does_not_fail_the_attempt(
+    make_context: MakeContext, network: FaultyNetwork
+) -> None:
     mongo = network.stores["mongodb_uri"]
 
-    async def run(attempt: Attempt, _: Any) -> dict[str, Any]:
-        await mongo.turn(Mode.STOPPED)
-        await attempt.progress(50)
-        await mongo.turn(Mode.PASS)
+    async def run(attempt: AttemptContext, _: Any) -> dict[str, Any]:
+        await mongo.set_mode(Mode.STOPPED)
+        await attempt.report_progress(50)
+        await mongo.set_mode(Mode.PASS)
         return {"done": True}
 
-    bench = await make_bench(run, **network.urls)
-    job = await ask_for(bench)
-    await lifecycle.attempt(bench, job=job["_id"], claim=1)
-    assert (await read(bench, job))["result"] == {"done": True}
+    context = await make_context(run, **network.urls)
+    job = await create_record(context)
+    await lifecycle.run_attempt(context, job=job["_id"], claim=1)
+    assert (await read(context, job))["result"] == {"done": True}
 
 
 @pytest.mark.parametrize(
@@ -123,26 +127,26 @@ async def test_only_transient_mongodb_errors_are_retried(error: PyMongoError, wa
         return "answer"
 
     if waits:
-        assert await lifecycle._patiently(operation) == ("answer", True)
+        assert await lifecycle._retry_mongo(operation) == ("answer", True)
     else:
         with pytest.raises(OperationFailure):
-            await lifecycle._patiently(operation)
+            await lifecycle._retry_mongo(operation)
 
 
-async def test_attempt_claimed_during_shutdown_is_requeued(make_bench: MakeBench, network: Network) -> None:
-    async def run(_: Attempt, __: Any) -> dict[str, Any]:
+async def test_attempt_claimed_during_shutdown_is_requeued(make_context: MakeContext, network: FaultyNetwork) -> None:
+    async def run(_: AttemptContext, __: Any) -> dict[str, Any]:
         raise AssertionError("the attempt must not start")
 
-    bench = await make_bench(run, **network.urls)
-    job = await ask_for(bench)
-    await network.stores["mongodb_uri"].turn(Mode.SLOW)
-    claiming = asyncio.ensure_future(lifecycle.attempt(bench, job=job["_id"], claim=1))
-    while await bench.leases.until_none(seconds=0):
+    context = await make_context(run, **network.urls)
+    job = await create_record(context)
+    await network.stores["mongodb_uri"].set_mode(Mode.SLOW)
+    claiming = asyncio.ensure_future(lifecycle.run_attempt(context, job=job["_id"], claim=1))
+    while await context.leases.wait_idle(timeout=0):
         await asyncio.sleep(0)
-    bench.leases.stop_all()
+    context.leases.stop_all()
     await claiming
-    assert await bench.leases.until_none(seconds=0)
-    requeued = await read(bench, job)
+    assert await context.leases.wait_idle(timeout=0)
+    requeued = await read(context, job)
     assert (requeued["status"], requeued["attempts"], requeued["history"][0]["error"]["code"]) == (
         "pending",
         0,
@@ -150,111 +154,117 @@ async def test_attempt_claimed_during_shutdown_is_requeued(make_bench: MakeBench
     )
 
 
-async def test_message_with_a_wrong_claim_does_not_stop_the_running_attempt(make_bench: MakeBench) -> None:
+async def test_message_with_a_wrong_claim_does_not_stop_the_running_attempt(make_context: MakeContext) -> None:
     go = asyncio.Event()
 
-    async def run(_: Attempt, __: Any) -> dict[str, Any]:
+    async def run(_: AttemptContext, __: Any) -> dict[str, Any]:
         await go.wait()
         return {}
 
-    bench = await make_bench(run)
-    job = await ask_for(bench)
-    running = asyncio.ensure_future(lifecycle.attempt(bench, job=job["_id"], claim=1))
+    context = await make_context(run)
+    job = await create_record(context)
+    running = asyncio.ensure_future(lifecycle.run_attempt(context, job=job["_id"], claim=1))
 
     async def processing() -> bool:
-        return bool((await read(bench, job))["status"] == "processing")
+        return bool((await read(context, job))["status"] == "processing")
 
     await until(processing)
     for claim in (0, 2):
-        await lifecycle.attempt(bench, job=job["_id"], claim=claim)
-    await bench.leases._look(renew=True)
-    assert not await bench.leases.until_none(seconds=0)
+        await lifecycle.run_attempt(context, job=job["_id"], claim=claim)
+    await context.leases._check(renew=True)
+    assert not await context.leases.wait_idle(timeout=0)
     go.set()
     await running
-    done = await read(bench, job)
+    done = await read(context, job)
     assert (done["status"], done["attempts"]) == ("completed", 1)
 
 
-async def test_artifact_of_a_superseded_attempt_is_deleted_and_its_successors_is_kept(make_bench: MakeBench) -> None:
+async def test_artifact_of_a_superseded_attempt_is_deleted_and_its_successors_is_kept(
+    make_context: MakeContext,
+) -> None:
     go = asyncio.Event()
 
-    async def run(attempt: Attempt, _: Any) -> dict[str, Any]:
-        mongo, job, now = attempt.stores.mongo, attempt.record, store.moment()
+    async def run(attempt: AttemptContext, _: Any) -> dict[str, Any]:
+        mongo, job, now = attempt.stores.mongo, attempt.record, store.mongo_now()
         text = f"of claim {job['claim']}"
         async with artifacts.upload(mongo, job=job, name="a", content_type="text/plain", now=now) as upload:
             await upload.write(text.encode())
         if job["claim"] == 1:
             await go.wait()
-        return {"artifact": artifacts.described(upload, job=job, name="a", now=now)}
+        return {"artifact": artifacts.result_entry(upload, job=job, name="a", now=now)}
 
-    bench = await make_bench(run)
-    mongo, job = bench.stores.mongo, await ask_for(bench)
-    first = asyncio.ensure_future(lifecycle.attempt(bench, job=job["_id"], claim=1))
+    context = await make_context(run)
+    mongo, job = context.stores.mongo, await create_record(context)
+    first = asyncio.ensure_future(lifecycle.run_attempt(context, job=job["_id"], claim=1))
 
     async def uploaded() -> bool:
-        return bool(await mongo[artifacts.FILES].find_one({"length": {"$gt": 0}}))
+        return bool(await mongo[artifacts.FILES_COLLECTION].find_one({"length": {"$gt": 0}}))
 
     await until(uploaded)
-    assert await store.take_back(mongo, job=await read(bench, job), now=store.moment())
-    await lifecycle.attempt(bench, job=job["_id"], claim=2)
+    assert await store.reclaim(mongo, job=await read(context, job), now=store.mongo_now())
+    await lifecycle.run_attempt(context, job=job["_id"], claim=2)
     go.set()
     await first
-    done = await read(bench, job)
-    file = await artifacts.find(mongo, job=done, name="a")
-    assert [chunk async for chunk in artifacts.chunks(mongo, file=file, start=0, stop=100)] == [b"of claim 2"]
-    assert await mongo[artifacts.FILES].count_documents({}) == await mongo[artifacts.CHUNKS].count_documents({}) == 1
+    done = await read(context, job)
+    file = await artifacts.find_file(mongo, job=done, name="a")
+    assert [chunk async for chunk in artifacts.read_chunks(mongo, file=file, start=0, stop=100)] == [b"of claim 2"]
+    assert (
+        await mongo[artifacts.FILES_COLLECTION].count_documents({})
+        == await mongo[artifacts.CHUNKS_COLLECTION].count_documents({})
+        == 1
+    )
     assert [attempt["error"] and attempt["error"]["code"] for attempt in done["history"]] == ["worker_lost", None]
 
 
 def test_leases_are_judged_only_after_mongodb_has_responded_for_a_while() -> None:
-    availability = Answers()
-    assert not availability.are_steady(100)
+    availability = MongoAvailability()
+    assert not availability.is_stable(100)
     for now in range(100, 110):
-        availability.note(now)
-    assert availability.are_steady(109)
-    assert not availability.are_steady(109 + Answers.BREAK_SECONDS + 0.1)
-    availability.note(120)
-    assert not availability.are_steady(124)
+        availability.record_response(now)
+    assert availability.is_stable(109)
+    assert not availability.is_stable(109 + MongoAvailability.MAX_GAP_SECONDS + 0.1)
+    availability.record_response(120)
+    assert not availability.is_stable(124)
     for now in range(121, 127):
-        availability.note(now)
-    assert availability.are_steady(126)
+        availability.record_response(now)
+    assert availability.is_stable(126)
 
 
-@pytest.mark.hurried("mongodb_uri")
+@pytest.mark.real_timeouts("mongodb_uri")
 async def test_attempt_survives_a_mongodb_outage_longer_than_its_lease(
-    make_bench: MakeBench, network: Network, monkeypatch: pytest.MonkeyPatch
+    make_context: MakeContext, network: FaultyNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "LEASE", timedelta(seconds=2.5))
-    monkeypatch.setattr(leases, "LOOK_SECONDS", 0.3)
-    monkeypatch.setattr(Answers, "BREAK_SECONDS", 1.5)
-    monkeypatch.setattr(Answers, "STEADY_SECONDS", 2.5)
+    monkeypatch.setattr(store, "LEASE_DURATION", timedelta(seconds=2.5))
+    monkeypatch.setattr(leases, "LEASE_CHECK_INTERVAL_SECONDS", 0.3)
+    monkeypatch.setattr(MongoAvailability, "MAX_GAP_SECONDS", 1.5)
+    monkeypatch.setattr(MongoAvailability, "MIN_STABLE_SECONDS", 2.5)
     go, mongo = asyncio.Event(), network.stores["mongodb_uri"]
 
-    async def run(_: Attempt, __: Any) -> dict[str, Any]:
+    async def run(_: AttemptContext, __: Any) -> dict[str, Any]:
         await go.wait()
         return {}
 
-    holder, other = [await make_bench(run, **network.urls) for _ in range(2)]
-    beside = await make_bench(run)  # reaches MongoDB all the time
-    renewals = [asyncio.ensure_future(bench.leases.keep()) for bench in (holder, other)]
-    job = await ask_for(holder)
-    running = asyncio.ensure_future(lifecycle.attempt(holder, job=job["_id"], claim=1))
-    async with asyncio.timeout(PATIENCE_SECONDS):
-        while not other.leases.can_judge():
+    holder, other = [await make_context(run, **network.urls) for _ in range(2)]
+    beside = await make_context(run)  # reaches MongoDB all the time
+    renewals = [asyncio.ensure_future(context.leases.renew_forever()) for context in (holder, other)]
+    job = await create_record(holder)
+    running = asyncio.ensure_future(lifecycle.run_attempt(holder, job=job["_id"], claim=1))
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
+        while not other.leases.can_reclaim():
             await asyncio.sleep(0.05)
-    await mongo.turn(Mode.STOPPED)
+    await mongo.set_mode(Mode.STOPPED)
 
     async def has_lapsed() -> bool:
-        return bool((await read(beside, job))["lease"] < store.moment())
+        return bool((await read(beside, job))["lease"] < store.mongo_now())
 
     await until(has_lapsed)  # the job could be reclaimed
-    await mongo.turn(Mode.PASS)
-    async with asyncio.timeout(PATIENCE_SECONDS):
-        while not other.leases.can_judge():
+    await mongo.set_mode(Mode.PASS)
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
+        while not other.leases.can_reclaim():
             with suppress(PyMongoError):
-                await recovery.take_back_lost(other)
+                await recovery.reclaim_expired(other)
             await asyncio.sleep(0.02)
-    await recovery.take_back_lost(other)
+    await recovery.reclaim_expired(other)
     go.set()
     await running
     done = await read(other, job)
@@ -264,27 +274,27 @@ async def test_attempt_survives_a_mongodb_outage_longer_than_its_lease(
     await asyncio.gather(*renewals, return_exceptions=True)
 
 
-async def test_attempt_of_a_lost_worker_is_reclaimed(make_bench: MakeBench) -> None:
-    async def run(_: Attempt, __: Any) -> dict[str, Any]:
+async def test_attempt_of_a_lost_worker_is_reclaimed(make_context: MakeContext) -> None:
+    async def run(_: AttemptContext, __: Any) -> dict[str, Any]:
         return {}
 
-    bench = await make_bench(run)
-    job = await ask_for(bench)
-    long_ago = store.moment() - timedelta(seconds=20)
-    await store.claim(bench.stores.mongo, job=job["_id"], claim=1, worker="lost", now=long_ago)
-    await recovery.take_back_lost(bench)
-    assert (await read(bench, job))["status"] == "processing"  # MongoDB has not responded to it for long enough
+    context = await make_context(run)
+    job = await create_record(context)
+    long_ago = store.mongo_now() - timedelta(seconds=20)
+    await store.claim(context.stores.mongo, job=job["_id"], claim=1, worker="lost", now=long_ago)
+    await recovery.reclaim_expired(context)
+    assert (await read(context, job))["status"] == "processing"  # MongoDB has not responded to it for long enough
     for ago in range(6, -1, -1):
-        bench.leases._answers.note(time.monotonic() - ago)
-    await recovery.take_back_lost(bench)
-    assert (await read(bench, job))["status"] == "pending"
+        context.leases._mongo_availability.record_response(time.monotonic() - ago)
+    await recovery.reclaim_expired(context)
+    assert (await read(context, job))["status"] == "pending"
 
 
-@pytest.mark.hurried("mongodb_uri")
+@pytest.mark.real_timeouts("mongodb_uri")
 async def test_stored_change_is_acknowledged_and_announced_even_if_mongodb_fails_afterwards(
-    settings: Settings, quiet: dict[str, str], network: Network, http: aiohttp.ClientSession
+    settings: Settings, isolated_stores: dict[str, str], network: FaultyNetwork, http: aiohttp.ClientSession
 ) -> None:
-    replaced = dataclasses.replace(settings, **quiet, jobs_per_user=1)
+    replaced = dataclasses.replace(settings, **isolated_stores, jobs_per_user=1)
     async with connect(replaced) as stores, connect(dataclasses.replace(replaced, **network.urls)) as failing:
         app = create_app(replaced, stores)
         # After the write, the dispatcher uses a connection on which MongoDB fails.
@@ -292,8 +302,8 @@ async def test_stored_change_is_acknowledged_and_announced_even_if_mongodb_fails
         async with TestServer(app) as server:
             ada = await Actor(http, str(server.make_url("")), "Ada").register()
             socket = await ada.connect()
-            await network.stores["mongodb_uri"].turn(Mode.STOPPED)
-            queued, waiting = [(await ask(ada))["id"] for _ in range(2)]
+            await network.stores["mongodb_uri"].set_mode(Mode.STOPPED)
+            queued, waiting = [(await submit_job(ada))["id"] for _ in range(2)]
             assert (await ada.post(f"/jobs/{queued}/cancel")).status == 200
             assert (await ada.post(f"/jobs/{queued}/retry")).status == 202
             announced = [(await socket.assert_push("job:updated"))["job"] for _ in range(4)]
@@ -302,33 +312,33 @@ async def test_stored_change_is_acknowledged_and_announced_even_if_mongodb_fails
     assert [(job["id"], job["status"]) for job in announced] == statuses
 
 
-async def test_jobs_of_an_unknown_type_are_left_to_newer_workers(make_bench: MakeBench) -> None:
-    async def run(_: Attempt, __: Any) -> dict[str, Any]:
+async def test_jobs_of_an_unknown_type_are_left_to_newer_workers(make_context: MakeContext) -> None:
+    async def run(_: AttemptContext, __: Any) -> dict[str, Any]:
         return {}
 
-    bench = await make_bench(run)
-    mongo = bench.stores.mongo
-    newer = await ask_for(bench, type="NEWER", priority=10)
-    known = await ask_for(bench)
+    context = await make_context(run)
+    mongo = context.stores.mongo
+    newer = await create_record(context, type="NEWER", priority=10)
+    known = await create_record(context)
     await mongo.jobs.update_many({}, {"$set": {"slot": None, "sentAt": None, "userId": known["userId"]}})
-    await recovery.fill_slots(bench, scheduled_only=False)
-    await bench.dispatcher.hand_on(known["userId"], 3)
-    assert [(await read(bench, job))["slot"] for job in (newer, known)] == [None, 0]
-    sent = store.moment() - timedelta(minutes=1)
+    await recovery.admit_waiting_jobs(context, scheduled_only=False)
+    await context.dispatcher.release_slot(known["userId"], 3)
+    assert [(await read(context, job))["slot"] for job in (newer, known)] == [None, 0]
+    sent = store.mongo_now() - timedelta(minutes=1)
     await mongo.jobs.update_many({}, {"$set": {"sentAt": sent}})
-    await recovery.send_missing(bench)
-    assert (await read(bench, newer))["sentAt"] == sent
-    assert (await read(bench, known))["sentAt"] > sent
+    await recovery.redeliver_missing(context)
+    assert (await read(context, newer))["sentAt"] == sent
+    assert (await read(context, known))["sentAt"] > sent
 
 
-async def test_cancel_does_not_release_a_slot_assigned_after_the_read(make_bench: MakeBench) -> None:
-    async def run(_: Attempt, __: Any) -> dict[str, Any]:
+async def test_cancel_does_not_release_a_slot_assigned_after_the_read(make_context: MakeContext) -> None:
+    async def run(_: AttemptContext, __: Any) -> dict[str, Any]:
         return {}
 
-    bench = await make_bench(run)
-    mongo, job = bench.stores.mongo, await ask_for(bench)
+    context = await make_context(run)
+    mongo, job = context.stores.mongo, await create_record(context)
     await mongo.jobs.update_one({"_id": job["_id"]}, {"$set": {"slot": None}})
-    as_read = await read(bench, job)
-    assert await store.take_slot(mongo, job=await read(bench, job), slot=1, now=store.moment())
-    assert not await store.cancel(mongo, job=as_read, now=store.moment())
-    assert await store.cancel(mongo, job=await read(bench, job), now=store.moment())
+    as_read = await read(context, job)
+    assert await store.take_slot(mongo, job=await read(context, job), slot=1, now=store.mongo_now())
+    assert not await store.cancel(mongo, job=as_read, now=store.mongo_now())
+    assert await store.cancel(mongo, job=await read(context, job), now=store.mongo_now())

@@ -12,10 +12,10 @@ from server.jobs import store
 from server.resources import connect
 from server.settings import Settings
 from tests.actors import Actor
-from tests.conftest import MakeActor, MakeServer, environment
-from tests.jobs.asking import SLEEPS, ask, program
-from tests.patience import PATIENCE_SECONDS
+from tests.conftest import MakeActor, MakeServer, environment_of
+from tests.jobs.requests import SLEEP_PROGRAM, program_job, submit_job
 from tests.processes import Processes
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 pytestmark = pytest.mark.usefixtures("worker")
 
@@ -32,7 +32,7 @@ def running(mark: str) -> list[str]:
     return pids
 
 
-async def until(condition, *, seconds: float = PATIENCE_SECONDS) -> None:
+async def until(condition, *, seconds: float = WAIT_TIMEOUT_SECONDS) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.05)
@@ -41,7 +41,7 @@ async def until(condition, *, seconds: float = PATIENCE_SECONDS) -> None:
 async def test_cancelling_a_running_job_ends_its_processes(alice: Actor) -> None:
     mark = uuid4().hex
     code = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'import time; time.sleep(600)', '{mark}'])"
-    job = (await ask(alice, program(code, args=[mark], timeoutSeconds=60)))["id"]
+    job = (await submit_job(alice, program_job(code, args=[mark], timeoutSeconds=60)))["id"]
     await until(lambda: running(mark))
     cancelled = await alice.post(f"/jobs/{job}/cancel")
     assert (cancelled.status, cancelled["status"], cancelled["result"]) == (200, "cancelled", None)
@@ -53,28 +53,28 @@ async def test_cancelling_a_running_job_ends_its_processes(alice: Actor) -> None
 
 async def test_worker_detects_a_cancellation_without_a_notification(alice: Actor, settings: Settings) -> None:
     mark = uuid4().hex
-    job = (await ask(alice, program("import time\ntime.sleep(600)", args=[mark], timeoutSeconds=60)))["id"]
+    job = (await submit_job(alice, program_job("import time\ntime.sleep(600)", args=[mark], timeoutSeconds=60)))["id"]
     await until(lambda: running(mark))
     async with connect(settings) as stores:
         record = await store.read(stores.mongo, job=job)
         assert record is not None
-        assert await store.cancel(stores.mongo, job=record, now=store.moment())  # without a notification
+        assert await store.cancel(stores.mongo, job=record, now=store.mongo_now())  # without a notification
     await until(lambda: not running(mark))
     assert (await alice.get(f"/jobs/{job}"))["status"] == "cancelled"
 
 
 async def test_pending_and_scheduled_jobs_are_cancelled_and_never_run(
-    make_server: MakeServer, make_actor: MakeActor, quiet: dict[str, str], processes: Processes
+    make_server: MakeServer, make_actor: MakeActor, isolated_stores: dict[str, str], processes: Processes
 ) -> None:
-    ada = await make_actor("Ada", await make_server(**quiet, jobs_per_user=1))
-    queued, waiting = (await ask(ada))["id"], (await ask(ada))["id"]
-    scheduled = (await ask(ada, runAt=(datetime.now(UTC) + timedelta(seconds=3)).isoformat()))["id"]
+    ada = await make_actor("Ada", await make_server(**isolated_stores, jobs_per_user=1))
+    queued, waiting = (await submit_job(ada))["id"], (await submit_job(ada))["id"]
+    scheduled = (await submit_job(ada, runAt=(datetime.now(UTC) + timedelta(seconds=3)).isoformat()))["id"]
     for job in (queued, waiting, scheduled):
         assert (await ada.post(f"/jobs/{job}/cancel"))["status"] == "cancelled"
     again = await ada.post(f"/jobs/{scheduled}/cancel")
     assert (again.status, again.code) == (409, "not_cancellable")
-    processes.worker(**environment(quiet), JOBS_PER_USER="1").ready()
-    last = await ada.finished_job((await ask(ada))["id"])
+    processes.worker(**environment_of(isolated_stores), JOBS_PER_USER="1").ready()
+    last = await ada.finished_job((await submit_job(ada))["id"])
     assert last["status"] == "completed"
     for job in (queued, waiting, scheduled):
         read = await ada.get(f"/jobs/{job}")
@@ -82,7 +82,7 @@ async def test_pending_and_scheduled_jobs_are_cancelled_and_never_run(
 
 
 async def test_a_finished_job_cannot_be_cancelled(alice: Actor) -> None:
-    job = (await ask(alice))["id"]
+    job = (await submit_job(alice))["id"]
     await alice.finished_job(job)
     refused = await alice.post(f"/jobs/{job}/cancel")
     assert (refused.status, refused.code) == (409, "not_cancellable")
@@ -90,7 +90,7 @@ async def test_a_finished_job_cannot_be_cancelled(alice: Actor) -> None:
 
 
 async def test_cancelled_job_can_be_retried(alice: Actor) -> None:
-    job = (await ask(alice, program(SLEEPS.format(seconds=0)), runAt="2100-01-01T00:00:00Z"))["id"]
+    job = (await submit_job(alice, program_job(SLEEP_PROGRAM.format(seconds=0)), runAt="2100-01-01T00:00:00Z"))["id"]
     await alice.post(f"/jobs/{job}/cancel")
     again = await alice.post(f"/jobs/{job}/retry")
     assert (again.status, again["runAt"], again["completedAt"]) == (202, None, None)
@@ -109,7 +109,7 @@ async def test_no_job_completes_after_its_cancellation_was_acknowledged(alice: A
 
 async def cancel_after(actor: Actor, mark: str, seconds: float) -> tuple[str, str]:
     """Cancel a new job after a delay; return it and its acknowledged status: it may have completed before."""
-    job = (await ask(actor, program("import time\ntime.sleep(0.05)", args=[mark])))["id"]
+    job = (await submit_job(actor, program_job("import time\ntime.sleep(0.05)", args=[mark])))["id"]
     await asyncio.sleep(seconds)
     response = await actor.post(f"/jobs/{job}/cancel")
     if response.status == 409:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from server.jobs import analysis, children
+from server.jobs import analysis_process, helper_process
 from tests.actors import Actor
-from tests.jobs.asking import ask
+from tests.jobs.requests import submit_job
 
 pytestmark = pytest.mark.usefixtures("worker")
 MEASURE = """
@@ -23,7 +23,7 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, done.returncode, d
 
 
 async def analysed(actor: Actor, format: str, content: str) -> dict[str, Any]:
-    job = await ask(actor, {"type": "DATA_ANALYSIS", "payload": {"format": format, "content": content}})
+    job = await submit_job(actor, {"type": "DATA_ANALYSIS", "payload": {"format": format, "content": content}})
     done = await actor.finished_job(job["id"])
     assert done["status"] == "completed", done
     result: dict[str, Any] = done["result"]
@@ -84,8 +84,8 @@ async def test_analysis_reports_its_progress(tmp_path: Path) -> None:
     async def progress(percent: float) -> None:
         reported.append(percent)
 
-    program = Path(analysis.__file__)
-    result = await children.run(program, str(tmp_path / "data"), "csv", cwd=tmp_path, progress=progress)
+    program = Path(analysis_process.__file__)
+    result = await helper_process.run(program, str(tmp_path / "data"), "csv", cwd=tmp_path, on_progress=progress)
     assert json.loads(result)["rows"] == 2
     assert reported == [30, 60, 90]  # after reading, and after each column
 
@@ -94,7 +94,7 @@ async def test_the_data_of_a_document_are_analysed(alice: Actor, bob: Actor) -> 
     workspace = await alice.make_workspace()
     document = await alice.post(f"/workspaces/{workspace}/documents", {"path": "data.csv", "content": "x\n1\n2\n"})
     request = {"type": "DATA_ANALYSIS", "payload": {"format": "csv", "documentId": document["id"]}}
-    job = await ask(alice, request)
+    job = await submit_job(alice, request)
     assert job["workspaceId"] == workspace
     assert (await alice.finished_job(job["id"]))["result"]["columns"][0]["mean"] == 1.5
     assert (await bob.post("/jobs", request)).code == "not_found"
@@ -102,7 +102,7 @@ async def test_the_data_of_a_document_are_analysed(alice: Actor, bob: Actor) -> 
 
 async def test_data_of_another_format_fail_without_a_retry(alice: Actor) -> None:
     request = {"type": "DATA_ANALYSIS", "payload": {"format": "jsonl", "content": '{"a":'}}
-    done = await alice.finished_job((await ask(alice, request))["id"])
+    done = await alice.finished_job((await submit_job(alice, request))["id"])
     assert (done["status"], done["attempts"], done["error"]["code"]) == ("failed", 1, "validation_failed")
     assert "JSON" in done["error"]["message"]
     assert "/" not in done["error"]["message"]  # no path of the server
@@ -140,7 +140,7 @@ def table(path: Path, size: int, row: Any) -> None:
 )
 def test_ten_megabytes_are_analysed_within_128_mb(tmp_path: Path, row: Any) -> None:
     table(tmp_path / "data", 10 << 20, row)
-    command = [sys.executable, "-c", MEASURE, analysis.__file__, str(tmp_path / "data"), "csv"]
+    command = [sys.executable, "-c", MEASURE, analysis_process.__file__, str(tmp_path / "data"), "csv"]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n", 2)
     assert output[1] == "0"
     assert json.loads(output[2].splitlines()[-1])["columns"][0]["distinct"] > 50_000
@@ -150,6 +150,6 @@ def test_ten_megabytes_are_analysed_within_128_mb(tmp_path: Path, row: Any) -> N
 def test_the_analysis_does_not_outlive_its_worker(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("x\n1\n")
     orphan = subprocess.run(
-        [sys.executable, "-I", analysis.__file__, str(os.getppid()), str(tmp_path / "data"), "csv"], check=False
+        [sys.executable, "-I", analysis_process.__file__, str(os.getppid()), str(tmp_path / "data"), "csv"], check=False
     )
     assert orphan.returncode == 1

@@ -20,8 +20,8 @@ import pytest
 
 from server.devstack.stack import Stack
 from tests.actors import Actor
-from tests.conftest import environment
-from tests.jobs.asking import ask
+from tests.conftest import environment_of
+from tests.jobs.requests import submit_job
 from tests.processes import Processes
 
 FILES = {"main.py": "print('hé')\n", "docs/read me.md": "# Hello\n", "empty.txt": ""}
@@ -37,7 +37,9 @@ async def workspace_with(actor: Actor, files: dict[str, str], project: str | Non
 
 async def exported(actor: Actor, **payload: Any) -> dict[str, Any]:
     """Run an export and return the artifact in its result."""
-    done = await actor.finished_job((await ask(actor, {"type": "EXPORT", "payload": payload}))["id"], seconds=120)
+    done = await actor.finished_job(
+        (await submit_job(actor, {"type": "EXPORT", "payload": payload}))["id"], seconds=120
+    )
     assert done["status"] == "completed", done
     artifact: dict[str, Any] = done["result"]["artifact"]
     return artifact
@@ -142,9 +144,9 @@ async def test_an_expired_artifact_is_gone(alice: Actor, stack: Stack) -> None:
 
 
 async def test_many_documents_are_exported_in_constant_memory(
-    processes: Processes, quiet: dict[str, str], http: aiohttp.ClientSession, full: bool
+    processes: Processes, isolated_stores: dict[str, str], http: aiohttp.ClientSession, full: bool
 ) -> None:
-    variables = environment(quiet)
+    variables = environment_of(isolated_stores)
     server, worker = processes.server(**variables), processes.worker(**variables).ready()
     ada = await Actor(http, server.base, "Ada").register()
     small = await workspace_with(ada, {"a.txt": "a"})

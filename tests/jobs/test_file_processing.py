@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.actors import Actor
-from tests.jobs.asking import ask
+from tests.jobs.requests import submit_job
 
 pytestmark = pytest.mark.usefixtures("worker")
 FILES = {"src/main.py": "print('hé')\n# two words\n", "notes.txt": "one two  three", "empty.md": "", "odd.zzz": "x\n"}
@@ -21,7 +21,7 @@ async def workspace_with(actor: Actor, files: dict[str, str]) -> str:
 
 
 async def processed(actor: Actor, payload: dict[str, Any]) -> dict[str, Any]:
-    job = await ask(actor, {"type": "FILE_PROCESSING", "payload": payload})
+    job = await submit_job(actor, {"type": "FILE_PROCESSING", "payload": payload})
     return await actor.finished_job(job["id"])
 
 
@@ -70,7 +70,7 @@ async def test_user_who_lost_the_role_before_the_run_gets_no_result(alice: Actor
     workspace = await alice.make_workspace(project)
     member = await alice.add(bob, project)
     payload = {"type": "FILE_PROCESSING", "payload": {"workspaceId": workspace}}
-    job = (await ask(bob, payload, runAt="2100-01-01T00:00:00Z"))["id"]
+    job = (await submit_job(bob, payload, runAt="2100-01-01T00:00:00Z"))["id"]
     await alice.delete(f"/projects/{project}/collaborators/{member}")
     await bob.post(f"/jobs/{job}/cancel")
     await bob.post(f"/jobs/{job}/retry")
@@ -86,7 +86,7 @@ async def test_program_from_a_document_sees_the_other_files_of_its_workspace(ali
         document = await alice.post(f"/workspaces/{workspace}/documents", {"path": path, "content": content})
         ids[path] = document["id"]
     request = {"type": "CODE_EXECUTION", "payload": {"language": "python", "documentId": ids["main.py"]}}
-    job = await ask(alice, request)
+    job = await submit_job(alice, request)
     assert job["workspaceId"] == workspace
     done = await alice.finished_job(job["id"])
     assert done["result"]["stderr"] == ""

@@ -12,9 +12,9 @@ from uuid import uuid4
 
 import pytest
 
-from tests.devstack.pids import gone
+from tests.devstack.pids import all_exited
 from tests.jobs.conftest import Streams
-from tests.jobs.runner import SECRET, Runner, leaves_no_process, processes_with
+from tests.jobs.runner import SECRET, Runner, processes_with, wait_until_no_process
 
 # Prints a line per operation that succeeds; failures print nothing.
 TRY = """
@@ -91,10 +91,10 @@ def test_a_fork_bomb_is_bounded_and_ends(runner: Runner, word: str, language: st
     most = 0
     while count := len(processes_with(word)):
         most = max(most, count)
-    outcome = job.outcome()
+    outcome = job.result()
     assert 2 < most <= 32 + 3  # and their parents, whose arguments contain the word too
     assert outcome.timed_out or outcome.exit_code not in (None, 0) or outcome.signal
-    assert leaves_no_process(word)
+    assert wait_until_no_process(word)
     assert is_well(runner)
 
 
@@ -116,7 +116,7 @@ import os; os._exit(0)
 def test_an_endless_loop_in_many_processes_ends(runner: Runner, word: str) -> None:
     code = "import os\nfor _ in range(4): os.fork()\nwhile True: pass"
     assert runner.run(code, args=[word], timeout_seconds=1).timed_out
-    assert leaves_no_process(word)
+    assert wait_until_no_process(word)
 
 
 def test_a_program_that_ignores_signals_ends(runner: Runner, word: str) -> None:
@@ -127,13 +127,13 @@ for number in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}:
 while True: time.sleep(1)
 """
     assert runner.run(code, args=[word], timeout_seconds=1).timed_out
-    assert leaves_no_process(word)
+    assert wait_until_no_process(word)
 
 
 def test_a_stopped_program_ends(runner: Runner, word: str) -> None:
     code = "import os, signal; os.fork(); os.kill(os.getpid(), signal.SIGSTOP)"
     assert runner.run(code, args=[word], timeout_seconds=1).timed_out
-    assert leaves_no_process(word)
+    assert wait_until_no_process(word)
 
 
 def test_endless_output_does_not_fill_the_worker(runner: Runner) -> None:
@@ -174,7 +174,7 @@ def test_filling_the_disk_ends_the_program(runner: Runner, filling: str) -> None
     while job_runs(runner):
         lowest = min(lowest, free_disk(runner))
         time.sleep(0.02)
-    outcome = job.outcome()
+    outcome = job.result()
     assert "disk limit" in outcome.stderr or outcome.exit_code == 1  # or the program failed with an error of its own
     assert not outcome.timed_out
     assert before - lowest < 2 << 30
@@ -448,7 +448,7 @@ while True: time.sleep(1)
     assert outcome.stdout == "begun\n"
     assert outcome.exit_code == 0
     assert not outcome.timed_out  # the program itself has exited
-    assert leaves_no_process(word)
+    assert wait_until_no_process(word)
 
 
 def test_links_reach_no_host_files(runner: Runner, precious: Path) -> None:
@@ -581,7 +581,7 @@ for path in ("/etc/passwd", "/etc/shadow", "/etc/hostname", "/root", "/home", "/
     attempt(path, lambda: os.listdir(path))
     attempt(path, lambda: open(path, "rb").read(100))
 for path in ("{precious}", "{precious.parent}/other", "/usr/bin/other", "/etc/other", "/other", "/var/tmp/other",
-             "/dev/other", "/dev/shm/other", "/job/other", "../other", "../files/other", "/inside.py"):
+             "/dev/other", "/dev/shm/other", "/job/other", "../other", "../files/other", "/sandbox_child.py"):
     attempt(f"write {{path}}", lambda: open(path, "a"))
     attempt(f"mkdir {{path}}", lambda: os.mkdir(path))
 for change in (os.unlink, os.rmdir, lambda path: os.truncate(path, 0), lambda path: os.rename(path, "mine")):
@@ -633,8 +633,8 @@ os.kill(0, signal.SIGKILL)
     outcome = runner.run(code)
     assert outcome.stdout == "alive\n"
     assert outcome.signal in (None, 9)
-    assert not gone([runner.pid])
-    assert not gone([bystander])
+    assert not all_exited([runner.pid])
+    assert not all_exited([bystander])
     assert is_well(runner)
 
 
@@ -650,7 +650,7 @@ for pid in ({runner.pid}, {bystander}):
     syscall("prlimit64", 302, pid, 0, None, ctypes.byref(ctypes.create_string_buffer(16)))
 """
     assert nothing_done(runner, code)
-    assert not gone([bystander])
+    assert not all_exited([bystander])
 
 
 def test_signals_among_its_own_processes_work(runner: Runner) -> None:
@@ -680,7 +680,7 @@ os._exit(3)
 """
     outcome = runner.run(code, args=[word])
     assert outcome.exit_code == 3
-    assert leaves_no_process(word)
+    assert wait_until_no_process(word)
     assert is_well(runner)
 
 
@@ -756,12 +756,12 @@ def test_other_programs_are_undisturbed_by_a_hostile_one(runner: Runner) -> None
     time.sleep(0.3)
     assert runner.run("print('hello')").stdout == "hello\n"
     for bomb in bombs:
-        bomb.outcome()
+        bomb.result()
 
 
 def test_a_program_sees_nothing_of_another(runner: Runner) -> None:
     other = runner.start("import time; open('secret', 'w').write('x'); print('up', flush=True); time.sleep(600)")
-    other.until_output()
+    other.wait_for_output()
     at = next(runner.folder.rglob("secret"), None) or Path("/nowhere")
     jobs = [path for path in runner.folder.rglob("job-*") if path.is_dir()]
     code = f"""{TRY}
@@ -779,12 +779,12 @@ attempt("read", lambda: open("{at}").read())
 
 def test_a_killed_launcher_is_replaced_and_its_programs_end(own_runner: Runner, word: str) -> None:
     job = own_runner.start("import time; print('up', flush=True); time.sleep(600)", args=[word], timeout_seconds=60)
-    job.until_output()
+    job.wait_for_output()
     [launcher] = [pid for pid in processes_with("launcher.py") if parent_of(pid) == own_runner.pid]
     subprocess.run(["kill", "-9", str(launcher)], check=True)
     assert own_runner.run("print('hello')").stdout == "hello\n"
     job.cancel()
-    assert leaves_no_process(word)
+    assert wait_until_no_process(word)
 
 
 def parent_of(pid: int) -> int:

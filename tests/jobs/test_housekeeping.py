@@ -11,26 +11,26 @@ from uuid import uuid4
 import pytest
 import saq
 
-from server.jobs import artifacts, collections, output, recovery, store
-from server.jobs.lifecycle import Bench
-from server.jobs.queue import UpkeepLane
+from server.jobs import artifacts, indexes, output, recovery, store
+from server.jobs.lifecycle import WorkerContext
+from server.jobs.queue import MaintenanceQueue
 from server.resources import Resources, connect
 from server.settings import Settings
-from server.worker import UpkeepWorker, _end
-from tests.jobs.conftest import MakeBench
-from tests.patience import PATIENCE_SECONDS
+from server.worker import MaintenanceWorker, _end_tasks
+from tests.jobs.conftest import MakeContext
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 
 @pytest.fixture
-async def stores(settings: Settings, quiet: dict[str, str]) -> AsyncIterator[Resources]:
-    async with connect(dataclasses.replace(settings, **quiet)) as opened:
-        await collections.prepare(opened.mongo)
+async def stores(settings: Settings, isolated_stores: dict[str, str]) -> AsyncIterator[Resources]:
+    async with connect(dataclasses.replace(settings, **isolated_stores)) as opened:
+        await indexes.create_all(opened.mongo)
         yield opened
 
 
 async def job_of(mongo: Any, *, age: timedelta, status: str = "completed") -> dict[str, Any]:
     """Create a job that ended this long ago, with output and an artifact."""
-    now = store.moment()
+    now = store.mongo_now()
     job: dict[str, Any] = {"_id": str(uuid4()), "claim": 1, "status": status, "completedAt": now - age}
     if status == "pending":
         job["completedAt"] = None
@@ -46,7 +46,7 @@ async def left(mongo: Any, job: dict[str, Any]) -> tuple[bool, bool, bool]:
     """Return whether record, output and artifact exist."""
     record = await store.read(mongo, job=job["_id"])
     text, _ = await output.read(mongo, job=job["_id"], after=0, limit=10)
-    return record is not None, bool(text), await artifacts.find(mongo, job=job, name="a") is not None
+    return record is not None, bool(text), await artifacts.find_file(mongo, job=job, name="a") is not None
 
 
 async def test_clean_up_deletes_only_what_exceeds_its_retention(stores: Resources) -> None:
@@ -55,7 +55,7 @@ async def test_clean_up_deletes_only_what_exceeds_its_retention(stores: Resource
     week = await job_of(mongo, age=timedelta(days=8))
     month = await job_of(mongo, age=timedelta(days=31))
     waiting = await job_of(mongo, age=timedelta(0), status="pending")
-    await recovery.clean_up(cast("Bench", SimpleNamespace(stores=stores)))
+    await recovery.clean_up(cast("WorkerContext", SimpleNamespace(stores=stores)))
     assert await left(mongo, young) == (True, True, True)
     assert await left(mongo, week) == (True, False, False)
     assert await left(mongo, month) == (False, False, False)
@@ -64,29 +64,29 @@ async def test_clean_up_deletes_only_what_exceeds_its_retention(stores: Resource
 
 
 async def test_remains_of_a_killed_upload_are_deleted_after_an_hour(stores: Resources) -> None:
-    mongo, now = stores.mongo, store.moment()
+    mongo, now = stores.mongo, store.mongo_now()
     for age in (timedelta(hours=2), timedelta(0)):
         job = {"_id": str(uuid4()), "claim": 1}
         killed = await artifacts.Upload.begin(mongo, job=job, name="a", content_type="text/plain", now=now - age)
         await killed.write(b"x" * 300_000)
-    await recovery.clean_up(cast("Bench", SimpleNamespace(stores=stores)))
+    await recovery.clean_up(cast("WorkerContext", SimpleNamespace(stores=stores)))
     assert await mongo["artifacts.files"].count_documents({}) == 1
     assert await mongo["artifacts.chunks"].count_documents({}) == 1
 
 
 async def test_only_the_artifact_of_the_completed_attempt_is_kept(stores: Resources) -> None:
     mongo = stores.mongo
-    jobs = [await job_of(mongo, age=timedelta(hours=2)) for _ in range(artifacts.AT_ONCE + 1)]
+    jobs = [await job_of(mongo, age=timedelta(hours=2)) for _ in range(artifacts.DELETE_BATCH_SIZE + 1)]
     for job in jobs:
         await mongo.jobs.update_one({"_id": job["_id"]}, {"$set": {"claim": 2}})
         second = job | {"claim": 2}
-        now = store.moment() - timedelta(hours=2)
+        now = store.mongo_now() - timedelta(hours=2)
         async with artifacts.upload(mongo, job=second, name="a", content_type="text/plain", now=now) as upload:
             await upload.write(b"y")
-    await recovery.clean_up(cast("Bench", SimpleNamespace(stores=stores)))
+    await recovery.clean_up(cast("WorkerContext", SimpleNamespace(stores=stores)))
     for job in jobs:
-        assert await artifacts.find(mongo, job=job, name="a") is None
-        assert await artifacts.find(mongo, job=job | {"claim": 2}, name="a") is not None
+        assert await artifacts.find_file(mongo, job=job, name="a") is None
+        assert await artifacts.find_file(mongo, job=job | {"claim": 2}, name="a") is not None
     assert await mongo["artifacts.chunks"].count_documents({}) == len(jobs)
     assert await mongo["artifacts.files"].count_documents({"metadata.unsettledSince": {"$gte": now}}) == 0
 
@@ -94,12 +94,12 @@ async def test_only_the_artifact_of_the_completed_attempt_is_kept(stores: Resour
 async def test_failing_clean_up_step_does_not_block_the_others(
     stores: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recovery, "STEP_SECONDS", 4.0)
+    monkeypatch.setattr(recovery, "CLEAN_UP_STEP_TIMEOUT_SECONDS", 4.0)
     mongo = stores.mongo
     month = await job_of(mongo, age=timedelta(days=31))
     await mongo["artifacts.files"].rename("artifacts.other")
     await mongo.command("create", "artifacts.files", viewOn="artifacts.other", pipeline=[])  # a view cannot be written
-    await recovery.clean_up(cast("Bench", SimpleNamespace(stores=stores)))
+    await recovery.clean_up(cast("WorkerContext", SimpleNamespace(stores=stores)))
     assert await store.read(mongo, job=month["_id"]) is None
 
 
@@ -108,19 +108,19 @@ async def test_an_upload_that_fails_leaves_nothing(stores: Resources) -> None:
     with pytest.raises(RuntimeError):
         await fail_in_the_middle(stores.mongo, job)
     assert await stores.mongo["artifacts.chunks"].count_documents({}) == 0
-    assert await artifacts.find(stores.mongo, job=job, name="a") is None
+    assert await artifacts.find_file(stores.mongo, job=job, name="a") is None
 
 
 async def fail_in_the_middle(mongo: Any, job: dict[str, Any]) -> None:
-    async with artifacts.upload(mongo, job=job, name="a", content_type="text/plain", now=store.moment()) as upload:
+    async with artifacts.upload(mongo, job=job, name="a", content_type="text/plain", now=store.mongo_now()) as upload:
         await upload.write(b"x" * 600_000)
         raise RuntimeError
 
 
-async def test_reconciler_runs_during_a_long_clean_up(make_bench: MakeBench) -> None:
+async def test_reconciler_runs_during_a_long_clean_up(make_context: MakeContext) -> None:
     started, ticks = asyncio.Event(), 0
 
-    class Busy(UpkeepWorker):
+    class Busy(MaintenanceWorker):
         async def clean_up(self, _: Any) -> None:
             started.set()
             await asyncio.Event().wait()
@@ -129,13 +129,13 @@ async def test_reconciler_runs_during_a_long_clean_up(make_bench: MakeBench) -> 
             nonlocal ticks
             ticks += started.is_set()
 
-    bench = await make_bench(None)
-    maintenance_queue = UpkeepLane(bench.stores.redis)
-    worker = Busy(maintenance_queue, bench)
+    context = await make_context(None)
+    maintenance_queue = MaintenanceQueue(context.stores.redis)
+    worker = Busy(maintenance_queue, context)
     name = next(name for name in worker.functions if name.endswith("clean_up"))
     await maintenance_queue.enqueue(saq.Job(name, key=f"{maintenance_queue.name}:now", timeout=60))
     running = asyncio.ensure_future(worker.start())
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
         while ticks < 2:
             await asyncio.sleep(0.1)
-    await _end([running, *worker.tasks])
+    await _end_tasks([running, *worker.tasks])

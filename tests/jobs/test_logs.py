@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from server.jobs import output, store
-from server.jobs.output import CHUNK_CHARACTERS, Output
+from server.jobs.output import MAX_CHUNK_CHARACTERS, OutputWriter
 from server.resources import connect
 from server.settings import Settings
 from tests.actors import Actor
-from tests.jobs.asking import ask, program
-from tests.patience import PATIENCE_SECONDS
+from tests.jobs.requests import program_job, submit_job
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 pytestmark = pytest.mark.usefixtures("worker")
 TALKS = """
@@ -26,9 +26,9 @@ print("oh", file=sys.stderr)
 
 
 async def test_output_is_readable_while_the_program_runs(alice: Actor) -> None:
-    job = (await ask(alice, program(TALKS)))["id"]
+    job = (await submit_job(alice, program_job(TALKS)))["id"]
     pages, after, text = 0, "0", ""
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
         while True:
             page = await alice.get(f"/jobs/{job}/logs?after={after}")
             for item in page["items"]:
@@ -48,7 +48,9 @@ async def test_output_is_readable_while_the_program_runs(alice: Actor) -> None:
 
 async def test_output_is_read_from_any_position_in_pages(alice: Actor) -> None:
     job = (
-        await ask(alice, program("import sys\nprint('é' * 40000)\nsys.stdout.flush()\nprint('x', file=sys.stderr)"))
+        await submit_job(
+            alice, program_job("import sys\nprint('é' * 40000)\nsys.stdout.flush()\nprint('x', file=sys.stderr)")
+        )
     )["id"]
     await alice.finished_job(job)
     whole = await alice.get(f"/jobs/{job}/logs")
@@ -67,19 +69,19 @@ async def test_output_is_read_from_any_position_in_pages(alice: Actor) -> None:
 
 
 @pytest.fixture
-async def mongo(settings: Settings, quiet: dict[str, str]) -> AsyncIterator[Any]:
-    async with connect(dataclasses.replace(settings, **quiet)) as stores:
+async def mongo(settings: Settings, isolated_stores: dict[str, str]) -> AsyncIterator[Any]:
+    async with connect(dataclasses.replace(settings, **isolated_stores)) as stores:
         yield stores.mongo
 
 
-def writer(mongo: Any, *, claim: int, start: int = 0, published: list[str] | None = None) -> Output:
+def writer(mongo: Any, *, claim: int, start: int = 0, published: list[str] | None = None) -> OutputWriter:
     async def publish(chunks: Sequence[dict[str, Any]]) -> None:
         (published if published is not None else []).extend(chunk["text"] for chunk in chunks)
 
-    return Output(mongo, job="job", claim=claim, start=start, tell=publish, now=store.moment)
+    return OutputWriter(mongo, job="job", claim=claim, start=start, on_stored=publish, clock=store.mongo_now)
 
 
-async def write(to: Output, text: str) -> None:
+async def write(to: OutputWriter, text: str) -> None:
     to.add("stdout", 0, text)
     await to.flush()
 
@@ -99,7 +101,7 @@ async def test_superseded_attempt_does_not_overwrite_its_successors_output(mongo
     zombie, successor = writer(mongo, claim=1), writer(mongo, claim=2, published=published)
     await write(zombie, "first of the zombie, ")
     await write(successor, "its successor, ")  # its offset is taken
-    await write(zombie, "x" * 2 * CHUNK_CHARACTERS)
+    await write(zombie, "x" * 2 * MAX_CHUNK_CHARACTERS)
     await write(zombie, "nothing of this")
     await write(successor, "and all of it")
     assert await kept(mongo) == "first of the zombie, its successor, and all of it"
@@ -109,7 +111,7 @@ async def test_superseded_attempt_does_not_overwrite_its_successors_output(mongo
 async def test_superseded_attempt_stores_nothing_after_its_successor(mongo: Any) -> None:
     zombie, successor = writer(mongo, claim=1), writer(mongo, claim=2)
     await write(successor, "mine")
-    await write(zombie, "x" * 2 * CHUNK_CHARACTERS)
+    await write(zombie, "x" * 2 * MAX_CHUNK_CHARACTERS)
     await write(successor, ", too")
     assert await kept(mongo) == "mine, too"
 
@@ -117,24 +119,24 @@ async def test_superseded_attempt_stores_nothing_after_its_successor(mongo: Any)
 async def test_output_is_stored_once_after_a_lost_response(mongo: Any) -> None:
     published: list[str] = []
     await write(
-        writer(mongo, claim=1), "x" * CHUNK_CHARACTERS
+        writer(mongo, claim=1), "x" * MAX_CHUNK_CHARACTERS
     )  # simulates a lost response: the same attempt and offsets
-    await write(writer(mongo, claim=1, published=published), "x" * CHUNK_CHARACTERS + "y")
-    assert await kept(mongo) == "x" * CHUNK_CHARACTERS + "y"
-    assert published == ["x" * CHUNK_CHARACTERS, "y"]
+    await write(writer(mongo, claim=1, published=published), "x" * MAX_CHUNK_CHARACTERS + "y")
+    assert await kept(mongo) == "x" * MAX_CHUNK_CHARACTERS + "y"
+    assert published == ["x" * MAX_CHUNK_CHARACTERS, "y"]
 
 
 async def test_output_beyond_the_limit_ends_with_a_truncation_marker(mongo: Any) -> None:
-    start = output.JOB_CHARACTERS - 1000
+    start = output.MAX_JOB_CHARACTERS - 1000
     full = writer(mongo, claim=1, start=start)
     for text in ("x" * 900, "y" * 5000, "z"):
         await write(full, text)
     items, end = await output.read(mongo, job="job", after=start, limit=10)
-    room = 100 - len(output.MARKER)
-    assert "".join(item["text"] for item in items) == "x" * 900 + "y" * room + output.MARKER
-    assert end == output.JOB_CHARACTERS
+    room = 100 - len(output.TRUNCATION_MARKER)
+    assert "".join(item["text"] for item in items) == "x" * 900 + "y" * room + output.TRUNCATION_MARKER
+    assert end == output.MAX_JOB_CHARACTERS
 
 
 async def test_logs_are_hidden_from_users_without_access(alice: Actor, bob: Actor) -> None:
-    job = (await ask(alice))["id"]
+    job = (await submit_job(alice))["id"]
     assert (await bob.get(f"/jobs/{job}/logs")).status == 404

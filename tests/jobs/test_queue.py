@@ -7,12 +7,12 @@ import pytest
 from redis.asyncio import Redis
 
 from server.jobs import lifecycle, queue
-from server.jobs.bell import Bell
-from server.jobs.queue import InOrder, class_of, in_turn
+from server.jobs.notifier import JobNotifier
+from server.jobs.queue import WeightedOrder, next_queue, priority_class
 from server.jobs.types import JOB_TYPES
 from tests.actors import Actor
-from tests.conftest import environment
-from tests.jobs.asking import ask
+from tests.conftest import environment_of
+from tests.jobs.requests import submit_job
 from tests.processes import Processes
 
 
@@ -21,36 +21,41 @@ from tests.processes import Processes
     [(10, "high"), (8, "high"), (7, "normal"), (5, "normal"), (4, "normal"), (3, "low"), (1, "low")],
 )
 def test_priority_maps_to_its_class(priority: int, name: str) -> None:
-    assert class_of(priority) == name
+    assert priority_class(priority) == name
 
 
 def test_the_highest_class_comes_first_but_none_starves() -> None:
     names = ["high", "normal", "low"]
-    firsts = [next(iter(in_turn(names, taken))) for taken in range(100)]  # type: ignore[arg-type]
+    firsts = [next(iter(next_queue(names, taken))) for taken in range(100)]  # type: ignore[arg-type]
     assert {name: firsts.count(name) for name in names} == {"high": 80, "normal": 10, "low": 10}
-    assert [list(in_turn(names, 0)), list(in_turn(names, 9))] == [names, ["low", "high", "normal"]]  # type: ignore[arg-type]
-    assert list(in_turn(["low"], 4)) == ["low"]  # type: ignore[arg-type]
+    assert [list(next_queue(names, 0)), list(next_queue(names, 9))] == [names, ["low", "high", "normal"]]  # type: ignore[arg-type]
+    assert list(next_queue(["low"], 4)) == ["low"]  # type: ignore[arg-type]
 
 
 @pytest.fixture
-async def redis(quiet: dict[str, str]):
-    async with Redis.from_url(quiet["redis_url"]) as client:
+async def redis(isolated_stores: dict[str, str]):
+    async with Redis.from_url(isolated_stores["redis_url"]) as client:
         await client.flushdb()
         yield client
 
 
 async def send(redis: Redis, number: int, language: str, type: str = "CODE_EXECUTION") -> None:
     job = {"_id": f"job-{number}", "claim": 0, "priority": 5, "payload": {"language": language}}
-    message = queue.message(job, JOB_TYPES["CODE_EXECUTION"])
+    message = queue.make_message(job, JOB_TYPES["CODE_EXECUTION"])
     message.kwargs["type"] = type
-    await queue.lanes(redis)["normal"].enqueue(message)
+    await queue.priority_queues(redis)["normal"].enqueue(message)
 
 
 async def taken(redis: Redis, *capabilities: str) -> list[str]:
     """Take messages as a worker with these capabilities until none is left; return their jobs."""
-    job_queue = InOrder(redis, list(queue.lanes(redis).values()), Bell(redis, on_cancel=print), has=capabilities)
+    job_queue = WeightedOrder(
+        redis,
+        list(queue.priority_queues(redis).values()),
+        JobNotifier(redis, on_cancel=print),
+        capabilities=capabilities,
+    )
     jobs = []
-    while message := await job_queue._next():
+    while message := await job_queue._take_next():
         jobs.append(message.kwargs["job"])
     return jobs
 
@@ -81,30 +86,32 @@ async def test_message_without_a_body_is_dropped(redis: Redis) -> None:
 
 
 def test_saq_deadline_exceeds_all_mongodb_retries() -> None:
-    assert queue.MARGIN_SECONDS > 3 * lifecycle.PATIENCE_SECONDS  # for the claim, the output and the outcome
+    assert (
+        queue.TIMEOUT_MARGIN_SECONDS > 3 * lifecycle.MONGO_RETRY_TIMEOUT_SECONDS
+    )  # for the claim, the output and the outcome
 
 
 async def test_urgent_jobs_overtake_others(
-    processes: Processes, quiet: dict[str, str], http: aiohttp.ClientSession
+    processes: Processes, isolated_stores: dict[str, str], http: aiohttp.ClientSession
 ) -> None:
-    variables = environment(quiet) | {"JOBS_PER_USER": "100", "WORKER_CONCURRENCY": "1"}
+    variables = environment_of(isolated_stores) | {"JOBS_PER_USER": "100", "WORKER_CONCURRENCY": "1"}
     server = processes.server(**variables)
     ada = await Actor(http, server.base, "Ada").register()
-    late = [(await ask(ada, priority=1))["id"] for _ in range(6)]
-    urgent = [(await ask(ada, priority=10))["id"] for _ in range(6)]
+    late = [(await submit_job(ada, priority=1))["id"] for _ in range(6)]
+    urgent = [(await submit_job(ada, priority=10))["id"] for _ in range(6)]
     processes.worker(**variables).ready()
     started = {job: (await ada.finished_job(job))["startedAt"] for job in late + urgent}
     assert sorted(started, key=started.__getitem__) == urgent + late
 
 
 async def test_worker_takes_only_from_its_queues(
-    processes: Processes, quiet: dict[str, str], http: aiohttp.ClientSession
+    processes: Processes, isolated_stores: dict[str, str], http: aiohttp.ClientSession
 ) -> None:
-    variables = environment(quiet)
+    variables = environment_of(isolated_stores)
     server = processes.server(**variables)
     ada = await Actor(http, server.base, "Ada").register()
     processes.worker("--queues", "high,low", **variables).ready()
-    normal, low = (await ask(ada))["id"], (await ask(ada, priority=1))["id"]
+    normal, low = (await submit_job(ada))["id"], (await submit_job(ada, priority=1))["id"]
     assert (await ada.finished_job(low))["status"] == "completed"
     await asyncio.sleep(0.5)
     assert (await ada.get(f"/jobs/{normal}"))["status"] == "pending"

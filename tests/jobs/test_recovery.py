@@ -13,14 +13,14 @@ import redis
 
 from server.devstack.stack import Stack
 from tests.actors import Actor
-from tests.conftest import TEST_SETTINGS, environment
-from tests.devstack.pids import children_of, gone
-from tests.jobs.asking import SLEEPS, ask, program
-from tests.patience import PATIENCE_SECONDS
+from tests.conftest import TEST_SETTINGS, environment_of
+from tests.devstack.pids import all_exited, children_of
+from tests.jobs.requests import SLEEP_PROGRAM, program_job, submit_job
 from tests.processes import Processes
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 FINAL = {"completed", "failed", "cancelled"}
-SHORT_LEASE = "server.jobs.store.LEASE = server.jobs.store.timedelta(seconds=5)"
+SHORT_LEASE = "server.jobs.store.LEASE_DURATION = server.jobs.store.timedelta(seconds=5)"
 LOST_SECONDS = 60  # for the lease to expire and the job to run again
 
 
@@ -32,16 +32,16 @@ async def until_status(actor: Actor, job: str, *statuses: str, seconds: float = 
 
 
 async def test_job_of_a_killed_worker_runs_again_without_counting_the_lost_attempt(
-    processes: Processes, quiet: dict[str, str], http: aiohttp.ClientSession
+    processes: Processes, isolated_stores: dict[str, str], http: aiohttp.ClientSession
 ) -> None:
-    variables = environment(quiet)
+    variables = environment_of(isolated_stores)
     server, first = processes.server(**variables), processes.worker(**variables).ready()
     ada = await Actor(http, server.base, "Ada").register()
-    job = (await ask(ada, program(SLEEPS.format(seconds=5))))["id"]
+    job = (await submit_job(ada, program_job(SLEEP_PROGRAM.format(seconds=5))))["id"]
     await until_status(ada, job, "processing")
     children = list(children_of(first.pid).values())
     first.kill()
-    assert gone(children, seconds=PATIENCE_SECONDS)  # the program ends with its worker
+    assert all_exited(children, seconds=WAIT_TIMEOUT_SECONDS)  # the program ends with its worker
     second = processes.worker(**variables).ready()
     done = await until_status(ada, job, *FINAL)
     assert (done["status"], done["attempts"], done["result"]["stdout"]) == ("completed", 1, "done\n")
@@ -50,49 +50,49 @@ async def test_job_of_a_killed_worker_runs_again_without_counting_the_lost_attem
 
 
 async def test_resumed_worker_cannot_overwrite_its_successors_outcome(
-    processes: Processes, quiet: dict[str, str], http: aiohttp.ClientSession
+    processes: Processes, isolated_stores: dict[str, str], http: aiohttp.ClientSession
 ) -> None:
-    variables = environment(quiet)
-    server, first = processes.server(**variables), processes.worker(**variables, shorter=SHORT_LEASE).ready()
+    variables = environment_of(isolated_stores)
+    server, first = processes.server(**variables), processes.worker(**variables, override=SHORT_LEASE).ready()
     ada = await Actor(http, server.base, "Ada").register()
-    job = (await ask(ada, program("import os, time\ntime.sleep(5)\nprint(os.urandom(8).hex())")))["id"]
+    job = (await submit_job(ada, program_job("import os, time\ntime.sleep(5)\nprint(os.urandom(8).hex())")))["id"]
     await until_status(ada, job, "processing")
     first.freeze()
-    processes.worker(**variables, shorter=SHORT_LEASE).ready()
+    processes.worker(**variables, override=SHORT_LEASE).ready()
     done = await until_status(ada, job, *FINAL)
-    first.thaw()
+    first.unfreeze()
     await asyncio.sleep(3)  # time to detect the loss, and to write if the fence failed
     assert (await ada.get(f"/jobs/{job}")).body == done
     assert len(done["history"]) == 2
 
 
 async def test_queued_jobs_run_after_redis_was_emptied(
-    processes: Processes, quiet: dict[str, str], http: aiohttp.ClientSession
+    processes: Processes, isolated_stores: dict[str, str], http: aiohttp.ClientSession
 ) -> None:
-    variables = environment(quiet)
+    variables = environment_of(isolated_stores)
     server = processes.server(**variables)
     ada = await Actor(http, server.base, "Ada").register()
-    jobs = [(await ask(ada))["id"] for _ in range(6)]
-    redis.Redis.from_url(quiet["redis_url"]).flushdb()
+    jobs = [(await submit_job(ada))["id"] for _ in range(6)]
+    redis.Redis.from_url(isolated_stores["redis_url"]).flushdb()
     processes.worker(**variables).ready()
     for job in jobs:
         assert (await until_status(ada, job, *FINAL))["status"] == "completed"
 
 
 async def test_job_fails_after_too_many_lost_workers(
-    processes: Processes, quiet: dict[str, str], http: aiohttp.ClientSession, full: bool
+    processes: Processes, isolated_stores: dict[str, str], http: aiohttp.ClientSession, full: bool
 ) -> None:
-    variables, losses = environment(quiet), 5 if full else 1  # each takes until a lease expires
-    override = "" if full else "server.jobs.store.MOST_LOST=1"
+    variables, losses = environment_of(isolated_stores), 5 if full else 1  # each takes until a lease expires
+    override = "" if full else "server.jobs.store.MAX_LOST_WORKERS=1"
     server = processes.server(**variables)
     ada = await Actor(http, server.base, "Ada").register()
-    job = (await ask(ada, program(SLEEPS.format(seconds=60), timeoutSeconds=60)))["id"]
+    job = (await submit_job(ada, program_job(SLEEP_PROGRAM.format(seconds=60), timeoutSeconds=60)))["id"]
     for _ in range(losses):
         worker = processes.worker(**variables).ready()
         await until_status(ada, job, "processing")
         worker.kill()
         # It reclaims the job, but does not take it from its queue.
-        rescuer = processes.worker("--queues", "high", **variables, shorter=override).ready()
+        rescuer = processes.worker("--queues", "high", **variables, override=override).ready()
         await until_status(ada, job, "pending", "failed")
         rescuer.kill()
     done = await ada.get(f"/jobs/{job}")
@@ -106,7 +106,7 @@ def own_processes(own_stack: Stack, tmp_path: Path) -> Iterator[Processes]:
         yield running
 
 
-class Town:
+class Cluster:
     """Two servers, two workers and the stores, which can be killed and restarted (not a Redis Cluster)."""
 
     def __init__(self, stack: Stack, processes: Processes) -> None:
@@ -133,25 +133,25 @@ class Town:
         self.stack.mongo.start()
 
     @property
-    def disasters(self) -> list[Callable[[], None]]:
+    def faults(self) -> list[Callable[[], None]]:
         return [self.kill_worker, self.kill_server, self.empty_and_kill_valkey, self.kill_mongo]
 
 
 async def test_every_job_gets_exactly_one_outcome_while_processes_and_stores_are_killed(
     own_stack: Stack, own_processes: Processes, http: aiohttp.ClientSession, full: bool
 ) -> None:
-    cluster = Town(own_stack, own_processes)
+    cluster = Cluster(own_stack, own_processes)
     actors = [await Actor(http, cluster.servers[0].base, name).register() for name in ("Ada", "Bob", "Eve", "Kay")]
     jobs: dict[str, Actor] = {}
     posting = asyncio.ensure_future(post_many(actors, cluster, jobs, 500 if full else 60))
-    for inject_fault in random.sample(cluster.disasters, 4) * (3 if full else 1):
+    for inject_fault in random.sample(cluster.faults, 4) * (3 if full else 1):
         await asyncio.sleep(random.uniform(0.5, 2.0))
         inject_fault()  # in this thread, which owns the stores
     await posting
     statuses = Counter()
     async with asyncio.timeout(300 if full else 120):
         for job, actor in jobs.items():
-            done = await ended(actor, cluster, job)
+            done = await wait_until_ended(actor, cluster, job)
             statuses[done["status"]] += 1
             successful = [attempt for attempt in done["history"] if attempt["error"] is None]
             assert (len(successful), done["result"]["stdout"]) == (1, job_words(done)), done
@@ -162,23 +162,25 @@ def job_words(job: dict[str, Any]) -> str:
     return job["payload"]["args"][0] + "\n"
 
 
-async def post_many(actors: list[Actor], cluster: Town, jobs: dict[str, Actor], count: int) -> None:
+async def post_many(actors: list[Actor], cluster: Cluster, jobs: dict[str, Actor], count: int) -> None:
     """Post each job until it is acknowledged; its idempotency key prevents duplicates."""
     for number in range(count):
         actor, key = actors[number % len(actors)], f"job-{number}"
-        body = program("import sys, time\ntime.sleep(0.2)\nprint(sys.argv[1])", args=[key])
-        answer = await insistently(actor, cluster, "POST", "/jobs", body, headers={"Idempotency-Key": key})
+        body = program_job("import sys, time\ntime.sleep(0.2)\nprint(sys.argv[1])", args=[key])
+        answer = await call_until_acknowledged(actor, cluster, "POST", "/jobs", body, headers={"Idempotency-Key": key})
         jobs[answer["job"]["id"]] = actor
         await asyncio.sleep(0.02)
 
 
-async def ended(actor: Actor, cluster: Town, job: str) -> dict[str, Any]:
-    while (read := await insistently(actor, cluster, "GET", f"/jobs/{job}"))["status"] not in FINAL:
+async def wait_until_ended(actor: Actor, cluster: Cluster, job: str) -> dict[str, Any]:
+    while (read := await call_until_acknowledged(actor, cluster, "GET", f"/jobs/{job}"))["status"] not in FINAL:
         await asyncio.sleep(0.2)
     return read.body
 
 
-async def insistently(actor: Actor, cluster: Town, method: str, path: str, body: Any = None, **options: Any) -> Any:
+async def call_until_acknowledged(
+    actor: Actor, cluster: Cluster, method: str, path: str, body: Any = None, **options: Any
+) -> Any:
     while True:
         try:
             answer = await actor.at(random.choice(cluster.servers).base).call(method, path, body, **options)

@@ -7,8 +7,8 @@ from uuid import uuid4
 
 import pytest
 
-from tests.jobs.runner import Runner, SandboxError, leaves_no_process, processes_with
-from tests.patience import PATIENCE_SECONDS
+from tests.jobs.runner import Runner, SandboxError, processes_with, wait_until_no_process
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 MIB = 1 << 20
 HELLO = {
@@ -142,7 +142,7 @@ def test_output_that_is_not_utf8_becomes_text(runner: Runner) -> None:
 
 def test_output_is_passed_on_while_the_program_runs(runner: Runner) -> None:
     job = runner.start("import time; print('early', flush=True); time.sleep(600)")
-    assert job.until_output().startswith("early")
+    assert job.wait_for_output().startswith("early")
     job.cancel()
 
 
@@ -158,7 +158,7 @@ def test_closed_output_does_not_end_the_program(runner: Runner) -> None:
 
 def test_programs_run_concurrently(runner: Runner) -> None:
     jobs = [runner.start(f"print({number})") for number in range(8)]
-    assert [job.outcome().stdout for job in jobs] == [f"{number}\n" for number in range(8)]
+    assert [job.result().stdout for job in jobs] == [f"{number}\n" for number in range(8)]
 
 
 def test_each_program_begins_in_an_empty_directory_that_is_removed(runner: Runner) -> None:
@@ -176,10 +176,10 @@ def test_cancel_ends_all_processes(runner: Runner) -> None:
     word = f"marker-{uuid4().hex}"
     code = "import os, time; [os.fork() for _ in range(3)]; print('up', flush=True); time.sleep(600)"
     job = runner.start(code, args=[word], timeout_seconds=60)
-    job.until_output()
+    job.wait_for_output()
     assert processes_with(word)
     job.cancel()
-    assert leaves_no_process(word)
+    assert wait_until_no_process(word)
     assert jobs_of(runner) == []
 
 
@@ -189,7 +189,7 @@ def test_a_cancel_right_after_the_start_leaves_nothing(runner: Runner) -> None:
         job = runner.start("import time; time.sleep(600)", args=[word], timeout_seconds=60)
         time.sleep(pause / 400)
         job.cancel()
-    assert leaves_no_process(word)
+    assert wait_until_no_process(word)
     assert jobs_of(runner) == []
 
 
@@ -197,14 +197,14 @@ def test_a_killed_worker_leaves_no_process_and_no_directory(own_runner: Runner) 
     word = f"marker-{uuid4().hex}"
     code = "import os, time; [os.fork() for _ in range(3)]; print('up', flush=True); time.sleep(600)"
     for job in [own_runner.start(code, args=[word], timeout_seconds=60) for _ in range(3)]:
-        job.until_output()
+        job.wait_for_output()
     until(lambda: len(processes_with(word)) >= 24)
     own_runner.kill()
-    assert leaves_no_process(word)
+    assert wait_until_no_process(word)
     until(lambda: not list(own_runner.folder.glob("sandbox-*")))
 
 
-def until(condition: Callable[[], bool], *, seconds: float = PATIENCE_SECONDS) -> None:
+def until(condition: Callable[[], bool], *, seconds: float = WAIT_TIMEOUT_SECONDS) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

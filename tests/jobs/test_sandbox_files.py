@@ -92,7 +92,7 @@ def test_conflicting_paths_are_rejected(runner: Runner) -> None:
 
 
 def test_too_many_files_are_rejected(runner: Runner) -> None:
-    most = {f"{number}": "" for number in range(sandbox.MOST_FILES)}
+    most = {f"{number}": "" for number in range(sandbox.MAX_INPUT_FILES)}
     assert runner.run("import os; print(len(os.listdir('../files')))", files=most).stdout == f"{len(most)}\n"
     with pytest.raises(SandboxError, match="FilesRefused"):
         runner.run("print(1)", files={**most, "one more": ""})
@@ -100,7 +100,7 @@ def test_too_many_files_are_rejected(runner: Runner) -> None:
 
 def test_too_many_bytes_of_files_are_rejected(runner: Runner) -> None:
     with pytest.raises(SandboxError, match="FilesRefused"):
-        runner.run("print(1)", files={str(n): "x" * (sandbox.MOST_FILE_BYTES // 8 + 1) for n in range(8)})
+        runner.run("print(1)", files={str(n): "x" * (sandbox.MAX_INPUT_BYTES // 8 + 1) for n in range(8)})
 
 
 def test_files_do_not_count_as_the_programs_disk(runner: Runner) -> None:

@@ -16,10 +16,10 @@ from uuid import uuid4
 import pytest
 import structlog.testing
 
-from server.jobs import cgroups, launcher, shims, tiers
+from server.jobs import cgroups, launcher, sandbox_supervisor, tiers
 from server.jobs.sandbox import Sandbox, SandboxError
-from tests.devstack.pids import gone
-from tests.patience import PATIENCE_SECONDS
+from tests.devstack.pids import all_exited
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 BPF_JUMP = 5
 HEADERS = {
@@ -36,43 +36,46 @@ async def best() -> AsyncIterator[Sandbox]:
 
 
 async def test_best_working_tier_is_selected(best: Sandbox) -> None:
-    assert best.tier in tiers.ours()
-    for better in tiers.ours()[: tiers.ours().index(best.tier)]:
+    assert best.tier in tiers.tiers_for_current_user()
+    for better in tiers.tiers_for_current_user()[: tiers.tiers_for_current_user().index(best.tier)]:
         box = await Sandbox.detect([better])
         assert box.tier.name == "none"
         await box.close()
 
 
 async def test_next_tier_is_selected_if_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiers, "BWRAP_PROGRAM", "/nowhere/bwrap")
+    monkeypatch.setattr(tiers, "BWRAP_PATH", "/nowhere/bwrap")
     box = await Sandbox.detect()
-    assert box.tier in tiers.ours()
+    assert box.tier in tiers.tiers_for_current_user()
     assert box.tier != tiers.BWRAP
     assert (await box.run("python", "print('confined')")).sandbox == box.tier.name
     await box.close()
 
 
 async def test_tier_that_exposes_a_host_directory_is_not_selected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiers, "SYSTEM", (*tiers.SYSTEM, "/etc"))  # exposes host files
+    monkeypatch.setattr(tiers, "SYSTEM_PATHS", (*tiers.SYSTEM_PATHS, "/etc"))  # exposes host files
     box = await Sandbox.detect()
     assert box.tier.name == "none"
     await box.close()
 
 
-@pytest.mark.parametrize("tier", tiers.ours(), ids=lambda tier: tier.name)
+@pytest.mark.parametrize("tier", tiers.tiers_for_current_user(), ids=lambda tier: tier.name)
 async def test_tier_that_leaks_a_descriptor_is_not_selected(
     tier: tiers.Tier, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    source, leak = shims.LAUNCHER.read_text(), "            os.dup2(1, 9)\n            become(config, report)"
-    assert source.count("            become(config, report)") == 1
+    source, leak = (
+        sandbox_supervisor.LAUNCHER.read_text(),
+        "            os.dup2(1, 9)\n            run_child(config, report)",
+    )
+    assert source.count("            run_child(config, report)") == 1
     leaky = tmp_path / "launcher.py"
-    leaky.write_text(source.replace("            become(config, report)", leak))
-    monkeypatch.setattr(shims, "LAUNCHER", leaky)
+    leaky.write_text(source.replace("            run_child(config, report)", leak))
+    monkeypatch.setattr(sandbox_supervisor, "LAUNCHER", leaky)
     with structlog.testing.capture_logs() as logs:
         box = await Sandbox.detect([tier])
     await box.close()
     assert box.languages == ()
-    if not (tier.cgroup and cgroups.find() is None):  # else the tier was not tried
+    if not (tier.cgroup and cgroups.find_delegated_group() is None):  # else the tier was not tried
         assert "the worker's descriptors are open: [9]" in {entry.get("problem") for entry in logs}
 
 
@@ -89,8 +92,8 @@ async def test_tier_that_fails_later_does_not_run_programs_unconfined(
 ) -> None:
     proof = tmp_path / "ran"
     tmp_path.chmod(0o777)
-    monkeypatch.setattr(tiers, "BWRAP_PROGRAM", "/nowhere/bwrap")
-    monkeypatch.setattr(tiers, "_rules", lambda *_: [("/proc/self/mem", "nonsense")])
+    monkeypatch.setattr(tiers, "BWRAP_PATH", "/nowhere/bwrap")
+    monkeypatch.setattr(tiers, "_landlock_rules", lambda *_: [("/proc/self/mem", "nonsense")])
     with pytest.raises(SandboxError):
         await best.run("python", f"open({str(proof)!r}, 'w')")
     assert not proof.exists()
@@ -106,10 +109,10 @@ async def test_a_closed_sandbox_leaves_no_process_and_no_directory() -> None:
 
 
 async def test_no_other_language_is_tried_if_python_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiers, "BWRAP_PROGRAM", "/bin/false")
+    monkeypatch.setattr(tiers, "BWRAP_PATH", "/bin/false")
     with structlog.testing.capture_logs() as logs:
         box = await Sandbox.detect([tiers.BWRAP])
-    assert {entry["language"] for entry in logs if entry["event"] == "sandbox self-test"} == {"python"}
+    assert {entry["language"] for entry in logs if entry["event"] == "sandbox self-test failed"} == {"python"}
     [entry] = [entry for entry in logs if entry["log_level"] != "debug"]
     assert entry["log_level"] == "warning"
     assert entry["problems"].keys() == {"bwrap"}
@@ -120,14 +123,14 @@ async def test_error_of_a_failed_start_states_only_its_cause(monkeypatch: pytest
     box = await Sandbox.detect([tiers.LANDLOCK_UID if os.geteuid() == 0 else tiers.LANDLOCK])
     if not box.languages:
         pytest.skip("this machine does not support Landlock")
-    monkeypatch.setattr(tiers, "_rules", lambda *_: [("/proc/self/mem", "nonsense")])
+    monkeypatch.setattr(tiers, "_landlock_rules", lambda *_: [("/proc/self/mem", "nonsense")])
     with pytest.raises(SandboxError) as refused:
         await box.run("python", "print()")
     assert str(refused.value) == "KeyError: 'nonsense'"
     await box.close()
 
 
-@pytest.mark.parametrize("tier", tiers.ours(), ids=lambda tier: tier.name)
+@pytest.mark.parametrize("tier", tiers.tiers_for_current_user(), ids=lambda tier: tier.name)
 async def test_restrictive_umask_of_the_worker_hides_no_files(tier: tiers.Tier) -> None:
     default = await Sandbox.detect([tier])
     await default.close()
@@ -149,7 +152,7 @@ import asyncio, sys, structlog
 from server.jobs.sandbox import Sandbox
 structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
 async def work():
-    async with (await Sandbox.detect([])).folder() as folder:
+    async with (await Sandbox.detect([])).temporary_directory() as folder:
         (folder / "data").write_text("of a team")
         print(folder, flush=True)
         await asyncio.sleep(60)
@@ -175,7 +178,7 @@ def test_temporary_directory_of_a_killed_worker_is_removed(tmp_path: Path) -> No
 async def test_next_worker_removes_the_directories_of_killed_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     with tempfile.TemporaryDirectory() as folder:
         monkeypatch.setattr(tempfile, "tempdir", folder)
-        monkeypatch.setattr(shims, "LAUNCHER", impatient_launcher(Path(folder)))
+        monkeypatch.setattr(sandbox_supervisor, "LAUNCHER", launcher_with_short_stale_age(Path(folder)))
         Path(folder).chmod(0o755)
         stale, in_use, foreign = (Path(folder, name) for name in ("sandbox-left", "sandbox-used", "precious"))
         for directory in (stale, in_use, foreign):
@@ -190,22 +193,22 @@ async def test_next_worker_removes_the_directories_of_killed_workers(monkeypatch
         await box.close()
 
 
-def impatient_launcher(folder: Path) -> Path:
+def launcher_with_short_stale_age(folder: Path) -> Path:
     """Return a launcher with a short stale age.
 
     The age matters: a young directory may belong to a worker that has not locked it yet.
     """
-    source = shims.LAUNCHER.read_text()
-    assert "STALE_SECONDS = 60.0" in source
+    source = sandbox_supervisor.LAUNCHER.read_text()
+    assert "MIN_STALE_SECONDS = 60.0" in source
     path = folder / "launcher.py"
-    path.write_text(source.replace("STALE_SECONDS = 60.0", "STALE_SECONDS = 0.05"))
+    path.write_text(source.replace("MIN_STALE_SECONDS = 60.0", "MIN_STALE_SECONDS = 0.05"))
     return path
 
 
 @pytest.fixture
 def group() -> Iterator[Path]:
     """Create a control group, on any machine with cgroup v2, with or without its controllers."""
-    tree = cgroups.mount()
+    tree = cgroups.find_mount_point()
     if tree is None or not os.access(tree, os.W_OK):
         pytest.skip("no writable cgroup v2: needs root outside of a container")
     top = tree / f"test-{uuid4().hex}"
@@ -218,9 +221,9 @@ def group() -> Iterator[Path]:
 async def test_control_group_contains_all_processes_of_a_program_and_is_removed_with_it(
     group: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cgroups, "delegated", lambda: group)
-    if not set((group / "cgroup.controllers").read_text().split()) >= cgroups.NEEDED:
-        monkeypatch.setattr(cgroups, "limits", lambda **_: {})
+    monkeypatch.setattr(cgroups, "prepare_delegated_group", lambda: group)
+    if not set((group / "cgroup.controllers").read_text().split()) >= cgroups.REQUIRED_CONTROLLERS:
+        monkeypatch.setattr(cgroups, "group_limits", lambda **_: {})
     else:
         (group / "cgroup.subtree_control").write_text("+memory +pids")
     box = await Sandbox.detect([tiers.BWRAP_CGROUP])
@@ -236,13 +239,13 @@ async def test_control_group_contains_all_processes_of_a_program_and_is_removed_
     job.cancel()
     await asyncio.wait([job])
     assert not program_group.exists()
-    assert gone(map(int, processes), seconds=PATIENCE_SECONDS)
+    assert all_exited(map(int, processes), seconds=WAIT_TIMEOUT_SECONDS)
     await box.close()
 
 
 def test_control_group_that_is_not_delegated_is_left_unchanged() -> None:
-    delegated_group = cgroups.find()
-    assert delegated_group is None or cgroups.delegated() == delegated_group
+    delegated_group = cgroups.find_delegated_group()
+    assert delegated_group is None or cgroups.prepare_delegated_group() == delegated_group
 
 
 @pytest.mark.parametrize("machine", HEADERS)
@@ -253,7 +256,12 @@ def test_system_call_numbers_match_the_kernel_headers(machine: str) -> None:
     text = re.sub(r"__NR3264_", "__NR_", header.read_text())
     kernel_numbers = {name: int(number) for name, number in re.findall(r"#define __NR_(\w+)\s+(\d+)", text)}
     column = launcher.MACHINES.index(machine)
-    groups = (launcher.FORBIDDEN, launcher.PRETENDED, launcher.ABOUT_A_PROCESS, launcher.SIGNALS)
+    groups = (
+        launcher.FORBIDDEN_SYSCALLS,
+        launcher.NO_OP_SYSCALLS,
+        launcher.OWN_PROCESS_SYSCALLS,
+        launcher.SIGNAL_SYSCALLS,
+    )
     numbers_here = {name: numbers[column] for group in groups for name, numbers in group.items()}
     numbers_here |= {
         name: getattr(launcher, name.upper())[column] for name in ("clone", "clone3", "socketpair", "ioctl", "mmap")
@@ -267,7 +275,9 @@ def test_system_call_numbers_match_the_kernel_headers(machine: str) -> None:
 
 
 def test_filter_is_within_its_size_limit_and_its_jumps_are_valid() -> None:
-    code = launcher.filter_program(truncate=False, others=launcher.among_others(signals=False))
+    code = launcher.build_filter(
+        allow_truncate=False, shared_user_rules=launcher.shared_user_rules(signals_confined=False)
+    )
     steps = list(struct.iter_unpack("=HBBI", code))
     assert len(steps) < 4096
     assert steps[-1][0] == launcher.RETURN
@@ -281,7 +291,7 @@ def test_filter_is_within_its_size_limit_and_its_jumps_are_valid() -> None:
 
 
 def test_launcher_imports_only_the_standard_library() -> None:
-    for program in (shims.LAUNCHER, tiers.INSIDE):
+    for program in (sandbox_supervisor.LAUNCHER, tiers.SANDBOX_CHILD):
         check = (
             f"import ast, sys; compile(open({str(program)!r}).read(), 'x', 'exec'); exec('import ' + ', '.join(sorted("
             f"{{n.name for node in ast.walk(ast.parse(open({str(program)!r}).read())) if isinstance(node, ast.Import) "

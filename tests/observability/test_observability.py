@@ -24,7 +24,7 @@ GROUPING = re.compile(r"\bby \(([^)]*)\)")
 
 def exported_series() -> dict[str, set[str]]:
     """Return the series that the servers export, with their labels."""
-    series = PROMETHEUS_SERIES | {name: {*exposition.JOB_LABELS, *ADDED} for name in exposition.OF_JOBS}
+    series = PROMETHEUS_SERIES | {name: {*exposition.JOB_LABELS, *ADDED} for name in exposition.JOB_METRICS}
     for metric in vars(metrics).values():
         if isinstance(metric, MetricWrapperBase):
             for suffix in SUFFIXES[metric._type]:
@@ -80,7 +80,7 @@ def test_brackets_are_balanced(expression: str) -> None:
 
 @pytest.mark.parametrize("expression", expressions())
 def test_metrics_of_the_whole_installation_are_never_summed_over_processes(expression: str) -> None:
-    for name in exposition.OF_JOBS:
+    for name in exposition.JOB_METRICS:
         uses = re.findall(rf"\b{name}\b", expression)
         assert len(re.findall(rf"\bmax(?: by \([^)]*\))?\s*\({name}\b", expression)) == len(uses)
 

@@ -11,17 +11,17 @@ from dataclasses import dataclass
 import pytest
 
 from server.devstack.stack import Stack
-from server.rest.middlewares import STORES_SECONDS as BUDGET_SECONDS
-from tests.actors import Actor, Answer
-from tests.conftest import OF_A_REQUEST, MakeActor, MakeServer, addresses_of
-from tests.faults import Network
-from tests.jobs.asking import program
-from tests.patience import PATIENCE_SECONDS
+from server.rest.middlewares import STORES_TIMEOUT_SECONDS as BUDGET_SECONDS
+from tests.actors import Actor, Response
+from tests.conftest import REQUEST_TIMEOUT_NAME, MakeActor, MakeServer, store_urls_of
+from tests.faults import FaultyNetwork
+from tests.jobs.requests import program_job
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 
 @pytest.fixture
-async def network(stack: Stack, database_url: str) -> AsyncIterator[Network]:
-    async with Network.to(addresses_of(stack)) as network:
+async def network(stack: Stack, database_url: str) -> AsyncIterator[FaultyNetwork]:
+    async with FaultyNetwork.start(store_urls_of(stack)) as network:
         yield network
 
 
@@ -29,16 +29,16 @@ PROMISED_SECONDS = 2.0
 
 
 @pytest.fixture
-def longest_seconds(full: bool, monkeypatch: pytest.MonkeyPatch) -> float:
+def response_timeout_seconds(full: bool, monkeypatch: pytest.MonkeyPatch) -> float:
     """The longest time that a response may take."""
     if not full:
-        return PATIENCE_SECONDS
-    monkeypatch.setattr(OF_A_REQUEST, BUDGET_SECONDS)
+        return WAIT_TIMEOUT_SECONDS
+    monkeypatch.setattr(REQUEST_TIMEOUT_NAME, BUDGET_SECONDS)
     return PROMISED_SECONDS
 
 
 @dataclass
-class World:
+class Scenario:
     """Alice with a project, a workspace and a job; Mallory is not a member of any project."""
 
     alice: Actor
@@ -46,19 +46,21 @@ class World:
     project: str
     workspace: str
     job: str
-    longest_seconds: float
+    response_timeout_seconds: float
 
-    async def call(self, who: Actor, method: str, path: str, body: object = None) -> Answer:
+    async def call(self, who: Actor, method: str, path: str, body: object = None) -> Response:
         """Return the response, or raise TimeoutError after ``response_timeout_seconds``."""
-        async with asyncio.timeout(self.longest_seconds):
+        async with asyncio.timeout(self.response_timeout_seconds):
             return await who.call(method, path, body)
 
 
 @pytest.fixture
-async def world(network: Network, make_server: MakeServer, make_actor: MakeActor, longest_seconds: float) -> World:
+async def scenario(
+    network: FaultyNetwork, make_server: MakeServer, make_actor: MakeActor, response_timeout_seconds: float
+) -> Scenario:
     base = await make_server(**network.urls, rate_limit_default=None)
     alice, mallory = await make_actor("Alice", base), await make_actor("Mallory", base)
     project = await alice.make_project()
     workspace = await alice.make_workspace(project)
-    job = (await alice.post("/jobs", {**program("1"), "runAt": "2100-01-01T00:00:00Z"}))["job"]["id"]
-    return World(alice, mallory, project, workspace, job, longest_seconds)
+    job = (await alice.post("/jobs", {**program_job("1"), "runAt": "2100-01-01T00:00:00Z"}))["job"]["id"]
+    return Scenario(alice, mallory, project, workspace, job, response_timeout_seconds)

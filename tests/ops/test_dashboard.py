@@ -7,8 +7,8 @@ import pytest
 
 from server.devstack.stack import Stack
 from server.jobs import dashboard
-from tests.conftest import MakeActor, MakeServer, addresses_of
-from tests.jobs.asking import ask
+from tests.conftest import MakeActor, MakeServer, store_urls_of
+from tests.jobs.requests import submit_job
 
 CREDENTIALS = {"ops_username": "operator", "ops_password": "a secret of theirs"}
 
@@ -21,10 +21,10 @@ OPERATOR = basic(*CREDENTIALS.values())
 
 
 async def test_operator_sees_waiting_jobs(
-    http: aiohttp.ClientSession, make_server: MakeServer, make_actor: MakeActor, quiet: dict[str, str]
+    http: aiohttp.ClientSession, make_server: MakeServer, make_actor: MakeActor, isolated_stores: dict[str, str]
 ) -> None:
-    base = await make_server(**quiet, **CREDENTIALS)
-    job = (await ask(await make_actor("Ada", base)))["id"]
+    base = await make_server(**isolated_stores, **CREDENTIALS)
+    job = (await submit_job(await make_actor("Ada", base)))["id"]
     for path in ("", "/", "/queues/normal"):
         async with http.get(f"{base}/ops/queues{path}", headers=OPERATOR) as page:
             assert (page.status, page.content_type) == (200, "text/html")
@@ -78,9 +78,9 @@ async def test_dashboard_cannot_change_jobs(http: aiohttp.ClientSession, make_se
             assert response.status == 404
 
 
-@pytest.mark.parametrize(("old", "new"), dashboard.SCRIPT_CHANGES)
+@pytest.mark.parametrize(("old", "new"), dashboard.SCRIPT_PATCHES)
 def test_saqs_page_still_contains_the_patched_code(old: str, new: str) -> None:
-    script = dashboard.file("app.js").decode()
+    script = dashboard.read_static_file("app.js").decode()
     assert new in script
     assert old not in script.replace(new, "")
 
@@ -88,7 +88,7 @@ def test_saqs_page_still_contains_the_patched_code(old: str, new: str) -> None:
 async def test_dashboard_responds_503_without_redis(
     http: aiohttp.ClientSession, make_server: MakeServer, own_stack: Stack
 ) -> None:
-    base = await make_server(**addresses_of(own_stack))
+    base = await make_server(**store_urls_of(own_stack))
     own_stack.valkey.kill()
     for path in ("", "/normal", "/normal/jobs/any"):
         async with http.get(f"{base}/ops/queues/api/queues{path}") as response:

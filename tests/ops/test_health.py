@@ -6,9 +6,9 @@ import aiohttp
 
 from server.devstack.stack import Stack
 from tests.actors import Actor
-from tests.conftest import MakeServer, addresses_of
-from tests.patience import PATIENCE_SECONDS
+from tests.conftest import MakeServer, store_urls_of
 from tests.processes import Processes
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 
 async def test_health_reports_a_running_process(http: aiohttp.ClientSession, server: str) -> None:
@@ -28,7 +28,7 @@ async def test_readiness_names_each_store_with_its_latency(http: aiohttp.ClientS
 async def test_store_that_is_down_is_named_and_the_process_stays_healthy(
     http: aiohttp.ClientSession, own_stack: Stack, make_server: MakeServer
 ) -> None:
-    base = await make_server(**addresses_of(own_stack))
+    base = await make_server(**store_urls_of(own_stack))
     operator = Actor(http, base, "Operator")
     assert (await operator.get("/health/ready")).status == 200
     for store, name in (
@@ -37,7 +37,7 @@ async def test_store_that_is_down_is_named_and_the_process_stays_healthy(
         (own_stack.postgres, "postgresql"),
     ):
         store.kill()
-        async with asyncio.timeout(PATIENCE_SECONDS):
+        async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
             response = await operator.get("/health/ready")
         assert (response.status, response["status"]) == (503, "unavailable")
         assert response["stores"][name]["status"] == "down"
@@ -59,6 +59,6 @@ async def test_every_request_is_one_line_of_json_with_its_id(http: aiohttp.Clien
     server = processes.server()
     response = await Actor(http, server.base, "Ada").get("/projects", headers={"X-Request-Id": "mine-1"})
     assert response.headers["X-Request-Id"] == response["requestId"] == "mine-1"
-    line = server.until(r'\{[^\n]*"request_id":"mine-1"[^\n]*\}').group(0)
+    line = server.wait_for_output(r'\{[^\n]*"request_id":"mine-1"[^\n]*\}').group(0)
     assert '"path":"/api/v1/projects"' in line
     assert '"status":401' in line

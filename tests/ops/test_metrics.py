@@ -10,14 +10,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.devstack.stack import free_port
-from server.ops.watch import LOOK_SECONDS
+from server.ops.sampling import SAMPLE_INTERVAL_SECONDS
 from tests.actors import Actor
-from tests.conftest import MakeServer, environment
+from tests.conftest import MakeServer, environment_of
 from tests.documents.editors import Editor, make_document
-from tests.jobs.asking import ask, program
-from tests.patience import PATIENCE_SECONDS
+from tests.jobs.requests import program_job, submit_job
 from tests.processes import Processes, Server
 from tests.test_supervisor import members, started
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 HEALTH = 'http_request_duration_seconds_count{method="GET",route="/health",status="200"}'
 
@@ -34,7 +34,7 @@ async def scrape(http: aiohttp.ClientSession, base: str) -> dict[str, float]:
 
 async def wait_for_sample(http: aiohttp.ClientSession, base: str, name: str, value: float) -> None:
     """Wait until that sample has that value."""
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
         while (await scrape(http, base)).get(name) != value:
             await asyncio.sleep(0.1)
 
@@ -70,14 +70,14 @@ async def test_frames_and_closes_are_counted_and_sockets_are_not_requests(
     assert (await yjs.receive()).data
     # Four welcomes, two joins, two opened documents, one edit (its ack and its broadcast), USER_JOIN, one of /yjs.
     frames = 4 + 2 + 2 + 2 + 1 + 1
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
         while grown(before, await scrape(http, server), "websocket_frames_sent_total") < frames:
             await asyncio.sleep(0.1)
     await yjs.close()
     for socket in (speaking, hearing):
         await socket.close()
     closed = 'websocket_closed_total{code="1006"}'
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
         while grown(before, await scrape(http, server), closed) < 3:
             await asyncio.sleep(0.1)
     socket_samples = [name for name in await scrape(http, server) if 'route="/ws"' in name or 'route="/yjs' in name]
@@ -86,7 +86,7 @@ async def test_frames_and_closes_are_counted_and_sockets_are_not_requests(
 
 async def scrape_after_a_sample(http: aiohttp.ClientSession, base: str) -> dict[str, float]:
     """Return the samples after a sampling interval, so that they include the effects of earlier tests."""
-    await asyncio.sleep(2 * LOOK_SECONDS)
+    await asyncio.sleep(2 * SAMPLE_INTERVAL_SECONDS)
     return await scrape(http, base)
 
 
@@ -122,19 +122,19 @@ async def test_counters_of_a_dead_process_stay_and_its_gauges_disappear(
 
 
 async def wait_for_restarts(server: Server, *, times: int) -> None:
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
         while len(re.findall("server ready", server.output)) < 2 + times:
             await asyncio.sleep(0.05)
 
 
 async def test_unfinished_jobs_are_counted_by_type_and_state(
-    http: aiohttp.ClientSession, make_server: MakeServer, quiet: dict[str, str]
+    http: aiohttp.ClientSession, make_server: MakeServer, isolated_stores: dict[str, str]
 ) -> None:
-    base = await make_server(**quiet)
+    base = await make_server(**isolated_stores)
     ada = await Actor(http, base, "Ada").register()
     for _ in range(3):
-        await ask(ada, program("print(1)"))
-    await ask(ada, {**program("print(1)"), "runAt": "2100-01-01T00:00:00Z"})
+        await submit_job(ada, program_job("print(1)"))
+    await submit_job(ada, {**program_job("print(1)"), "runAt": "2100-01-01T00:00:00Z"})
     samples = await scrape(http, base)
     assert samples['jobs_unfinished{state="pending",type="CODE_EXECUTION"}'] == 3
     assert samples['jobs_unfinished{state="scheduled",type="CODE_EXECUTION"}'] == 1
@@ -142,13 +142,13 @@ async def test_unfinished_jobs_are_counted_by_type_and_state(
 
 
 async def test_workers_serve_metrics_at_their_own_port(
-    processes: Processes, quiet: dict[str, str], http: aiohttp.ClientSession
+    processes: Processes, isolated_stores: dict[str, str], http: aiohttp.ClientSession
 ) -> None:
-    variables, port = environment(quiet), free_port()
+    variables, port = environment_of(isolated_stores), free_port()
     server = processes.server(**variables)
     workers = processes.worker("--processes", "2", METRICS_PORT=str(port), **variables)
     ada = await Actor(http, server.base, "Ada").register()
-    job = await ask(ada, program("print(1)"))
+    job = await submit_job(ada, program_job("print(1)"))
     await ada.finished_job(job["id"])
     workers.ready()
     base = f"http://127.0.0.1:{port}"
@@ -159,10 +159,10 @@ async def test_workers_serve_metrics_at_their_own_port(
 
 
 async def test_metrics_port_in_use_is_reported_in_one_line(
-    processes: Processes, quiet: dict[str, str], server: str
+    processes: Processes, isolated_stores: dict[str, str], server: str
 ) -> None:
     port = server.rpartition(":")[2]
-    worker = processes.worker(METRICS_PORT=port, **environment(quiet))
+    worker = processes.worker(METRICS_PORT=port, **environment_of(isolated_stores))
     assert await asyncio.to_thread(worker.wait) == 1
     assert worker.output.strip() == f"error: Cannot listen on METRICS_PORT={port}: Address already in use"
 

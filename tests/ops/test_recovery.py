@@ -12,22 +12,22 @@ import pytest
 from server import postgres, resources
 from server.devstack.stack import Stack
 from server.jobs import artifacts
-from server.ops import watch
-from tests.actors import Actor, Answer
+from server.ops import sampling
+from tests.actors import Actor, Response
 from tests.conftest import MakeActor
 from tests.documents.editors import make_document
-from tests.faults import Mode, Network
-from tests.ops.conftest import World
-from tests.ops.test_faults import MONGO, NAMES, POSTGRES, REDIS, calls, detail_of
-from tests.patience import PATIENCE_SECONDS
-from tests.realtime.clients import Member
+from tests.faults import FaultyNetwork, Mode
+from tests.ops.conftest import Scenario
+from tests.ops.test_faults import MONGO, NAMES, POSTGRES, REDIS, detail_of, requests_of
+from tests.realtime.clients import ReconnectingClient
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 CROWD = 50  # at once
 # Connections of a process to each store, and the spare ones that it may open for its own purposes.
 POOLS = {
-    POSTGRES: postgres.POOL_SIZE,
-    REDIS: resources.REDIS_CONNECTIONS,
-    MONGO: resources.MONGO_CONNECTIONS,
+    POSTGRES: postgres.MAX_POOL_SIZE,
+    REDIS: resources.MAX_REDIS_CONNECTIONS,
+    MONGO: resources.MAX_MONGO_CONNECTIONS,
 }
 SPARE = 5
 NAME_OF_ARTIFACT = "export.zip"
@@ -37,7 +37,7 @@ OF_EACH_STORE: list[Call] = [("GET", "/auth/profile", None), ("GET", "/jobs", No
 
 
 @dataclass
-class Things:
+class Fixtures:
     """More of Alice's resources: a document, and a job with an artifact. Victor is a viewer."""
 
     victor: Actor
@@ -50,17 +50,17 @@ class Things:
 
 
 @pytest.fixture
-async def things(world: World, make_actor: MakeActor, stack: Stack) -> Things:
-    victor = await make_actor("Victor", world.alice.base)
-    await world.alice.add(victor, world.project, role="VIEWER")
+async def fixtures(scenario: Scenario, make_actor: MakeActor, stack: Stack) -> Fixtures:
+    victor = await make_actor("Victor", scenario.alice.base)
+    await scenario.alice.add(victor, scenario.project, role="VIEWER")
     body = {
         "type": "EXPORT",
-        "payload": {"workspaceId": world.workspace, "format": "zip"},
+        "payload": {"workspaceId": scenario.workspace, "format": "zip"},
         "runAt": "2100-01-01T00:00:00Z",
     }
-    job = (await world.alice.post("/jobs", body))["job"]["id"]
+    job = (await scenario.alice.post("/jobs", body))["job"]["id"]
     await give_artifact(stack, job)
-    return Things(victor, await make_document(world.alice, world.workspace, content="one"), job)
+    return Fixtures(victor, await make_document(scenario.alice, scenario.workspace, content="one"), job)
 
 
 async def give_artifact(stack: Stack, job: str) -> None:
@@ -71,20 +71,20 @@ async def give_artifact(stack: Stack, job: str) -> None:
     kind = {"name": NAME_OF_ARTIFACT, "content_type": "application/zip"}
     async with artifacts.upload(mongo, job=record, now=now, **kind) as upload:
         await upload.write(bytes(ARTIFACT_BYTES))
-    described = artifacts.described(upload, job=record, name=NAME_OF_ARTIFACT, now=now)
+    described = artifacts.result_entry(upload, job=record, name=NAME_OF_ARTIFACT, now=now)
     await mongo.jobs.update_one({"_id": job}, {"$set": {"status": "completed", "result": {"artifact": described}}})
     client.close()
 
 
-def further_calls(world: World, things: Things) -> list[Call]:
+def further_calls(scenario: Scenario, things: Fixtures) -> list[Call]:
     return [
         ("GET", f"/documents/{things.document}", None),
         ("GET", f"/documents/{things.document}/content", None),
         ("GET", f"/documents/{things.document}/versions", None),
-        ("GET", f"/workspaces/{world.workspace}/documents", None),
-        ("POST", f"/workspaces/{world.workspace}/documents", {"path": f"{time.monotonic()}.txt", "content": "x"}),
-        ("PATCH", f"/workspaces/{world.workspace}", {"name": "Renamed"}),
-        ("GET", f"/jobs/{world.job}/logs", None),
+        ("GET", f"/workspaces/{scenario.workspace}/documents", None),
+        ("POST", f"/workspaces/{scenario.workspace}/documents", {"path": f"{time.monotonic()}.txt", "content": "x"}),
+        ("PATCH", f"/workspaces/{scenario.workspace}", {"name": "Renamed"}),
+        ("GET", f"/jobs/{scenario.job}/logs", None),
         ("HEAD", things.file, None),
         ("GET", "/metrics", None),
         ("GET", "/health/ready", None),
@@ -92,27 +92,27 @@ def further_calls(world: World, things: Things) -> list[Call]:
     ]
 
 
-async def ask_all(world: World, who: Actor, requests: Iterable[Call]) -> list[tuple[str, Answer]]:
+async def ask_all(scenario: Scenario, who: Actor, requests: Iterable[Call]) -> list[tuple[str, Response]]:
     """Send all requests concurrently; return each path with its response, which must arrive in time."""
     requests = list(requests)
     return list(
         zip(
             [path for _, path, _ in requests],
-            await asyncio.gather(*(world.call(who, *request) for request in requests)),
+            await asyncio.gather(*(scenario.call(who, *request) for request in requests)),
             strict=True,
         )
     )
 
 
 @pytest.mark.parametrize("mode", [Mode.STOPPED, Mode.BLACK_HOLE], ids=lambda mode: mode.name.lower())
-@pytest.mark.hurried
+@pytest.mark.real_timeouts
 @pytest.mark.parametrize("store", [POSTGRES, REDIS, MONGO])
 async def test_requests_are_answered_in_time_and_succeed_when_the_store_is_back(
-    store: str, mode: Mode, network: Network, world: World, things: Things
+    store: str, mode: Mode, network: FaultyNetwork, scenario: Scenario, fixtures: Fixtures
 ) -> None:
-    requests = [*calls(world.alice, world), *further_calls(world, things)]
-    await network.stores[store].turn(mode)
-    responses = await ask_all(world, world.alice, requests)
+    requests = [*requests_of(scenario.alice, scenario), *further_calls(scenario, fixtures)]
+    await network.stores[store].set_mode(mode)
+    responses = await ask_all(scenario, scenario.alice, requests)
     for path, response in responses:
         assert response.status < 500 or response.status == 503, (path, response)
         if path == "/health/ready":
@@ -123,91 +123,95 @@ async def test_requests_are_answered_in_time_and_succeed_when_the_store_is_back(
     assert {response.status for path, response in responses if path in ("/metrics", "/health")} == {200}
 
     before = network.stores[store].connections
-    await network.stores[store].turn(Mode.PASS)
-    async with asyncio.timeout(world.longest_seconds):
-        while any(response.status >= 500 for _, response in await ask_all(world, world.alice, OF_EACH_STORE)):
+    await network.stores[store].set_mode(Mode.PASS)
+    async with asyncio.timeout(scenario.response_timeout_seconds):
+        while any(response.status >= 500 for _, response in await ask_all(scenario, scenario.alice, OF_EACH_STORE)):
             await asyncio.sleep(0.05)
     for request in requests:
-        [(path, response)] = await ask_all(world, world.alice, [request])
+        [(path, response)] = await ask_all(scenario, scenario.alice, [request])
         assert response.status < 500, (path, response)
-    await ask_all(world, world.alice, [("GET", f"/jobs/{world.job}", None)] * CROWD)
+    await ask_all(scenario, scenario.alice, [("GET", f"/jobs/{scenario.job}", None)] * CROWD)
     assert network.stores[store].connections - before <= POOLS[store] + SPARE
 
 
 @pytest.mark.parametrize("mode", [Mode.STOPPED, Mode.BLACK_HOLE], ids=lambda mode: mode.name.lower())
-@pytest.mark.hurried
+@pytest.mark.real_timeouts
 @pytest.mark.parametrize("store", [POSTGRES, MONGO])
-async def test_concurrent_requests_are_answered_in_time(store: str, mode: Mode, network: Network, world: World) -> None:
+async def test_concurrent_requests_are_answered_in_time(
+    store: str, mode: Mode, network: FaultyNetwork, scenario: Scenario
+) -> None:
     # The user's own job needs PostgreSQL only while the blacklist in Redis is young, and may lack ended sessions.
-    path = {POSTGRES: f"/projects/{world.project}", MONGO: f"/jobs/{world.job}"}[store]
-    await network.stores[store].turn(mode)
-    responses = await ask_all(world, world.alice, [("GET", path, None)] * CROWD)
+    path = {POSTGRES: f"/projects/{scenario.project}", MONGO: f"/jobs/{scenario.job}"}[store]
+    await network.stores[store].set_mode(mode)
+    responses = await ask_all(scenario, scenario.alice, [("GET", path, None)] * CROWD)
     assert {(response.status, response["detail"]) for _, response in responses} == {(503, detail_of(store, mode))}
 
 
 @pytest.mark.parametrize("mode", [Mode.STOPPED, Mode.BLACK_HOLE], ids=lambda mode: mode.name.lower())
-async def test_sockets_resync_as_soon_as_redis_is_back(mode: Mode, network: Network, world: World) -> None:
-    async with Member(world.alice, world.workspace, [world.alice.base]) as member:
-        await network.stores[REDIS].turn(mode)
+async def test_sockets_resync_as_soon_as_redis_is_back(mode: Mode, network: FaultyNetwork, scenario: Scenario) -> None:
+    async with ReconnectingClient(scenario.alice, scenario.workspace, [scenario.alice.base]) as member:
+        await network.stores[REDIS].set_mode(mode)
         await asyncio.sleep(3)  # so that pauses between attempts have grown
-        await network.stores[REDIS].turn(Mode.PASS)
+        await network.stores[REDIS].set_mode(Mode.PASS)
         before = network.stores[REDIS].connections
-        async with asyncio.timeout(world.longest_seconds):
-            while "workspace:resync" not in member.notices:
+        async with asyncio.timeout(scenario.response_timeout_seconds):
+            while "workspace:resync" not in member.events_received:
                 await asyncio.sleep(0.02)
         assert network.stores[REDIS].connections - before <= SPARE
 
 
-@pytest.mark.hurried
+@pytest.mark.real_timeouts
 @pytest.mark.parametrize("store", [POSTGRES, REDIS, MONGO])
-async def test_viewer_cannot_write_during_an_outage(store: str, network: Network, world: World, things: Things) -> None:
-    await network.stores[store].turn(Mode.STOPPED)
-    payload = {"language": "python", "documentId": things.document}
+async def test_viewer_cannot_write_during_an_outage(
+    store: str, network: FaultyNetwork, scenario: Scenario, fixtures: Fixtures
+) -> None:
+    await network.stores[store].set_mode(Mode.STOPPED)
+    payload = {"language": "python", "documentId": fixtures.document}
     writes: list[Call] = [
-        ("PATCH", f"/projects/{world.project}", {"name": "Victor's"}),
-        ("DELETE", f"/projects/{world.project}", None),
-        ("POST", "/workspaces", {"projectId": world.project, "name": "Victor's"}),
-        ("DELETE", f"/workspaces/{world.workspace}", None),
-        ("POST", f"/workspaces/{world.workspace}/documents", {"path": "victors.txt", "content": "x"}),
-        ("DELETE", f"/documents/{things.document}", None),
-        ("POST", f"/projects/{world.project}/collaborators", {"email": world.mallory.email, "role": "OWNER"}),
+        ("PATCH", f"/projects/{scenario.project}", {"name": "Victor's"}),
+        ("DELETE", f"/projects/{scenario.project}", None),
+        ("POST", "/workspaces", {"projectId": scenario.project, "name": "Victor's"}),
+        ("DELETE", f"/workspaces/{scenario.workspace}", None),
+        ("POST", f"/workspaces/{scenario.workspace}/documents", {"path": "victors.txt", "content": "x"}),
+        ("DELETE", f"/documents/{fixtures.document}", None),
+        ("POST", f"/projects/{scenario.project}/collaborators", {"email": scenario.mallory.email, "role": "OWNER"}),
         ("POST", "/jobs", {"type": "CODE_EXECUTION", "payload": payload}),
     ]
-    for who in (things.victor, world.mallory):
-        for path, response in await ask_all(world, who, writes):
+    for who in (fixtures.victor, scenario.mallory):
+        for path, response in await ask_all(scenario, who, writes):
             assert response.status in (403, 404, 503), (who.name, path, response)
-    await network.stores[store].turn(Mode.PASS)
+    await network.stores[store].set_mode(Mode.PASS)
 
 
 async def test_client_detects_an_interrupted_download(
-    network: Network, world: World, things: Things, http: aiohttp.ClientSession
+    network: FaultyNetwork, scenario: Scenario, fixtures: Fixtures, http: aiohttp.ClientSession
 ) -> None:
-    address = f"{world.alice.base}/api/v1{things.file}"
-    async with http.get(address, headers=world.alice.headers) as response:
+    address = f"{scenario.alice.base}/api/v1{fixtures.file}"
+    async with http.get(address, headers=scenario.alice.headers) as response:
         assert (response.status, int(response.headers["Content-Length"])) == (200, ARTIFACT_BYTES)
         await response.content.readexactly(1)
-        await network.stores[MONGO].turn(Mode.STOPPED)
+        await network.stores[MONGO].set_mode(Mode.STOPPED)
         with pytest.raises((aiohttp.ClientPayloadError, aiohttp.ClientConnectionError)):
-            async with asyncio.timeout(PATIENCE_SECONDS):
+            async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
                 await response.read()
 
 
 @pytest.fixture
 def frequent_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(sampling, "PROBE_INTERVAL_SECONDS", 0.2)
 
 
-@pytest.mark.hurried("redis_url")
+@pytest.mark.real_timeouts("redis_url")
 @pytest.mark.usefixtures("frequent_samples")
-async def test_metrics_report_the_store_that_is_down(network: Network, world: World) -> None:
+async def test_metrics_report_the_store_that_is_down(network: FaultyNetwork, scenario: Scenario) -> None:
     async def up(store: str, value: int) -> None:
-        async with asyncio.timeout(PATIENCE_SECONDS):
-            while f'store_up{{store="{store}"}} {value}.0' not in (await world.alice.get("/metrics")).body:
+        async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
+            while f'store_up{{store="{store}"}} {value}.0' not in (await scenario.alice.get("/metrics")).body:
                 await asyncio.sleep(0.1)
 
     await up("redis", 1)
-    await network.stores[REDIS].turn(Mode.BLACK_HOLE)
+    await network.stores[REDIS].set_mode(Mode.BLACK_HOLE)
     await up("redis", 0)
     await up("postgresql", 1)
-    await network.stores[REDIS].turn(Mode.PASS)
+    await network.stores[REDIS].set_mode(Mode.PASS)
     await up("redis", 1)

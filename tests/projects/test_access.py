@@ -11,8 +11,8 @@ from server import postgres
 from server.errors import Forbidden, NotFound, ValidationFailed
 from server.postgres import Database
 from server.projects import access
-from server.projects.access import Access, Kind, Requirement, Role, named
-from server.realtime.peers import Thing
+from server.projects.access import Access, Requirement, ResourceKind, Role, resource_ids
+from server.realtime.grants import ResourceRef
 from tests.actors import Actor
 
 LEAST = {"Owner": Role.OWNER, "Collaborator": Role.COLLABORATOR, "Viewer": Role.VIEWER}
@@ -28,7 +28,7 @@ async def db(database_url: str) -> AsyncIterator[Database]:
 @dataclass
 class World:
     users: dict[str, UUID]
-    things: dict[Kind, UUID]
+    things: dict[ResourceKind, UUID]
     revision: int
 
 
@@ -43,10 +43,14 @@ async def world(alice: Actor, bob: Actor, carol: Actor) -> World:
     )
 
 
-async def things_in(owner: Actor, project: str) -> dict[Kind, UUID]:
+async def things_in(owner: Actor, project: str) -> dict[ResourceKind, UUID]:
     workspace = await owner.make_workspace(project)
     document = (await owner.post(f"/workspaces/{workspace}/documents", {"path": "main.py"}))["id"]
-    return {Kind.PROJECT: UUID(project), Kind.WORKSPACE: UUID(workspace), Kind.DOCUMENT: UUID(document)}
+    return {
+        ResourceKind.PROJECT: UUID(project),
+        ResourceKind.WORKSPACE: UUID(workspace),
+        ResourceKind.DOCUMENT: UUID(document),
+    }
 
 
 @pytest.mark.parametrize("needed", Role)
@@ -58,25 +62,27 @@ def test_role_includes_the_lesser_roles(has: Role, needed: Role) -> None:
     )
     assert granted.allows(needed) is allowed
     if allowed:
-        granted.demand(needed)
+        granted.require(needed)
     else:
         with pytest.raises(Forbidden) as refused:
-            granted.demand(needed)
+            granted.require(needed)
         assert needed.name in refused.value.detail
         assert has.name in refused.value.detail
 
 
-@pytest.mark.parametrize("kind", Kind)
-async def test_members_have_their_role_in_every_kind_of_resource(db: Database, world: World, kind: Kind) -> None:
+@pytest.mark.parametrize("kind", ResourceKind)
+async def test_members_have_their_role_in_every_kind_of_resource(
+    db: Database, world: World, kind: ResourceKind
+) -> None:
     for name, role in LEAST.items():
         granted = await access.check(db, user=world.users[name], kind=kind, id=world.things[kind], role=Role.VIEWER)
-        assert granted == Access(world.things[Kind.PROJECT], role, world.revision)
+        assert granted == Access(world.things[ResourceKind.PROJECT], role, world.revision)
     with pytest.raises(Forbidden):
         await access.check(db, user=world.users["Viewer"], kind=kind, id=world.things[kind], role=Role.COLLABORATOR)
 
 
-@pytest.mark.parametrize("kind", Kind)
-async def test_strangers_cannot_find_out_which_resources_exist(db: Database, world: World, kind: Kind) -> None:
+@pytest.mark.parametrize("kind", ResourceKind)
+async def test_strangers_cannot_find_out_which_resources_exist(db: Database, world: World, kind: ResourceKind) -> None:
     details = []
     for user, id in ((world.users["Stranger"], world.things[kind]), (world.users["Owner"], uuid4())):
         with pytest.raises(NotFound) as refused:
@@ -86,42 +92,42 @@ async def test_strangers_cannot_find_out_which_resources_exist(db: Database, wor
 
 
 async def test_id_belongs_to_one_kind_of_resource(db: Database, world: World) -> None:
-    for kind in Kind:
-        for other in set(Kind) - {kind}:
+    for kind in ResourceKind:
+        for other in set(ResourceKind) - {kind}:
             with pytest.raises(NotFound):
                 await access.check(db, user=world.users["Owner"], kind=other, id=world.things[kind], role=Role.VIEWER)
 
 
 def test_kinds_of_resources_follow_from_field_names() -> None:
-    assert named("documentId", "projectId") == (Kind.DOCUMENT, Kind.PROJECT)
-    assert named() == ()
+    assert resource_ids("documentId", "projectId") == (ResourceKind.DOCUMENT, ResourceKind.PROJECT)
+    assert resource_ids() == ()
 
 
-NEEDED = Requirement(Role.COLLABORATOR, named("documentId", "workspaceId", "projectId"))
+NEEDED = Requirement(Role.COLLABORATOR, resource_ids("documentId", "workspaceId", "projectId"))
 
 
-def values(things: dict[Kind, UUID], *kinds: Kind) -> dict[str, Any]:
+def values(things: dict[ResourceKind, UUID], *kinds: ResourceKind) -> dict[str, Any]:
     return {f"{kind.value}_id": things[kind] for kind in kinds}
 
 
 async def test_named_resources_require_the_role_and_missing_ones_do_not(db: Database, world: World) -> None:
-    for kinds in ([Kind.PROJECT], [Kind.WORKSPACE], [Kind.DOCUMENT], list(Kind)):
+    for kinds in ([ResourceKind.PROJECT], [ResourceKind.WORKSPACE], [ResourceKind.DOCUMENT], list(ResourceKind)):
         payload = values(world.things, *kinds)
-        granted = await access.check_named(db, NEEDED, user=world.users["Collaborator"], values=payload)
-        assert granted == Access(world.things[Kind.PROJECT], Role.COLLABORATOR, world.revision)
+        granted = await access.check_payload(db, NEEDED, user=world.users["Collaborator"], values=payload)
+        assert granted == Access(world.things[ResourceKind.PROJECT], Role.COLLABORATOR, world.revision)
         with pytest.raises(Forbidden):
-            await access.check_named(db, NEEDED, user=world.users["Viewer"], values=payload)
+            await access.check_payload(db, NEEDED, user=world.users["Viewer"], values=payload)
         with pytest.raises(NotFound):
-            await access.check_named(db, NEEDED, user=world.users["Stranger"], values=payload)
+            await access.check_payload(db, NEEDED, user=world.users["Stranger"], values=payload)
     for empty in ({}, {"project_id": None, "workspace_id": None}):
-        assert await access.check_named(db, NEEDED, user=world.users["Stranger"], values=empty) is None
+        assert await access.check_payload(db, NEEDED, user=world.users["Stranger"], values=empty) is None
 
 
 async def test_resources_of_different_projects_are_rejected(db: Database, world: World, alice: Actor) -> None:
     other = await things_in(alice, await alice.make_project())
-    payload = values(world.things, Kind.WORKSPACE) | values(other, Kind.PROJECT)
+    payload = values(world.things, ResourceKind.WORKSPACE) | values(other, ResourceKind.PROJECT)
     with pytest.raises(ValidationFailed) as refused:
-        await access.check_named(db, NEEDED, user=world.users["Owner"], values=payload)
+        await access.check_payload(db, NEEDED, user=world.users["Owner"], values=payload)
     assert [detail["field"] for detail in refused.value.details] == ["projectId"]
 
 
@@ -129,12 +135,14 @@ async def test_recheck_returns_the_active_sessions_and_the_remaining_access(
     db: Database, world: World, alice: Actor
 ) -> None:
     sessions = [UUID(session["id"]) for session in (await alice.get("/auth/sessions"))["items"]]
-    workspace, document = (Thing(kind.value, world.things[kind]) for kind in (Kind.WORKSPACE, Kind.DOCUMENT))
+    workspace, document = (
+        ResourceRef(kind.value, world.things[kind]) for kind in (ResourceKind.WORKSPACE, ResourceKind.DOCUMENT)
+    )
     grants = [
         (world.users["Stranger"], workspace),
         (world.users["Viewer"], document),
         (world.users["Owner"], workspace),
-        (world.users["Owner"], Thing("workspace", uuid4())),
+        (world.users["Owner"], ResourceRef("workspace", uuid4())),
     ]
     active, granted = await access.recheck(db, [*sessions, uuid4()], grants)
     assert active == set(sessions)
@@ -147,6 +155,6 @@ async def test_recheck_returns_the_active_sessions_and_the_remaining_access(
 
 async def test_freshness_check_rejects_a_replica_that_lags(db: Database, world: World) -> None:
     for revision, is_fresh in ((world.revision - 1, True), (world.revision, True), (world.revision + 1, False)):
-        freshness_check = access.proof(Access(world.things[Kind.PROJECT], Role.OWNER, revision))
+        freshness_check = access.freshness_check(Access(world.things[ResourceKind.PROJECT], Role.OWNER, revision))
         assert await freshness_check(db) is is_fresh
-    assert not await access.proof(Access(uuid4(), Role.OWNER, 1))(db)
+    assert not await access.freshness_check(Access(uuid4(), Role.OWNER, 1))(db)

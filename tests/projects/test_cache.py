@@ -11,8 +11,8 @@ from server import json, postgres
 from server.devstack.stack import Stack
 from server.projects import cache
 from tests.actors import Actor
-from tests.conftest import MakeServer, addresses_of
-from tests.patience import PATIENCE_SECONDS
+from tests.conftest import MakeServer, store_urls_of
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 
 async def test_change_by_one_server_is_visible_on_the_others(alice: Actor, bob: Actor, make_server: MakeServer) -> None:
@@ -94,7 +94,7 @@ def statements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(postgres.Database, name, counted)
 
-    for name in ("find", "fetch", "fetchrow"):
+    for name in ("fetchrow_batched", "fetch", "fetchrow"):
         count(name)
     return queries
 
@@ -112,7 +112,7 @@ async def test_repeated_list_costs_one_statement_until_the_cache_expires(
     statements.clear()
     assert (await alice.get("/projects"))["items"][0]["name"] == "changed"
     assert len(statements) == 2
-    monkeypatch.setattr("server.projects.cache.KEPT_SECONDS", -1)
+    monkeypatch.setattr("server.projects.cache.CACHE_TTL_SECONDS", -1)
     await alice.get("/projects")
     assert len(statements) == 4
 
@@ -121,7 +121,7 @@ async def test_project_deleted_since_it_was_listed_is_left_out(alice: Actor, dat
     existing, deleted = UUID(await alice.make_project()), uuid4()
     db = await postgres.connect(database_url)
     rows = [{"id": id, "revision": 1, "role": "OWNER"} for id in (deleted, existing)]
-    fragments = await cache.Listed().show(db, rows)
+    fragments = await cache.ProjectListCache().render(db, rows)
     await db.close()
     assert [project["id"] for project in json.loads(json.dumps(fragments))] == [str(existing)]
 
@@ -139,11 +139,11 @@ async def test_a_second_reader_costs_one_statement(alice: Actor, statements: lis
 async def test_projects_are_readable_without_redis(
     http: aiohttp.ClientSession, own_stack: Stack, make_server: MakeServer
 ) -> None:
-    ada = await Actor(http, await make_server(**addresses_of(own_stack)), "Ada").register()
+    ada = await Actor(http, await make_server(**store_urls_of(own_stack)), "Ada").register()
     project = await ada.make_project()
     own_stack.valkey.kill()
     for _ in range(3):
-        async with asyncio.timeout(PATIENCE_SECONDS):
+        async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
             assert (await ada.get(f"/projects/{project}")).status == 200
 
 

@@ -7,10 +7,10 @@ import aiohttp
 import asyncpg
 
 from server.projects import invitations
-from tests.actors import Actor, Answer
+from tests.actors import Actor, Response
 
 
-async def invite(owner: Actor, project: str, email: str, role: str = "COLLABORATOR") -> Answer:
+async def invite(owner: Actor, project: str, email: str, role: str = "COLLABORATOR") -> Response:
     invited = await owner.post(f"/projects/{project}/collaborators", {"email": email, "role": role})
     assert invited.status == 201, invited
     return invited
@@ -128,7 +128,7 @@ async def test_invitations_that_expired_long_ago_are_deleted(alice: Actor, datab
     try:
         await db.execute("UPDATE invitations SET expires_at = now() - interval '31 days' WHERE id = $1", old)
         await db.execute("UPDATE invitations SET expires_at = now() - interval '29 days' WHERE id = $1", new)
-        await invitations.forget_expired(db)
+        await invitations.delete_expired_invitations(db)
         left = await db.fetch("SELECT id::text FROM invitations WHERE project_id = $1", project)
     finally:
         await db.close()

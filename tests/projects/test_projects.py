@@ -5,7 +5,7 @@ import asyncio
 import asyncpg
 
 from tests.actors import Actor
-from tests.auth.test_accounts import until_blocked
+from tests.auth.test_accounts import wait_until_blocked
 from tests.conftest import MakeActor, MakeServer
 
 
@@ -220,7 +220,7 @@ async def test_requests_that_race_with_the_deletion_of_their_project_get_404(
                     (f"/projects/{project}/collaborators", {"email": f"new-{bob.email}"}),
                 )
             ]
-            await until_blocked(database_url, statements=len(calls))
+            await wait_until_blocked(database_url, statements=len(calls))
     finally:
         await db.close()
     for response in await asyncio.gather(*calls):

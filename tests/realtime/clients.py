@@ -7,16 +7,16 @@ from typing import Any
 
 import aiohttp
 
-from server.realtime.history import position
+from server.realtime.history import event_id_key
 from tests.actors import Actor
-from tests.patience import PATIENCE_SECONDS
-from tests.sockets import Closed, Refused, Socket
+from tests.sockets import Closed, ErrorReply, SocketClient
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
-AWAY = (Closed, aiohttp.ClientError, OSError, TimeoutError)
+DISCONNECTED = (Closed, aiohttp.ClientError, OSError, TimeoutError)
 PAUSE_SECONDS = 0.05
 
 
-class Member:
+class ReconnectingClient:
     """A member of a workspace that reconnects, to any of these servers, after each disconnect."""
 
     def __init__(self, actor: Actor, workspace: str, bases: Sequence[str]) -> None:
@@ -24,16 +24,16 @@ class Member:
         self.events: list[dict[str, Any]] = []  # durable events, in the order of arrival
         self.since: str | None = None
         self._changes_received: set[str] = set()
-        self.notices: set[str] = set()  # the events of all frames that the server pushed
+        self.events_received: set[str] = set()  # the events of all frames that the server pushed
         self.gaps = 0
-        self.returns = -1
-        self.socket: Socket | None = None
+        self.reconnects = -1
+        self.socket: SocketClient | None = None
         self._task: asyncio.Task[None] | None = None
-        self.here = asyncio.Event()
+        self.connected = asyncio.Event()
 
-    async def __aenter__(self) -> "Member":
+    async def __aenter__(self) -> "ReconnectingClient":
         self._task = asyncio.create_task(self._run())
-        await self.here.wait()
+        await self.connected.wait()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -41,7 +41,7 @@ class Member:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         if self.socket is not None:
-            self.socket.cut()
+            self.socket.abort()
 
     @property
     def ids(self) -> list[str]:
@@ -51,11 +51,11 @@ class Member:
     def changes(self) -> list[Any]:
         return [event["change"] for event in self.events if event["type"] == "FILE_CHANGE"]
 
-    def cut(self) -> None:
+    def abort(self) -> None:
         if self.socket is not None:
-            self.socket.cut()
+            self.socket.abort()
 
-    async def has_heard(self, change: Any, *, seconds: float = PATIENCE_SECONDS) -> None:
+    async def wait_for_change(self, change: Any, *, seconds: float = WAIT_TIMEOUT_SECONDS) -> None:
         async with asyncio.timeout(seconds):
             while repr(change) not in self._changes_received:
                 await asyncio.sleep(0.01)
@@ -66,15 +66,15 @@ class Member:
                 await self._join()
                 while True:
                     frame = await self._connected().next(seconds=60)
-                    self.notices.add(frame["event"])
+                    self.events_received.add(frame["event"])
                     self._record(frame["data"])
-            except AWAY:
-                self.here.clear()
+            except DISCONNECTED:
+                self.connected.clear()
                 if self.socket is not None:
-                    self.socket.cut()
+                    self.socket.abort()
                 await asyncio.sleep(PAUSE_SECONDS)
 
-    def _connected(self) -> Socket:
+    def _connected(self) -> SocketClient:
         assert self.socket is not None
         return self.socket
 
@@ -83,7 +83,7 @@ class Member:
         while True:
             try:
                 joined = await self.socket.push("join:workspace", workspaceId=self.workspace, since=self.since)
-            except Refused as error:
+            except ErrorReply as error:
                 if error.code != "unavailable":
                     raise
                 await asyncio.sleep(PAUSE_SECONDS)
@@ -94,8 +94,8 @@ class Member:
             if not joined["more"]:
                 break
         self.since = self.since or joined["lastEventId"]
-        self.returns += 1
-        self.here.set()
+        self.reconnects += 1
+        self.connected.set()
 
     def _record(self, event: dict[str, Any]) -> None:
         if "eventId" in event:
@@ -104,13 +104,13 @@ class Member:
             self.since = event["eventId"]
 
 
-class Writer:
+class ReconnectingWriter:
     """A writer that reconnects, and retries each change of a file until it is acknowledged."""
 
     def __init__(self, actor: Actor, workspace: str, bases: Sequence[str]) -> None:
         self.actor, self.workspace, self.bases = actor, workspace, bases
         self.acknowledged: dict[str, Any] = {}  # event id → change
-        self._socket: Socket | None = None
+        self._socket: SocketClient | None = None
 
     async def write(self, changes: Sequence[Any], *, pause: float = 0.0) -> None:
         for change in changes:
@@ -129,12 +129,12 @@ class Writer:
                 if self._socket is None:
                     self._socket = await self.actor.at(random.choice(self.bases)).connect(self.workspace)
                 ack = await self._socket.push("file:change", workspaceId=self.workspace, change=change)
-            except Refused as error:
+            except ErrorReply as error:
                 if error.code != "unavailable":
                     raise
-            except AWAY:
+            except DISCONNECTED:
                 if self._socket is not None:
-                    self._socket.cut()
+                    self._socket.abort()
                 self._socket = None
             else:
                 self.acknowledged[ack["eventId"]] = change
@@ -142,6 +142,6 @@ class Writer:
             await asyncio.sleep(PAUSE_SECONDS)
 
 
-def assert_ordered_and_once(member: Member) -> None:
+def assert_ordered_and_once(member: ReconnectingClient) -> None:
     ids = member.ids
-    assert ids == sorted({*ids}, key=position), "in order, and none twice"
+    assert ids == sorted({*ids}, key=event_id_key), "in order, and none twice"

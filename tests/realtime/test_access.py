@@ -6,13 +6,13 @@ from collections.abc import Awaitable, Callable
 import psycopg
 import pytest
 
-from server.realtime.standing import Standing
+from server.realtime.access_monitor import AccessMonitor
 from tests.actors import Actor
 from tests.conftest import MakeActor, MakeServer
 from tests.processes import Processes
-from tests.sockets import Refused, until_refused
+from tests.sockets import ErrorReply, wait_until_rejected
 
-pytestmark = pytest.mark.usefixtures("notices_alone")
+pytestmark = pytest.mark.usefixtures("no_periodic_recheck")
 
 Pair = tuple[Actor, Actor]
 
@@ -41,7 +41,7 @@ async def test_new_role_is_announced_and_takes_effect_at_once(pair: Pair) -> Non
     event = await his.assert_push("ROLE_CHANGED", subjectId=bob.id, role="VIEWER", userId=alice.id)
     assert event["userName"] == "Alice"
     assert event["eventId"]
-    await until_refused(lambda: his.push("file:change", workspaceId=workspace, change=2), "forbidden")
+    await wait_until_rejected(lambda: his.push("file:change", workspaceId=workspace, change=2), "forbidden")
     await his.push("cursor:update", workspaceId=workspace, position=1)
     await alice.patch(await collaborator(alice, bob, project), {"role": "COLLABORATOR"})
     await his.assert_push("ROLE_CHANGED", role="COLLABORATOR")
@@ -62,7 +62,7 @@ async def test_removed_member_leaves_its_rooms_but_stays_connected(pair: Pair) -
     await hers.push("file:change", workspaceId=workspace, change="secret")
     await his.refute_push()
     for event, data in (("file:change", {"change": 1}), ("cursor:update", {"position": 1}), ("join:workspace", {})):
-        with pytest.raises(Refused, match="not_found"):
+        with pytest.raises(ErrorReply, match="not_found"):
             await his.push(event, workspaceId=workspace, **data)
     await his.push("file:change", workspaceId=other, change="still here")
 
@@ -92,7 +92,7 @@ async def test_all_members_leave_a_deleted_workspace(pair: Pair) -> None:
     await alice.delete(f"/workspaces/{workspace}")
     await his.assert_push("WORKSPACE_DELETED", userId=alice.id)
     await his.assert_push("ACCESS_REVOKED", reason="deleted")
-    with pytest.raises(Refused, match="not_found"):
+    with pytest.raises(ErrorReply, match="not_found"):
         await his.push("file:change", workspaceId=workspace, change=1)
 
 
@@ -183,8 +183,8 @@ async def test_other_sessions_of_the_same_user_stay_connected(alice: Actor) -> N
 async def test_recheck_finds_lost_access_without_a_notice_from_redis(
     make_server: MakeServer, make_actor: MakeActor, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.realtime.standing.RECHECK_SECONDS", 0.5)
-    monkeypatch.setattr("server.realtime.standing.LOOKED_UP_AT_ONCE", 1)
+    monkeypatch.setattr("server.realtime.access_monitor.RECHECK_INTERVAL_SECONDS", 0.5)
+    monkeypatch.setattr("server.realtime.access_monitor.MAX_BATCH", 1)
     base = await make_server()
     alice, bob, carol = [await make_actor(name, base) for name in ("Alice", "Bob", "Carol")]
     workspace = await alice.make_workspace(None, bob, carol)
@@ -195,7 +195,7 @@ async def test_recheck_finds_lost_access_without_a_notice_from_redis(
         await his.assert_push("USER_JOIN")
         await his.assert_push("ACCESS_REVOKED", reason="removed", userId=None)
         await hers.assert_push("USER_LEAVE")
-        await until_refused(lambda: hers.push("file:change", workspaceId=workspace, change=1), "forbidden")
+        await wait_until_rejected(lambda: hers.push("file:change", workspaceId=workspace, change=1), "forbidden")
         connection.execute("UPDATE sessions SET ended_at = now() WHERE user_id = %s", [bob.id])
         assert await his.closed() == 4401
 
@@ -203,15 +203,15 @@ async def test_recheck_finds_lost_access_without_a_notice_from_redis(
 async def test_recheck_continues_after_an_unexpected_error(
     make_server: MakeServer, make_actor: MakeActor, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.realtime.standing.RECHECK_SECONDS", 0.2)
-    rechecks, recheck_all = 0, Standing.vouch
+    monkeypatch.setattr("server.realtime.access_monitor.RECHECK_INTERVAL_SECONDS", 0.2)
+    rechecks, recheck_all = 0, AccessMonitor.recheck_all
 
-    async def counting(self: Standing) -> None:
+    async def counting(self: AccessMonitor) -> None:
         nonlocal rechecks
         await recheck_all(self)
         rechecks += 1
 
-    monkeypatch.setattr(Standing, "vouch", counting)
+    monkeypatch.setattr(AccessMonitor, "recheck_all", counting)
     base = await make_server()
     alice, bob = await make_actor("Alice", base), await make_actor("Bob", base)
     project = await alice.make_project(bob)
@@ -223,7 +223,7 @@ async def test_recheck_continues_after_an_unexpected_error(
             await asyncio.sleep(0.6)
         finally:
             connection.execute("ALTER TABLE elsewhere RENAME TO sessions")
-    monkeypatch.setattr("server.realtime.standing.RECHECK_SECONDS", 600.0)
+    monkeypatch.setattr("server.realtime.access_monitor.RECHECK_INTERVAL_SECONDS", 600.0)
     last = rechecks + 1
     while rechecks < last:  # else a periodic recheck may find the loss first, without the name of the user who did it
         await asyncio.sleep(0.05)
@@ -268,6 +268,6 @@ async def test_real_processes_publish_access_changes_to_each_other(processes: Pr
     his = await bob.connect(workspace)
     await alice.patch(await collaborator(alice, bob, project), {"role": "VIEWER"})
     await his.assert_push("ROLE_CHANGED")
-    await until_refused(lambda: his.push("file:change", workspaceId=workspace, change=2), "forbidden")
+    await wait_until_rejected(lambda: his.push("file:change", workspaceId=workspace, change=2), "forbidden")
     await bob.at(here).post("/auth/logout")
     assert await his.closed() == 4401

@@ -10,25 +10,25 @@ import orjson
 import pytest
 
 from server.app import MESSAGES, asyncapi_document
-from server.errors import CODES
+from server.errors import ERROR_CODES
 from server.realtime import asyncapi
 from server.realtime.table import merge
 from tests.actors import Actor
 from tests.processes import ROOT
-from tests.sockets import Refused, Socket, fits, shape_of
+from tests.sockets import ErrorReply, SocketClient, schema_name_of, validate_frame
 
 DOCUMENT = asyncapi_document()
 SHAPES: dict[str, Any] = DOCUMENT["components"]["messages"]
 
 
-async def send_and_validate(socket: Socket, event: str, **data: Any) -> None:
+async def send_and_validate(socket: SocketClient, event: str, **data: Any) -> None:
     """Send a frame, and validate it, its ack and all pushes before the ack."""
     frame = {"event": event, "data": data, "id": "x"}
-    fits(frame, event.replace(":", "."))
+    validate_frame(frame, event.replace(":", "."))
     await socket.send(event, data, id="x")
     while (reply := await socket.next()).get("id") != "x":
-        fits(reply, shape_of(reply))
-    fits(reply, f"{event.replace(':', '.')}.ack")
+        validate_frame(reply, schema_name_of(reply))
+    validate_frame(reply, f"{event.replace(':', '.')}.ack")
 
 
 EXPECTED = {
@@ -48,7 +48,7 @@ async def test_real_frames_fit_the_document(alice: Actor, bob: Actor) -> None:
     project = await alice.make_project(bob)
     workspace = await alice.make_workspace(project)
     hers, his = await alice.connect(), await bob.connect()
-    fits({"event": "welcome", "data": hers.welcome}, "welcome.push")
+    validate_frame({"event": "welcome", "data": hers.welcome}, "welcome.push")
     since = (await hers.push("join:workspace", workspaceId=workspace))["lastEventId"]
     await send_and_validate(hers, "file:change", workspaceId=workspace, path="a", change={"b": None})
     await send_and_validate(his, "join:workspace", workspaceId=workspace, since=since)
@@ -67,24 +67,24 @@ async def test_real_frames_fit_the_document(alice: Actor, bob: Actor) -> None:
     received = {"error.push"}
     while received < EXPECTED or errors < 2:
         frame = await his.next()
-        fits(frame, shape_of(frame))
+        validate_frame(frame, schema_name_of(frame))
         errors += frame["event"] == "error"
-        received.add(shape_of(frame))
+        received.add(schema_name_of(frame))
     assert received == EXPECTED
 
 
 async def test_frame_that_violates_its_schema_is_rejected(alice: Actor) -> None:
     socket = await alice.connect()
     with pytest.raises(jsonschema.ValidationError):
-        fits({"event": "ping", "data": {"more": 1}}, "ping")
-    with pytest.raises(Refused, match="validation_failed"):
+        validate_frame({"event": "ping", "data": {"more": 1}}, "ping")
+    with pytest.raises(ErrorReply, match="validation_failed"):
         await socket.push("ping", more=1)
 
 
 def test_every_message_and_every_code_is_described() -> None:
     assert set(merge(MESSAGES)) <= {message["name"] for message in SHAPES.values()}
     codes = SHAPES["error.push"]["payload"]["properties"]["data"]["properties"]["code"]["enum"]
-    assert {*codes} == {*CODES}
+    assert {*codes} == {*ERROR_CODES}
 
 
 def test_references_resolve() -> None:
@@ -120,9 +120,9 @@ def test_document_has_the_structure_of_asyncapi_3() -> None:
 
 async def test_document_and_page_are_public(alice: Actor) -> None:
     alice.access_token = ""
-    response = await alice.call("GET", f"/api/..{asyncapi.DOCUMENT}")
+    response = await alice.call("GET", f"/api/..{asyncapi.DOCUMENT_PATH}")
     assert (response.status, response.body) == (200, orjson.loads(orjson.dumps(DOCUMENT)))
-    page = await alice.call("GET", f"/api/..{asyncapi.PAGE}")
+    page = await alice.call("GET", f"/api/..{asyncapi.PAGE_PATH}")
     assert page.status == 200
     assert page.headers["Content-Type"] == "text/html; charset=utf-8"
     for word in ("file:change", "CURSOR_UPDATE", "4408", "lastEventId"):

@@ -13,15 +13,15 @@ import pytest
 from server.realtime import endpoint
 from tests.actors import Actor
 from tests.conftest import MakeActor, MakeServer
-from tests.patience import PATIENCE_SECONDS
-from tests.sockets import Refused, Socket
+from tests.sockets import ErrorReply, SocketClient
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 
 @asynccontextmanager
-async def opened(actor: Actor, query: str = "", **options: Any) -> AsyncIterator[Socket]:
+async def opened(actor: Actor, query: str = "", **options: Any) -> AsyncIterator[SocketClient]:
     """A socket that is opened without the actor's Authorization header, and has received nothing yet."""
     async with actor.http.ws_connect(f"{actor.base}/ws{query}", **options) as raw:
-        yield Socket(raw)
+        yield SocketClient(raw)
 
 
 async def refusal(actor: Actor, query: str = "", **headers: str) -> tuple[int, str, str]:
@@ -112,7 +112,7 @@ async def test_first_frame_that_does_not_authenticate_closes_the_socket(alice: A
 
 
 async def test_silent_client_times_out_before_authentication(alice: Actor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "FIRST_FRAME_SECONDS", 0.3)
+    monkeypatch.setattr(endpoint, "AUTHENTICATE_TIMEOUT_SECONDS", 0.3)
     async with opened(alice) as socket:
         assert await socket.closed() == 4408
 
@@ -125,7 +125,7 @@ async def test_client_that_only_pings_before_the_first_frame_is_rejected(alice: 
 
 
 async def test_rejected_client_that_keeps_sending_is_aborted(alice: Actor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "CLOSE_SECONDS", 30.0)
+    monkeypatch.setattr(endpoint, "REJECTION_CLOSE_TIMEOUT_SECONDS", 30.0)
     async with opened(alice, autoclose=False) as socket:
         await socket.raw.send_str("nonsense")
 
@@ -135,7 +135,7 @@ async def test_rejected_client_that_keeps_sending_is_aborted(alice: Actor, monke
                 await asyncio.sleep(0)
 
         with pytest.raises(ConnectionError):
-            await asyncio.wait_for(keep_sending(), PATIENCE_SECONDS)
+            await asyncio.wait_for(keep_sending(), WAIT_TIMEOUT_SECONDS)
 
 
 async def test_unexpected_error_closes_the_socket_without_an_http_response(alice: Actor, database_url: str) -> None:
@@ -171,20 +171,20 @@ async def test_token_is_renewed_on_a_live_connection(make_server: MakeServer, ma
 
 async def test_token_of_another_user_does_not_change_the_user(alice: Actor, bob: Actor) -> None:
     socket = await alice.connect()
-    with pytest.raises(Refused, match="forbidden"):
+    with pytest.raises(ErrorReply, match="forbidden"):
         await socket.push("authenticate", token=bob.access_token)
-    with pytest.raises(Refused, match="unauthenticated"):
+    with pytest.raises(ErrorReply, match="unauthenticated"):
         await socket.push("authenticate", token="nonsense")
     await socket.push("ping")
 
 
 async def test_peer_without_heartbeat_is_closed(alice: Actor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.realtime.hub.HEARTBEAT_SECONDS", 2.0)
+    monkeypatch.setattr("server.realtime.hub.HEARTBEAT_INTERVAL_SECONDS", 2.0)
     lively = await alice.connect()
     answering = asyncio.create_task(lively.raw.receive())  # aiohttp replies to pings only during a receive
     async with opened(alice, headers=alice.headers, autoping=False) as silent:
         await silent.assert_push("welcome")
-        while (message := await silent.raw.receive(timeout=PATIENCE_SECONDS)).type is aiohttp.WSMsgType.PING:
+        while (message := await silent.raw.receive(timeout=WAIT_TIMEOUT_SECONDS)).type is aiohttp.WSMsgType.PING:
             pass
         assert (message.type, message.data) == (aiohttp.WSMsgType.CLOSE, 4408)
         await silent.raw.close()

@@ -10,15 +10,15 @@ import aiohttp
 import orjson
 import pytest
 
-from server.realtime.endpoint import REFUSAL_PAUSE_SECONDS
+from server.realtime.endpoint import REJECTION_DELAY_SECONDS
 from tests.actors import Actor
 from tests.conftest import MakeActor, MakeServer
-from tests.patience import PATIENCE_SECONDS
 from tests.processes import Processes
-from tests.sockets import Closed, Refused, Socket
+from tests.sockets import Closed, ErrorReply, SocketClient
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 
-async def reply_to(socket: Socket, text: str) -> dict[str, object]:
+async def reply_to(socket: SocketClient, text: str) -> dict[str, object]:
     await socket.raw.send_str(text)
     return await socket.next()
 
@@ -66,12 +66,12 @@ async def test_malformed_frame_with_an_id_gets_an_error_with_that_id(alice: Acto
 
 async def test_unknown_event_and_invalid_data_have_different_codes(alice: Actor) -> None:
     socket = await alice.connect()
-    with pytest.raises(Refused, match="unknown_event"):
+    with pytest.raises(ErrorReply, match="unknown_event"):
         await socket.push("nonsense")
-    with pytest.raises(Refused, match="validation_failed") as rejected:
+    with pytest.raises(ErrorReply, match="validation_failed") as rejected:
         await socket.push("join:workspace", workspaceId="nonsense", sinc=1)
     assert {detail["field"] for detail in rejected.value.data["details"]} == {"workspaceId", "sinc"}
-    with pytest.raises(Refused, match="validation_failed"):
+    with pytest.raises(ErrorReply, match="validation_failed"):
         await socket.push("ping", unknown=1)
 
 
@@ -103,7 +103,7 @@ async def test_frames_over_the_rate_limit_are_rejected_with_their_ids(
 
 
 async def test_client_that_sends_garbage_is_closed(alice: Actor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.realtime.throttle.PATIENCE_SECONDS", 600.0)
+    monkeypatch.setattr("server.realtime.throttle.VIOLATION_WINDOW_SECONDS", 600.0)
     socket = await alice.connect()
     for _ in range(49):
         assert (await reply_to(socket, "garbage"))["event"] == "error"
@@ -159,14 +159,14 @@ async def test_flood_is_throttled_and_does_not_delay_other_clients(processes: Pr
     for task in noise:
         task.cancel()
     await asyncio.gather(*noise, return_exceptions=True)
-    evil.cut()
+    evil.abort()
     # At most the frames that the rate limit allows, and one error per pause.
-    assert replies <= 200 + seconds * (100 + 1 / REFUSAL_PAUSE_SECONDS)
+    assert replies <= 200 + seconds * (100 + 1 / REJECTION_DELAY_SECONDS)
     assert after[1] <= before[1] + 3, "file descriptors"
     assert after[0] - before[0] < 40 << 20, "memory"
 
 
-async def change_and_wait(hers: Socket, his: Socket, workspace: str, number: int) -> None:
+async def change_and_wait(hers: SocketClient, his: SocketClient, workspace: str, number: int) -> None:
     """Send a change from her, wait until he receives it, and pause."""
     await hers.push("file:change", workspaceId=workspace, change=["sent", number])
     while (await his.next())["data"].get("change") != ["sent", number]:
@@ -204,7 +204,7 @@ async def test_ten_thousand_malformed_frames_leak_nothing_and_block_no_other_cli
             break
         await change_and_wait(his, hers, workspace, number)
     await sending
-    async with asyncio.timeout(PATIENCE_SECONDS):  # until the closing sockets have ended
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):  # until the closing sockets have ended
         while (after := footprint(server.pid))[1] > before[1] + 3:
             await asyncio.sleep(0.1)
     assert after[0] - before[0] < 20 << 20, "memory"

@@ -7,18 +7,18 @@ from uuid import uuid4
 import pytest
 
 from server.devstack.stack import Stack
-from server.realtime.history import History, keys, position
+from server.realtime.history import History, event_id_key, stream_keys
 from server.resources import redis_client
 from tests.actors import Actor
 from tests.conftest import MakeActor, MakeServer
-from tests.sockets import Refused, Socket
+from tests.sockets import ErrorReply, SocketClient
 
 
-async def change(socket: Socket, workspace: str, *changes: Any) -> list[str]:
+async def change(socket: SocketClient, workspace: str, *changes: Any) -> list[str]:
     return [(await socket.push("file:change", workspaceId=workspace, change=value))["eventId"] for value in changes]
 
 
-async def join(socket: Socket, workspace: str, since: str | None) -> dict[str, Any]:
+async def join(socket: SocketClient, workspace: str, since: str | None) -> dict[str, Any]:
     return await socket.push("join:workspace", workspaceId=workspace, since=since)
 
 
@@ -35,7 +35,7 @@ async def test_missed_events_come_in_order_before_new_ones(alice: Actor, bob: Ac
     hers, his = await alice.connect(workspace), await bob.connect(workspace)
     since = his.joined["lastEventId"]
     await his.push("file:change", workspaceId=workspace, change="his own")
-    his.cut()
+    his.abort()
     ids = await change(hers, workspace, *range(5))
     back = await bob.connect()
     joined = await join(back, workspace, since)
@@ -51,7 +51,7 @@ async def test_missed_events_come_in_order_before_new_ones(alice: Actor, bob: Ac
 async def test_event_ids_grow(alice: Actor) -> None:
     workspace = await alice.make_workspace()
     ids = await change(await alice.connect(workspace), workspace, *range(30))
-    assert ids == sorted(ids, key=position)
+    assert ids == sorted(ids, key=event_id_key)
     assert len({*ids}) == 30
 
 
@@ -81,18 +81,18 @@ async def test_history_is_bounded_in_bytes(make_server: MakeServer, make_actor: 
 
 async def test_events_older_than_a_day_are_deleted(stack: Stack) -> None:
     redis, workspace = redis_client(stack.valkey.url), uuid4()
-    history = History(redis, most=1000, most_bytes=1 << 20)
+    history = History(redis, max_events=1000, max_bytes=1 << 20)
     now = int(time.time())
     hours = {age: f"{(now - age * 3600) * 1000}-0" for age in (30, 25, 23)}
     for end, id in enumerate(hours.values(), 1):
         entry = {"origin": "", "end": 10 * end, "data": f'"n":{end:04}}}'}
-        await redis.xadd(keys(workspace)[0], entry, id=id)
-    await redis.set(keys(workspace)[1], 30)
+        await redis.xadd(stream_keys(workspace)[0], entry, id=id)
+    await redis.set(stream_keys(workspace)[1], 30)
     new = await history.append(workspace, channel="nobody", origin="", body=b'{"n":4}')
-    read = await history.read(workspace, after=None, most=100)
-    assert [entry.id for entry in read.entries] == [hours[23], new]
-    assert (await history.read(workspace, after=hours[25], most=100)).gap is True
-    assert (await history.read(workspace, after=hours[23], most=100)).gap is False
+    read = await history.read(workspace, after=None, limit=100)
+    assert [entry.id for entry in read.events] == [hours[23], new]
+    assert (await history.read(workspace, after=hours[25], limit=100)).gap is True
+    assert (await history.read(workspace, after=hours[23], limit=100)).gap is False
     await history.close()
     await redis.aclose()
 
@@ -102,7 +102,7 @@ async def test_join_without_since_has_no_replay_and_malformed_since_is_rejected(
     await change(await alice.connect(workspace), workspace, 1, 2)
     socket = await alice.connect()
     for since in ("", "nonsense", "1", "-1-1", "1-1-1", "9" * 30 + "-1"):
-        with pytest.raises(Refused, match="validation_failed"):
+        with pytest.raises(ErrorReply, match="validation_failed"):
             await join(socket, workspace, since)
     joined = await join(socket, workspace, None)
     assert (joined["events"], joined["gap"]) == ([], False)
@@ -123,7 +123,7 @@ async def test_replay_over_one_mebibyte_comes_in_parts(alice: Actor, bob: Actor)
             break
         since = joined["events"][-1]["eventId"]
         assert bob.id not in {user["userId"] for user in joined["users"]}
-        with pytest.raises(Refused, match="not_joined"):
+        with pytest.raises(ErrorReply, match="not_joined"):
             await his.push("cursor:update", workspaceId=workspace, position=1)
     assert (received, parts) == (sent, 3)
     await hers.assert_push("USER_JOIN", userId=bob.id)

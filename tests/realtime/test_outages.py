@@ -11,40 +11,40 @@ import pytest
 
 from server.devstack.stack import Stack
 from server.errors import Unavailable
-from server.realtime.endless import keep_running
+from server.realtime.access_monitor import AccessMonitor
+from server.realtime.background import run_forever
 from server.realtime.hub import Realtime
-from server.realtime.presence import Presence
-from server.realtime.standing import Standing
+from server.realtime.presence import PresenceRegistry
 from server.realtime.subscriber import Subscriber
 from server.resources import blocking_redis_client, redis_client
 from tests.actors import Actor
 from tests.conftest import MakeActor, MakeServer
-from tests.faults import Mode, Network, Proxy
-from tests.patience import PATIENCE_SECONDS
+from tests.faults import FaultyNetwork, Mode, Proxy
 from tests.realtime.test_access import collaborator
 from tests.realtime.test_presence import online
-from tests.sockets import Refused, Socket
+from tests.sockets import ErrorReply, SocketClient
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 
 @pytest.fixture
-async def network(stack: Stack) -> AsyncIterator[Network]:
-    async with Network.to({"redis_url": stack.valkey.url}) as network:
+async def network(stack: Stack) -> AsyncIterator[FaultyNetwork]:
+    async with FaultyNetwork.start({"redis_url": stack.valkey.url}) as network:
         yield network
 
 
 @pytest.fixture
-async def redis(network: Network) -> Proxy:
+async def redis(network: FaultyNetwork) -> Proxy:
     """The proxy between the server ``proxied_server`` and its Redis."""
     return network.stores["redis_url"]
 
 
 @pytest.fixture
-async def proxied_server(network: Network, make_server: MakeServer, monkeypatch: pytest.MonkeyPatch) -> str:
+async def proxied_server(network: FaultyNetwork, make_server: MakeServer, monkeypatch: pytest.MonkeyPatch) -> str:
     """A server whose Redis may fail, with short timeouts so that it detects the failure soon."""
-    monkeypatch.setattr("server.realtime.hub.RENEW_SECONDS", 0.3)
-    monkeypatch.setattr("server.realtime.room.MARK_SECONDS", 0.5)
-    monkeypatch.setattr("server.realtime.subscriber.SUBSCRIBE_SECONDS", 0.5)
-    monkeypatch.setattr("server.realtime.subscriber.PING_SECONDS", 0.5)
+    monkeypatch.setattr("server.realtime.hub.RENEW_INTERVAL_SECONDS", 0.3)
+    monkeypatch.setattr("server.realtime.room.MARKER_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr("server.realtime.subscriber.SUBSCRIBE_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr("server.realtime.subscriber.PING_INTERVAL_SECONDS", 0.5)
     return await make_server(**network.urls)
 
 
@@ -58,7 +58,7 @@ async def scenario(server: str, proxied_server: str, make_actor: MakeActor) -> S
     return alice, bob, await alice.make_project(bob)
 
 
-async def resynced(socket: Socket) -> dict[str, Any]:
+async def resynced(socket: SocketClient) -> dict[str, Any]:
     while (frame := await socket.next())["event"] != "workspace:resync":
         pass
     return frame["data"]
@@ -69,15 +69,15 @@ async def test_member_whose_rejoin_failed_is_out_of_the_room(scenario: Scenario,
     workspace = await alice.make_workspace(project)
     his, other = await bob.connect(workspace), await bob.connect(workspace)
     since = his.joined["lastEventId"]
-    await redis.turn(Mode.STOPPED)
+    await redis.set_mode(Mode.STOPPED)
     await asyncio.sleep(0.2)  # until the server detects it
-    with pytest.raises(Refused, match="unavailable"):
+    with pytest.raises(ErrorReply, match="unavailable"):
         await his.push("join:workspace", workspaceId=workspace, since=since)
-    with pytest.raises(Refused, match="not_joined"):
+    with pytest.raises(ErrorReply, match="not_joined"):
         await his.push("cursor:update", workspaceId=workspace, position=1)
-    await redis.turn(Mode.PASS)
+    await redis.set_mode(Mode.PASS)
     await resynced(other)
-    his.heard.clear()
+    his.received.clear()
     await (await alice.connect(workspace)).push("file:change", workspaceId=workspace, change="secret")
     assert (await alice.delete(await collaborator(alice, bob, project))).status == 204
     while (await other.next())["data"].get("type") != "ACCESS_REVOKED":
@@ -93,11 +93,11 @@ async def test_no_event_is_delivered_before_access_is_rechecked(
     workspace = await alice.make_workspace(project)
     hers, his = await alice.connect(workspace), await bob.connect(workspace)
     path = await collaborator(alice, bob, project)
-    await redis.turn(Mode.STOPPED)
+    await redis.set_mode(Mode.STOPPED)
     assert (await alice.delete(path)).status == 204
     with psycopg.connect(database_url) as connection:
         connection.execute("LOCK TABLE sessions")  # blocks every recheck
-        await redis.turn(Mode.PASS)
+        await redis.set_mode(Mode.PASS)
         for _ in range(20):
             await hers.push("file:change", workspaceId=workspace, change="secret")
             await asyncio.sleep(0.1)
@@ -111,26 +111,26 @@ async def test_access_read_before_a_reconnect_is_rechecked_after_it() -> None:
     async def never(*_: Any) -> Any:
         raise AssertionError
 
-    monitor = Standing({}, never)
-    epoch = monitor.notices
-    await monitor.vouch()
-    assert monitor.notices != epoch
+    monitor = AccessMonitor({}, never)
+    epoch = monitor.epoch
+    await monitor.recheck_all()
+    assert monitor.epoch != epoch
 
 
 async def test_sockets_survive_a_silent_redis(scenario: Scenario, redis: Proxy) -> None:
     alice, bob, project = scenario
     workspace = await alice.make_workspace(project)
     hers, his = await alice.connect(workspace), await bob.connect(workspace)
-    await redis.turn(Mode.BLACK_HOLE)
+    await redis.set_mode(Mode.BLACK_HOLE)
     for event, data in (("file:change", {"change": 1}), ("join:workspace", {"since": his.joined["lastEventId"]})):
-        with pytest.raises(Refused, match="unavailable"):
+        with pytest.raises(ErrorReply, match="unavailable"):
             await his.push(event, workspaceId=workspace, **data)
     assert (await his.push("ping")).keys() == {"serverTime"}
     late = await bob.connect()  # succeeds without Redis
-    await redis.turn(Mode.PASS)
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    await redis.set_mode(Mode.PASS)
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
         while not late.joined:
-            with contextlib.suppress(Refused):
+            with contextlib.suppress(ErrorReply):
                 late.joined = await late.push("join:workspace", workspaceId=workspace)
     await hers.push("file:change", workspaceId=workspace, change="again")
     await late.assert_push("FILE_CHANGE", change="again")
@@ -148,21 +148,21 @@ async def test_rejected_join_says_whether_redis_is_slow_or_down(
     alice, bob, project = scenario
     workspace = await alice.make_workspace(project)
     his = await bob.connect()
-    await redis.turn(mode)
+    await redis.set_mode(mode)
     for _ in range(3):
-        with pytest.raises(Refused) as rejected:
+        with pytest.raises(ErrorReply) as rejected:
             await his.push("join:workspace", workspaceId=workspace)
         assert (rejected.value.code, rejected.value.data["message"]) == ("unavailable", message)
 
 
 async def test_welcome_comes_before_any_other_push(
-    network: Network, redis: Proxy, make_actor: MakeActor, make_server: MakeServer
+    network: FaultyNetwork, redis: Proxy, make_actor: MakeActor, make_server: MakeServer
 ) -> None:
     base = await make_server(**network.urls, access_token_ttl=40)
     alice = await make_actor("Alice", base)
-    await redis.turn(Mode.STOPPED)
+    await redis.set_mode(Mode.STOPPED)
     async with alice.http.ws_connect(f"{base}/ws", headers=alice.headers) as raw:
-        socket = Socket(raw)
+        socket = SocketClient(raw)
         await socket.assert_push("welcome")
         await socket.assert_push("token:expiring")
 
@@ -172,18 +172,18 @@ async def test_room_that_cannot_resync_does_not_interrupt_other_rooms(
 ) -> None:
     alice, bob, project = scenario
     bad, good = [await alice.make_workspace(project) for _ in range(2)]
-    restore = Realtime._restore
+    restore = Realtime._restore_presence
 
     async def fail(self: Realtime, room: Any, mark: str) -> Any:
         if str(room.workspace) == bad:
             raise Unavailable("This room alone")
         return await restore(self, room, mark)
 
-    monkeypatch.setattr(Realtime, "_restore", fail)
+    monkeypatch.setattr(Realtime, "_restore_presence", fail)
     his = await bob.connect(bad)
     await his.push("join:workspace", workspaceId=good)
-    await redis.turn(Mode.STOPPED)
-    await redis.turn(Mode.PASS)
+    await redis.set_mode(Mode.STOPPED)
+    await redis.set_mode(Mode.PASS)
     assert (await resynced(his))["workspaceId"] == good
     connections = redis.connections
     await his.refute_push(seconds=1)
@@ -197,22 +197,22 @@ async def test_room_is_resynced_once_by_subscriber_or_lease_renewal(
     alice, bob, project = scenario
     workspace = await alice.make_workspace(project)
     his = await bob.connect(workspace)
-    wait_confirmed, renewed = Subscriber._confirmation, asyncio.Event()
+    wait_confirmed, renewed = Subscriber._wait_confirmed, asyncio.Event()
     renew = Realtime._renew_leases
 
     async def wait_for_renewal(self: Subscriber, channel: bytes) -> None:
-        await asyncio.wait_for(renewed.wait(), PATIENCE_SECONDS)
+        await asyncio.wait_for(renewed.wait(), WAIT_TIMEOUT_SECONDS)
         await wait_confirmed(self, channel)
 
     async def renew_meanwhile(self: Realtime) -> None:
-        if redis.mode is Mode.PASS and any(room.stuck for room in self._rooms.values()):
+        if redis.mode is Mode.PASS and any(room.needs_resync for room in self._rooms.values()):
             asyncio.get_running_loop().call_later(0.1, renewed.set)
         await renew(self)
 
-    monkeypatch.setattr(Subscriber, "_confirmation", wait_for_renewal)
+    monkeypatch.setattr(Subscriber, "_wait_confirmed", wait_for_renewal)
     monkeypatch.setattr(Realtime, "_renew_leases", renew_meanwhile)
-    await redis.turn(Mode.STOPPED)
-    await redis.turn(Mode.PASS)
+    await redis.set_mode(Mode.STOPPED)
+    await redis.set_mode(Mode.PASS)
     await resynced(his)
     await his.refute_push()
 
@@ -233,7 +233,7 @@ async def test_presence_returns_after_an_expired_lease_although_a_connection_joi
     await direct.aclose()
     assert await online(alice, workspace) in ({}, {"Bob": 1}), "removed, unless its renewal came first"
     await bob.connect(workspace)
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
         while await online(alice, workspace) != {"Bob": 2}:
             await asyncio.sleep(0.05)
 
@@ -243,23 +243,23 @@ async def test_user_who_leaves_during_a_restore_leaves_no_stale_presence(
 ) -> None:
     alice, bob, project = scenario
     workspace = await alice.make_workspace(project)
-    restore, left = Presence.restore, False
+    restore, left = PresenceRegistry.restore, False
 
-    async def restore_after_leave(self: Presence, workspace_id: UUID, members: Any, **more: Any) -> Any:
+    async def restore_after_leave(self: PresenceRegistry, workspace_id: UUID, members: Any, **more: Any) -> Any:
         nonlocal left
         if not left:
             left = True
-            leaving.cut()
+            leaving.abort()
             while await online(alice, workspace) != {"Bob": 1}:
                 await asyncio.sleep(0.01)
         return await restore(self, workspace_id, members, **more)
 
-    monkeypatch.setattr(Presence, "restore", restore_after_leave)
+    monkeypatch.setattr(PresenceRegistry, "restore", restore_after_leave)
     staying, leaving = await bob.connect(workspace), await bob.connect(workspace)
-    await redis.turn(Mode.STOPPED)
-    await redis.turn(Mode.PASS)
+    await redis.set_mode(Mode.STOPPED)
+    await redis.set_mode(Mode.PASS)
     await resynced(staying)
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
         while await online(alice, workspace) != {"Bob": 1}:
             await asyncio.sleep(0.05)
 
@@ -278,27 +278,27 @@ async def test_subscriptions_end_with_the_last_connection(alice: Actor, bob: Act
     for _ in range(3):
         opened = [await actor.connect(workspace) for actor in (alice, bob, bob)]
         assert await subscribers() == [1, 1, 1]
-        opened[0].cut()
+        opened[0].abort()
         for socket in opened[1:]:
             await socket.close()
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
         while await subscribers() != [0, 0, 0]:
             await asyncio.sleep(0.05)
     await direct.aclose()
 
 
-class Deaf:
+class FailingListener:
     def deliver(self, *_: Any) -> None:
         return
 
-    interrupt = deliver
+    on_disconnect = deliver
 
-    async def resume(self) -> None:
+    async def resync(self) -> None:
         return
 
 
 async def test_connection_to_redis_without_a_handshake_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.realtime.subscriber.SUBSCRIBE_SECONDS", 0.1)
+    monkeypatch.setattr("server.realtime.subscriber.SUBSCRIBE_TIMEOUT_SECONDS", 0.1)
     attempts = 0
 
     async def stay_silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -313,8 +313,10 @@ async def test_connection_to_redis_without_a_handshake_times_out(monkeypatch: py
     silent = await asyncio.start_server(stay_silent, "127.0.0.1", 0)
     port = silent.sockets[0].getsockname()[1]
     redis = blocking_redis_client(f"redis://127.0.0.1:{port}/0")
-    listening = asyncio.create_task(Subscriber(redis, channel="c", control=Deaf(), vouch=recheck_all).listen())
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    listening = asyncio.create_task(
+        Subscriber(redis, channel="c", control=FailingListener(), recheck_all=recheck_all).listen()
+    )
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
         while attempts < 3:
             await asyncio.sleep(0.02)
     listening.cancel()
@@ -324,7 +326,7 @@ async def test_connection_to_redis_without_a_handshake_times_out(monkeypatch: py
 
 
 async def test_background_task_restarts_after_an_unexpected_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.realtime.endless.RESTART_SECONDS", 0.01)
+    monkeypatch.setattr("server.realtime.background.RESTART_DELAY_SECONDS", 0.01)
     runs = 0
     restarted = asyncio.Event()
 
@@ -336,7 +338,7 @@ async def test_background_task_restarts_after_an_unexpected_error(monkeypatch: p
         restarted.set()
         await asyncio.Event().wait()
 
-    task = asyncio.create_task(keep_running(failing_twice))
-    await asyncio.wait_for(restarted.wait(), PATIENCE_SECONDS)
+    task = asyncio.create_task(run_forever(failing_twice))
+    await asyncio.wait_for(restarted.wait(), WAIT_TIMEOUT_SECONDS)
     task.cancel()
     assert isinstance((await asyncio.gather(task, return_exceptions=True))[0], asyncio.CancelledError)

@@ -5,8 +5,8 @@ from typing import Any
 
 from tests.actors import Actor
 from tests.conftest import MakeActor
-from tests.patience import PATIENCE_SECONDS
 from tests.processes import Processes
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 
 def shown(users: list[dict[str, Any]]) -> dict[str, int]:
@@ -44,7 +44,7 @@ async def test_aborted_connection_leaves(alice: Actor, bob: Actor) -> None:
     workspace = await alice.make_workspace(None, bob)
     hers, his = await alice.connect(workspace), await bob.connect(workspace)
     await hers.assert_push("USER_JOIN")
-    his.cut()
+    his.abort()
     await hers.assert_push("USER_LEAVE", userId=bob.id)
 
 
@@ -120,10 +120,10 @@ async def test_concurrent_joins_and_leaves_keep_the_count_right(processes: Proce
             if number % 3:
                 await socket.close()
             else:
-                socket.cut()
+                socket.abort()
 
     await asyncio.gather(*map(join_and_leave, range(30)))
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
         while await online(alice, workspace) != {"Alice": 1}:
             await asyncio.sleep(0.05)
     await (await alice.connect(workspace)).push("file:change", workspaceId=workspace, change="the end")

@@ -13,12 +13,12 @@ import aiohttp
 import pytest
 
 from server.devstack.stack import Stack
-from server.realtime.history import position
+from server.realtime.history import event_id_key
 from tests.conftest import TEST_SETTINGS, MakeActor
-from tests.patience import PATIENCE_SECONDS
 from tests.processes import Processes
-from tests.realtime.clients import Member, Writer, assert_ordered_and_once
-from tests.sockets import Socket
+from tests.realtime.clients import ReconnectingClient, ReconnectingWriter, assert_ordered_and_once
+from tests.sockets import SocketClient
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 FAST = {"WS_FRAMES_PER_SECOND": "10000", "WS_BURST": "10000"}
 
@@ -31,18 +31,18 @@ async def test_all_members_receive_every_event_once_in_the_same_order(
     names = ("Ada", "Bob", "Carol", "Dan", "Eve", "Fay")
     people = [await make_actor(name, bases[number % 2]) for number, name in enumerate(names)]
     workspace = await people[0].make_workspace(None, *people[1:])
-    writers = [Writer(person, workspace, [person.base]) for person in people[:2]]
-    readers = [Member(person, workspace, [person.base]) for person in people[2:]]
+    writers = [ReconnectingWriter(person, workspace, [person.base]) for person in people[:2]]
+    readers = [ReconnectingClient(person, workspace, [person.base]) for person in people[2:]]
     count = 5000 if full else 500
     for reader in readers:
         await reader.__aenter__()
     await asyncio.gather(*(writer.write([[number, i] for i in range(count)]) for number, writer in enumerate(writers)))
     acknowledged = {**writers[0].acknowledged, **writers[1].acknowledged}
     for reader in readers:
-        await reader.has_heard([0, count - 1])
-        await reader.has_heard([1, count - 1])
+        await reader.wait_for_change([0, count - 1])
+        await reader.wait_for_change([1, count - 1])
         await reader.__aexit__()
-    expected = sorted(acknowledged, key=position)
+    expected = sorted(acknowledged, key=event_id_key)
     for reader in readers:
         assert reader.ids == expected
         assert reader.changes == [acknowledged[id] for id in expected]
@@ -55,19 +55,22 @@ async def test_client_aborted_at_random_misses_no_event(
     alice, bob, carol = [await make_actor(name, bases[0]) for name in ("Alice", "Bob", "Carol")]
     workspace = await alice.make_workspace(None, bob, carol)
     count = 3000 if full else 400
-    async with Member(bob, workspace, bases) as first, Member(carol, workspace, bases) as second:
-        writer = Writer(alice, workspace, bases)
+    async with (
+        ReconnectingClient(bob, workspace, bases) as first,
+        ReconnectingClient(carol, workspace, bases) as second,
+    ):
+        writer = ReconnectingWriter(alice, workspace, bases)
         writing = asyncio.create_task(writer.write(range(count), pause=0.003))
         while not writing.done():
             await asyncio.sleep(random.uniform(0.05, 0.3))
-            random.choice([first, second]).cut()
+            random.choice([first, second]).abort()
         await writing
         for member in (first, second):
-            await member.has_heard(count - 1)
+            await member.wait_for_change(count - 1)
             assert_ordered_and_once(member)
             assert member.changes == [*range(count)]
             assert member.gaps == 0
-            assert member.returns >= 1
+            assert member.reconnects >= 1
 
 
 async def test_ack_keeps_its_place_in_the_order_of_events(processes: Processes, make_actor: MakeActor) -> None:
@@ -75,7 +78,7 @@ async def test_ack_keeps_its_place_in_the_order_of_events(processes: Processes, 
     bases = [server.base for server in (processes.server(**FAST), processes.server(**FAST))]
     alice, bob = await make_actor("Alice", bases[0]), await make_actor("Bob", bases[1])
     workspace = await alice.make_workspace(None, bob)
-    others = [Writer(bob, workspace, [bases[1]]) for _ in range(2)]
+    others = [ReconnectingWriter(bob, workspace, [bases[1]]) for _ in range(2)]
     hers = await alice.connect(workspace)
     writing = asyncio.gather(*(other.write(range(200)) for other in others))
     received, acks = [], []
@@ -85,9 +88,9 @@ async def test_ack_keeps_its_place_in_the_order_of_events(processes: Processes, 
         while (frame := await hers.next())["event"] != "ack":
             received += [frame["data"]["eventId"]] if "eventId" in frame["data"] else []
         ack = frame["data"]
-        acks.append((position(ack.get("eventId") or ack["lastEventId"]), len(received)))
+        acks.append((event_id_key(ack.get("eventId") or ack["lastEventId"]), len(received)))
     await writing
-    all_ids = sorted(position(id) for other in others for id in other.acknowledged)
+    all_ids = sorted(event_id_key(id) for other in others for id in other.acknowledged)
     for ack, count in acks:
         assert count >= sum(id <= ack for id in all_ids)
 
@@ -97,18 +100,18 @@ async def test_drain_under_load_loses_no_event(processes: Processes, make_actor:
     alice, bob = await make_actor("Alice", staying.base), await make_actor("Bob", staying.base)
     workspace = await alice.make_workspace(None, bob)
     both = [stopping.base, staying.base]
-    member = Member(bob, workspace, [stopping.base])
+    member = ReconnectingClient(bob, workspace, [stopping.base])
     async with member:
         member.bases = both
-        writer = Writer(alice, workspace, [stopping.base])
+        writer = ReconnectingWriter(alice, workspace, [stopping.base])
         writing = asyncio.create_task(writer.write(range(400), pause=0.01))
-        await member.has_heard(20)
+        await member.wait_for_change(20)
         writer.bases = both
         assert await asyncio.to_thread(stopping.terminate) == 0
         await writing
-        await member.has_heard(399)
+        await member.wait_for_change(399)
         assert_ordered_and_once(member)
-        assert member.returns >= 1
+        assert member.reconnects >= 1
         assert member.gaps == 0
         assert {*writer.acknowledged} <= {*member.ids}
         assert member.changes == [*range(400)], "nothing lost, and nothing written twice: each ack arrived"
@@ -120,7 +123,7 @@ async def test_graceful_shutdown_announces_draining_and_closes_with_1012(
     server = processes.server(DRAIN_SECONDS="3")
     alice = await make_actor("Alice", server.base)
     sockets = [await alice.connect() for _ in range(3)]
-    unauthenticated = Socket(await alice.http.ws_connect(f"{server.base}/ws"))
+    unauthenticated = SocketClient(await alice.http.ws_connect(f"{server.base}/ws"))
     server._process.send_signal(signal.SIGTERM)
     assert await unauthenticated.closed() == 1012
     for socket in sockets:
@@ -157,8 +160,11 @@ async def test_valkey_restarted_under_load_loses_nothing_acknowledged(
     bases = [server.base for server in (own_processes.server(**FAST), own_processes.server(**FAST))]
     alice, bob, carol = [await make_actor(name, bases[n % 2]) for n, name in enumerate(("Alice", "Bob", "Carol"))]
     workspace = await alice.make_workspace(None, bob, carol)
-    writer = Writer(alice, workspace, [bases[0]])
-    async with Member(bob, workspace, [bases[1]]) as here, Member(carol, workspace, [bases[0]]) as there:
+    writer = ReconnectingWriter(alice, workspace, [bases[0]])
+    async with (
+        ReconnectingClient(bob, workspace, [bases[1]]) as here,
+        ReconnectingClient(carol, workspace, [bases[0]]) as there,
+    ):
         sockets = [here.socket, there.socket]
         stop = asyncio.Event()
 
@@ -170,24 +176,24 @@ async def test_valkey_restarted_under_load_loses_nothing_acknowledged(
                 await asyncio.sleep(0.002)
 
         writing = asyncio.create_task(write())
-        await here.has_heard(100)
+        await here.wait_for_change(100)
         own_stack.valkey.kill()
         await asyncio.sleep(1)
         await asyncio.to_thread(own_stack.valkey.start)
         before = len(here.events)
-        async with asyncio.timeout(PATIENCE_SECONDS):  # until events flow again
+        async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):  # until events flow again
             while len(here.events) <= before + 5 or len(there.events) <= before + 5:
                 await asyncio.sleep(0.01)
         await asyncio.sleep(0.5)
         stop.set()
         await writing
-        last = max(writer.acknowledged, key=position)
+        last = max(writer.acknowledged, key=event_id_key)
         for member, socket in ((here, sockets[0]), (there, sockets[1])):
-            await member.has_heard(writer.acknowledged[last])
+            await member.wait_for_change(writer.acknowledged[last])
             assert member.socket is socket, "stayed connected"
             assert_ordered_and_once(member)
             assert {*writer.acknowledged} <= {*member.ids}
-            assert "workspace:resync" in member.notices
+            assert "workspace:resync" in member.events_received
         users = (await alice.get(f"/workspaces/{workspace}/users"))["items"]
         assert {user["userName"]: user["connections"] for user in users} == {"Alice": 1, "Bob": 1, "Carol": 1}
         await writer.stop()

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.actors import Actor
-from tests.sockets import Refused
+from tests.sockets import ErrorReply
 
 
 async def test_all_other_members_receive_a_change(alice: Actor, bob: Actor) -> None:
@@ -32,7 +32,7 @@ async def test_event_has_no_fields_that_the_client_did_not_send(alice: Actor, bo
 async def test_client_cannot_set_other_fields_of_an_event(alice: Actor) -> None:
     workspace = await alice.make_workspace()
     hers = await alice.connect(workspace)
-    with pytest.raises(Refused, match="validation_failed"):
+    with pytest.raises(ErrorReply, match="validation_failed"):
         await hers.push("file:change", workspaceId=workspace, change=1, userId="somebody", type="ROLE_CHANGED")
 
 
@@ -41,9 +41,9 @@ async def test_user_outside_the_room_does_not_receive_its_changes(alice: Actor, 
     hers, his = await alice.connect(workspace), await bob.connect()
     await hers.push("file:change", workspaceId=workspace, change=1)
     await his.refute_push()
-    with pytest.raises(Refused, match="not_joined"):
+    with pytest.raises(ErrorReply, match="not_joined"):
         await his.push("file:change", workspaceId=workspace, change=2)
-    with pytest.raises(Refused, match="not_joined"):
+    with pytest.raises(ErrorReply, match="not_joined"):
         await his.push("cursor:update", workspaceId=workspace, position=2)
 
 
@@ -55,7 +55,7 @@ async def test_user_who_left_receives_no_more_events(alice: Actor, bob: Actor) -
     await hers.assert_push("USER_LEAVE", userId=bob.id)
     await hers.push("file:change", workspaceId=workspace, change=1)
     await his.refute_push()
-    with pytest.raises(Refused, match="not_joined"):
+    with pytest.raises(ErrorReply, match="not_joined"):
         await his.push("file:change", workspaceId=workspace, change=2)
     assert await his.push("leave:workspace", workspaceId=workspace) == {}
 
@@ -64,7 +64,7 @@ async def test_viewer_receives_events_but_cannot_change_files(alice: Actor, bob:
     workspace = await alice.make_workspace(None, bob, role="VIEWER")
     hers, his = await alice.connect(workspace), await bob.connect(workspace)
     assert his.joined["role"] == "VIEWER"
-    with pytest.raises(Refused, match="forbidden"):
+    with pytest.raises(ErrorReply, match="forbidden"):
         await his.push("file:change", workspaceId=workspace, change=1)
     await hers.assert_push("USER_JOIN")
     await his.push("cursor:update", workspaceId=workspace, position={"line": 3})
@@ -75,9 +75,9 @@ async def test_workspace_without_access_looks_like_a_missing_one(alice: Actor, b
     workspace = await alice.make_workspace()
     his = await bob.connect()
     for id in (workspace, "3b8b4a0e-0000-4000-8000-000000000000"):
-        with pytest.raises(Refused, match="not_found"):
+        with pytest.raises(ErrorReply, match="not_found"):
             await his.push("join:workspace", workspaceId=id)
-        with pytest.raises(Refused, match="not_found"):
+        with pytest.raises(ErrorReply, match="not_found"):
             await his.push("file:change", workspaceId=id, change=1)
 
 

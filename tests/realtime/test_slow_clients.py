@@ -12,14 +12,14 @@ from prometheus_client import REGISTRY
 from server.realtime.outbox import Delivery, Outbox
 from tests.actors import Actor
 from tests.conftest import MakeActor, MakeServer
-from tests.patience import PATIENCE_SECONDS
 from tests.processes import Processes, Server
 from tests.realtime.test_frames import footprint
-from tests.sockets import Socket
+from tests.sockets import SocketClient
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 
 def make_outbox(frames: int = 3, size: int = 100) -> Outbox:
-    return Outbox(most_frames=frames, most_bytes=size)
+    return Outbox(max_frames=frames, max_bytes=size)
 
 
 def contents(outbox: Outbox) -> list[bytes]:
@@ -36,22 +36,22 @@ def test_outbox_is_first_in_first_out() -> None:
 
 def test_newest_frame_of_a_key_replaces_the_pending_one() -> None:
     outbox = make_outbox()
-    outbox.put(b"ada 1", Delivery.NEWEST, "ada")
+    outbox.put(b"ada 1", Delivery.COALESCED, "ada")
     outbox.put(b"durable", Delivery.DURABLE)
-    outbox.put(b"bob 1", Delivery.NEWEST, "bob")
-    outbox.put(b"ada 2", Delivery.NEWEST, "ada")
+    outbox.put(b"bob 1", Delivery.COALESCED, "bob")
+    outbox.put(b"ada 2", Delivery.COALESCED, "ada")
     assert contents(outbox) == [b"durable", b"bob 1", b"ada 2"]
 
 
 def test_full_outbox_drops_ephemeral_frames_oldest_first() -> None:
     outbox = make_outbox()
     outbox.put(b"old", Delivery.DROPPABLE)
-    outbox.put(b"cursor", Delivery.NEWEST, "ada")
+    outbox.put(b"cursor", Delivery.COALESCED, "ada")
     outbox.put(b"1", Delivery.DURABLE)
     assert outbox.put(b"2", Delivery.DURABLE)
     assert outbox.dropped == 1
     assert outbox.put(b"3", Delivery.DURABLE)
-    assert outbox.put(b"cursor", Delivery.NEWEST, "ada"), "dropped, which does not close the connection"
+    assert outbox.put(b"cursor", Delivery.COALESCED, "ada"), "dropped, which does not close the connection"
     assert outbox.dropped == 1
     assert not outbox.put(b"4", Delivery.DURABLE)
     assert contents(outbox) == [b"1", b"2", b"3"]
@@ -99,7 +99,7 @@ def still_open(server: Server, *clients: sockets.socket) -> int:
     return sum(local == server_port and remote in client_ports and inode != "0" for local, remote, inode in ends)
 
 
-async def send_changes(socket: Socket, workspace: str, kilobytes: int) -> None:
+async def send_changes(socket: SocketClient, workspace: str, kilobytes: int) -> None:
     for number in range(kilobytes // 100):
         await socket.push("file:change", workspaceId=workspace, change=[number, "x" * 100_000])
 
@@ -122,11 +122,11 @@ async def test_client_that_does_not_read_leaves_the_room_and_is_aborted(
     for client in closing:  # sends a close frame, and still does not read
         await asyncio.get_running_loop().sock_sendall(client, CLOSE)
     await send_changes(hers, workspace, 12_000)
-    left = [frame["data"]["type"] for frame in hers.heard]
+    left = [frame["data"]["type"] for frame in hers.received]
     if not left:
         left = [(await hers.next())["data"]["type"]]
     assert left == ["USER_LEAVE"]
-    async with asyncio.timeout(PATIENCE_SECONDS):  # until the server aborts them
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):  # until the server aborts them
         while still_open(server, his, *closing):
             await asyncio.sleep(0.1)
     after = footprint(server.pid)
@@ -142,7 +142,7 @@ async def test_client_that_reads_again_too_late_gets_close_code_1013(
     alice, bob = await make_actor("Alice", base), await make_actor("Bob", base)
     workspace = await alice.make_workspace(None, bob)
     hers, his = await alice.connect(workspace), await bob.connect(workspace)
-    while "USER_LEAVE" not in [frame["data"]["type"] for frame in hers.heard]:
+    while "USER_LEAVE" not in [frame["data"]["type"] for frame in hers.received]:
         await send_changes(hers, workspace, 100)
     assert await his.closed() == 1013
 
@@ -154,7 +154,7 @@ def sample(name: str, **labels: str) -> float:
 async def test_frames_dropped_by_a_full_outbox_are_counted(
     make_server: MakeServer, make_actor: MakeActor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.ops.watch.LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("server.ops.sampling.SAMPLE_INTERVAL_SECONDS", 0.01)
     base = await make_server(ws_outbox_frames=4)
     alice, bob = await make_actor("Alice", base), await make_actor("Bob", base)
     workspace = await alice.make_workspace(None, bob)
@@ -167,7 +167,7 @@ async def test_frames_dropped_by_a_full_outbox_are_counted(
             await asyncio.sleep(0.01)
     before = sample("websocket_frames_dropped_total", delivery="ephemeral")
     await hers.push("cursor:update", workspaceId=workspace, position=1)
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
         while sample("websocket_frames_dropped_total", delivery="ephemeral") != before + 1:
             await asyncio.sleep(0.01)
     await hers.refute_push()
@@ -228,7 +228,7 @@ async def test_newest_of_many_cursors_arrives(make_server: MakeServer, make_acto
 async def test_single_cursor_is_not_delayed(
     alice: Actor, bob: Actor, pause: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.realtime.cursors.CURSORS_PER_SECOND", 0.01)
+    monkeypatch.setattr("server.realtime.cursors.MAX_CURSOR_UPDATES_PER_SECOND", 0.01)
     workspace = await alice.make_workspace(None, bob)
     hers, his = await alice.connect(workspace), await bob.connect(workspace)
     await asyncio.sleep(pause)

@@ -2,14 +2,14 @@
 
 import aiohttp
 
-from tests.actors import Actor, Answer
+from tests.actors import Actor, Response
 from tests.conftest import MakeServer
 
 OURS, THEIRS = "https://app.example.org", "https://evil.example.org"
 ASKED = {"Access-Control-Request-Method": "PATCH", "Access-Control-Request-Headers": "authorization,if-match"}
 
 
-async def preflight(actor: Actor, origin: str) -> Answer:
+async def preflight(actor: Actor, origin: str) -> Response:
     return await actor.call("OPTIONS", "/auth/profile", headers={"Origin": origin, **ASKED})
 
 

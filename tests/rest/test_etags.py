@@ -7,7 +7,16 @@ from aiohttp.web import Request
 from asyncpg import Range
 
 from server.errors import NotFound, PreconditionFailed
-from server.rest.etags import Preconditions, changed, etag, expected_revisions, lost, preconditions, unchanged, untagged
+from server.rest.etags import (
+    Preconditions,
+    check_preconditions_without_etag,
+    conditional_write_error,
+    etag,
+    expected_revisions,
+    is_not_modified,
+    precondition_failed,
+    preconditions,
+)
 
 
 def request_with(**headers: str) -> Request:
@@ -126,24 +135,24 @@ def test_resource_with_several_tags_meets_a_condition_by_any_of_them() -> None:
 
 def test_resource_without_a_tag_meets_conditions_that_name_no_tag() -> None:
     for request in (request_with(), request_with(if_match="*"), request_with(if_none_match='"1"')):
-        untagged(request)
+        check_preconditions_without_etag(request)
     for request in (request_with(if_match='"1"'), request_with(if_match=""), request_with(if_none_match="*")):
         with pytest.raises(PreconditionFailed):
-            untagged(request)
+            check_preconditions_without_etag(request)
 
 
 @pytest.mark.parametrize("header", ['"7-owner"', 'W/"7-owner"', '"1", W/"7-owner"', "*", " * "])
 def test_if_none_match_compares_weakly_for_reads(header: str) -> None:
-    assert unchanged(request_with(if_none_match=header), "7-owner")
+    assert is_not_modified(request_with(if_none_match=header), "7-owner")
 
 
 @pytest.mark.parametrize("header", ['"07-owner"', '"7-viewer"', "7-owner", '"', "", '"x", nonsense, "7-owner"'])
 def test_other_tags_do_not_match_if_none_match(header: str) -> None:
-    assert not unchanged(request_with(if_none_match=header), "7-owner")
-    assert not unchanged(request_with(), "7-owner")
+    assert not is_not_modified(request_with(if_none_match=header), "7-owner")
+    assert not is_not_modified(request_with(), "7-owner")
 
 
 def test_write_that_found_no_row_gets_the_reason() -> None:
-    assert isinstance(lost(None), NotFound)
-    assert isinstance(lost([Range(1, 1, upper_inc=True)]), PreconditionFailed)
-    assert isinstance(changed(), PreconditionFailed)
+    assert isinstance(conditional_write_error(None), NotFound)
+    assert isinstance(conditional_write_error([Range(1, 1, upper_inc=True)]), PreconditionFailed)
+    assert isinstance(precondition_failed(), PreconditionFailed)

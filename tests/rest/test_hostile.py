@@ -17,10 +17,10 @@ from server.fields import Name, Text
 from server.rest.marks import is_public
 from tests.actors import PASSWORD, Actor
 from tests.conftest import MakeActor
-from tests.patience import PATIENCE_SECONDS
 from tests.processes import Processes
-from tests.test_roles import fill, route_id, things_of, valid_body
+from tests.test_roles import fill_path, resource_ids_of, route_id, valid_body
 from tests.test_roles import routes as private_routes
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 # In JSON syntax, because an encoder would not write some of them.
 VALUES = {
@@ -118,8 +118,8 @@ async def test_body_values_never_cause_a_server_error(route: web.RouteDef, serve
     actor = await make_actor("Mallory", server)
     actor.password = "Babbage1791"  # not the example in the OpenAPI document, which would delete the account
     await actor.post("/auth/password", {"currentPassword": PASSWORD, "newPassword": actor.password})
-    ids = await things_of(actor)
-    await send_bodies(actor, route, fill(route.path, ids), ids)
+    ids = await resource_ids_of(actor)
+    await send_bodies(actor, route, fill_path(route.path, ids), ids)
     await actor.log_in()
     assert (await actor.get("/projects")).status == 200
 
@@ -138,7 +138,7 @@ async def test_body_values_without_a_token_never_cause_a_server_error(path: str,
 @pytest.mark.parametrize("route", WITH_QUERY, ids=route_id)
 async def test_query_values_never_cause_a_server_error(route: web.RouteDef, server: str, make_actor: MakeActor) -> None:
     actor = await make_actor("Mallory", server)
-    path = fill(route.path, await things_of(actor))
+    path = fill_path(route.path, await resource_ids_of(actor))
     values = [json.loads(value) for value in VALUES.values() if value.startswith('"') and "ud800" not in value]
     values = [quote(value[:4000]) for value in values] + ["%00", "%ED%A0%80", "%FF%FE", "-1", "1e9", "9" * 400, "True"]
     for schema in schemas(route, "querystring"):
@@ -185,7 +185,7 @@ async def raw_answer(port: int, *parts: bytes, pause: float = 0) -> tuple[bytes,
     started = time.monotonic()
     trickle = asyncio.create_task(send_slowly(writer, parts, pause))
     try:
-        async with asyncio.timeout(PATIENCE_SECONDS):
+        async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
             response = await reader.read(65536)
         return response, time.monotonic() - started
     except ConnectionError:
@@ -233,12 +233,12 @@ async def test_slow_headers_and_bodies_time_out_and_malformed_requests_get_no_ht
 
 async def test_client_that_disconnects_during_the_body_causes_no_server_error(server: str) -> None:
     def count_server_errors() -> float:
-        samples = [sample for metric in metrics.REQUESTS.collect() for sample in metric.samples]
+        samples = [sample for metric in metrics.REQUEST_DURATION.collect() for sample in metric.samples]
         counts = [sample for sample in samples if sample.name.endswith("_count")]
         return sum(sample.value for sample in counts if sample.labels["status"] == "500")
 
     def count_rejected() -> float:
-        return metrics.REQUESTS.labels("POST", "/api/v1/auth/login", "400")._sum.get()
+        return metrics.REQUEST_DURATION.labels("POST", "/api/v1/auth/login", "400")._sum.get()
 
     errors_before, rejected_before = count_server_errors(), count_rejected()
     head = b"POST /api/v1/auth/login HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -252,7 +252,7 @@ async def test_client_that_disconnects_during_the_body_causes_no_server_error(se
         await writer.drain()
         await asyncio.sleep(0.1)
         writer.close()
-    async with asyncio.timeout(PATIENCE_SECONDS):
+    async with asyncio.timeout(WAIT_TIMEOUT_SECONDS):
         while count_rejected() == rejected_before:
             await asyncio.sleep(0.05)
     assert count_server_errors() == errors_before

@@ -8,7 +8,7 @@ import pytest
 
 from tests.actors import Actor
 from tests.documents.editors import make_document
-from tests.jobs.asking import program
+from tests.jobs.requests import program_job
 
 SORTS = ("updatedAt", "-updatedAt", "createdAt", "-createdAt", "name", "-name")
 
@@ -28,7 +28,7 @@ async def make_things(alice: Actor) -> tuple[dict[str, str], int]:
         await alice.at(alice.base).log_in()
     for number in range(count):
         await alice.post(f"/projects/{project}/collaborators", {"email": f"{number}-{alice.email}"})
-        await alice.post("/jobs", {**program(), "runAt": "2100-01-01T00:00:00Z", "workspaceId": workspace})
+        await alice.post("/jobs", {**program_job(), "runAt": "2100-01-01T00:00:00Z", "workspaceId": workspace})
     ids = {"project": project, "workspace": workspace, "document": document}
     return ids, count
 

@@ -12,7 +12,7 @@ import aiohttp
 
 from tests.actors import Actor
 from tests.processes import Processes
-from tests.test_roles import things_of
+from tests.test_roles import resource_ids_of
 
 CHECKS = (
     "not_a_server_error",
@@ -58,10 +58,10 @@ async def test_the_server_does_what_its_document_says(
 
 async def name_things(document: dict[str, Any], actor: Actor) -> None:
     """Put the ids of existing resources into every path; operations that delete get resources of their own."""
-    ids_to_keep = await things_of(actor)
+    ids_to_keep = await resource_ids_of(actor)
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
-            ids = await things_of(actor) if method == "delete" and "{" in path else ids_to_keep
+            ids = await resource_ids_of(actor) if method == "delete" and "{" in path else ids_to_keep
             for parameter in operation["parameters"]:
                 if parameter["in"] == "path":
                     parameter["enum"] = [ids[parameter["name"]]]

@@ -9,10 +9,10 @@ import pytest
 from aiohttp import web
 
 from server.app import API, swagger_document
-from server.errors import CODES
+from server.errors import ERROR_CODES
 from server.rest.marks import is_public
 from tests.actors import Actor
-from tests.test_roles import fill, things_of
+from tests.test_roles import fill_path, resource_ids_of
 
 DOCUMENT = swagger_document()
 OPERATIONS = [
@@ -43,7 +43,7 @@ def test_operation_documents_summary_parameters_and_responses(path: str, method:
     for status, response in operation["responses"].items():
         if status >= "4" and path.startswith("/api/"):
             assert response["schema"] == {"$ref": "#/definitions/Problem"}
-            assert CODES[response["examples"]["application/problem+json"]["code"]][0] == int(status)
+            assert ERROR_CODES[response["examples"]["application/problem+json"]["code"]][0] == int(status)
 
 
 @pytest.mark.parametrize(("path", "method", "operation"), OPERATIONS, ids=name)
@@ -74,10 +74,10 @@ def test_parameters_never_document_null() -> None:
 
 
 async def test_etags_are_sent_exactly_if_documented(alice: Actor) -> None:
-    ids = await things_of(alice)
+    ids = await resource_ids_of(alice)
     for path, method, operation in OPERATIONS:
         if method == "get" and path.startswith("/api/"):
-            response = await alice.get(fill(path, ids))
+            response = await alice.get(fill_path(path, ids))
             if response.status == 200:
                 assert ("ETag" in response.headers) == ("ETag" in operation["responses"]["200"]["headers"]), path
 

@@ -14,13 +14,13 @@ from selenium.webdriver.support import expected_conditions
 from selenium.webdriver.support.wait import WebDriverWait
 
 from tests.actors import Actor
-from tests.patience import PATIENCE_SECONDS
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 
 class Browser:
     def __init__(self, driver: webdriver.Chrome) -> None:
         self._driver = driver
-        self._wait = WebDriverWait(driver, PATIENCE_SECONDS)
+        self._wait = WebDriverWait(driver, WAIT_TIMEOUT_SECONDS)
 
     def open(self, address: str) -> None:
         self._driver.get(address)
@@ -42,7 +42,7 @@ class Browser:
 
     def until(self, where: str, *texts: str) -> None:
         """Wait until the elements have exactly these texts."""
-        wait = WebDriverWait(self._driver, PATIENCE_SECONDS, ignored_exceptions=[StaleElementReferenceException])
+        wait = WebDriverWait(self._driver, WAIT_TIMEOUT_SECONDS, ignored_exceptions=[StaleElementReferenceException])
         wait.until(lambda _: self._texts(where) == list(texts), f"{texts} in {where}")
 
     def _texts(self, where: str) -> list[str]:

@@ -21,12 +21,12 @@ import pytest
 
 from server.devstack.stack import Stack, free_port
 from server.devstack.stores import Store
-from tests.actors import Actor, Answer
+from tests.actors import Actor, Response
 from tests.conftest import TEST_SETTINGS
 from tests.devstack.pids import children_of
 from tests.documents.editors import Editor, make_document
 from tests.processes import Process, Processes
-from tests.realtime.clients import Member, Writer, assert_ordered_and_once
+from tests.realtime.clients import ReconnectingClient, ReconnectingWriter, assert_ordered_and_once
 
 SHORT_SECONDS, FULL_SECONDS = 8.0, 120.0
 CALM_SECONDS = (1.0, 3.0)  # between two faults
@@ -46,7 +46,7 @@ class ReplaceableProcess:
         self.process = self._start()
 
 
-class Town:
+class Cluster:
     """Servers and workers on their own stores; each restarts at its old address.
 
     The full form has one more server, with two processes under a supervisor. This is no Redis Cluster.
@@ -78,7 +78,7 @@ class Town:
 
     async def _restart(self, store: Store) -> None:
         store.kill()
-        store.begin()  # not in a thread: the store would end with the thread
+        store.launch()  # not in a thread: the store would end with the thread
         await asyncio.to_thread(store.wait_ready)
 
     async def restart_exited(self) -> None:
@@ -117,15 +117,17 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture
-def cluster(own_stack: Stack, tmp_path: Path, full: bool) -> Iterator[Town]:
+def cluster(own_stack: Stack, tmp_path: Path, full: bool) -> Iterator[Cluster]:
     # The history keeps all events, because the final checks compare with it.
     history = {"HISTORY_EVENTS": "100000", "HISTORY_BYTES": str(1 << 28), "ACCESS_TOKEN_TTL": "24h"}
     settings = {"JOB_FAULT_RATE": "0.05", "LOG_LEVEL": "warning", "DRAIN_SECONDS": "2"}
     with Processes(TEST_SETTINGS | own_stack.environment | settings | history, tmp_path) as processes:
-        yield Town(own_stack, processes, full=full)
+        yield Cluster(own_stack, processes, full=full)
 
 
-async def retry_until_available(send: Callable[[], Awaitable[Answer]], *, seconds: float = SETTLING_SECONDS) -> Answer:
+async def retry_until_available(
+    send: Callable[[], Awaitable[Response]], *, seconds: float = SETTLING_SECONDS
+) -> Response:
     """Retry a request until a response that is neither a 503 nor a lost connection; a 500 fails the test."""
     async with asyncio.timeout(seconds):
         while True:
@@ -140,7 +142,7 @@ async def retry_until_available(send: Callable[[], Awaitable[Answer]], *, second
             await asyncio.sleep(0.1)
 
 
-class Books:
+class Ledger:
     """The acknowledged writes of the test, by kind, and the tasks that make them."""
 
     def __init__(self, actor: Actor, workspace: str, project: str, bases: list[str]) -> None:
@@ -162,10 +164,10 @@ class Books:
         existing, deleted = len(self.workspaces), len(self.deleted)
         return f"{len(self.jobs)} jobs, {existing} workspaces and {deleted} deleted ones, {self.refreshed} refreshes"
 
-    async def get(self, path: str, **params: str) -> Answer:
+    async def get(self, path: str, **params: str) -> Response:
         return await retry_until_available(lambda: self.actor.get(path, params=params))
 
-    async def _post(self, path: str, body: Any) -> Answer:
+    async def _post(self, path: str, body: Any) -> Response:
         return await self.actor.post(path, body)
 
     async def list_all(self, path: str) -> list[dict[str, Any]]:
@@ -178,7 +180,7 @@ class Books:
                 return items
             cursor = {"cursor": page["nextCursor"]}
 
-    async def attempt(self, method: str, path: str, body: Any, *, expected: int) -> Answer | None:
+    async def attempt(self, method: str, path: str, body: Any, *, expected: int) -> Response | None:
         """Send a request once; return the response, or None if the outcome is unknown."""
         try:
             response = await self.actor.call(method, path, body)
@@ -267,7 +269,7 @@ class RoamingEditor(Editor):
         return await super().open()
 
 
-async def type_until_finished(editor: Editor, name: str, ledger: Books, chance: random.Random) -> int:
+async def type_until_finished(editor: Editor, name: str, ledger: Ledger, chance: random.Random) -> int:
     """Type letters at random places until the end; return how many were acknowledged."""
     typed = 0
     while not ledger.finished:
@@ -277,7 +279,7 @@ async def type_until_finished(editor: Editor, name: str, ledger: Books, chance: 
     return typed
 
 
-async def write_until_finished(writer: Writer, name: str, ledger: Books) -> None:
+async def write_until_finished(writer: ReconnectingWriter, name: str, ledger: Ledger) -> None:
     number = 0
     while not ledger.finished:
         number += 1
@@ -286,7 +288,7 @@ async def write_until_finished(writer: Writer, name: str, ledger: Books) -> None
     await writer.stop()
 
 
-async def strike(cluster: Town, chance: random.Random, seconds: float) -> Counter[str]:
+async def inject_faults(cluster: Cluster, chance: random.Random, seconds: float) -> Counter[str]:
     """Inject faults in rounds, each kind once per round; return how often each was injected."""
     injected: Counter[str] = Counter()
     remaining: list[str] = []
@@ -303,7 +305,7 @@ async def strike(cluster: Town, chance: random.Random, seconds: float) -> Counte
 
 @pytest.mark.timeout(0)  # the duration is an option
 async def test_faults_lose_and_duplicate_no_acknowledged_write(
-    cluster: Town, http: aiohttp.ClientSession, seconds: float, seed: int, capsys: pytest.CaptureFixture[str]
+    cluster: Cluster, http: aiohttp.ClientSession, seconds: float, seed: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chance = random.Random(seed)
     restarting = asyncio.create_task(cluster.restart_exited())
@@ -313,11 +315,14 @@ async def test_faults_lose_and_duplicate_no_acknowledged_write(
     project = await alice.make_project(bob)
     workspace = await alice.make_workspace(project)
     document = await make_document(alice, workspace)
-    ledger = Books(alice, workspace, project, cluster.bases)
+    ledger = Ledger(alice, workspace, project, cluster.bases)
     editors = [await RoamingEditor(actor, document, cluster.bases).open() for actor in (alice, bob)]
-    writers = [Writer(actor, workspace, cluster.bases) for actor in (alice, bob)]
+    writers = [ReconnectingWriter(actor, workspace, cluster.bases) for actor in (alice, bob)]
 
-    async with Member(bob, workspace, cluster.bases) as reader, Member(alice, workspace, cluster.bases) as other:
+    async with (
+        ReconnectingClient(bob, workspace, cluster.bases) as reader,
+        ReconnectingClient(alice, workspace, cluster.bases) as other,
+    ):
         work = [
             asyncio.create_task(task)
             for task in (
@@ -331,15 +336,15 @@ async def test_faults_lose_and_duplicate_no_acknowledged_write(
             asyncio.create_task(type_until_finished(editor, letter, ledger, random.Random(seed + number)))
             for number, (editor, letter) in enumerate(zip(editors, "ab", strict=True))
         ]
-        injected = await strike(cluster, chance, seconds)
+        injected = await inject_faults(cluster, chance, seconds)
         ledger.finished = True
         async with asyncio.timeout(SETTLING_SECONDS):
             await asyncio.gather(*work)
             typed = await asyncio.gather(*typing)
         acknowledged = {id: change for writer in writers for id, change in writer.acknowledged.items()}
         for last in list(acknowledged.values())[-1:]:
-            await reader.has_heard(last, seconds=SETTLING_SECONDS)
-            await other.has_heard(last, seconds=SETTLING_SECONDS)
+            await reader.wait_for_change(last, seconds=SETTLING_SECONDS)
+            await other.wait_for_change(last, seconds=SETTLING_SECONDS)
 
     with capsys.disabled():
         faults = ", ".join(f"{count} × {fault}" for fault, count in sorted(injected.items()))
@@ -352,13 +357,13 @@ async def test_faults_lose_and_duplicate_no_acknowledged_write(
     restarting.cancel()
 
 
-async def until_ready(http: aiohttp.ClientSession, cluster: Town) -> None:
+async def until_ready(http: aiohttp.ClientSession, cluster: Cluster) -> None:
     for base in cluster.bases:
         operator = Actor(http, base, "Operator")
         assert (await retry_until_available(partial(operator.get, "/health/ready"))).status == 200
 
 
-async def check_events(ledger: Books, members: list[Member], acknowledged: dict[str, Any]) -> None:
+async def check_events(ledger: Ledger, members: list[ReconnectingClient], acknowledged: dict[str, Any]) -> None:
     history = await ledger.history()
     assert len({event["eventId"] for event in history}) == len(history)
     stored = {event["eventId"]: event.get("change") for event in history}
@@ -371,7 +376,7 @@ async def check_events(ledger: Books, members: list[Member], acknowledged: dict[
         assert {id: received[id] for id in both} == {id: acknowledged[id] for id in both}
 
 
-async def check_document(ledger: Books, document: str, editors: list[Editor], typed: list[int]) -> None:
+async def check_document(ledger: Ledger, document: str, editors: list[Editor], typed: list[int]) -> None:
     content = await ledger.get(f"/documents/{document}/content")
     assert Counter(content.body) == Counter({"a": typed[0], "b": typed[1]}), "each letter once"
     for editor in editors:
@@ -379,7 +384,7 @@ async def check_document(ledger: Books, document: str, editors: list[Editor], ty
         await editor.until(content.body)
 
 
-async def check_workspaces(ledger: Books) -> None:
+async def check_workspaces(ledger: Ledger) -> None:
     workspaces = await ledger.list_all(f"/workspaces/project/{ledger.project}")
     existing = {workspace["id"]: workspace["name"] for workspace in workspaces}
     assert [id for id, names in ledger.workspaces.items() if existing.get(id) not in names] == [], "lost"
@@ -388,7 +393,7 @@ async def check_workspaces(ledger: Books) -> None:
     assert [name for name, times in Counter(existing.values()).items() if times > 1] == [], "duplicated"
 
 
-async def check_jobs(ledger: Books) -> None:
+async def check_jobs(ledger: Ledger) -> None:
     for id, number in ledger.jobs.items():
         async with asyncio.timeout(SETTLING_SECONDS):
             while (job := await ledger.get(f"/jobs/{id}"))["status"] not in FINAL:

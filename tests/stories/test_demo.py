@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from server.devstack.stack import free_port
-from tests.devstack.pids import children_of, gone
-from tests.patience import START_SECONDS
+from tests.devstack.pids import all_exited, children_of
 from tests.processes import ROOT
+from tests.timeouts import PROCESS_TIMEOUT_SECONDS
 
 
 class Demo:
@@ -46,7 +46,7 @@ class Demo:
     def output(self) -> str:
         return self.log.read_text()
 
-    def until(self, words: str, *, seconds: float = START_SECONDS) -> None:
+    def until(self, words: str, *, seconds: float = PROCESS_TIMEOUT_SECONDS) -> None:
         deadline = time.monotonic() + seconds
         while words not in self.output:
             assert time.monotonic() < deadline, self.output
@@ -80,7 +80,7 @@ def test_demo_waits_for_a_starting_server_and_runs_against_it(demo: Demo) -> Non
     ):
         assert line in printed, demo.output
     dev.send_signal(signal.SIGINT)
-    assert dev.wait(timeout=START_SECONDS) == 0, demo.output
+    assert dev.wait(timeout=PROCESS_TIMEOUT_SECONDS) == 0, demo.output
 
 
 def test_terminated_demo_leaves_no_process_behind(demo: Demo) -> None:
@@ -91,10 +91,10 @@ def test_terminated_demo_leaves_no_process_behind(demo: Demo) -> None:
     while len(grandchildren := list(children_of(children["dev"]).values())) < 3:
         time.sleep(0.05)
     running.terminate()
-    assert running.wait(timeout=START_SECONDS) == 143, demo.output
-    assert gone([*children.values(), *grandchildren])
+    assert running.wait(timeout=PROCESS_TIMEOUT_SECONDS) == 143, demo.output
+    assert all_exited([*children.values(), *grandchildren])
 
 
 def test_demo_reports_a_missing_server_in_one_line(demo: Demo) -> None:
-    assert demo.start("scripts/demo.py", "--url", "http://127.0.0.1:9").wait(timeout=START_SECONDS) == 1
+    assert demo.start("scripts/demo.py", "--url", "http://127.0.0.1:9").wait(timeout=PROCESS_TIMEOUT_SECONDS) == 1
     assert demo.output == "demo: no server is ready at http://127.0.0.1:9\n"

@@ -7,10 +7,10 @@ import aiohttp
 import pytest
 
 from tests.actors import Actor
-from tests.devstack.pids import children_of, gone
-from tests.patience import PATIENCE_SECONDS
+from tests.devstack.pids import all_exited, children_of
 from tests.processes import Processes
-from tests.sockets import Refused
+from tests.sockets import ErrorReply
+from tests.timeouts import WAIT_TIMEOUT_SECONDS
 
 PROGRAM = 'import sys\nprint("squares of", sys.stdin.read())\nprint([n * n for n in range(5)])\n'
 
@@ -57,7 +57,7 @@ async def test_two_users_on_two_servers_share_a_workspace_and_run_a_program(
     endings = [asyncio.to_thread(process.terminate) for process in (first, second, worker)]
     *codes, closed_with = await asyncio.gather(*endings, adas.closed())
     assert (codes, closed_with) == ([0, 0, 0], 1012)
-    assert gone(children, seconds=PATIENCE_SECONDS)
+    assert all_exited(children, seconds=WAIT_TIMEOUT_SECONDS)
 
 
 async def test_user_without_access_gets_not_found_everywhere(processes: Processes, http: aiohttp.ClientSession) -> None:
@@ -74,7 +74,7 @@ async def test_user_without_access_gets_not_found_everywhere(processes: Processe
         await eve.post("/jobs", {"type": "CODE_EXECUTION", "payload": job_payload(), "workspaceId": workspace}),
     ):
         assert (response.status, response.code) == (404, "not_found")
-    with pytest.raises(Refused, match="not_found"):
+    with pytest.raises(ErrorReply, match="not_found"):
         await socket.push("join:workspace", workspaceId=workspace)
 
 

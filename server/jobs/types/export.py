@@ -17,15 +17,15 @@ from server import json
 from server.documents.paths import normalize
 from server.fields import Id, Schema
 from server.jobs import artifacts, store
-from server.jobs.attempt import Attempt
-from server.jobs.files import File, Skip, Skipped
+from server.jobs.attempt_context import AttemptContext
 from server.jobs.table import JobTable
+from server.jobs.workspace_files import OnSkip, SkippedFiles, WorkspaceFile
 
 jobs = JobTable()
-FOLDER_BYTES = 200  # followed by an id, it is still a valid name on every common file system
-DRIVE = re.compile("[A-Za-z]:")  # extractors that join such a path to their folder write outside of it
-GZIP = 31  # zlib's value for a gzip header and the largest window
-Member = tuple[str, File, bytes]
+MAX_FOLDER_NAME_BYTES = 200  # followed by an id, it is still a valid name on every common file system
+WINDOWS_DRIVE = re.compile("[A-Za-z]:")  # extractors that join such a path to their folder write outside of it
+GZIP_WINDOW_BITS = 31  # zlib's value for a gzip header and the largest window
+ArchiveFile = tuple[str, WorkspaceFile, bytes]
 
 
 class Export(Schema):
@@ -40,65 +40,71 @@ class Export(Schema):
 
 
 @jobs.on("EXPORT", Export, timeout=300)
-async def export(attempt: Attempt, payload: dict[str, Any]) -> dict[str, Any]:
+async def export(attempt: AttemptContext, payload: dict[str, Any]) -> dict[str, Any]:
     """Pack all files of a project or a workspace into one archive, available for 7 days."""
     pack, content_type = PACKERS[payload["format"]]
-    name, now = f"export.{payload['format']}", store.moment()
+    name, now = f"export.{payload['format']}", store.mongo_now()
     job, mongo = attempt.record, attempt.stores.mongo
-    skipped = Skipped()
+    skipped = SkippedFiles()
     async with artifacts.upload(mongo, job=job, name=name, content_type=content_type, now=now) as upload:
-        async for data in pack(members(attempt, payload, skipped.add)):
+        async for data in pack(read_archive_files(attempt, payload, skipped.add)):
             await upload.write(data)
-    return {"artifact": artifacts.described(upload, job=job, name=name, now=now), "warnings": skipped.warnings}
+    return {"artifact": artifacts.result_entry(upload, job=job, name=name, now=now), "warnings": skipped.warnings}
 
 
-async def members(attempt: Attempt, payload: dict[str, Any], skip: Skip) -> AsyncIterator[Member]:
+async def read_archive_files(
+    attempt: AttemptContext, payload: dict[str, Any], skip: OnSkip
+) -> AsyncIterator[ArchiveFile]:
     """Yield the path in the archive, the file and the content of every file."""
     total = done = 0
-    async for _, file in listed(attempt, payload, lambda *_: None):
+    async for _, file in list_archive_paths(attempt, payload, lambda *_: None):
         total += file.size
-    async for path, file in listed(attempt, payload, skip):
-        content = await attempt.files.content(file)
+    async for path, file in list_archive_paths(attempt, payload, skip):
+        content = await attempt.files.read_content(file)
         if content is not None:
             yield path, file, content
         done += file.size
-        await attempt.progress(100 * done / max(total, 1))
+        await attempt.report_progress(100 * done / max(total, 1))
 
 
-async def listed(attempt: Attempt, payload: dict[str, Any], skip: Skip) -> AsyncIterator[tuple[str, File]]:
+async def list_archive_paths(
+    attempt: AttemptContext, payload: dict[str, Any], skip: OnSkip
+) -> AsyncIterator[tuple[str, WorkspaceFile]]:
     """Yield the path in the archive and the file; in a project's archive, paths begin with the workspace's name."""
     taken: set[str] = set()
-    async for folder, workspace in folders(attempt, payload, taken):
-        async for file in attempt.files.of_workspace(workspace, partial(skip_in, folder, skip)):
+    async for folder, workspace in list_folders(attempt, payload, taken):
+        async for file in attempt.files.list_files(workspace, partial(skip_in_folder, folder, skip)):
             path = folder + file.path
-            if DRIVE.match(path):
+            if WINDOWS_DRIVE.match(path):
                 skip(path, "Windows treats it as a path on a drive.")
             else:
                 yield path, file
 
 
-def skip_in(folder: str, skip: Skip, path: str, problem: str) -> None:
+def skip_in_folder(folder: str, skip: OnSkip, path: str, problem: str) -> None:
     skip(folder + path, problem)
 
 
-async def folders(attempt: Attempt, payload: dict[str, Any], taken: set[str]) -> AsyncIterator[tuple[str, UUID]]:
+async def list_folders(
+    attempt: AttemptContext, payload: dict[str, Any], taken: set[str]
+) -> AsyncIterator[tuple[str, UUID]]:
     if workspace := payload.get("workspace_id"):
         yield "", workspace
         return
-    async for id, name in attempt.files.workspaces(payload["project_id"]):
-        yield f"{folder_for(name, id, taken)}/", id
+    async for id, name in attempt.files.list_workspaces(payload["project_id"]):
+        yield f"{folder_name(name, id, taken)}/", id
 
 
-def folder_for(name: str, id: UUID, taken: set[str]) -> str:
+def folder_name(name: str, id: UUID, taken: set[str]) -> str:
     """Return a directory name for the workspace: safe as a single path segment, and unique in the archive."""
     safe = "".join(c if c.isprintable() and c not in '/\\:*?"<>|' else "_" for c in normalize(name))
-    safe = safe.encode()[:FOLDER_BYTES].decode(errors="ignore").strip(" .") or "workspace"
+    safe = safe.encode()[:MAX_FOLDER_NAME_BYTES].decode(errors="ignore").strip(" .") or "workspace"
     folder = safe if safe.casefold() not in taken else f"{safe} ({id})"
     taken.add(folder.casefold())
     return folder
 
 
-async def zipped(files: AsyncIterator[Member]) -> AsyncIterator[bytes]:
+async def pack_zip(files: AsyncIterator[ArchiveFile]) -> AsyncIterator[bytes]:
     archive = ZipStream(compress_type=ZIP_DEFLATED)
     async for path, _, content in files:
         archive.add(content, path)
@@ -106,8 +112,8 @@ async def zipped(files: AsyncIterator[Member]) -> AsyncIterator[bytes]:
     yield await asyncio.to_thread(b"".join, archive.finalize())
 
 
-async def tarred(files: AsyncIterator[Member]) -> AsyncIterator[bytes]:
-    compressor = zlib.compressobj(wbits=GZIP)
+async def pack_tar(files: AsyncIterator[ArchiveFile]) -> AsyncIterator[bytes]:
+    compressor = zlib.compressobj(wbits=GZIP_WINDOW_BITS)
     async for path, file, content in files:
         header = tarfile.TarInfo(path)
         header.size, header.mtime = len(content), int(file.updated_at.timestamp())
@@ -117,7 +123,7 @@ async def tarred(files: AsyncIterator[Member]) -> AsyncIterator[bytes]:
     yield compressor.compress(b"\0" * (2 * tarfile.BLOCKSIZE)) + compressor.flush()
 
 
-async def as_json(files: AsyncIterator[Member]) -> AsyncIterator[bytes]:
+async def pack_json(files: AsyncIterator[ArchiveFile]) -> AsyncIterator[bytes]:
     yield b'{"exportedAt":' + json.dumps(datetime.now(UTC)) + b',"documents":['
     comma = b""
     async for path, file, content in files:
@@ -127,9 +133,9 @@ async def as_json(files: AsyncIterator[Member]) -> AsyncIterator[bytes]:
     yield b"]}"
 
 
-Pack = Callable[[AsyncIterator[Member]], AsyncIterator[bytes]]
-PACKERS: dict[str, tuple[Pack, str]] = {
-    "zip": (zipped, "application/zip"),
-    "tar.gz": (tarred, "application/gzip"),
-    "json": (as_json, "application/json"),
+Packer = Callable[[AsyncIterator[ArchiveFile]], AsyncIterator[bytes]]
+PACKERS: dict[str, tuple[Packer, str]] = {
+    "zip": (pack_zip, "application/zip"),
+    "tar.gz": (pack_tar, "application/gzip"),
+    "json": (pack_json, "application/json"),
 }

@@ -13,37 +13,37 @@ from pygments.util import ClassNotFound
 from server.documents.paths import normalize
 from server.errors import NotFound, TooLarge
 from server.fields import Id, Schema, Text
-from server.jobs.attempt import Attempt
-from server.jobs.files import File, Skipped
+from server.jobs.attempt_context import AttemptContext
 from server.jobs.table import JobTable
+from server.jobs.workspace_files import SkippedFiles, WorkspaceFile
 
 jobs = JobTable()
-MOST_PATHS = 1000
-MOST_FILES = 10_000
+MAX_PATHS = 1000
+MAX_PROCESSED_FILES = 10_000
 
 
 class FileProcessing(Schema):
     workspace_id = Id(required=True)
-    paths = fields.List(Text(1, 512), validate=validate.Length(1, MOST_PATHS))
+    paths = fields.List(Text(1, 512), validate=validate.Length(1, MAX_PATHS))
 
 
 @jobs.on("FILE_PROCESSING", FileProcessing, timeout=300)
-async def process(attempt: Attempt, payload: dict[str, Any]) -> dict[str, Any]:
+async def process(attempt: AttemptContext, payload: dict[str, Any]) -> dict[str, Any]:
     """Describe the files of a workspace, or those at given paths: size, hash, type, language and counts."""
-    skipped = Skipped()
-    files = await chosen(attempt, payload, skipped)
+    skipped = SkippedFiles()
+    files = await select_files(attempt, payload, skipped)
     described = []
     for number, file in enumerate(files):
-        content = await attempt.files.content(file)
+        content = await attempt.files.read_content(file)
         if content is not None:
-            described.append(await asyncio.to_thread(describe, file, content))
-        await attempt.progress(100 * (number + 1) / len(files))
-    return {"files": described, "totals": totals(described), "warnings": skipped.warnings}
+            described.append(await asyncio.to_thread(describe_file, file, content))
+        await attempt.report_progress(100 * (number + 1) / len(files))
+    return {"files": described, "totals": sum_files(described), "warnings": skipped.warnings}
 
 
-async def chosen(attempt: Attempt, payload: dict[str, Any], skipped: Skipped) -> list[File]:
+async def select_files(attempt: AttemptContext, payload: dict[str, Any], skipped: SkippedFiles) -> list[WorkspaceFile]:
     paths = {normalize(path) for path in payload["paths"]} if "paths" in payload else None
-    files: list[File] = []
+    files: list[WorkspaceFile] = []
     skipped_paths: set[str] = set()
 
     def skip(path: str, problem: str) -> None:
@@ -51,17 +51,17 @@ async def chosen(attempt: Attempt, payload: dict[str, Any], skipped: Skipped) ->
             skipped_paths.add(normalize(path))
             skipped.add(path, problem)
 
-    async for file in attempt.files.of_workspace(payload["workspace_id"], skip):
+    async for file in attempt.files.list_files(payload["workspace_id"], skip):
         if paths is None or file.path in paths:
             files.append(file)
-        if len(files) > MOST_FILES:
-            raise TooLarge(f"Workspace exceeds the maximum of {MOST_FILES} files")
+        if len(files) > MAX_PROCESSED_FILES:
+            raise TooLarge(f"Workspace exceeds the maximum of {MAX_PROCESSED_FILES} files")
     if missing := (paths or set()) - {file.path for file in files} - skipped_paths:
         raise NotFound(f"File not found: {min(missing)}")
     return files
 
 
-def describe(file: File, content: bytes) -> dict[str, Any]:
+def describe_file(file: WorkspaceFile, content: bytes) -> dict[str, Any]:
     text = content.decode()  # documents are text
     return {
         "path": file.path,
@@ -84,7 +84,7 @@ def language_of(path: str) -> str | None:
     return name
 
 
-def totals(files: list[dict[str, Any]]) -> dict[str, Any]:
+def sum_files(files: list[dict[str, Any]]) -> dict[str, Any]:
     languages = Counter(file["language"] for file in files if file["language"])
     return {
         "files": len(files),

@@ -1,0 +1,19 @@
+"""Resources that a socket can have access to, and the reasons why access ends."""
+
+from typing import NamedTuple
+from uuid import UUID
+
+
+class ResourceRef(NamedTuple):
+    """A resource that access is granted to: ``kind`` is "workspace" or "document"."""
+
+    kind: str
+    id: UUID
+
+
+class Revocation(NamedTuple):
+    """The reason why access ended; ``actor`` is None if only a recheck in PostgreSQL found it."""
+
+    reason: str
+    actor: UUID | None = None
+    name: str = ""
