@@ -19,7 +19,7 @@ class Deadline:
         self.ended = False
 
 
-_CURRENT: ContextVar[Deadline | None] = ContextVar("budget", default=None)
+_CURRENT: ContextVar[Deadline | None] = ContextVar("deadline", default=None)
 
 
 @contextlib.contextmanager

@@ -93,7 +93,7 @@ async def serve(
         stopping = asyncio.ensure_future(stop.wait())
         await asyncio.wait({stopping, working, *background}, return_when=asyncio.FIRST_COMPLETED)
         requested = stop.is_set()
-        log.info("worker stopping", told=requested)
+        log.info("worker stopping", requested=requested)
         await worker_registry.unregister(stores.redis, context.worker)
         await worker.drain(working)
         await _end_tasks([stopping, working, *worker.timer_tasks, *background])

@@ -25,8 +25,8 @@ from server.rest.pagination import PageQuery, decode_cursor, page_schema, pagina
 
 routes = web.RouteTableDef()
 HASHER = web.AppKey("hasher", Hasher)
-AUTH_CONTEXT = web.AppKey("issuer", AuthContext)
-ACCEPT_INVITATION: web.AppKey[AcceptInvitation] = web.AppKey("accept")
+AUTH_CONTEXT = web.AppKey("auth_context", AuthContext)
+ACCEPT_INVITATION: web.AppKey[AcceptInvitation] = web.AppKey("accept_invitation")
 
 USER_SCHEMA, SESSION_SCHEMA = schemas.UserSchema(), schemas.Session()
 

@@ -55,8 +55,8 @@ async def run_periodically(periodic_task: PeriodicTask) -> None:
             is_put_off = False
         except ServiceError as error:
             if not is_put_off:
-                log.warning("periodic task deferred", chore=periodic_task.name, error=error.detail)
+                log.warning("periodic task deferred", task=periodic_task.name, error=error.detail)
             is_put_off = True
         except Exception:  # the outermost frame of this task: no caller handles it
-            log.exception("periodic task failed", chore=periodic_task.name)
+            log.exception("periodic task failed", task=periodic_task.name)
         await asyncio.sleep(periodic_task.interval_seconds)

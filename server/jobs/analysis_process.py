@@ -1,7 +1,7 @@
 """The helper process of DATA_ANALYSIS, which may be killed at any moment.
 
 ``analysis_process.py PARENT FILE FORMAT`` prints its progress, 0–100, one line each, and the result as JSON in the
-last line. The result of a file that does not have the declared format is ``{"refused": reason}``.
+last line. The result of a file that does not have the declared format is ``{"rejected": reason}``.
 
 The process has no access to the server's packages and environment, only to its own directory. The data are untrusted;
 no SQL comes from a client.
@@ -59,7 +59,7 @@ def main() -> None:
         result = analyze_file(duckdb, path, format)
     except duckdb.Error as error:
         # The first line states the error; the others reveal paths and options of the server.
-        result = {"refused": str(error).splitlines()[0].replace(path, "the data")[:500]}
+        result = {"rejected": str(error).splitlines()[0].replace(path, "the data")[:500]}
     json.dump(result, sys.stdout, allow_nan=False)
 
 
@@ -93,7 +93,7 @@ def analyze_file(duckdb: Any, path: str, format: str) -> dict[str, Any]:
     print_progress(READ_PERCENT)
     types = [(name, type_of(declared)) for name, declared, *_ in db.execute("DESCRIBE data").fetchall()]
     if len(types) > MAX_COLUMNS:
-        return {"refused": f"Table exceeds the maximum of {MAX_COLUMNS} columns"}
+        return {"rejected": f"Table exceeds the maximum of {MAX_COLUMNS} columns"}
     rows = db.execute("SELECT count(*) FROM data").fetchone()[0]
     columns = list(describe_columns(db, types))
     correlated = list(correlations(db, [column["name"] for column in columns if column["type"] in NUMERIC_TYPES]))

@@ -32,7 +32,7 @@ from server.rest.pagination import decode_cursor, encode_cursor, page_schema
 routes = web.RouteTableDef()
 DISPATCHER = web.AppKey("dispatcher", Dispatcher)
 ANNOUNCEMENTS = web.AppKey("announcements", Announcements)
-WORKER_REGISTRY = web.AppKey("roster", WorkerRegistry)
+WORKER_REGISTRY = web.AppKey("worker_registry", WorkerRegistry)
 MAX_CONFLICT_RETRIES = 20  # retries after a lost race; more than that does not occur in practice
 _PAYLOAD_REQUIREMENT = Requirement(Role.COLLABORATOR, resource_ids("documentId", "workspaceId", "projectId"))
 

@@ -83,7 +83,7 @@ RIGHTS_OF_ABI = (0, 13, 14, 15, 15, 16)  # the number of file rights of each ver
 TRUNCATE_ABI, NETWORK_ABI, SCOPE_ABI = 3, 4, 6
 FILE_RIGHTS = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEVICE
 LANDLOCK_RIGHTS = {
-    "look": READ_FILE | READ_DIR,
+    "list": READ_FILE | READ_DIR,
     "read": READ_FILE | READ_DIR | EXECUTE,
     "device": READ_FILE | WRITE_FILE,
     "write": (1 << RIGHTS_OF_ABI[-1]) - 1,
@@ -427,7 +427,7 @@ def exec_bubblewrap(config: dict, report: int) -> None:
         os.set_inheritable(descriptor, True)
     limits_text = ",".join(f"{number}:{value}" for number, value in resource_limits(config, config["processes"]))
     environment = "\n".join(f"{name}={value}" for name, value in config["environment"].items())
-    child = [*config["inside"], str(report), limits_text, environment, *config["command"]]
+    child = [*config["child"], str(report), limits_text, environment, *config["command"]]
     bubblewrap = [*config["bubblewrap"], "--seccomp", str(filter_read), "--", *child]
     os.execve(bubblewrap[0], bubblewrap, {})  # an empty environment: the program can read that of process 1
 
@@ -691,7 +691,7 @@ def make_cgroup(config: dict) -> None:
         try:
             write_file(f"{config['cgroup']}/{name}", value)
         except OSError:
-            if name not in config["cgroupWishes"]:
+            if name not in config["cgroupOptionalLimits"]:
                 raise
 
 
@@ -814,7 +814,7 @@ def supervise(config: dict, stdout: int, stderr: int, channel: int) -> dict:
     return {
         "exitCode": os.WEXITSTATUS(wait_status) if os.WIFEXITED(wait_status) else None,
         "signal": os.WTERMSIG(wait_status) if os.WIFSIGNALED(wait_status) else None,
-        "why": watchdog.stop_reason,
+        "stopReason": watchdog.stop_reason,
         "durationMs": round((time.monotonic() - started_at) * 1000),
         "maxRssKb": max(kilobytes, watchdog.peak_bytes >> 10),
     }

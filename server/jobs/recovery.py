@@ -46,7 +46,9 @@ async def reclaim_expired(context: WorkerContext) -> None:
     for job in await store.list_expired_leases(mongo, now=store.mongo_now(), limit=BATCH_SIZE):
         slot = job["slot"]
         if await store.reclaim(mongo, job=job, now=store.mongo_now()):
-            log.warning("lease expired, job reclaimed", job=job["_id"], worker=job["workerId"], in_a_row=job["lost"])
+            log.warning(
+                "lease expired, job reclaimed", job=job["_id"], worker=job["workerId"], lost_workers=job["lost"]
+            )
             await context.announcements.announce_status(job)
             await context.dispatcher.release_slot(job["userId"], slot)
 
@@ -78,7 +80,7 @@ async def _redeliver_missing(context: WorkerContext, priority_class: str, jobs: 
         if await store.renew_message(mongo, job=job, now=now):
             await context.dispatcher.enqueue(job)
     if missing:
-        log.warning("messages redelivered", lane=priority_class, jobs=len(missing))
+        log.warning("messages redelivered", queue=priority_class, jobs=len(missing))
 
 
 async def admit_waiting_jobs(context: WorkerContext, *, scheduled_only: bool) -> None:

@@ -300,7 +300,7 @@ def _random_uid() -> int:
 
 
 def _program_result(report: dict[str, Any], job: RunningProgram, language: Language, tier: Tier) -> ProgramResult:
-    if report["why"] == "disk":
+    if report["stopReason"] == "disk":
         job.stderr.append("\n[killed: the program exceeded its disk limit]\n")
     allocation_failed = report["exitCode"] != 0 and language.out_of_memory_text in job.stderr.text[-4096:]
     return ProgramResult(
@@ -309,8 +309,8 @@ def _program_result(report: dict[str, Any], job: RunningProgram, language: Langu
         stdout=job.stdout.text,
         stderr=job.stderr.text,
         truncated=job.stdout.truncated or job.stderr.truncated,
-        timed_out=report["why"] == "time" or report["signal"] == SIGXCPU,  # the same limit, in CPU time
-        out_of_memory=report["why"] == "memory" or allocation_failed,
+        timed_out=report["stopReason"] == "time" or report["signal"] == SIGXCPU,  # the same limit, in CPU time
+        out_of_memory=report["stopReason"] == "memory" or allocation_failed,
         duration_ms=report["durationMs"],
         max_rss_kb=report["maxRssKb"],
         sandbox=tier.name,

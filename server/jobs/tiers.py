@@ -35,7 +35,7 @@ class Tier:
     namespaces: bool = False
 
 
-ROOT, UNPRIVILEGED = "root", "somebody"
+ROOT, UNPRIVILEGED = "root", "unprivileged"
 BWRAP_CGROUP = Tier("bwrap-cgroup", (ROOT, UNPRIVILEGED), bubblewrap=True, cgroup=True)
 BWRAP = Tier("bwrap", (ROOT, UNPRIVILEGED), bubblewrap=True)
 LANDLOCK_UID = Tier("landlock-uid", (ROOT,), namespaces=True)
@@ -84,7 +84,7 @@ def launcher_config(
         "namespaces": tier.namespaces,
         "rules": [] if tier.bubblewrap else _landlock_rules(root, language),
         "bubblewrap": _bubblewrap_command(root, {language.command[0], python.command[0]}) if tier.bubblewrap else [],
-        "inside": [python.command[0], "-I", "-S", BWRAP_CHILD],
+        "child": [python.command[0], "-I", "-S", BWRAP_CHILD],
         "timeout": limits.timeout_seconds,
         "cpuSeconds": 2 * limits.timeout_seconds + 1,  # per process; several threads use more CPU time than real time
         "memoryMb": limits.memory_mb,
@@ -95,7 +95,7 @@ def launcher_config(
         "openFiles": limits.open_files,
         "cgroup": str(cgroup / root.name) if cgroup else None,
         "cgroupLimits": cgroups.group_limits(memory_mb=limits.memory_mb, processes=limits.processes),
-        "cgroupWishes": cgroups.OPTIONAL_LIMITS,
+        "cgroupOptionalLimits": cgroups.OPTIONAL_LIMITS,
     }
 
 
@@ -114,7 +114,7 @@ def _landlock_rules(root: Path, language: Language) -> list[tuple[str, str]]:
     return [
         *((path, "read") for path in (*SYSTEM_PATHS, *READABLE_PATHS, *_interpreter_paths(language.command[:1]))),
         *((path, "device") for path in DEVICE_PATHS),
-        (str(root / "files"), "look"),
+        (str(root / "files"), "list"),
         (str(root / "work"), "write"),
     ]
 

@@ -18,7 +18,7 @@ from server.rest.keys import RESOURCES
 from server.rest.marks import public
 
 routes = web.RouteTableDef()
-STARTED_AT = web.AppKey("started", float)
+STARTED_AT = web.AppKey("started_at", float)
 
 
 class DrainState:

@@ -70,7 +70,7 @@ class ProjectListCache:
             self._entries.clear()
 
 
-PROJECT_LIST_CACHE = web.AppKey("listed", ProjectListCache)
+PROJECT_LIST_CACHE = web.AppKey("project_list_cache", ProjectListCache)
 _PROJECT = schemas.Project()
 
 

@@ -672,7 +672,7 @@ def test_forged_reports_and_closed_descriptors_hide_nothing(runner: Runner, word
     code = """
 import os, sys, time
 for number in range(3, 256):
-    try: os.write(number, b'+=\\0\\0\\0\\0\\0\\0\\0\\0\\0\\0\\0\\0{"exitCode": 0, "signal": null, "why": null}')
+    try: os.write(number, b'+=\\0\\0\\0\\0\\0\\0\\0\\0\\0\\0\\0\\0{"exitCode": 0, "signal": null, "stopReason": null}')
     except OSError: pass
 os.closerange(0, 256)
 if os.fork() == 0: time.sleep(600)

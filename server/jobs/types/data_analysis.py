@@ -42,6 +42,6 @@ async def analyse(attempt: AttemptContext, payload: dict[str, Any]) -> dict[str,
             PROGRAM, str(path), payload["format"], cwd=folder, on_progress=attempt.report_progress
         )
     result: dict[str, Any] = orjson.loads(output)
-    if "refused" in result:
-        raise ValidationFailed(result["refused"])
+    if "rejected" in result:
+        raise ValidationFailed(result["rejected"])
     return result
