@@ -153,7 +153,7 @@ def empty_database_url(make_database: Callable[[], str]) -> str:
 
 
 RELAXED_TIMEOUT_SECONDS = 20.0
-REQUEST_TIMEOUT_NAME = "server.rest.middlewares.STORES_TIMEOUT_SECONDS"
+REQUEST_TIMEOUT_NAME = "server.rest.middlewares.STORE_DEADLINE_SECONDS"
 STORE_TIMEOUT_NAMES = {
     "database_url": ("server.postgres.CONNECT_TIMEOUT_SECONDS", "server.postgres.STATEMENT_TIMEOUT_SECONDS"),
     "replica": ("server.replicas.REPLICA_TIMEOUT_SECONDS",),

@@ -65,8 +65,8 @@ async def login(request: web.Request) -> web.Response:
     network, email_key = client_subnet(request[CLIENT_ADDRESS]), email_addresses.key(body["email"])
     user = await store.user_by_email(db, email=body["email"], email_key=email_key, network=network)
     key = account_key(email_key, network=network if user and user["is_known_network"] else None)
-    fit = await _check_password(request, body["password"], user, key=key)
-    if user is None or not fit:
+    match = await _check_password(request, body["password"], user, key=key)
+    if user is None or not match:
         raise invalid_credentials()
     issued = await sessions.start(
         db,
@@ -77,7 +77,7 @@ async def login(request: web.Request) -> web.Response:
     )
     if issued is None:
         raise invalid_credentials()
-    if fit is PasswordMatch.NEEDS_REHASH:
+    if match is PasswordMatch.NEEDS_REHASH:
         await _rehash_password(request, user)
     return responses.no_store(responses.json(_signed_in(user, issued)))
 
@@ -93,7 +93,7 @@ async def refresh(request: web.Request) -> web.Response:
     db, auth_context, token = request.app[RESOURCES].db, request.app[AUTH_CONTEXT], request[BODY]["refresh_token"]
     token_row = await sessions.find_refresh_token(db, auth_context, token=token)
     if token_row is None:
-        await quotas.consume_for_address(request)
+        await quotas.consume_auth_for_address(request)
     else:
         await quotas.consume(request, "refresh", session_key(token_row["session_id"]))
     issued = await sessions.refresh(db, auth_context, token=token, found=token_row)
@@ -235,7 +235,7 @@ async def _check_password(request: web.Request, password: str, user: Record | No
 
 
 async def _rehash_password(request: web.Request, user: Record) -> None:
-    """Hash the password at today's cost: else this user's logins take another time than those of unknown addresses."""
+    """Hash the password at the current cost: else timing would tell this user's address from an unknown one."""
     db = request.app[RESOURCES].db
     with contextlib.suppress(Unavailable):  # the user is signed in; the next login tries again
         new_hash = await request.app[HASHER].hash(request[BODY]["password"])

@@ -31,7 +31,7 @@ class EncodedBody:
 
     def respond(self, request: web.Request) -> web.Response:
         if is_not_modified(request, self.tag):
-            # All headers but the body's: a browser replaces those of its cached response by these, the policy, too.
+            # A browser updates the headers of its cached response with these: they must include the security policy.
             headers = {name: value for name, value in self.headers.items() if name not in _BODY_HEADERS}
             return web.Response(status=304, headers=headers)
         return web.Response(body=self.body, headers=self.headers)

@@ -70,7 +70,7 @@ async def _allowed_methods(request: web.Request) -> web.Response:
 
 
 def _allow_origin_for_malformed_requests(origin: str) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
-    """Return a signal that allows the only origin: path and origin of a malformed request are unknown."""
+    """Return a signal that allows the only configured origin: a malformed request's own path and origin are unknown."""
 
     async def signal(request: web.Request, response: web.StreamResponse) -> None:
         if MALFORMED_REQUEST in request:

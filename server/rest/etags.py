@@ -1,4 +1,4 @@
-"""Strong ETags and the preconditions that name them (RFC 9110, section 13)."""
+"""Strong ETags and the preconditions that name them (RFC 9110, section 13): optimistic concurrency control."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

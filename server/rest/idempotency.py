@@ -3,8 +3,8 @@
 One transaction claims the key, makes the change and stores the response, so that key and effect cannot diverge. A
 repeated request waits on the key's unique index until the first one commits, then gets its response; if the first one
 failed, the repeated request becomes the first. The handler passes ``request[DB]`` to its stores, and appends to
-``request[ON_COMMIT]`` the announcements to send after the commit. Without a key, ``request[DB]`` is the pool and costs
-nothing.
+``request[ON_COMMIT]`` the announcements to send after the commit. Without a key, ``request[DB]`` is the pool, and no
+transaction is opened here.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from server.rest.marks import Idempotency, idempotency_of
 KEY_HEADER, REPLAYED_HEADER = "Idempotency-Key", "Idempotent-Replayed"
 KEY_PATTERN = re.compile(r"^[!-~]{1,255}$")
 KEY_RETENTION = timedelta(hours=24)
-RESPONSE_RESERVE_SECONDS = 0.3  # reserved of a request's deadline, to respond after waiting for the key in vain
+RESPONSE_RESERVE_SECONDS = 0.3  # waiting for the key ends this long before the deadline, to respond in time
 MAX_DELETED_AT_ONCE = 1000
 _STORED_HEADERS = (hdrs.LOCATION, hdrs.ETAG)
 _NO_STORE = "no-store"
@@ -62,7 +62,7 @@ async def apply_idempotency(request: web.Request, handler: Handler) -> web.Strea
 async def _run_once(request: web.Request, handler: Handler, key: str) -> web.StreamResponse:
     route, user, body_hash = _route(request), request[USER].id, _body_hash(request)
 
-    async def answer_once(transaction: Executor) -> web.StreamResponse:
+    async def claim_and_run(transaction: Executor) -> web.StreamResponse:
         seconds = remaining(postgres.STATEMENT_TIMEOUT_SECONDS) - RESPONSE_RESERVE_SECONDS
         if seconds <= 0:
             raise store_timed_out("PostgreSQL")
@@ -87,7 +87,7 @@ async def _run_once(request: web.Request, handler: Handler, key: str) -> web.Str
         )
         return response
 
-    return await request.app[RESOURCES].db.transact(answer_once)
+    return await request.app[RESOURCES].db.transact(claim_and_run)
 
 
 async def _replay(request: web.Request, db: Executor, key: str, body_hash: bytes) -> web.Response:

@@ -57,8 +57,8 @@ async def read_response(db: Executor, *, user: UUID, route: str, key: str) -> Re
 
 
 async def delete_expired_keys(db: Executor, *, older_than: timedelta, limit: int) -> int:
-    """Delete a batch of old keys; return how many."""
-    forgotten: int = await db.fetchval(
+    """Delete a batch of keys that are older than ``older_than``; return how many."""
+    deleted: int = await db.fetchval(
         """
         WITH forgotten AS (
             DELETE FROM idempotency_keys WHERE (user_id, route, key) IN (
@@ -71,4 +71,4 @@ async def delete_expired_keys(db: Executor, *, older_than: timedelta, limit: int
         older_than,
         limit,
     )
-    return forgotten
+    return deleted

@@ -49,7 +49,7 @@ log = structlog.get_logger()
 
 BODY_TIMEOUT_SECONDS = 10.0
 SWITCHING_PROTOCOLS = 101
-STORES_TIMEOUT_SECONDS = 1.6  # so that every response follows within 2 s of the body
+STORE_DEADLINE_SECONDS = 1.6  # so that every response follows within 2 s of the body
 _JSON_PREFIX = "/api/v1/"
 _NO_PARAMETERS = fields.Schema()
 _REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
@@ -168,20 +168,20 @@ async def with_deadline(request: web.Request, handler: Handler) -> web.StreamRes
     """Run an API request with a deadline for its stores; a socket has none, because it outlives every deadline."""
     if not request.path.startswith("/api/"):
         return await handler(request)
-    with store_deadline(STORES_TIMEOUT_SECONDS):
+    with store_deadline(STORE_DEADLINE_SECONDS):
         return await handler(request)
 
 
 def admit(admission: Admission) -> Middleware:
-    """Return the middleware that checks session, rate limit and access, concurrently in the stores."""
+    """Return the middleware that checks session, rate limit and access concurrently."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         target = request.match_info.handler
         if request.match_info.http_exception is not None or request.method == hdrs.METH_OPTIONS:
             return await handler(request)
-        identified = _authenticate(admission, request, public=is_public(target))
-        user = identified if isinstance(identified, User) else None
+        authenticated = _authenticate(admission, request, public=is_public(target))
+        user = authenticated if isinstance(authenticated, User) else None
         if user is not None:
             request[USER] = user
         name = limit_of(target)
@@ -203,7 +203,7 @@ def admit(admission: Admission) -> Middleware:
             if not quota.allowed:
                 raise QuotaExceeded(quota)
             request[RESPONSE_HEADERS].update(quota.headers())
-        for outcome in (identified, session, access):
+        for outcome in (authenticated, session, access):
             if isinstance(outcome, BaseException):
                 raise outcome
         return await (_count_rejected(request, handler) if by_handler else handler(request))
@@ -212,12 +212,12 @@ def admit(admission: Admission) -> Middleware:
 
 
 async def _count_rejected(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Let the handler count the request; one that is rejected before that counts in the quota of its address."""
+    """Let the handler count the request; if it rejects the request first, count that in the address's quota."""
     try:
         return await handler(request)
     except ServiceError as error:
         if error.status < 500 and RATE_LIMIT_COUNTED not in request:
-            await quotas.consume_for_address(request)
+            await quotas.consume_auth_for_address(request)
         raise
 
 
@@ -338,7 +338,7 @@ async def _gather_outcomes(*checks: Coroutine[Any, Any, Any] | None) -> list[Any
 async def _outcome(check: Awaitable[Any]) -> Any:
     try:
         return await check
-    except Exception as error:  # noqa: BLE001 - as gather does
+    except Exception as error:  # noqa: BLE001 - as asyncio.gather(return_exceptions=True) does
         return error
 
 

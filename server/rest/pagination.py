@@ -41,7 +41,7 @@ def decode_cursor(cursor: str | None, *kinds: type, list_name: str) -> tuple[Any
     try:
         keys = json.loads(base64.b64decode(cursor + "=" * (-len(cursor) % 4), b"-_", validate=True))
         if not isinstance(keys, list) or len(keys) != 1 + len(kinds) or keys[0] != list_name:
-            raise ValueError("not our keys")
+            raise ValueError("not a sort key of this list")
         return tuple(_parse(kind, key) for kind, key in zip(kinds, keys[1:], strict=True))
     except (ValueError, TypeError, OverflowError, binascii.Error, ServiceError):
         raise invalid_field("cursor", "Cursor does not belong to this list.") from None
@@ -52,7 +52,7 @@ def _parse(kind: type, key: Any) -> Any:
         raise TypeError("cursors hold strings")
     value = _PARSERS[kind](key)
     if value is None:
-        raise ValueError("not our keys")
+        raise ValueError("not a sort key of this list")
     return value
 
 
@@ -64,7 +64,7 @@ def _bigint(key: str) -> int | None:
 def _moment(key: str) -> datetime:
     time = datetime.fromisoformat(key)
     if time.tzinfo is None:
-        raise ValueError("our times have a zone")
+        raise ValueError("no time zone")
     return time.astimezone(UTC)  # OverflowError before the first year and after the last
 
 
@@ -84,7 +84,7 @@ def _format_key(key: Any) -> str:
     return str(key.isoformat()) if hasattr(key, "isoformat") else str(key)
 
 
-@functools.cache  # one class for one name in the OpenAPI document
+@functools.cache  # apispec accepts one class per name in the OpenAPI document
 def page_schema(item: type[Schema], **beside: fields.Field[Any]) -> type[MarshmallowSchema]:
     """Return the schema of a page of these items, for the OpenAPI document."""
     shape: dict[str, Any] = {

@@ -18,8 +18,8 @@ async def consume(request: web.Request, name: str, key: str) -> None:
         request[RESPONSE_HEADERS].update(quota.headers())
 
 
-async def consume_for_address(request: web.Request) -> None:
-    """Consume one request of the client address's rate limit for sign-ins.
+async def consume_auth_for_address(request: web.Request) -> None:
+    """Consume one request of the rate limit ``auth`` (sign-ins) for the client's address.
 
     Raises:
         QuotaExceeded: the quota is used up.

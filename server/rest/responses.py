@@ -44,7 +44,7 @@ def page_of_items(items: Sequence[Any], next_cursor: str | None, **beside: Any) 
 
 
 def no_store(response: web.Response) -> web.Response:
-    """Forbid caches to store a response, because it contains a token."""
+    """Forbid caching of a response that contains a token."""
     response.headers["Cache-Control"] = "no-store"
     return response
 

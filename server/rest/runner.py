@@ -19,7 +19,7 @@ from server.rest.keys import CLOSE_AFTER_RESPONSE, MALFORMED_REQUEST
 from server.rest.middlewares import assign_request_id, problem_response
 
 MAX_TARGET_BYTES = 8 << 10  # of a path with its query
-MAX_FIELD_BYTES = 8190  # of a header field. Not the same number, because the parser's error contains only the number
+MAX_FIELD_BYTES = 8190  # of a header field; differs, because the parser's error names only the limit
 MAX_FIELDS = 128
 LINGER_TIMEOUT_SECONDS = 2.0  # for the rest of a malformed request
 RequestHandlerFunction = Callable[[web.Request], Awaitable[web.StreamResponse]]

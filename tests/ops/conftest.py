@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 
 from server.devstack.stack import Stack
-from server.rest.middlewares import STORES_TIMEOUT_SECONDS as BUDGET_SECONDS
+from server.rest.middlewares import STORE_DEADLINE_SECONDS as BUDGET_SECONDS
 from tests.actors import Actor, Response
 from tests.conftest import REQUEST_TIMEOUT_NAME, MakeActor, MakeServer, store_urls_of
 from tests.faults import FaultyNetwork
