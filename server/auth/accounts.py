@@ -30,7 +30,7 @@ async def create(
     accept_invitation: AcceptInvitation,
     invitation_token: str | None,
 ) -> tuple[Record, IssuedTokens]:
-    """Create a user and sign them in; with an invitation, account and membership are created both or not at all.
+    """Create a user and sign them in. With an invitation, account and membership are created together or not at all.
 
     Raises:
         Conflict: ``email_taken``.
@@ -75,8 +75,8 @@ async def delete(
 
     Raises:
         Conflict: the user owns projects with other members.
-        PreconditionFailed: the account has another revision, or its password has changed, or it is deleted.
-        Unauthenticated: the same without ``revisions``: the password has changed, or the account is deleted.
+        PreconditionFailed: with ``revisions``: the account has another revision, or the cases of Unauthenticated.
+        Unauthenticated: without ``revisions``: the password has changed, or the account is deleted.
     """
 
     async def remove(transaction: Executor) -> list[UUID]:

@@ -2,9 +2,9 @@
 
 The session's row in PostgreSQL is the source of truth. Redis is trusted only after it has kept entries for the lifetime
 of an access token: if it was started or emptied since then, it may have lost entries that matter. Both are detectable:
-an emptied Redis has lost the key that says since when it keeps entries, and a restarted or promoted one has lost its
-script cache, which neither disk nor replicas keep. A failed write counts as a lost entry: all processes then read the
-rows, too, until the tokens in question have expired.
+an emptied Redis has lost the key with the time since which it has kept all entries, and a restarted or promoted one has
+lost its script cache, which neither disk nor replicas keep. A failed write counts as a lost entry: all processes then
+also read the rows, until the tokens in question have expired.
 """
 
 import asyncio
@@ -68,7 +68,7 @@ class Blacklist:
                 self.mark_incomplete()
 
     def mark_incomplete(self) -> None:
-        """Record that Redis may lack entries: PostgreSQL decides, in all processes once Redis can be reset."""
+        """Record that Redis may lack entries: PostgreSQL decides, in all processes once Redis responds again."""
         self._is_incomplete = True
 
     async def is_revoked(self, *, session: UUID, token_id: str) -> bool | None:
@@ -84,7 +84,7 @@ class Blacklist:
         return None
 
     async def reset_if_incomplete(self) -> None:
-        """After a failed write, make all processes read the rows. Call it periodically."""
+        """Make all processes read the rows after a failed write, once Redis responds. Call it periodically."""
         if self._is_incomplete and not self._is_circuit_open():
             self._is_incomplete = False  # before the await: another write may fail during it
             await self._reset_since()

@@ -1,4 +1,4 @@
-"""Housekeeping: periodic tasks of a process, among them the account tasks."""
+"""Housekeeping: the periodic tasks of a server process, and those of accounts among them."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -32,15 +32,15 @@ async def run_account_housekeeping(db: Executor, auth_context: AuthContext, *oth
     async with asyncio.TaskGroup() as tasks:
         for periodic_task in (
             PeriodicTask(
-                "catch up with missed notes",
+                "reset incomplete blacklist",
                 auth_context.blacklist.reset_if_incomplete,
                 BLACKLIST_CHECK_INTERVAL_SECONDS,
             ),
             PeriodicTask(
                 "erase salts of spent tokens", partial(sessions.erase_salts, db), SALT_ERASURE_INTERVAL_SECONDS
             ),
-            PeriodicTask("forget old sessions", partial(sessions.delete_expired_sessions, db)),
-            PeriodicTask("forget old networks", partial(sessions.delete_stale_networks, db)),
+            PeriodicTask("delete expired sessions", partial(sessions.delete_expired_sessions, db)),
+            PeriodicTask("delete stale networks", partial(sessions.delete_stale_networks, db)),
             *others,
         ):
             tasks.create_task(run_periodically(periodic_task))
@@ -48,15 +48,15 @@ async def run_account_housekeeping(db: Executor, auth_context: AuthContext, *oth
 
 async def run_periodically(periodic_task: PeriodicTask) -> None:
     """Run a task periodically; a failure neither ends it nor stops other tasks. An outage is logged once."""
-    is_put_off = False
+    is_deferred = False
     while True:
         try:
             await periodic_task.run()
-            is_put_off = False
+            is_deferred = False
         except ServiceError as error:
-            if not is_put_off:
+            if not is_deferred:
                 log.warning("periodic task deferred", task=periodic_task.name, error=error.detail)
-            is_put_off = True
+            is_deferred = True
         except Exception:  # the outermost frame of this task: no caller handles it
             log.exception("periodic task failed", task=periodic_task.name)
         await asyncio.sleep(periodic_task.interval_seconds)

@@ -1,11 +1,11 @@
 """Password checks with a rate limit on failed ones, per account and from all addresses together.
 
-A check consumes from the quota before the password is compared, and is refunded if the password matches: concurrent
-guesses gain nothing over sequential ones. Beyond the quota the password is not compared.
+A check consumes from the quota before the password is compared, and is refunded unless the password is wrong:
+concurrent guesses gain nothing over sequential ones. Beyond the quota the password is not compared.
 
-All networks that are not known for an account share its quota; each known network (a recent sign-in came from there)
-has its own, so that strangers cannot lock the owner out there. A session that checks its user's password has its own,
-too.
+A known network of an account, one with a recent sign-in, has a quota of its own: an attacker elsewhere cannot lock the
+owner out there. All other networks share one quota per account. A session that checks its user's password again has a
+quota of its own, too.
 """
 
 import hashlib
@@ -25,13 +25,13 @@ async def check(limiter: RateLimiter, hasher: Hasher, password: str, hashed: str
         Unavailable: too many checks are running.
     """
     await limiter.consume(LIMIT, key)
-    fit: PasswordMatch | None = None
+    match: PasswordMatch | None = None
     try:
-        fit = await hasher.verify(password, hashed)
+        match = await hasher.verify(password, hashed)
     finally:
-        if fit is not PasswordMatch.MISMATCH:
+        if match is not PasswordMatch.MISMATCH:
             await limiter.refund(LIMIT, key)
-    return fit
+    return match
 
 
 def account_key(email_key: str, *, network: Network | None) -> str:

@@ -55,9 +55,8 @@ class Hasher:
         threads = os.cpu_count() or 1
         self._pool = ThreadPoolExecutor(threads, "bcrypt", initializer=_lower_thread_priority)
         self._thread_slots = asyncio.BoundedSemaphore(threads)
-        self._dummy_hash = (
-            bcrypt.gensalt(rounds) + b"." * 31
-        )  # no password matches; the check takes as long as any other
+        # No password matches it, and a check takes as long as any other.
+        self._dummy_hash = bcrypt.gensalt(rounds) + b"." * 31
 
     async def hash(self, password: str) -> str:
         """Return the hash to store.
@@ -69,7 +68,7 @@ class Hasher:
         return hashed.decode()
 
     async def verify(self, password: str, hashed: str | None) -> PasswordMatch:
-        """Compare the password with a hash; None, the hash of an unknown address, costs the same and never matches.
+        """Compare the password with a hash. None (unknown address) takes the same time and never matches.
 
         A password that is not in NFKC is also tried as sent, for every hash: the time depends on the typed password,
         not on the account.

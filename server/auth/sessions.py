@@ -20,11 +20,10 @@ from server.rest.keys import User
 
 REUSE_GRACE_SECONDS = 10.0  # concurrent requests with one refresh token get the same successor
 SALT_BYTES = 32
-REVOCATION_TIMEOUT_SECONDS = (
-    0.75  # more than the blacklist's own timeout; an unresponsive Redis must not delay a logout
-)
+# More than the blacklist's own timeout; an unresponsive Redis must not delay a logout.
+REVOCATION_TIMEOUT_SECONDS = 0.75
 SESSION_RETENTION_DAYS = 7  # expired sessions stay in the database this long, for investigations
-MAX_REBUILT_SESSIONS = 5000  # sessions; if more ended lately, PostgreSQL decides until their access tokens have expired
+MAX_REBUILT_SESSIONS = 5000  # if more ended lately, PostgreSQL decides until their access tokens have expired
 MAX_USER_AGENT_LENGTH, MAX_IP_LENGTH = 512, 64
 
 
@@ -59,7 +58,7 @@ class IssuedTokens:
 async def start(
     db: Executor, auth_context: AuthContext, *, user: UUID, password_hash: str, device: Device
 ) -> IssuedTokens | None:
-    """Start a session; if the user has too many, the one that is unused longest ends.
+    """Start a session; if the user has too many, the least recently used one ends.
 
     Returns None if ``password_hash``, against which the password was verified, is no longer the user's.
     """
@@ -89,7 +88,7 @@ async def find_refresh_token(db: Database, auth_context: AuthContext, *, token: 
 
 
 async def refresh(db: Executor, auth_context: AuthContext, *, token: str, found: Record | None) -> IssuedTokens:
-    """Spend a refresh token and issue new tokens; a concurrent reuse gets the same refresh token.
+    """Spend a refresh token and issue new tokens; a concurrent request with it gets the same successor.
 
     ``found`` is the result of ``find_refresh_token``.
 
@@ -153,7 +152,7 @@ async def publish_revocation(
 ) -> None:
     """Publish that these sessions ended. PostgreSQL has it already: call this after the commit.
 
-    Without Redis, sockets find out when their access is rechecked.
+    During an outage of Redis, sockets are closed only when their sessions are rechecked.
     """
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(REVOCATION_TIMEOUT_SECONDS):

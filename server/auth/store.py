@@ -9,13 +9,13 @@ from asyncpg import Record
 from server.postgres import Database, Executor, Revisions
 from server.settings import Network
 
-MAX_SESSIONS_PER_USER = 50  # active sessions of one user; beyond it the one that is unused longest ends
+MAX_SESSIONS_PER_USER = 50  # active ones; beyond it the least recently used one ends
 MAX_KNOWN_NETWORKS = 100  # of one user; beyond it the one with the oldest sign-in is deleted
 KNOWN_NETWORK_RETENTION_DAYS = 30  # since the last sign-in
 
 
 async def create_user(db: Executor, *, email: str, email_key: str, name: str, password_hash: str) -> Record | None:
-    """Return the new user, or None if the key is taken, or the spelling by an account without a key."""
+    """Return the new user, or None if the address is taken: by its key, or exactly so by an account without a key."""
     return await db.fetchrow(
         """
         INSERT INTO users (email, email_key, name, password_hash) VALUES ($1, $2, $3, $4)
@@ -71,7 +71,7 @@ async def change_user(
     set_avatar: bool,
     revisions: Revisions | None,
 ) -> Record | None:
-    """Change and return the user; None if the revision is not in the set."""
+    """Change and return the user; None if deleted or its revision is not in ``revisions``."""
     return await db.fetchrow(
         """
         UPDATE users SET name = COALESCE($2, name),
@@ -179,9 +179,9 @@ async def start_session(
 ) -> Record | None:
     """Start a session; return its ``id`` and ``ended``, the ids of sessions beyond the maximum. Store the network.
 
-    Returns None if the password is no longer the one that was verified: a password change ends all sessions, and waits
-    for a session that is being started. Other sign-ins of that user wait, too: two sign-ins that each delete a network
-    which the other one renews would deadlock.
+    Returns None if the password is no longer the one that was verified. The lock on the user's row makes a password
+    change wait, so that it ends this session, too. Other sign-ins of that user also wait: two sign-ins that each delete
+    a network which the other one renews would deadlock.
     """
     return await db.fetchrow(
         """
@@ -334,7 +334,7 @@ async def erase_salts(db: Executor, *, grace_seconds: float) -> int:
 
 async def delete_stale_networks(db: Executor) -> int:
     """Delete a batch of networks that no longer count as known; return how many, 0 at the end."""
-    forgotten: int = await db.fetchval(
+    deleted: int = await db.fetchval(
         """
         WITH old AS (
             SELECT user_id, network FROM known_networks WHERE last_sign_in_at < now() - make_interval(days => $1)
@@ -347,7 +347,7 @@ async def delete_stale_networks(db: Executor) -> int:
         """,
         KNOWN_NETWORK_RETENTION_DAYS,
     )
-    return forgotten
+    return deleted
 
 
 async def end_session_of_token(db: Executor, *, hashes: list[bytes], user: UUID) -> UUID | None:
@@ -439,7 +439,7 @@ async def delete_expired_sessions(db: Executor, *, retention_days: int) -> int:
 
     A session may have thousands of tokens: these are deleted first, and the session with the last of them.
     """
-    forgotten: int = await db.fetchval(
+    deleted: int = await db.fetchval(
         """
         WITH old AS (
             SELECT id FROM sessions WHERE expires_at < now() - make_interval(days => $1) ORDER BY expires_at LIMIT 100
@@ -456,7 +456,7 @@ async def delete_expired_sessions(db: Executor, *, retention_days: int) -> int:
         """,
         retention_days,
     )
-    return forgotten
+    return deleted
 
 
 async def users_without_email_key(db: Executor, *, limit: int, after: tuple[Any, Any]) -> list[Record]:

@@ -73,7 +73,7 @@ def verify(token: str, *, keys: KeyRing, ttl: int) -> Claims:
     """
     try:
         if len(token) > MAX_TOKEN_LENGTH or not _is_canonical(token):
-            raise jwt.InvalidTokenError("not as we write them")
+            raise jwt.InvalidTokenError("not in canonical form")
         key = keys.accepted.get(str(jwt.get_unverified_header(token).get("kid")))
         if key is None:
             raise jwt.InvalidKeyError("unknown key")
@@ -109,17 +109,17 @@ class Verifier:
         self._cache: dict[str, Claims] = {}
 
     def verify(self, token: str, *, now: datetime) -> Claims:
-        """Return the claims of a token, as the function ``verify`` does."""
-        known = self._cache.get(token)
-        if known is None:
-            known = verify(token, keys=self._keys, ttl=self._ttl)
+        """Return the claims of a token. Raises Unauthenticated, as the function ``verify`` does."""
+        claims = self._cache.get(token)
+        if claims is None:
+            claims = verify(token, keys=self._keys, ttl=self._ttl)
             if len(self._cache) >= MAX_CACHED_TOKENS:
                 del self._cache[next(iter(self._cache))]  # the oldest
-            self._cache[token] = known
-        if now >= known.expires_at + timedelta(seconds=LEEWAY_SECONDS):
+            self._cache[token] = claims
+        if now >= claims.expires_at + timedelta(seconds=LEEWAY_SECONDS):
             del self._cache[token]
             raise Unauthenticated("The access token is not valid")
-        return known
+        return claims
 
 
 def new_secret() -> str:
@@ -129,8 +129,8 @@ def new_secret() -> str:
 
 def keyed_hashes(secret: str, keys: KeyRing) -> list[bytes]:
     """Return the hash of a secret under every accepted key, the signing key's first. Only a hash is stored."""
-    ordered = [keys.signing_id, *(key for key in keys.accepted if key != keys.signing_id)]
-    return [hmac.digest(keys.accepted[key].encode(), secret.encode(), hashlib.sha256) for key in ordered]
+    key_ids = [keys.signing_id, *(key_id for key_id in keys.accepted if key_id != keys.signing_id)]
+    return [hmac.digest(keys.accepted[key_id].encode(), secret.encode(), hashlib.sha256) for key_id in key_ids]
 
 
 def successor(token: str, *, salt: bytes, key: str) -> str:
@@ -149,7 +149,7 @@ def _parse_numeric_date(claim: Any) -> datetime:
         ValueError: the claim is anything else, or not in the years 1970 to 9999.
     """
     if type(claim) is not int or not 0 <= claim <= MAX_NUMERIC_DATE:
-        raise ValueError("no time")
+        raise ValueError("not a NumericDate")
     return datetime.fromtimestamp(claim, UTC)
 
 
@@ -160,13 +160,13 @@ def _token_id(claim: Any) -> str:
         ValueError: the claim is not an id that we issue.
     """
     if not _TOKEN_ID_PATTERN.fullmatch(_require_text(claim)):
-        raise ValueError("no token id")
+        raise ValueError("not a token id")
     return str(claim)
 
 
 def _require_text(claim: Any) -> str:
     if not isinstance(claim, str):
-        raise TypeError("no text")
+        raise TypeError("not a string")
     return claim
 
 
