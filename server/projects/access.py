@@ -1,6 +1,6 @@
 """Access control: the only module that decides who may do what.
 
-``@requires`` marks the least role of a route or message; ``check`` finds out, in one statement, whether the resource
+``@requires`` marks the minimum role of a route or message; ``check`` finds out, in one statement, whether the resource
 exists for this user, which project it belongs to and what role the user has there.
 """
 
@@ -55,7 +55,7 @@ def resource_ids(*parameters: str) -> tuple[ResourceKind, ...]:
 
 
 def requires(role: Role, *, of: tuple[ResourceKind, ...] = ()) -> Callable[[H], H]:
-    """Mark a handler with the least role in the project of its resource.
+    """Mark a handler with the minimum role in the project of its resource.
 
     If ``of`` names several resources, the role is required for each, and all must belong to one project. Optional ones
     that are missing need no role.
@@ -81,11 +81,11 @@ class Access:
     revision: int  # of the project
 
     def allows(self, role: Role) -> bool:
-        """Return whether the role is at least this one."""
+        """Return whether the member's role is ``role`` or a higher one."""
         return self.role >= role
 
     def require(self, role: Role) -> None:
-        """Raise Forbidden unless the role is at least this one."""
+        """Raise Forbidden unless the member's role is ``role`` or a higher one."""
         if not self.allows(role):
             raise Forbidden(f"This action requires the role {role.name}; your role is {self.role.name}")
 
@@ -112,14 +112,14 @@ def _access(row: Record) -> Access:
 def freshness_check(access: Access) -> FreshnessCheck:
     """Return a check whether a replica has the project at the revision of this access, or at a later one."""
 
-    async def is_as_new(db: Executor) -> bool:
+    async def is_fresh(db: Executor) -> bool:
         return bool(await db.fetchval(_IS_FRESH, access.project, access.revision))
 
-    return is_as_new
+    return is_fresh
 
 
 _IS_FRESH = "SELECT true FROM projects WHERE id = $1 AND revision >= $2"
-# LIMIT forces one index lookup for each key: else a plan made while the tables were small would scan them ever after.
+# LIMIT forces one index lookup for each key: else a plan that was made while the tables were small keeps scanning them.
 _ACCESS_OF_USERS = """
 SELECT asked, found.*
 FROM unnest($1::uuid[], $2::text[], $3::uuid[]) WITH ORDINALITY AS keys (person, kind, thing, asked),
@@ -199,13 +199,13 @@ async def authorize_message(connection: Connection, message: MessageDef, data: d
     resources = [
         ResourceRef(kind.value, id) for kind in requirement.kinds if (id := data.get(f"{kind.value}_id")) is not None
     ]
-    known: Access | None = connection.grants.get(resources[0]) if len(resources) == 1 else None
-    if known is None:
+    cached: Access | None = connection.grants.get(resources[0]) if len(resources) == 1 else None
+    if cached is None:
         db, user = connection.realtime.db, connection.user.id
         connection.access = await check_payload(db, requirement, user=user, values=data)
     else:
-        known.require(requirement.role)
-        connection.access = known
+        cached.require(requirement.role)
+        connection.access = cached
 
 
 async def recheck(

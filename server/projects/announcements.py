@@ -1,7 +1,7 @@
 """Announcements of project changes to the sockets in its workspaces. Call them after the commit.
 
-None of these raises during an outage of Redis: every process then finds revoked access by itself. Access changes are
-published first, before a statement that may fail.
+None of these raises during an outage of Redis: every process then finds revoked access by its own periodic recheck. An
+access change is published before any statement that may fail.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ async def project_deleted(channels: Channels, context: Record, *, actor: UUID) -
 async def roles_changed(
     db: Executor, channels: Channels, project: UUID, actor: UUID, *, roles: Mapping[UUID, str]
 ) -> None:
-    """Announce changed roles by user, two of them after a transfer. A new member is no change of a role."""
+    """Announce the new roles of existing members, by user: one after a change of role, two after a transfer."""
     await channels.access_changed(project=project, users=list(roles))
     context = await store.read_event_context(db, project=project, actor=actor)
     for subject, role in roles.items():
@@ -47,8 +47,8 @@ async def roles_changed(
 
 async def member_removed(channels: Channels, project: UUID, actor: UUID, *, user: UUID, name: str) -> None:
     """Announce that the owner removed a member, or that the member left. ``name`` is the actor's."""
-    why = Revocation("left" if actor == user else "removed", actor, name)
-    await channels.access_changed(project=project, users=[user], revocation=why)
+    revocation = Revocation("left" if actor == user else "removed", actor, name)
+    await channels.access_changed(project=project, users=[user], revocation=revocation)
 
 
 async def workspaces_deleted(channels: Channels, workspaces: list[UUID], *, actor: UUID, name: str) -> None:

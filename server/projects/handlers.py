@@ -220,7 +220,7 @@ async def change_role(request: web.Request) -> web.Response:
         request.app[RESOURCES].db,
         project=request[ACCESS].project,
         actor=request[USER].id,
-        member=_id(request, "collaboratorId"),
+        member=_path_id(request, "collaboratorId"),
         role=request[BODY]["role"],
     )
     await announcements.roles_changed(*_event_arguments(request), roles={changed["user_id"]: changed["role"]})
@@ -237,7 +237,7 @@ async def remove_collaborator(request: web.Request) -> web.Response:
         request.app[RESOURCES].db,
         access=request[ACCESS],
         actor=request[USER].id,
-        member=_id(request, "collaboratorId"),
+        member=_path_id(request, "collaboratorId"),
     )
     _, channels, project, actor = _event_arguments(request)
     await announcements.member_removed(channels, project, actor, user=removed["user_id"], name=removed["actor_name"])
@@ -262,7 +262,7 @@ async def withdraw_invitation(request: web.Request) -> web.Response:
         request.app[RESOURCES].db,
         project=request[ACCESS].project,
         actor=request[USER].id,
-        invitation=_id(request, "invitationId"),
+        invitation=_path_id(request, "invitationId"),
     )
     if not withdrawn:
         raise NotFound("Invitation not found")
@@ -316,7 +316,7 @@ async def _project_response(request: web.Request, project: UUID) -> web.Response
     return responses.entity(request, PROJECT, {**row, "role": role}, role=role)
 
 
-def _id(request: web.Request, parameter: str) -> UUID:
+def _path_id(request: web.Request, parameter: str) -> UUID:
     id = parse_id(request.match_info[parameter])
     if id is None:
         raise NotFound(f"{parameter.removesuffix('Id').capitalize()} not found")

@@ -12,9 +12,8 @@ from server.postgres import Executor
 from server.projects import invitations_store
 
 INVITATION_TTL = timedelta(days=7)
-INVITATION_RETENTION_DAYS = (
-    30  # after the expiry: so long a client with the token gets "expired" instead of "not found"
-)
+# After the expiry: for this long a client with the token receives "expired" (410) instead of "not found" (404).
+INVITATION_RETENTION_DAYS = 30
 MAX_DELETED_AT_ONCE = 1000
 
 

@@ -129,7 +129,7 @@ async def invitation_state(db: Executor, *, token_hash: bytes) -> Record | None:
 
 async def delete_expired_invitations(db: Executor, *, retention_days: int, limit: int) -> int:
     """Delete a batch of invitations that expired long ago; return how many."""
-    forgotten: int = await db.fetchval(
+    deleted: int = await db.fetchval(
         """
         WITH forgotten AS (
             DELETE FROM invitations WHERE id IN (
@@ -142,7 +142,7 @@ async def delete_expired_invitations(db: Executor, *, retention_days: int, limit
         retention_days,
         limit,
     )
-    return forgotten
+    return deleted
 
 
 async def invitations_without_email_key(db: Executor, *, limit: int) -> list[Record]:

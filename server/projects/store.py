@@ -69,10 +69,7 @@ async def list_projects(
     limit: int,
     after: tuple[Any, Any],
 ) -> list[Record]:
-    """Return id, revision, the user's role and the sort key of each project of a user; one more than ``limit``.
-
-    In the order of ``sort``; ``key`` is the sort key.
-    """
+    """Return ``id``, ``revision``, ``role`` and sort key (``key``) of the user's projects; one more than ``limit``."""
     return await db.fetch(
         """
         WITH mine AS (
@@ -124,7 +121,7 @@ async def change_project(
     settings: dict[str, Any] | None,
     revisions: Revisions | None,
 ) -> Record | None:
-    """Change and return the project; None if it is deleted or its revision is not in the set."""
+    """Change and return the project; None if it is deleted or its revision is not in ``revisions``."""
     return await db.fetchrow(
         """
         WITH changed AS (

@@ -69,7 +69,7 @@ async def list_workspaces(request: web.Request) -> web.Response:
 @response_schema(schemas.Workspace, 200)
 @requires(Role.VIEWER)
 async def read_workspace(request: web.Request) -> web.Response:
-    row = await store.read_workspace(request.app[RESOURCES].db, workspace=_id(request))
+    row = await store.read_workspace(request.app[RESOURCES].db, workspace=_path_id(request))
     if row is None:
         raise NotFound("Workspace not found")
     return responses.entity(request, WORKSPACE, row, role=request[ACCESS].role.name)
@@ -84,7 +84,7 @@ async def list_online(request: web.Request) -> web.Response:
     query = request[QUERY]
     (after,) = decode_cursor(query["cursor"], UUID, list_name="online")
     with translate_store_errors():
-        online = await request.app[REALTIME].presence.online(_id(request))
+        online = await request.app[REALTIME].presence.online(_path_id(request))
     rows = [vars(user) for user in online if after is None or user.user_id > after]
     return responses.page(ONLINE, *paginate(rows[: query["limit"] + 1], query["limit"], "user_id", list_name="online"))
 
@@ -99,10 +99,10 @@ async def list_online(request: web.Request) -> web.Response:
 @requires(Role.VIEWER)
 async def list_events(request: web.Request) -> web.Response:
     query = request[QUERY]
-    name = "after" if query["cursor"] is None else "cursor"  # the cursor of a page is its last event
-    after = None if query[name] is None else parse_event_id(query[name], field=name)
+    parameter = "after" if query["cursor"] is None else "cursor"  # the cursor of a page is its last event
+    after = None if query[parameter] is None else parse_event_id(query[parameter], field=parameter)
     with translate_store_errors():
-        replay = await request.app[REALTIME].channels.history.read(_id(request), after=after, limit=query["limit"])
+        replay = await request.app[REALTIME].channels.history.read(_path_id(request), after=after, limit=query["limit"])
     items = [Fragment(entry.event) for entry in replay.events]
     next_cursor = replay.events[-1].id if replay.more else None
     return responses.json({"items": items, "nextCursor": next_cursor, "gap": replay.gap})
@@ -119,7 +119,7 @@ async def change_workspace(request: web.Request) -> web.Response:
     row = await store.change_workspace(
         request.app[RESOURCES].db,
         project=request[ACCESS].project,
-        workspace=_id(request),
+        workspace=_path_id(request),
         actor=actor,
         name=changes.get("name"),
         description=changes.get("description"),
@@ -138,7 +138,7 @@ async def change_workspace(request: web.Request) -> web.Response:
 @requires(Role.COLLABORATOR)
 async def delete_workspace(request: web.Request) -> web.Response:
     revisions = expected_revisions(request, request[ACCESS].role.name)
-    actor, workspace = request[USER].id, _id(request)
+    actor, workspace = request[USER].id, _path_id(request)
     row = await store.delete_workspace(
         request.app[RESOURCES].db,
         project=request[ACCESS].project,
@@ -153,5 +153,5 @@ async def delete_workspace(request: web.Request) -> web.Response:
     return responses.no_content()
 
 
-def _id(request: web.Request) -> UUID:
+def _path_id(request: web.Request) -> UUID:
     return UUID(request.match_info["workspaceId"])

@@ -1,4 +1,4 @@
-"""Schemas of workspaces for requests."""
+"""Schemas of workspaces; those of responses are defined in ``projects`` and ``realtime``, and passed on here."""
 
 from typing import Any
 

@@ -68,7 +68,7 @@ async def change_workspace(
     meta: dict[str, Any] | None,
     revisions: Revisions | None,
 ) -> Record | None:
-    """Change and return the workspace, with ``actor_name``; None if deleted or its revision is not in the set."""
+    """Change and return the workspace, with ``actor_name``; None if deleted or its revision is not in ``revisions``."""
     return await db.fetchrow(
         """
         WITH project AS MATERIALIZED (
@@ -99,7 +99,7 @@ async def change_workspace(
 async def delete_workspace(
     db: Executor, *, project: UUID, workspace: UUID, actor: UUID, revisions: Revisions | None
 ) -> Record | None:
-    """Delete a workspace and return ``actor_name``; None if it is deleted or its revision is not in the set."""
+    """Delete a workspace and return ``actor_name``; None if it is deleted or its revision is not in ``revisions``."""
     return await db.fetchrow(
         """
         WITH project AS MATERIALIZED (
