@@ -65,20 +65,22 @@ async def serve(
     ):
         await indexes.create_all(stores.mongo)
         context = make_context(settings, stores, await Sandbox.detect())
-        report = WorkerHeartbeat(
+        heartbeat = WorkerHeartbeat(
             context.worker, context.sandbox.tier.name, context.sandbox.languages, queues, settings.worker_concurrency
         )
-        metrics.SANDBOX_LANGUAGES.labels(report.tier).set(len(report.languages))
+        metrics.SANDBOX_LANGUAGES.labels(heartbeat.tier).set(len(heartbeat.languages))
         notifier = JobNotifier(stores.blocking_redis, on_cancel=context.leases.cancel)
         priority_queues = [context.dispatcher.queues[name] for name in queues]
-        job_queue = WeightedOrder(stores.redis, priority_queues, notifier, capabilities=[*JOB_TYPES, *report.languages])
+        job_queue = WeightedOrder(
+            stores.redis, priority_queues, notifier, capabilities=[*JOB_TYPES, *heartbeat.languages]
+        )
         worker = JobWorker(job_queue, context, concurrency=settings.worker_concurrency)
         background = [
             asyncio.ensure_future(task)
             for task in (
                 notifier.listen(),
                 context.leases.renew_forever(),
-                worker_registry.send_heartbeats_forever(stores.redis, report),
+                worker_registry.send_heartbeats_forever(stores.redis, heartbeat),
                 recovery.admit_due_jobs_forever(context, stores.redis),
                 sampling.sample(stores.db),
                 sampling.sample_stores(stores),
@@ -87,7 +89,9 @@ async def serve(
         ]
         working = asyncio.ensure_future(worker.start())
         loop.tune_gc()
-        log.info("worker ready", worker=context.worker, sandbox=report.tier, languages=report.languages, queues=queues)
+        log.info(
+            "worker ready", worker=context.worker, sandbox=heartbeat.tier, languages=heartbeat.languages, queues=queues
+        )
         notify_ready(ready)
         _warn_about_quota(settings)
         stopping = asyncio.ensure_future(stop.wait())
@@ -174,9 +178,9 @@ class JobWorker(Worker[Any]):
 
 
 class MaintenanceWorker(Worker[Any]):
-    """The worker of the reconciler and the clean-up, independent of the load of jobs.
+    """The worker of the reconciler and the clean-up, which take no slot of the jobs.
 
-    Each tick runs in one of all workers.
+    Each tick, one run of a cron job, runs in only one of all worker processes.
     """
 
     SIGNALS = []  # noqa: RUF012
@@ -209,7 +213,7 @@ class MaintenanceWorker(Worker[Any]):
     async def clean_up(self, _: Any) -> None:
         await recovery.clean_up(self._context)
 
-    # SAQ's names of the two in Redis: workers of two versions share the queue during a rolling upgrade.
+    # SAQ names both in Redis by this. It stays: workers of two versions share the queue during a rolling upgrade.
     reconcile.__qualname__ = "UpkeepWorker.reconcile"
     clean_up.__qualname__ = "UpkeepWorker.clean_up"
 

@@ -2,8 +2,8 @@
 
 A user has a fixed number of slots. A queued or running attempt holds one, in its job's record; the other jobs wait as
 records. The end or cancellation of an attempt releases its slot and fills it with the next job. A request that creates
-a job without a slot looks for a free slot afterwards. So of two concurrent processes at least one sees the other's
-write, and the reconciler repairs the state that a killed process leaves.
+a job without a slot looks for a free slot after the insert, in case one was released meanwhile: of the two concurrent
+processes, at least one sees the other's write. The reconciler repairs the state that a killed process leaves.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ from server.jobs.table import JobType
 
 log = structlog.get_logger()
 
-MAX_FILL_ROUNDS = 3  # a process that loses that many races leaves the rest to the others
+MAX_FILL_ROUNDS = 3  # after that many lost races, the winners fill the remaining slots
 
 
 class Dispatcher:

@@ -33,7 +33,7 @@ routes = web.RouteTableDef()
 DISPATCHER = web.AppKey("dispatcher", Dispatcher)
 ANNOUNCEMENTS = web.AppKey("announcements", Announcements)
 WORKER_REGISTRY = web.AppKey("worker_registry", WorkerRegistry)
-MAX_CONFLICT_RETRIES = 20  # retries after a lost race; more than that does not occur in practice
+MAX_CONFLICT_RETRIES = 20  # after a write conflict with a worker; so many in a row do not occur in practice
 _PAYLOAD_REQUIREMENT = Requirement(Role.COLLABORATOR, resource_ids("documentId", "workspaceId", "projectId"))
 
 
@@ -51,12 +51,12 @@ async def create_job(request: web.Request) -> web.Response:
         # Before all other checks: a repeated request must not fail because of later changes.
         earlier = await store.find_by_idempotency_key(mongo, user=request[USER].id, key=key, body_hash=body_hash)
     job, duplicate = (earlier, True) if earlier else await _create(request, body, key, body_hash)
-    answer = {"job": store.client_view(job), "duplicate": duplicate}
+    response_body = {"job": store.client_view(job), "duplicate": duplicate}
     if duplicate:
-        return responses.json(answer, headers={REPLAYED_HEADER: "true"})
+        return responses.json(response_body, headers={REPLAYED_HEADER: "true"})
     await request.app[ANNOUNCEMENTS].announce_status(job)
     await _admit(request, job)
-    return responses.created(f"/api/v1/jobs/{job['_id']}", answer)
+    return responses.created(f"/api/v1/jobs/{job['_id']}", response_body)
 
 
 async def _create(

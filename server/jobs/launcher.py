@@ -269,9 +269,8 @@ def build_filter(*, allow_truncate: bool, shared_user_rules: list) -> bytes:
     program += match_syscall(FCNTL[arch], reject_argument(1, F_SETOWN, F_SETOWN_EX, F_SETPIPE_SZ))
     # Shared anonymous memory belongs to no process: pages that one has written and unmapped stay, and appear nowhere.
     program += match_syscall(MMAP[arch], reject_argument(3, MAP_SHARED | MAP_ANONYMOUS, mask=MAP_TYPES | MAP_ANONYMOUS))
-    program += match_syscall(
-        PRCTL[arch], reject_argument(0, PR_SET_DUMPABLE)
-    )  # else the watchdog could no longer measure the process
+    # Else the watchdog could no longer measure the process.
+    program += match_syscall(PRCTL[arch], reject_argument(0, PR_SET_DUMPABLE))
     if not allow_truncate:
         program += match_syscall(TRUNCATE_PATH[arch], [return_verdict(RETURN_EPERM)])
     return b"".join(
@@ -886,14 +885,10 @@ class Launcher:
     def serve(self) -> None:
         """Serve until the worker closes the control socket or exits, and then until the last shim exits."""
         remove_stale_directories(self.directory)
-        LIBC.prctl(
-            PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0
-        )  # the programs of a killed shim become children, to be killed here
+        LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # reap() kills the programs that a killed shim leaves
         signal.signal(signal.SIGCHLD, lambda *_: self.reap())
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(
-                number, signal.SIG_IGN
-            )  # the worker decides when the launcher exits; its exit closes the control socket
+            signal.signal(number, signal.SIG_IGN)  # the launcher exits when the worker closes the control socket
         gc.freeze()
         while True:
             message, descriptors, _, _ = socket.recv_fds(
@@ -909,9 +904,8 @@ class Launcher:
         remove_directory(self.directory)
 
     def launch(self, path: str, descriptors: "list[int]") -> None:
-        signal.pthread_sigmask(
-            signal.SIG_BLOCK, [signal.SIGCHLD]
-        )  # else reap() would kill the shim before it is in the set
+        # Else reap() would kill the shim before it is in the set.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
         shim = os.fork()
         if shim == 0:
             try:

@@ -14,8 +14,8 @@ from server.jobs import store
 
 log = structlog.get_logger()
 
-LEASE_CHECK_INTERVAL_SECONDS = 1.0  # a lost claim is detected within this time and two responses of MongoDB
-CHECKS_PER_RENEWAL = 2  # checks
+LEASE_CHECK_INTERVAL_SECONDS = 1.0  # a lost claim is detected after this time and two calls of MongoDB at the latest
+CHECKS_PER_RENEWAL = 2
 
 StopReason = Literal["lost", "stopping"]
 T = TypeVar("T")
@@ -48,9 +48,9 @@ class HeldLease:
 
 
 class MongoAvailability:
-    """The time since which MongoDB responds to this worker without a gap.
+    """The time since which MongoDB has responded to this worker without a gap.
 
-    A longer gap may have expired the leases of running workers, which then get time to renew them.
+    During a gap, leases may expire although their workers run. After it, these workers get time to renew them.
     """
 
     MAX_GAP_SECONDS = 4.0  # shorter than the time from a renewal to the expiry of a lease
@@ -103,7 +103,7 @@ class Leases:
         return self._mongo_availability.is_stable(time.monotonic())
 
     def cancel(self, job: str) -> None:
-        """Stop the attempt of a cancelled job at once, if this worker runs it."""
+        """Stop the attempt of a cancelled job at once, if this worker runs it: the cancellation has ended its claim."""
         for held in self._held:
             if held.job == job:
                 held.stop("lost")

@@ -68,7 +68,7 @@ async def run_attempt(context: WorkerContext, *, job: str, claim: int) -> None:
     structlog.contextvars.bind_contextvars(job=job)
     try:
         with context.leases.hold(job, claim) as held:
-            record = await before_process(context, job=job, claim=claim)
+            record = await _claim_attempt(context, job=job, claim=claim)
             if record is None:
                 return  # cancelled, or already claimed: the message arrived late or twice
             structlog.contextvars.bind_contextvars(type=record["type"], attempt=record["attempts"])
@@ -80,8 +80,8 @@ async def run_attempt(context: WorkerContext, *, job: str, claim: int) -> None:
         log.exception("attempt abandoned")
 
 
-async def before_process(context: WorkerContext, *, job: str, claim: int) -> JobRecord | None:
-    """Claim the attempt and return its record, or None if there is nothing to do."""
+async def _claim_attempt(context: WorkerContext, *, job: str, claim: int) -> JobRecord | None:
+    """Claim the attempt and return its record; None if the job is cancelled or another worker has claimed it."""
     mongo, worker = context.stores.mongo, context.worker
     record, _ = await _retry_mongo(
         lambda: store.claim(mongo, job=job, claim=claim, worker=worker, now=store.mongo_now())
@@ -93,14 +93,14 @@ async def before_process(context: WorkerContext, *, job: str, claim: int) -> Job
 
 
 def _observe_wait(record: JobRecord) -> None:
-    """Observe the time between due and started; an attempt without a known due time is not measured."""
+    """Observe the time from due to start; skip later attempts of a job without ``runAt``: their due time is unknown."""
     due = record["runAt"] or (record["createdAt"] if record["claim"] == 1 else None)
     if due is not None:
         seconds = (record["startedAt"] - due).total_seconds()
         metrics.JOB_WAIT.labels(record["type"]).observe(max(0.0, seconds))
 
 
-async def after_process(
+async def _decide_outcome(
     context: WorkerContext,
     record: JobRecord,
     *,
@@ -108,7 +108,7 @@ async def after_process(
     error: dict[str, Any] | None = None,
     final: bool = True,
 ) -> None:
-    """Write the outcome; schedule a retry with backoff after a failure that is not final."""
+    """Complete or fail the job, or schedule a retry with backoff after a failure that is not final."""
     mongo, now = context.stores.mongo, store.mongo_now()
     if error is None:
         assert result is not None
@@ -123,15 +123,19 @@ async def after_process(
         )
     else:
         outcome, status = "retried", store.PENDING
-        at = now + retry_backoff(record["attempts"])
+        run_at = now + retry_backoff(record["attempts"])
         written = await _write_outcome(
-            context, record, status, lambda: store.schedule_retry(mongo, job=record, error=error, run_at=at, now=now)
+            context,
+            record,
+            status,
+            lambda: store.schedule_retry(mongo, job=record, error=error, run_at=run_at, now=now),
         )
     await _finish_attempt(context, record, outcome, written=written)
 
 
-async def requeue(context: WorkerContext, record: JobRecord) -> None:
+async def _requeue(context: WorkerContext, record: JobRecord) -> None:
     """Requeue the job because this worker shuts down; the attempt does not count."""
+    # Clients and dashboards know this code and the outcome below.
     error = {"code": "handed_back", "message": "Worker shut down during the attempt"}
     mongo, now = context.stores.mongo, store.mongo_now()
     written = await _write_outcome(
@@ -154,20 +158,20 @@ async def _run_and_write(context: WorkerContext, record: JobRecord, held: HeldLe
         if held.stop_reason == "lost":
             await _finish_attempt(context, record, "superseded", written=False)
         else:
-            await asyncio.shield(requeue(context, record))
-    except ServiceError as refusal:
-        await after_process(
-            context, record, error={"code": refusal.code, "message": refusal.detail}, final=refusal.status < 500
+            await asyncio.shield(_requeue(context, record))
+    except ServiceError as error:
+        await _decide_outcome(
+            context, record, error={"code": error.code, "message": error.detail}, final=error.status < 500
         )
     except Exception as error:
         log.warning("attempt failed", exc_info=not isinstance(error, InjectedFault), error=str(error))
-        await after_process(context, record, error=_error_details(error), final=False)
+        await _decide_outcome(context, record, error=_error_details(error), final=False)
     else:
         try:
-            await after_process(context, record, result=result)
+            await _decide_outcome(context, record, result=result)
         except (DocumentTooLarge, InvalidDocument, OverflowError) as error:
             log.warning("result cannot be stored", error=str(error))
-            await after_process(
+            await _decide_outcome(
                 context,
                 record,
                 error={
@@ -223,7 +227,7 @@ async def _check_access(context: WorkerContext, record: JobRecord) -> None:
 async def _open_output(context: WorkerContext, record: JobRecord) -> AsyncIterator[OutputWriter]:
     """Store the output while the block runs, and the rest afterwards, even if the block fails."""
     mongo, job, claim = context.stores.mongo, record["_id"], record["claim"]
-    # Only a first attempt knows that no output is stored.
+    # Output of earlier attempts stays: a later attempt continues at its end.
     start = await output.read_end_offset(mongo, job=job) if claim > 1 else 0
 
     async def announce(chunks: Any) -> None:

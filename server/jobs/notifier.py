@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 
 log = structlog.get_logger()
 
-NOTIFICATION_CHANNEL = "jobs:bell"
+NOTIFICATION_CHANNEL = "jobs:bell"  # the name stays: processes of two versions share it during a rolling upgrade
 RECONNECT_DELAY_SECONDS = 0.5
 PING_INTERVAL_SECONDS = 2.0  # without a message; a connection that answers no ping within the same time is lost
 
@@ -30,7 +30,7 @@ async def publish_cancellation(redis: Redis, *, job: str) -> None:
 class JobNotifier:
     """A subscriber of the workers' channel.
 
-    It sets ``work_available`` when a message is sent, and calls ``on_cancel`` with the id of each cancelled job.
+    It sets ``work_available`` when a job is enqueued, and calls ``on_cancel`` with the id of each cancelled job.
     """
 
     def __init__(self, redis: Redis, *, on_cancel: Callable[[str], None]) -> None:

@@ -1,7 +1,7 @@
 """The interface to SAQ: one message per attempt, in one queue per priority class.
 
 SAQ neither retries nor recovers jobs: the record decides, and the reconciler redelivers a lost message. Each class
-has its own hash tag, so that a Redis Cluster can distribute them; hence no command uses keys of two classes.
+has its own hash tag, so that a Redis Cluster can distribute the classes; no command may use keys of two classes.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from server.jobs.table import JobType
 log = structlog.get_logger()
 
 PRIORITY_CLASSES = ("high", "normal", "low")  # in descending priority
-MAINTENANCE = "upkeep"
+MAINTENANCE = "upkeep"  # the name in Redis stays: workers of two versions share the queue during a rolling upgrade
 TIMEOUT_MARGIN_SECONDS = 240  # SAQ's deadline comes after that of the job type, and after all retries of MongoDB
 DELETE_WHEN_FINISHED = -1  # SAQ keeps nothing of a finished message: the record has it
 MAX_CONCURRENT_OPERATIONS = 100
@@ -41,7 +41,7 @@ redis.call('PUBLISH', ARGV[2], '')
 return 1
 """
 
-# Takes the first message whose type and language the worker supports; the others keep their places for other workers.
+# Takes the first message whose type and language the worker supports. The others keep their places, for other workers.
 # SAQ gives each message its own key in the queue's hash slot; the caller cannot name it in KEYS, since only the script
 # finds it.
 _TAKE_SCRIPT = """

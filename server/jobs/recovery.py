@@ -20,7 +20,7 @@ from server.jobs.store import JobRecord
 
 log = structlog.get_logger()
 
-REDELIVERY_DURATION = timedelta(seconds=5)  # a message sent that long ago is checked
+MIN_MESSAGE_AGE = timedelta(seconds=5)  # a message that was sent that long ago is checked
 BATCH_SIZE = 500
 MAX_ROUNDS = 20
 DUE_CHECK_INTERVAL_SECONDS = 0.4
@@ -56,25 +56,25 @@ async def reclaim_expired(context: WorkerContext) -> None:
 async def redeliver_missing(context: WorkerContext) -> None:
     """Redeliver the messages of queued attempts that have none."""
     for _ in range(MAX_ROUNDS):
-        before = store.mongo_now() - REDELIVERY_DURATION
+        before = store.mongo_now() - MIN_MESSAGE_AGE
         jobs = await store.stale_messages(context.stores.mongo, types=context.types, before=before, limit=BATCH_SIZE)
         by_class = defaultdict(list)
         for job in jobs:
             by_class[queue.priority_class(job["priority"])].append(job)
         for priority_class, jobs_of_class in by_class.items():
-            await _redeliver_missing(context, priority_class, jobs_of_class)
+            await _redeliver_missing_of_class(context, priority_class, jobs_of_class)
         if len(jobs) < BATCH_SIZE:
             return
 
 
-async def _redeliver_missing(context: WorkerContext, priority_class: str, jobs: list[JobRecord]) -> None:
+async def _redeliver_missing_of_class(context: WorkerContext, priority_class: str, jobs: list[JobRecord]) -> None:
     by_key = {queue.message_key(job): job for job in jobs}
     queued = await context.dispatcher.queues[priority_class].queued_keys(list(by_key))
     now = store.mongo_now()
     mongo = context.stores.mongo
     if queued:
         waiting = [by_key[key]["_id"] for key in queued]
-        await store.confirm_messages(mongo, jobs=waiting, sent_before=now - REDELIVERY_DURATION, now=now)
+        await store.confirm_messages(mongo, jobs=waiting, sent_before=now - MIN_MESSAGE_AGE, now=now)
     missing = [job for key, job in by_key.items() if key not in queued]
     for job in missing:
         if await store.renew_message(mongo, job=job, now=now):
@@ -108,10 +108,8 @@ async def clean_up(context: WorkerContext) -> None:
         (artifacts.delete_expired, now),
         (artifacts.delete_abandoned, now - MAX_ATTEMPT_DURATION),
         (output.delete_old, now - LOG_RETENTION),
-        (
-            store.delete_old,
-            now - RECORD_RETENTION,
-        ),  # last: their logs and artifacts have a shorter retention and are deleted
+        # Last: the logs and artifacts of these jobs have a shorter retention, and are deleted already.
+        (store.delete_old, now - RECORD_RETENTION),
     ):
         try:
             with pymongo.timeout(CLEAN_UP_STEP_TIMEOUT_SECONDS):

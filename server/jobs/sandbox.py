@@ -1,4 +1,4 @@
-"""The sandbox for users' programs: no network, no access to the host, limits on every resource, no remains.
+"""The sandbox for users' programs: no network, no access to the host, limits on every resource, nothing left behind.
 
 ``launcher.py`` confines the programs, in its own processes. This module selects the tier, tests it once at the start
 of the worker, and passes each program to the launcher. It never falls back to an unconfined run.
@@ -21,7 +21,7 @@ import structlog
 
 from server.jobs import cgroups, tiers
 from server.jobs.languages import Language, Program, ProgramLimits, installed_languages
-from server.jobs.sandbox_supervisor import LauncherProcess, NotLaunchedError, OnOutput, RunningProgram, SandboxError
+from server.jobs.launcher_client import LauncherProcess, NotLaunchedError, OnOutput, RunningProgram, SandboxError
 from server.jobs.tiers import NO_TIER, Tier
 
 __all__ = ["FilesRejectedError", "ProgramLimits", "ProgramResult", "Sandbox", "SandboxError"]
@@ -31,14 +31,9 @@ log = structlog.get_logger()
 MAX_LAUNCH_ATTEMPTS = 3
 FIRST_UID, UID_COUNT = 1_500_000_000, 1 << 26  # far from the uids of real users
 MAX_INPUT_FILES, MAX_INPUT_BYTES, MAX_PATH_BYTES = 2_000, 32 << 20, 1024
-INVALID_PATH_ERRNOS = (
-    errno.ENAMETOOLONG,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-)  # the path itself is at fault: a retry fails too
+# The path itself is at fault: a retry fails too.
+INVALID_PATH_ERRNOS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 SIGXCPU = 24
-
 
 DEFAULT_LIMITS = ProgramLimits()
 SELF_TEST_LIMITS = ProgramLimits(timeout_seconds=60, memory_mb=256)
@@ -74,7 +69,7 @@ class Sandbox:
     _cgroup: Path | None = None
     _languages: Mapping[str, Language] = field(default_factory=dict)
     _self_test_failure: str = ""  # of the last self-test that failed
-    _starting: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _restart_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -197,21 +192,21 @@ class Sandbox:
         for _ in range(MAX_LAUNCH_ATTEMPTS):
             launcher = await self._running_launcher()
             root = Path(tempfile.mkdtemp(prefix="job-", dir=launcher.directory))
-            job = RunningProgram(root, on_output)
+            running = RunningProgram(root, on_output)
             try:
                 await _run_in_thread(self._write_job_directory, root, program)
-                await job.start(launcher)
-                report = await job.wait()
+                await running.start(launcher)
+                outcome = await running.wait()
             except BaseException as error:
                 await _run_in_thread(shutil.rmtree, root, True)
                 if not isinstance(error, NotLaunchedError):
                     raise
             else:
-                return _program_result(report, job, program.language, self.tier)
+                return _program_result(outcome, running, program.language, self.tier)
         raise SandboxError("the sandbox launcher exits repeatedly")
 
     async def _running_launcher(self) -> LauncherProcess:
-        async with self._starting:
+        async with self._restart_lock:
             if not self._launcher.alive:
                 log.warning("sandbox launcher exited, restarting")
                 exited, self._launcher = self._launcher, await LauncherProcess.start()
@@ -299,20 +294,20 @@ def _random_uid() -> int:
     return min(FIRST_UID, last - span) + secrets.randbelow(span)
 
 
-def _program_result(report: dict[str, Any], job: RunningProgram, language: Language, tier: Tier) -> ProgramResult:
-    if report["stopReason"] == "disk":
-        job.stderr.append("\n[killed: the program exceeded its disk limit]\n")
-    allocation_failed = report["exitCode"] != 0 and language.out_of_memory_text in job.stderr.text[-4096:]
+def _program_result(outcome: dict[str, Any], running: RunningProgram, language: Language, tier: Tier) -> ProgramResult:
+    if outcome["stopReason"] == "disk":
+        running.stderr.append("\n[killed: the program exceeded its disk limit]\n")
+    allocation_failed = outcome["exitCode"] != 0 and language.out_of_memory_text in running.stderr.text[-4096:]
     return ProgramResult(
-        exit_code=report["exitCode"],
-        signal=report["signal"],
-        stdout=job.stdout.text,
-        stderr=job.stderr.text,
-        truncated=job.stdout.truncated or job.stderr.truncated,
-        timed_out=report["stopReason"] == "time" or report["signal"] == SIGXCPU,  # the same limit, in CPU time
-        out_of_memory=report["stopReason"] == "memory" or allocation_failed,
-        duration_ms=report["durationMs"],
-        max_rss_kb=report["maxRssKb"],
+        exit_code=outcome["exitCode"],
+        signal=outcome["signal"],
+        stdout=running.stdout.text,
+        stderr=running.stderr.text,
+        truncated=running.stdout.truncated or running.stderr.truncated,
+        timed_out=outcome["stopReason"] == "time" or outcome["signal"] == SIGXCPU,  # the same limit, in CPU time
+        out_of_memory=outcome["stopReason"] == "memory" or allocation_failed,
+        duration_ms=outcome["durationMs"],
+        max_rss_kb=outcome["maxRssKb"],
         sandbox=tier.name,
     )
 

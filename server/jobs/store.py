@@ -28,7 +28,7 @@ from server.errors import ValidationFailed
 PENDING, PROCESSING, COMPLETED, FAILED, CANCELLED = "pending", "processing", "completed", "failed", "cancelled"
 STATUSES = (PENDING, PROCESSING, COMPLETED, FAILED, CANCELLED)
 MAX_ATTEMPTS = 3
-MAX_LOST_WORKERS = 5  # consecutive workers
+MAX_LOST_WORKERS = 5  # consecutive ones; then the job fails, because it may be what kills them
 LEASE_DURATION = timedelta(seconds=10)
 MAX_HISTORY = 50
 OUTPUT_GRACE_DURATION = timedelta(seconds=3)  # the processes of a cancelled job end within 2 s
@@ -391,7 +391,7 @@ async def complete(mongo: Any, *, job: JobRecord, result: dict[str, Any], now: d
 
 
 async def fail(mongo: Any, *, job: JobRecord, error: dict[str, Any], now: datetime) -> bool:
-    """Fail the job without a retry; return whether the claim still held."""
+    """Fail the job for good (a dead letter: only ``retry`` revives it); return whether the claim still held."""
     change = {"status": FAILED, "error": error, "completedAt": now}
     return await _end_attempt(mongo, job, change, error=error, now=now)
 
@@ -403,7 +403,7 @@ async def schedule_retry(mongo: Any, *, job: JobRecord, error: dict[str, Any], r
 
 
 async def requeue(mongo: Any, *, job: JobRecord, error: dict[str, Any], now: datetime) -> bool:
-    """Return the job to pending without counting the attempt; return whether the claim still held."""
+    """Make the job pending again without counting the attempt; return whether the claim still held."""
     change = {"status": PENDING, "attempts": job["attempts"] - 1, "lost": 0}
     return await _end_attempt(mongo, job, change, error=error, now=now)
 
@@ -434,11 +434,8 @@ async def cancel(mongo: Any, *, job: JobRecord, now: datetime) -> bool:
     change = {"status": CANCELLED, "completedAt": now}
     if job["status"] == PROCESSING:
         return await _end_attempt(mongo, job, change, error=error, now=now)
-    as_read = {
-        "status": PENDING,
-        "claim": job["claim"],
-        "slot": job["slot"],
-    }  # if it got a slot since, the caller reads again and releases it
+    # If the job got a slot since, this write fails, and the caller reads the job again to release that slot.
+    as_read = {"status": PENDING, "claim": job["claim"], "slot": job["slot"]}
     return await _update_if(mongo, job, as_read, {**change, **_RELEASE_FIELDS}, now)
 
 

@@ -15,8 +15,8 @@ READABLE_PATHS = (
     "/etc/ld.so.cache",
     "/etc/localtime",
     "/etc/alternatives",
-    "/etc/ssl/openssl.cnf",
-)  # node reads the last
+    "/etc/ssl/openssl.cnf",  # for node
+)
 DEVICE_PATHS = tuple(f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom"))
 BWRAP_PATH = "/usr/bin/bwrap"
 BWRAP_HOME, BWRAP_FILES, BWRAP_CHILD = "/job/work", "/job/files", "/sandbox_child.py"

@@ -32,21 +32,21 @@ class WorkerHeartbeat:
     concurrency: int
 
 
-async def send_heartbeat(redis: Redis, mine: WorkerHeartbeat) -> None:
+async def send_heartbeat(redis: Redis, heartbeat: WorkerHeartbeat) -> None:
     """Register this worker for the next 30 s."""
     expires_at = time.time() + HEARTBEAT_TTL_SECONDS
     async with redis.pipeline(transaction=True) as pipeline:
-        pipeline.setex(_worker_key(mine.worker), HEARTBEAT_TTL_SECONDS, orjson.dumps(asdict(mine)))
-        pipeline.zadd(_INDEX_KEY, {mine.worker: expires_at})
+        pipeline.setex(_worker_key(heartbeat.worker), HEARTBEAT_TTL_SECONDS, orjson.dumps(asdict(heartbeat)))
+        pipeline.zadd(_INDEX_KEY, {heartbeat.worker: expires_at})
         pipeline.zremrangebyscore(_INDEX_KEY, 0, time.time() - HEARTBEAT_TTL_SECONDS)
         await pipeline.execute()
 
 
-async def send_heartbeats_forever(redis: Redis, mine: WorkerHeartbeat) -> None:
+async def send_heartbeats_forever(redis: Redis, heartbeat: WorkerHeartbeat) -> None:
     """Send heartbeats until cancelled."""
     while True:
         try:
-            await send_heartbeat(redis, mine)
+            await send_heartbeat(redis, heartbeat)
         except (RedisError, OSError) as error:
             log.warning("worker heartbeat not sent", error=str(error))
         await asyncio.sleep(HEARTBEAT_INTERVAL_SECONDS)

@@ -13,8 +13,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from server import multiprocess_metrics
-from server import settings as environment
+from server import multiprocess_metrics, settings
 from server.deadline import store_deadline
 from server.errors import Unavailable
 from server.jobs import store
@@ -45,7 +44,7 @@ async def metrics_response(request: web.Request, stores: Resources) -> web.Respo
 
 
 class CombinedRegistry(CollectorRegistry):
-    """A registry with further metrics that no process counts."""
+    """The metrics of a registry and further ones, which are read from a store at each scrape."""
 
     def __init__(self, counted: CollectorRegistry, more: Sequence[Metric]) -> None:
         super().__init__()
@@ -59,7 +58,7 @@ class CombinedRegistry(CollectorRegistry):
 
 def _render_metrics(more: Sequence[Metric]) -> bytes:
     """Render the metrics. It reads the files of all processes, so call it outside of the event loop."""
-    directory = environment.multiproc_dir()
+    directory = settings.multiproc_dir()
     with (
         multiprocess_metrics.locked_registry(directory)
         if directory

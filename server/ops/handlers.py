@@ -48,7 +48,6 @@ _RESPONSES = {
 @limit(None)
 @public
 async def health(request: web.Request) -> web.Response:
-    """Respond while the process runs."""
     return responses.json(liveness(started_at=request.app[STARTED_AT]))
 
 
@@ -78,17 +77,17 @@ async def ready(request: web.Request) -> web.Response:
 @limit(None)
 @public
 async def metrics(request: web.Request) -> web.Response:
-    opened = request.app[RESOURCES]
-    if operators.disabled(opened.settings):
+    stores = request.app[RESOURCES]
+    if operators.disabled(stores.settings):
         raise NotFound("Resource not found")
-    return await exposition.metrics_response(request, opened)
+    return await exposition.metrics_response(request, stores)
 
 
 async def _workers(request: web.Request) -> list[dict[str, Any]] | None:
-    """Return the reports of the workers, or None during an outage of Redis. Readiness does not depend on them."""
+    """Return the registered workers, or None during an outage of Redis. Readiness does not depend on them."""
     try:
         async with asyncio.timeout(store_health.CHECK_TIMEOUT_SECONDS):
             workers = await request.app[WORKER_REGISTRY].workers()
     except (RedisError, OSError):
         return None
-    return [{"worker": report.worker, "sandbox": report.tier, "languages": report.languages} for report in workers]
+    return [{"worker": worker.worker, "sandbox": worker.tier, "languages": worker.languages} for worker in workers]

@@ -13,7 +13,7 @@ class OperatorAuth(BasicAuthMiddleware):  # type: ignore[misc]
     """Basic authentication in constant time: its duration does not reveal how much of the credentials is right."""
 
     async def authenticate(self, request: web.Request) -> bool:
-        # Not by the parent class: it uses a class of aiohttp that is deprecated.
+        # The parent's method uses a deprecated class of aiohttp.
         scheme, _, encoded = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
         try:
             username, _, password = base64.b64decode(encoded, validate=True).decode().partition(":")
@@ -30,7 +30,7 @@ def has_credentials(settings: Settings) -> bool:
 
 
 def disabled(settings: Settings) -> bool:
-    """Return whether endpoints for operators do not exist: without credentials, production would expose them."""
+    """Return whether the operators' endpoints are off: in production, without credentials, they would be public."""
     return settings.production and not has_credentials(settings)
 
 

@@ -42,10 +42,10 @@ def record_socket_metrics(realtime: Realtime) -> None:
     metrics.OUTBOX_BYTES.set(size)
 
 
-async def sample_stores(opened: Resources) -> None:
+async def sample_stores(stores: Resources) -> None:
     """Sample the health of the stores until cancelled, also while the process gets no requests."""
     while True:
-        for name, state in (await store_health.check(opened)).items():
+        for name, state in (await store_health.check(stores)).items():
             metrics.STORE_UP.labels(name).set(state["status"] == "up")
         await asyncio.sleep(PROBE_INTERVAL_SECONDS)
 

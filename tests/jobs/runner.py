@@ -22,7 +22,7 @@ from typing import Any
 import structlog
 
 from server import loop
-from server.jobs import sandbox_supervisor, tiers
+from server.jobs import launcher_client, tiers
 from server.jobs.sandbox import FilesRejectedError, ProgramLimits, ProgramResult, Sandbox, SandboxError
 from tests.devstack.pids import all_exited
 from tests.timeouts import WAIT_TIMEOUT_SECONDS
@@ -226,7 +226,7 @@ def switch_user(uid: int) -> None:
     """Switch to another user, with copies of files and an interpreter that this user can read."""
     copies = Path(tempfile.mkdtemp(prefix="copies-"))
     copies.chmod(0o755)
-    sandbox_supervisor.LAUNCHER = Path(shutil.copy(sandbox_supervisor.LAUNCHER, copies))
+    launcher_client.LAUNCHER = Path(shutil.copy(launcher_client.LAUNCHER, copies))
     tiers.SANDBOX_CHILD = Path(shutil.copy(tiers.SANDBOX_CHILD, copies))
     asyncio.run(asyncio.to_thread(os.getpid))  # import what is needed later, before the switch
     loop.run(warm_up_imports())

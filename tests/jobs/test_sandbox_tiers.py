@@ -16,7 +16,7 @@ from uuid import uuid4
 import pytest
 import structlog.testing
 
-from server.jobs import cgroups, launcher, sandbox_supervisor, tiers
+from server.jobs import cgroups, launcher, launcher_client, tiers
 from server.jobs.sandbox import Sandbox, SandboxError
 from tests.devstack.pids import all_exited
 from tests.timeouts import WAIT_TIMEOUT_SECONDS
@@ -64,13 +64,13 @@ async def test_tier_that_leaks_a_descriptor_is_not_selected(
     tier: tiers.Tier, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     source, leak = (
-        sandbox_supervisor.LAUNCHER.read_text(),
+        launcher_client.LAUNCHER.read_text(),
         "            os.dup2(1, 9)\n            run_child(config, report)",
     )
     assert source.count("            run_child(config, report)") == 1
     leaky = tmp_path / "launcher.py"
     leaky.write_text(source.replace("            run_child(config, report)", leak))
-    monkeypatch.setattr(sandbox_supervisor, "LAUNCHER", leaky)
+    monkeypatch.setattr(launcher_client, "LAUNCHER", leaky)
     with structlog.testing.capture_logs() as logs:
         box = await Sandbox.detect([tier])
     await box.close()
@@ -178,7 +178,7 @@ def test_temporary_directory_of_a_killed_worker_is_removed(tmp_path: Path) -> No
 async def test_next_worker_removes_the_directories_of_killed_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     with tempfile.TemporaryDirectory() as folder:
         monkeypatch.setattr(tempfile, "tempdir", folder)
-        monkeypatch.setattr(sandbox_supervisor, "LAUNCHER", launcher_with_short_stale_age(Path(folder)))
+        monkeypatch.setattr(launcher_client, "LAUNCHER", launcher_with_short_stale_age(Path(folder)))
         Path(folder).chmod(0o755)
         stale, in_use, foreign = (Path(folder, name) for name in ("sandbox-left", "sandbox-used", "precious"))
         for directory in (stale, in_use, foreign):
@@ -198,7 +198,7 @@ def launcher_with_short_stale_age(folder: Path) -> Path:
 
     The age matters: a young directory may belong to a worker that has not locked it yet.
     """
-    source = sandbox_supervisor.LAUNCHER.read_text()
+    source = launcher_client.LAUNCHER.read_text()
     assert "MIN_STALE_SECONDS = 60.0" in source
     path = folder / "launcher.py"
     path.write_text(source.replace("MIN_STALE_SECONDS = 60.0", "MIN_STALE_SECONDS = 0.05"))
@@ -291,7 +291,7 @@ def test_filter_is_within_its_size_limit_and_its_jumps_are_valid() -> None:
 
 
 def test_launcher_imports_only_the_standard_library() -> None:
-    for program in (sandbox_supervisor.LAUNCHER, tiers.SANDBOX_CHILD):
+    for program in (launcher_client.LAUNCHER, tiers.SANDBOX_CHILD):
         check = (
             f"import ast, sys; compile(open({str(program)!r}).read(), 'x', 'exec'); exec('import ' + ', '.join(sorted("
             f"{{n.name for node in ast.walk(ast.parse(open({str(program)!r}).read())) if isinstance(node, ast.Import) "

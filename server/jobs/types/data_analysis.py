@@ -29,7 +29,7 @@ class DataAnalysis(Schema):
 
 
 @jobs.on("DATA_ANALYSIS", DataAnalysis, timeout=120)
-async def analyse(attempt: AttemptContext, payload: dict[str, Any]) -> dict[str, Any]:
+async def analyze(attempt: AttemptContext, payload: dict[str, Any]) -> dict[str, Any]:
     """Describe a table: its columns, their correlations and remarkable values."""
     content = payload.get("content")
     if content is None:

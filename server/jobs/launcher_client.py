@@ -1,4 +1,4 @@
-"""The worker's side of the launcher and its shims: a program's start, output, result and cancellation."""
+"""The client of the sandbox launcher, in the worker: starts a program, captures its output, cancels it."""
 
 import asyncio
 import codecs
