@@ -44,8 +44,8 @@ async def redeem(redis: Redis, *, ticket: str) -> User:
         raw: Any = await redis.getdel(_key(ticket))
     if raw is None:
         raise Unauthenticated(f"The ticket is not valid: a ticket is for one use within {TICKET_TTL_SECONDS} seconds")
-    id, session, token, expires_at = json.loads(raw)
-    user = User(id=UUID(id), session=UUID(session), token_id=token, expires_at=datetime.fromisoformat(expires_at))
+    id, session, token_id, expires_at = json.loads(raw)
+    user = User(id=UUID(id), session=UUID(session), token_id=token_id, expires_at=datetime.fromisoformat(expires_at))
     if user.expires_at <= datetime.now(UTC):
         raise Unauthenticated("The access token behind the ticket has expired")
     return user

@@ -59,10 +59,10 @@ class Dispatcher:
             return
         with _defer_to_reconciler():
             while waiting := await self._waiting(user, limit=1):
-                placed = await self._assign_slot(waiting[0], slot)
-                if placed:
+                assigned = await self._assign_slot(waiting[0], slot)
+                if assigned:
                     return
-                if placed is None:  # another process took it, and may not see the other waiting jobs
+                if assigned is None:  # another process took it, and may not see the other waiting jobs
                     await self.fill_slots(user)
                     return
 

@@ -159,7 +159,7 @@ async def read_logs(request: web.Request) -> web.Response:
 async def cancel_job(request: web.Request) -> web.Response:
     stores = request.app[RESOURCES]
 
-    async def move(job: JobRecord) -> bool:
+    async def transition(job: JobRecord) -> bool:
         if job["status"] not in (store.PENDING, store.PROCESSING):
             raise Conflict(f"Job has already ended: {job['status']}", code="not_cancellable")
         was_processing, slot = job["status"] == store.PROCESSING, job["slot"]
@@ -170,7 +170,7 @@ async def cancel_job(request: web.Request) -> web.Response:
         await request.app[DISPATCHER].release_slot(job["userId"], slot)
         return True
 
-    job = await _transition(request, move)
+    job = await _transition(request, transition)
     return responses.json(store.client_view(job))
 
 
@@ -179,14 +179,14 @@ async def cancel_job(request: web.Request) -> web.Response:
 @response_schema(schemas.Job, 202)
 @error_codes("not_found", "forbidden", "not_retryable")
 async def retry_job(request: web.Request) -> web.Response:
-    async def move(job: JobRecord) -> bool:
+    async def transition(job: JobRecord) -> bool:
         if job["status"] not in (store.FAILED, store.CANCELLED):
             raise Conflict(
                 f"Only a failed or cancelled job can be retried: it is {job['status']}", code="not_retryable"
             )
         return await store.retry(request.app[RESOURCES].mongo, job=job, now=store.mongo_now())
 
-    job = await _transition(request, move)
+    job = await _transition(request, transition)
     await _admit(request, job)
     return responses.json(store.client_view(job), status=202)
 
@@ -272,13 +272,13 @@ async def _check_role(request: web.Request, kind: ResourceKind, id: UUID, role: 
     return await access.check(request.app[RESOURCES].db, user=request[USER].id, kind=kind, id=id, role=role)
 
 
-async def _transition(request: web.Request, move: Callable[[JobRecord], Awaitable[bool]]) -> JobRecord:
+async def _transition(request: web.Request, transition: Callable[[JobRecord], Awaitable[bool]]) -> JobRecord:
     """Change the state of the job and return it; read it again if a worker changed it in between."""
     for _ in range(MAX_CONFLICT_RETRIES):
         job = await _read_authorized(request, role=Role.COLLABORATOR)
         with translate_store_errors():
-            moved = await move(job)
-        if moved:
+            changed = await transition(job)
+        if changed:
             await request.app[ANNOUNCEMENTS].announce_status(job)
             return job
     raise Conflict("Job was changed concurrently too many times")

@@ -67,11 +67,11 @@ class Asset:
     async def respond(self, request: web.Request) -> web.Response:
         """Respond to a GET in an encoding that the client accepts, or with 304 if it has the body already."""
         if self._variants is None:
-            self._variants = await asyncio.to_thread(self._encoded)
+            self._variants = await asyncio.to_thread(self._encode)
         plain, compressed = self._variants
         return (compressed if accepts_gzip(request.headers.get(hdrs.ACCEPT_ENCODING, "")) else plain).respond(request)
 
-    def _encoded(self) -> tuple[EncodedBody, EncodedBody]:
+    def _encode(self) -> tuple[EncodedBody, EncodedBody]:
         """Return the body plain and, if worth it, as gzip; each has a strong ETag of its own (RFC 9110)."""
         headers = {**self._headers, hdrs.ETAG: f'"{self.tag}"'}
         if not self._is_text or len(self.body) < MIN_COMPRESSED_BYTES:

@@ -65,11 +65,11 @@ def parse_entry(entry: str) -> Address | None:
     A name (``unknown``, ``_hidden``: RFC 7239, section 6) is no address. An address with a zone counts as none, because
     a zone has no meaning on another host.
     """
-    return _parsed(entry) if len(entry) <= MAX_ENTRY_LENGTH and "%" not in entry else None
+    return _parse(entry) if len(entry) <= MAX_ENTRY_LENGTH and "%" not in entry else None
 
 
 @lru_cache(4096)
-def _parsed(entry: str) -> Address | None:
+def _parse(entry: str) -> Address | None:
     bracketed = entry.startswith("[")
     host, port = _split_brackets(entry) if bracketed else _split(entry)
     try:
@@ -78,7 +78,7 @@ def _parsed(entry: str) -> Address | None:
         return None
     if not _is_port(port) or (bracketed and address.version == 4):
         return None
-    return _unmapped(address)
+    return _unmap_ipv4(address)
 
 
 def _split(entry: str) -> tuple[str, str]:
@@ -98,7 +98,7 @@ def _is_port(text: str) -> bool:
     return not text or (text[0] == ":" and digits.isascii() and digits.isdigit() and int(digits) <= 65535)
 
 
-def _unmapped(address: Address) -> Address:
+def _unmap_ipv4(address: Address) -> Address:
     """Return an IPv4 address as such; a dual-stack socket shows it as ``::ffff:192.0.2.1``."""
     return getattr(address, "ipv4_mapped", None) or address
 
@@ -107,7 +107,7 @@ def _unmapped(address: Address) -> Address:
 def _peer_address(peer: str) -> Address | None:
     """Return the address of a peer, which may have a zone; None for a peer without one (a Unix socket)."""
     try:
-        return _unmapped(ip_address(peer))
+        return _unmap_ipv4(ip_address(peer))
     except ValueError:
         return None
 

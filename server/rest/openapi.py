@@ -99,10 +99,10 @@ def build_document(routes: Iterable[web.AbstractRouteDef], *, needs_role: NeedsR
     swagger: dict[str, Any] = spec.swagger_dict()
     for operation in (operation for methods in swagger["paths"].values() for operation in methods.values()):
         for parameter in operation["parameters"]:
-            _without_null(parameter)
+            _remove_null(parameter)
     for definition in swagger["definitions"].values():
         for field in definition.get("properties", {}).values():
-            _without_null_default(field)
+            _remove_null_default(field)
     examples.add_examples(swagger)
     return swagger
 
@@ -125,8 +125,8 @@ def _describe_operation(route: web.RouteDef, *, needs_role: NeedsRole) -> dict[s
     for status, codes in _error_codes_by_status(route, needs_role=needs_role):
         responses.setdefault(status, _error_response(int(status), codes))
     for status, response in responses.items():
-        response["headers"] = {name: _HEADERS[name] for name in _headers(route, status, responses)}
-    _add_conditions(data["parameters"], responses)
+        response["headers"] = {name: _HEADERS[name] for name in _header_names(route, status, responses)}
+    _add_precondition_headers(data["parameters"], responses)
     if idempotency_of(handler):
         data["parameters"].append(_IDEMPOTENCY_KEY)
     return data
@@ -138,8 +138,8 @@ def _is_entity(response: dict[str, Any]) -> bool:
     return schema is not None and "created_at" in schema.fields
 
 
-def _headers(route: web.RouteDef, status: str, responses: dict[str, Any]) -> Iterator[str]:
-    """Yield the documented headers of the response with this status."""
+def _header_names(route: web.RouteDef, status: str, responses: dict[str, Any]) -> Iterator[str]:
+    """Yield the names of the documented headers of the response with this status."""
     yield "X-Request-Id"
     if limit_of(route.handler):
         yield from ("RateLimit-Policy", "RateLimit")
@@ -160,22 +160,22 @@ def _has_id(response: dict[str, Any]) -> bool:
     return any("id" in schema.fields for schema in (response["schema"], *inner))
 
 
-def _add_conditions(parameters: list[dict[str, Any]], responses: dict[str, Any]) -> None:
+def _add_precondition_headers(parameters: list[dict[str, Any]], responses: dict[str, Any]) -> None:
     names = {parameter["name"] for parameter in parameters}
     for status, name, description in _PRECONDITION_HEADERS:
         if status in responses and name not in names:
             parameters.append({"in": "header", "name": name, "type": "string", "description": description})
 
 
-def _without_null(parameter: dict[str, Any]) -> None:
+def _remove_null(parameter: dict[str, Any]) -> None:
     """Remove null from a parameter: it stands for a missing one inside, and no client can send it."""
     parameter.pop("x-nullable", None)
-    _without_null_default(parameter)
+    _remove_null_default(parameter)
     if None in parameter.get("enum", ()):
         parameter["enum"] = [value for value in parameter["enum"] if value is not None]
 
 
-def _without_null_default(described: dict[str, Any]) -> None:
+def _remove_null_default(described: dict[str, Any]) -> None:
     """Remove a default of null: clients that are generated in Go and Java would send the word null."""
     if described.get("default", "") is None:
         del described["default"]

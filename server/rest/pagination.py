@@ -56,19 +56,19 @@ def _parse(kind: type, key: Any) -> Any:
     return value
 
 
-def _bigint(key: str) -> int | None:
+def _parse_bigint(key: str) -> int | None:
     value = int(key) if _INTEGER.fullmatch(key) else None
     return None if value is None or abs(value) >= 1 << 63 else value
 
 
-def _moment(key: str) -> datetime:
+def _parse_time(key: str) -> datetime:
     time = datetime.fromisoformat(key)
     if time.tzinfo is None:
         raise ValueError("no time zone")
     return time.astimezone(UTC)  # OverflowError before the first year and after the last
 
 
-_PARSERS: dict[type, Callable[[str], Any]] = {str: str, int: _bigint, UUID: parse_id, datetime: _moment}
+_PARSERS: dict[type, Callable[[str], Any]] = {str: str, int: _parse_bigint, UUID: parse_id, datetime: _parse_time}
 
 
 def paginate(rows: Sequence[Any], limit: int, *keys: str, list_name: str) -> tuple[Sequence[Any], str | None]:
@@ -85,11 +85,11 @@ def _format_key(key: Any) -> str:
 
 
 @functools.cache  # apispec accepts one class per name in the OpenAPI document
-def page_schema(item: type[Schema], **beside: fields.Field[Any]) -> type[MarshmallowSchema]:
-    """Return the schema of a page of these items, for the OpenAPI document."""
+def page_schema(item: type[Schema], **extra_fields: fields.Field[Any]) -> type[MarshmallowSchema]:
+    """Return the schema of a page of these items, with further fields, for the OpenAPI document."""
     shape: dict[str, Any] = {
         "items": fields.List(fields.Nested(item)),
         "next_cursor": fields.String(allow_none=True, metadata={"description": "null on the last page"}),
-        **beside,
+        **extra_fields,
     }
     return Schema.from_dict(shape, name=f"{item.__name__}Page")

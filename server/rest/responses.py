@@ -33,14 +33,14 @@ def created(location: str, body: Any, *, tag: str | None = None) -> web.Response
     return json(body, status=201, headers=headers)
 
 
-def page(schema: Schema, rows: Sequence[Any], next_cursor: str | None, **beside: Any) -> web.Response:
-    """Return a page: the items, the cursor of the next page, and further members of the object."""
-    return page_of_items(schema.dump(rows, many=True), next_cursor, **beside)
+def page(schema: Schema, rows: Sequence[Any], next_cursor: str | None, **extra_fields: Any) -> web.Response:
+    """Return a page: the items, the cursor of the next page, and further fields."""
+    return page_of_items(schema.dump(rows, many=True), next_cursor, **extra_fields)
 
 
-def page_of_items(items: Sequence[Any], next_cursor: str | None, **beside: Any) -> web.Response:
+def page_of_items(items: Sequence[Any], next_cursor: str | None, **extra_fields: Any) -> web.Response:
     """Return a page of items that are JSON already, or that need no schema."""
-    return json({"items": items, "nextCursor": next_cursor, **beside})
+    return json({"items": items, "nextCursor": next_cursor, **extra_fields})
 
 
 def no_store(response: web.Response) -> web.Response:
