@@ -440,9 +440,13 @@ async def cancel(mongo: Any, *, job: JobRecord, now: datetime) -> bool:
 
 
 async def retry(mongo: Any, *, job: JobRecord, now: datetime) -> bool:
-    """Make a failed or cancelled job pending with its attempts reset; return whether it was still as read."""
+    """Make a failed or cancelled job pending with its attempts reset; return whether it was still as read.
+
+    The claim is raised: a message from before the cancellation would start the job without a slot.
+    """
     change = {
         "status": PENDING,
+        "claim": job["claim"] + 1,
         "attempts": 0,
         "lost": 0,
         "progress": 0,

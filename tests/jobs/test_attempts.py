@@ -342,3 +342,17 @@ async def test_cancel_does_not_release_a_slot_assigned_after_the_read(make_conte
     assert await store.take_slot(mongo, job=await read(context, job), slot=1, now=store.mongo_now())
     assert not await store.cancel(mongo, job=as_read, now=store.mongo_now())
     assert await store.cancel(mongo, job=await read(context, job), now=store.mongo_now())
+
+
+async def test_message_from_before_a_cancellation_does_not_start_the_retried_job(make_context: MakeContext) -> None:
+    async def run(_: AttemptContext, __: Any) -> dict[str, Any]:
+        return {}
+
+    context = await make_context(run)
+    mongo, now, job = context.stores.mongo, store.mongo_now(), await create_record(context)
+    assert await store.cancel(mongo, job=job, now=now)
+    assert await store.retry(mongo, job=await read(context, job), now=now)
+    assert await store.claim(mongo, job=job["_id"], claim=job["claim"] + 1, worker="worker", now=now) is None
+    retried = await read(context, job)
+    assert retried["status"] == store.PENDING
+    assert await store.claim(mongo, job=job["_id"], claim=retried["claim"] + 1, worker="worker", now=now)
