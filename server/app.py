@@ -237,9 +237,11 @@ async def close_hasher(app: web.Application) -> AsyncIterator[None]:
 async def run_housekeeping(app: web.Application) -> AsyncIterator[None]:
     db = app[RESOURCES].db
     delete_invitations = PeriodicTask(
-        "forget expired invitations", functools.partial(invitations.delete_expired_invitations, db)
+        "delete expired invitations", functools.partial(invitations.delete_expired_invitations, db)
     )
-    delete_keys = PeriodicTask("forget old idempotency keys", functools.partial(idempotency.delete_expired_keys, db))
+    delete_keys = PeriodicTask(
+        "delete expired idempotency keys", functools.partial(idempotency.delete_expired_keys, db)
+    )
     task = asyncio.ensure_future(
         housekeeping.run_account_housekeeping(db, app[auth.AUTH_CONTEXT], delete_invitations, delete_keys)
     )

@@ -39,8 +39,8 @@ async def run_account_housekeeping(db: Executor, auth_context: AuthContext, *oth
             PeriodicTask(
                 "erase salts of spent tokens", partial(sessions.erase_salts, db), SALT_ERASURE_INTERVAL_SECONDS
             ),
-            PeriodicTask("forget old sessions", partial(sessions.delete_expired_sessions, db)),
-            PeriodicTask("forget old networks", partial(sessions.delete_stale_networks, db)),
+            PeriodicTask("delete expired sessions", partial(sessions.delete_expired_sessions, db)),
+            PeriodicTask("delete stale networks", partial(sessions.delete_stale_networks, db)),
             *others,
         ):
             tasks.create_task(run_periodically(periodic_task))
