@@ -60,7 +60,7 @@ async def connect(settings: Settings) -> AsyncIterator[Resources]:
     async with AsyncExitStack() as stack:
         db = await _open_store("PostgreSQL", settings.database_url, postgres.connect(settings.database_url))
         stack.push_async_callback(db.close)
-        copies = await replicas.connect(stack, db, settings.database_replica_urls)
+        read_replicas = await replicas.connect(stack, db, settings.database_replica_urls)
         redis = redis_client(settings.redis_url)
         stack.push_async_callback(redis.aclose)
         await _open_store("Redis", settings.redis_url, ping(redis))
@@ -72,7 +72,7 @@ async def connect(settings: Settings) -> AsyncIterator[Resources]:
         yield Resources(
             settings=settings,
             db=db,
-            replicas=copies,
+            replicas=read_replicas,
             redis=redis,
             pipelines=pipelines,
             blocking_redis=blocking,

@@ -14,7 +14,7 @@ class ResourceRef(NamedTuple):
 class Revocation(NamedTuple):
     """The reason why access ended: "removed", "left" or "deleted".
 
-    ``actor`` and ``name`` are the user who ended it; None if only a recheck in PostgreSQL found that it has ended.
+    ``actor`` and ``name`` are the user who ended it: None and empty if only a recheck in PostgreSQL found the end.
     """
 
     reason: str

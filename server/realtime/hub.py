@@ -151,6 +151,7 @@ class Realtime:
                 self.subscriber.unsubscribe(user_channel(connection.user.id), pushes)
 
     def evict(self, connection: Connection, resource: ResourceRef) -> None:
+        """Remove a connection from a room or document after its grant has ended, see ``on_evict``."""
         self._evictors[resource.kind](connection, resource.id)
 
     async def drain(self) -> None:
