@@ -1,4 +1,4 @@
-"""The web process, assembled on one page."""
+"""The server process, assembled on one page: routes, messages, stores, start and graceful shutdown."""
 
 import asyncio
 import functools
@@ -59,9 +59,8 @@ log = structlog.get_logger()
 
 MAX_BODY_BYTES = 1 << 20
 LISTEN_BACKLOG = 1024
-IDLE_POLL_INTERVAL_SECONDS = (
-    0.3  # for requests of connections that were just accepted: aiohttp would close these unread
-)
+IDLE_POLL_INTERVAL_SECONDS = 0.3
+LAST_REQUEST_GRACE_SECONDS = 0.3  # aiohttp closes a connection that was just accepted without reading its request
 API: tuple[Iterable[web.AbstractRouteDef], ...] = (
     auth.routes,
     projects.routes,
@@ -70,19 +69,17 @@ API: tuple[Iterable[web.AbstractRouteDef], ...] = (
     jobs.routes,
     ops.routes,
 )
-SELF_AUTHORIZED = frozenset(
-    {"/yjs/{documentId}"}
-)  # authorizes after the upgrade: its clients only understand close codes
-
+# Authorizes after the upgrade, because its clients understand close codes only.
+SELF_AUTHORIZED = frozenset({"/yjs/{documentId}"})
 MESSAGES: tuple[MessageTable, ...] = (socket_messages, workspace_messages, document_messages)
 
 
 def create_app(settings: Settings, stores: Resources) -> web.Application:
-    """Return the application over open stores. The caller owns the stores and closes them afterwards."""
+    """Return the application. The caller opens the stores before and closes them afterwards."""
     auth_context, limiter = make_auth_context(settings, stores), make_limiter(settings, stores)
     app = web.Application(
         middlewares=middlewares(
-            admission(settings, stores, auth_context, limiter), traced=bool(settings.otel_exporter_otlp_endpoint)
+            make_admission(settings, stores, auth_context, limiter), traced=bool(settings.otel_exporter_otlp_endpoint)
         ),
         client_max_size=MAX_BODY_BYTES,
     )
@@ -99,7 +96,7 @@ def create_app(settings: Settings, stores: Resources) -> web.Application:
         redis=stores.redis,
         blocking_redis=stores.blocking_redis,
         channels=auth_context.channels,
-        socket_auth=socket_auth(stores, auth_context),
+        socket_auth=make_socket_auth(stores, auth_context),
     )
     app[jobs.DISPATCHER] = Dispatcher(stores.mongo, stores.redis, types=JOB_TYPES, slots=settings.jobs_per_user)
     app[jobs.ANNOUNCEMENTS] = Announcements(auth_context.channels)
@@ -118,9 +115,9 @@ def create_app(settings: Settings, stores: Resources) -> web.Application:
         priority_queues = app[jobs.DISPATCHER].queues
         app.add_subapp(dashboard.PREFIX, dashboard.make_app(priority_queues, operators.basic_auth(settings)))
     openapi.add_swagger(app, swagger_document())
-    described = asyncapi_document()
-    openapi.add_page(app, asyncapi.DOCUMENT_PATH, json.dumps(described))
-    openapi.add_page(app, asyncapi.PAGE_PATH, asyncapi.page(described).encode(), policy=asyncapi.PAGE_POLICY)
+    asyncapi_content = asyncapi_document()
+    openapi.add_page(app, asyncapi.DOCUMENT_PATH, json.dumps(asyncapi_content))
+    openapi.add_page(app, asyncapi.PAGE_PATH, asyncapi.page(asyncapi_content).encode(), policy=asyncapi.PAGE_POLICY)
     access.verify_routes(app.router.routes(), exempt=SELF_AUTHORIZED)
     app.on_startup.extend((prepare_stores, start_realtime))
     app.on_shutdown.append(stop_realtime)  # before aiohttp closes the connections that are left
@@ -131,7 +128,7 @@ def create_app(settings: Settings, stores: Resources) -> web.Application:
 
 @functools.cache
 def swagger_document() -> dict[str, Any]:
-    """Return the OpenAPI document. Callers must not change it: all applications share it."""
+    """Return the OpenAPI 2.0 (Swagger) document. Callers must not change it: all applications share it."""
     return openapi.build_document(
         chain.from_iterable(API), needs_role=lambda handler: access.requirement_of(handler) is not None
     )
@@ -182,17 +179,17 @@ def make_limiter(settings: Settings, stores: Resources) -> RateLimiter:
     return RateLimiter(stores.pipelines, rates=rates)
 
 
-def admission(settings: Settings, stores: Resources, auth_context: AuthContext, limiter: RateLimiter) -> Admission:
-    def identify(request: web.Request) -> User | None:
+def make_admission(settings: Settings, stores: Resources, auth_context: AuthContext, limiter: RateLimiter) -> Admission:
+    def authenticate(request: web.Request) -> User | None:
         token = guard.parse_bearer(request.headers.get("Authorization"))
         return guard.authenticate_token(auth_context, token) if token else None
 
-    async def confirm(user: User) -> None:
+    async def check_session(user: User) -> None:
         await guard.check_session(stores.db, auth_context, user)
 
     return Admission(
-        authenticate=identify,
-        check_session=confirm,
+        authenticate=authenticate,
+        check_session=check_session,
         authorize_path=access.authorize_path,
         authorize_payload=access.authorize_payload,
         limiter=limiter,
@@ -200,7 +197,7 @@ def admission(settings: Settings, stores: Resources, auth_context: AuthContext, 
     )
 
 
-def socket_auth(stores: Resources, auth_context: AuthContext) -> SocketAuth:
+def make_socket_auth(stores: Resources, auth_context: AuthContext) -> SocketAuth:
     async def authenticate_token(token: str) -> AuthenticatedUser:
         user = guard.authenticate_token(auth_context, token)
         return user, await guard.check_session_and_read_name(stores.db, user)
@@ -239,12 +236,14 @@ async def close_hasher(app: web.Application) -> AsyncIterator[None]:
 
 async def run_housekeeping(app: web.Application) -> AsyncIterator[None]:
     db = app[RESOURCES].db
-    forget_invitations = PeriodicTask(
-        "forget expired invitations", functools.partial(invitations.delete_expired_invitations, db)
+    delete_invitations = PeriodicTask(
+        "delete expired invitations", functools.partial(invitations.delete_expired_invitations, db)
     )
-    forget_keys = PeriodicTask("forget old idempotency keys", functools.partial(idempotency.delete_expired_keys, db))
+    delete_keys = PeriodicTask(
+        "delete expired idempotency keys", functools.partial(idempotency.delete_expired_keys, db)
+    )
     task = asyncio.ensure_future(
-        housekeeping.run_account_housekeeping(db, app[auth.AUTH_CONTEXT], forget_invitations, forget_keys)
+        housekeeping.run_account_housekeeping(db, app[auth.AUTH_CONTEXT], delete_invitations, delete_keys)
     )
     yield
     task.cancel()
@@ -270,7 +269,7 @@ async def add_hsts_header(_: web.Request, response: web.StreamResponse) -> None:
 def run(settings: Settings, *, listener: int | None = None, ready: int | None = None) -> None:
     """Run one server process until SIGTERM or SIGINT.
 
-    A supervisor passes ``listener``, an open socket, and ``ready``, a pipe to report readiness to.
+    A supervisor passes two file descriptors: ``listener``, an open socket, and ``ready``, a pipe to report readiness.
     """
     loop.run(serve(settings, listener=listener, ready=ready))
 
@@ -296,12 +295,12 @@ async def serve(settings: Settings, *, listener: int | None = None, ready: int |
             await stop.wait()
             log.info("server stopping")
             app[ops.DRAINING].is_draining = True
-            if stop.has_successor:
+            if stop.has_successor:  # else accept connections until the end: a load balancer may still send some
                 await site.stop()
             await asyncio.gather(
                 app[REALTIME].drain(), wait_until_disconnected(runner, has_successor=stop.has_successor)
             )
-            await asyncio.sleep(IDLE_POLL_INTERVAL_SECONDS)
+            await asyncio.sleep(LAST_REQUEST_GRACE_SECONDS)
         finally:
             await runner.cleanup()
     log.info("server stopped")

@@ -15,10 +15,9 @@ from typing import Generic, TypeVar
 
 MAX_CONCURRENT_BATCHES = 4  # each with its own connection
 MAX_BATCH = 128  # requests in a batch
-MAX_PENDING = 8192
-TIMEOUT_CHECK_INTERVAL_SECONDS = (
-    0.05  # one timer checks all timeouts: a timer for each request would cost more than its result
-)
+MAX_PENDING = 8192  # backpressure: a request beyond it fails at once
+# One timer checks all timeouts: a timer for each request would cost more than its result.
+TIMEOUT_CHECK_INTERVAL_SECONDS = 0.05
 
 RequestT = TypeVar("RequestT")
 ResultT = TypeVar("ResultT")
@@ -27,16 +26,20 @@ ResultT = TypeVar("ResultT")
 @dataclass(slots=True)
 class _Waiter:
     deadline: float
-    stall_checks: float  # in checks
-    first_check: int  # the number of the last check before the request
+    stall_checks: float  # the stall timeout, as a number of checks
+    submitted_at: int  # the number of checks before the request
 
 
 SendBatch = Callable[[list[RequestT]], Awaitable[Sequence[ResultT | BaseException]]]
-"""Sends a batch to the store, within its own timeout, and returns a result or an error for each request. An exception
-that it raises is the result of all of them."""
+"""Send a batch to the store, within its own timeout, and return a result or an error for each request.
+
+An exception that it raises is the result of all of them.
+"""
 
 
 class Batcher(Generic[RequestT, ResultT]):
+    """Sends the requests of many callers in batches, over a few connections at once."""
+
     def __init__(
         self,
         connect: Callable[[], AbstractAsyncContextManager[SendBatch[RequestT, ResultT]]],
@@ -55,7 +58,7 @@ class Batcher(Generic[RequestT, ResultT]):
         self._start_scheduled = False
         self._waiters: dict[asyncio.Future[ResultT], _Waiter] = {}
         self._checks = 0
-        self._checks_since_result = 0  # since the last result
+        self._checks_since_result = 0
         self._timer: asyncio.TimerHandle | None = None
 
     def submit(
@@ -63,8 +66,8 @@ class Batcher(Generic[RequestT, ResultT]):
     ) -> "asyncio.Future[ResultT]":
         """Submit a request and return the future of its result.
 
-        The future raises TimeoutError after ``timeout`` seconds, or after ``stall_timeout`` seconds in which no request
-        got a result. A long queue and a busy event loop do not count as a stall.
+        The future raises TimeoutError after ``timeout`` seconds, after ``stall_timeout`` seconds in which no request
+        got a result, or at once if too many requests are pending. A long queue and a busy event loop are no stall.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[ResultT] = loop.create_future()
@@ -111,7 +114,7 @@ class Batcher(Generic[RequestT, ResultT]):
         try:
             async with self._connect() as send:
                 while batch := self._next_batch():
-                    self._set_results(batch, await send([question for question, _ in batch]))
+                    self._set_results(batch, await send([request for request, _ in batch]))
                     self._checks_since_result = 0
         except Exception as error:  # noqa: BLE001 - the requests' futures raise it
             batch = batch or self._next_batch()
@@ -151,4 +154,4 @@ class Batcher(Generic[RequestT, ResultT]):
         self._timer = loop.call_later(TIMEOUT_CHECK_INTERVAL_SECONDS, self._check_timeouts) if self._waiters else None
 
     def _checks_without_result(self, waiter: _Waiter) -> int:
-        return min(self._checks_since_result, self._checks - waiter.first_check)
+        return min(self._checks_since_result, self._checks - waiter.submitted_at)

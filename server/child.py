@@ -22,7 +22,7 @@ _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
 # Looked up at import: between fork and exec nothing may wait for a lock.
 _prctl, _syscall, _fcntl = _LIBC.prctl, _LIBC.syscall, _LIBC.fcntl
-_CLOSE_RANGE, _CLOSE_RANGE_CLOEXEC = 436, 4  # close_range(2), Linux 5.11; the number is the same on all machines
+_CLOSE_RANGE, _CLOSE_RANGE_CLOEXEC = 436, 4  # close_range(2), Linux 5.11; the number is the same on all architectures
 _LAST_DESCRIPTOR = ctypes.c_uint(0xFFFFFFFF)
 
 
@@ -267,9 +267,9 @@ def _close_on_exec(inherit: tuple[int, ...]) -> None:
         _fcntl(descriptor, fcntl.F_SETFD, 0)
 
 
-def _set_parent_death_signal(orphaned: signal.Signals, parent: int) -> Callable[[], None]:
+def _set_parent_death_signal(number: signal.Signals, parent: int) -> Callable[[], None]:
     def prepare() -> None:
-        _prctl(_PR_SET_PDEATHSIG, int(orphaned), 0, 0, 0)
+        _prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
         if os.getppid() != parent:  # the parent died in between
             os._exit(1)
 

@@ -1,6 +1,6 @@
 """The commands of ``run.py``.
 
-Each command imports its own modules: a worker does not need the web process, ``--help`` needs neither, and starts
+Each command imports its own modules: a worker does not need the server process, ``--help`` needs neither, and starts
 are frequent.
 """
 

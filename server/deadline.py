@@ -10,12 +10,12 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 
-MIN_TIMEOUT_SECONDS = 0.02  # also for a call past the deadline: to find out that a store is unavailable takes no longer
+MIN_TIMEOUT_SECONDS = 0.02  # of a call past the deadline: enough for the error that the store is unavailable
 
 
 class Deadline:
-    def __init__(self, deadline: float) -> None:
-        self.at = deadline
+    def __init__(self, at: float) -> None:
+        self.at = at  # in the time of the event loop
         self.ended = False
 
 

@@ -25,7 +25,7 @@ ERROR_CODES = {
     "email_taken": (409, "an account with that email exists"),
     "already_collaborator": (409, "the user is a member of the project already"),
     "owner_immutable": (409, "the owner can be neither changed nor removed; transfer the project"),
-    "path_taken": (409, "the path is that of another document, a folder of one, or inside of one"),
+    "path_taken": (409, "the path is that of another document or of its folder, or below another document"),
     "idempotency_in_progress": (409, "the first request with that `Idempotency-Key` is still running"),
     "idempotency_secret": (
         409,

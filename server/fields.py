@@ -104,8 +104,8 @@ class Name(Text):
     All other characters stay as sent, such as the joiners within an emoji.
     """
 
-    def __init__(self, low: int, high: int, **options: Any) -> None:
-        super().__init__(low, high, trim=True, **options)
+    def __init__(self, min_length: int, max_length: int, **options: Any) -> None:
+        super().__init__(min_length, max_length, trim=True, **options)
 
     def _validate(self, value: Any) -> None:
         super()._validate(value)

@@ -14,7 +14,7 @@ from server.settings import Settings
 
 
 def configure(settings: Settings) -> None:
-    """Configure logging, once at the start of a process. Logs of libraries go the same way, from warning up."""
+    """Configure logging, once at the start of a process. Libraries log through it, too, from level warning up."""
     level = getattr(logging, settings.log_level.upper())
     structlog.configure(
         processors=[_add_context, *_renderers(settings.log_format)],

@@ -23,8 +23,8 @@ Lock order
     tests/field/test_deadlocks.py checks every statement and every endpoint against this order.
 
 Conflicts
-    PostgreSQL rolls back writes that still conflict (a deadlock, a serialization failure); they are retried here once.
-    PostgreSQL detects a deadlock after its ``deadlock_timeout``, 1 s by default; a request may wait 1.6 s for its
+    PostgreSQL rolls back a write that conflicts all the same (a deadlock, a serialization failure); it is retried here
+    once. PostgreSQL detects a deadlock after its ``deadlock_timeout``, 1 s by default; a request may wait 1.6 s for its
     stores, so there is time for one retry, but not for a second.
 """
 
@@ -47,10 +47,8 @@ from server.errors import NotFound, Unavailable, store_timed_out, store_unreacha
 log = structlog.get_logger()
 
 MAX_POOL_SIZE = 20
-RETRY_BACKOFF_SECONDS = 0.05  # mean, with jitter, before a write that collided is tried again
-MAX_STATEMENT_CONNECTIONS = (
-    6  # connections of the pool for single statements; the others are for transactions and batched lookups
-)
+RETRY_BACKOFF_SECONDS = 0.05  # mean of the pause, with jitter, before a write that conflicted is retried
+MAX_STATEMENT_CONNECTIONS = 6  # for single statements; the others are for transactions and batched lookups
 CONNECT_TIMEOUT_SECONDS = 3.0
 RELEASE_TIMEOUT_SECONDS = 0.2
 STATEMENT_TIMEOUT_SECONDS = 1.5  # for responses within 2 s, also when PostgreSQL hangs
@@ -72,7 +70,7 @@ class Executor(Protocol):
 
 
 class Database:
-    """asyncpg's pool, with timeouts that also hold when the server is stopped or black-holed.
+    """asyncpg's pool, with timeouts that also hold while PostgreSQL is stopped or its packets are lost.
 
     asyncpg itself waits until the server confirms a cancelled statement before it releases the connection; so a
     background task releases connections, and no request waits for it.
@@ -118,7 +116,7 @@ class Database:
         its beginning, so ``work`` must not have effects outside the database.
 
         Raises:
-            Unavailable: PostgreSQL is down or slow, or both attempts met a conflict.
+            Unavailable: PostgreSQL is down or slow, or both attempts conflicted with other writes.
         """
 
         async def attempt() -> T:
@@ -201,14 +199,14 @@ async def _execute_batch(connection: Any, statements: list[Statement]) -> list[A
             return [error]
 
 
-async def _lookup_batch(connection: Any, searches: list[Lookup]) -> list[asyncpg.Record | None]:
-    rows: list[asyncpg.Record | None] = [None] * len(searches)
+async def _lookup_batch(connection: Any, lookups: list[Lookup]) -> list[asyncpg.Record | None]:
+    rows: list[asyncpg.Record | None] = [None] * len(lookups)
     indexes_by_query: dict[str, list[int]] = {}
-    for index, (query, _) in enumerate(searches):
+    for index, (query, _) in enumerate(lookups):
         indexes_by_query.setdefault(query, []).append(index)
     async with asyncio.timeout(STATEMENT_TIMEOUT_SECONDS):
         for query, indexes in indexes_by_query.items():
-            keys = (searches[index][1] for index in indexes)
+            keys = (lookups[index][1] for index in indexes)
             for row in await connection.fetch(query, *map(list, zip(*keys, strict=True))):
                 rows[indexes[row["asked"] - 1]] = row
     return rows
@@ -221,7 +219,7 @@ async def _retry_once_on_conflict(attempt: Callable[[], Awaitable[T]]) -> T:
             return await attempt()
         except _CONFLICT_ERRORS as error:
             log.warning("write conflict, transaction retried", error=type(error).__name__)
-        # At once it could take a lock before the transaction that it let through, and meet it a second time.
+        # Without a pause the retry could lock a row before the transaction that won does, and conflict with it again.
         await asyncio.sleep(RETRY_BACKOFF_SECONDS * (0.5 + random.random()))  # noqa: S311 - jitter is no secret
         return await attempt()
 

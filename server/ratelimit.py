@@ -1,10 +1,11 @@
 """Rate limits: the ``@limit`` decorator and the check of a quota.
 
-Hits are counted in Redis, so limits hold over all processes. While Redis is unavailable each process counts for
-itself, and a metric counts these checks. Notation, keys, windows and the local count are those of the limits library.
-Its Redis storage is not used: it takes three round trips for what one script returns, outside of the shared pipelines
-(measured with 64 at once: 180 µs of processor time for a check, the script 40), and it rounds to seconds, also down,
-so Retry-After would be too early.
+Hits are counted in fixed windows in Redis, so limits hold over all processes. A circuit breaker opens when Redis fails:
+for a moment each process counts for itself, and a metric counts these checks.
+
+Notation, keys, windows and the local count are those of the limits library. Its Redis storage is not used: it takes
+three round trips for what one script returns, outside of the shared pipelines (measured with 64 at once: 180 µs of
+processor time for a check, the script 40), and it rounds to seconds, also down, so Retry-After would be too early.
 """
 
 import math
@@ -25,11 +26,11 @@ from server.pipelines import Pipelines
 from server.settings import Network
 
 H = TypeVar("H", bound=Callable[..., Any])
-# The local count takes over after so long without any reply of Redis. With a plain timeout, requests of a burst, whose
-# replies come one after the other, would switch to the local count and pass there once more.
-NO_RESPONSE_TIMEOUT_SECONDS = 0.5
-HIT_TIMEOUT_SECONDS = 1.0  # timeout of one hit, even while others get their replies
-LOCAL_FALLBACK_SECONDS = 1.5  # seconds of local counting before the next attempt to use Redis
+# The local count takes over if Redis sends no reply at all for this time. With a plain timeout, requests of a burst,
+# whose replies come one after the other, would switch to the local count, which would allow as many hits once more.
+STALL_TIMEOUT_SECONDS = 0.5
+HIT_TIMEOUT_SECONDS = 1.0  # also while other requests get their replies
+LOCAL_FALLBACK_SECONDS = 1.5  # of local counting, until Redis is asked again
 IPV6_PREFIX = 64
 # Does what the library does on Redis, and also returns the time that is left in the window, in milliseconds. A rejected
 # hit is not counted: else a later refund would not free a place in the window.
@@ -126,7 +127,7 @@ class RateLimiter:
         self._local_fallback_until = 0.0
 
     def is_enabled(self, name: str) -> bool:
-        """Return whether that limit is on."""
+        """Return whether the limit has a rate; ``off`` disables it."""
         return self.rates[name] is not None
 
     async def consume(self, name: str, key: str) -> Quota | None:
@@ -193,7 +194,7 @@ class RateLimiter:
             f"{self._prefix}:{counter}",
             *arguments,
             timeout=HIT_TIMEOUT_SECONDS,
-            stall_timeout=NO_RESPONSE_TIMEOUT_SECONDS,
+            stall_timeout=STALL_TIMEOUT_SECONDS,
         )
 
     async def _hit_local(self, name: str, rate: limits.RateLimitItem, counter: str) -> Quota:

@@ -1,8 +1,9 @@
 """Reads on replicas of PostgreSQL, which lag: DATABASE_REPLICA_URLS.
 
-Permissions always come from the primary. A replica serves a read if it is as new as the primary's own state (the
-freshness check), so that users see their own writes and all that an event has announced, or if the row cannot
-change; else the primary serves it. A circuit breaker pauses a replica that fails, and the primary takes its reads.
+Permissions always come from the primary. A replica serves a read if it has at least the revision that
+the access query read from the primary (the freshness check), so that users see their own writes and all that an event
+has announced, or if the row cannot change; else the primary serves it. A circuit breaker pauses a replica that fails,
+and the primary takes its reads.
 """
 
 import asyncio

@@ -32,7 +32,7 @@ CONNECT_TIMEOUT_SECONDS = 3.0  # for each store at start, so that all three are 
 MAX_REDIS_CONNECTIONS = 50
 MONGO_TIMEOUT_SECONDS = 1.5
 MAX_MONGO_CONNECTIONS = 50
-MONGO_REQUEST_TIMEOUT_SECONDS = 1.2  # while a request waits: pymongo notices a timeout a little late
+MONGO_REQUEST_TIMEOUT_SECONDS = 1.2  # of a request's call; shorter, because pymongo notices a timeout a little late
 
 
 class StoreDownError(StartError):
@@ -46,7 +46,7 @@ class Resources:
     replicas: Replicas  # of the same database, for reads that may lag
     redis: Redis
     pipelines: Pipelines  # the same Redis, for the commands of every request
-    blocking_redis: Redis
+    blocking_redis: Redis  # the same Redis, for connections that wait for messages
     mongo: Any  # AsyncIOMotorDatabase, which carries no types
 
 
@@ -60,7 +60,7 @@ async def connect(settings: Settings) -> AsyncIterator[Resources]:
     async with AsyncExitStack() as stack:
         db = await _open_store("PostgreSQL", settings.database_url, postgres.connect(settings.database_url))
         stack.push_async_callback(db.close)
-        copies = await replicas.connect(stack, db, settings.database_replica_urls)
+        read_replicas = await replicas.connect(stack, db, settings.database_replica_urls)
         redis = redis_client(settings.redis_url)
         stack.push_async_callback(redis.aclose)
         await _open_store("Redis", settings.redis_url, ping(redis))
@@ -72,7 +72,7 @@ async def connect(settings: Settings) -> AsyncIterator[Resources]:
         yield Resources(
             settings=settings,
             db=db,
-            replicas=copies,
+            replicas=read_replicas,
             redis=redis,
             pipelines=pipelines,
             blocking_redis=blocking,
@@ -174,7 +174,10 @@ def _close_mongo(client: Any) -> None:
 
 @contextmanager
 def translate_store_errors() -> Iterator[None]:
-    """Translate errors of Redis and MongoDB to a 503 that says whether the store is down or slow, within a timeout."""
+    """Translate errors of Redis and MongoDB to a 503 that says whether the store is down or slow.
+
+    Calls of MongoDB inside the block also get the timeout of a request; those of Redis have one in ``TimedRedis``.
+    """
     try:
         with pymongo.timeout(remaining(MONGO_REQUEST_TIMEOUT_SECONDS)):
             yield
@@ -186,10 +189,10 @@ def translate_store_errors() -> Iterator[None]:
 
 @asynccontextmanager
 async def translate_mongo_errors(mongo: Any) -> AsyncIterator[None]:
-    """Translate errors as ``translate_store_errors``, for MongoDB only; in time also for many requests at once.
+    """Translate errors of MongoDB as ``translate_store_errors`` does, with a timeout that also holds under load.
 
-    While MongoDB is unavailable each of motor's few threads waits for it, and requests without a thread would wait for
-    two timeouts.
+    While MongoDB is unavailable each of motor's few threads waits for it. A request that first waits for a thread would
+    take two timeouts.
     """
     try:
         with translate_store_errors():

@@ -92,13 +92,13 @@ def seconds(env: Env, name: str, default: Any) -> int:
     return int(parsed.total_seconds())
 
 
-def names(env: Env, name: str, default: Any) -> tuple[str, ...]:
+def comma_separated(env: Env, name: str, default: Any) -> tuple[str, ...]:
     return tuple(part.strip() for part in env.str(name, default).split(",") if part.strip())
 
 
 def origins(env: Env, name: str, default: Any) -> tuple[str, ...]:
     """Return origins as browsers send them: ``scheme://host[:port]``, or ``*``."""
-    values = names(env, name, default)
+    values = comma_separated(env, name, default)
     for origin in values:
         if origin != "*" and not _is_origin(origin):
             raise invalid_setting(name, f"{origin} is not an origin such as https://app.example.org")
@@ -115,7 +115,7 @@ def _is_origin(text: str) -> bool:
 
 def networks(env: Env, name: str, default: Any) -> tuple[Network, ...]:
     try:
-        return tuple(ip_network(part) for part in names(env, name, default))
+        return tuple(ip_network(part) for part in comma_separated(env, name, default))
     except ValueError as error:
         raise invalid_setting(name, f"{error}.") from error
 
@@ -148,7 +148,7 @@ def url(*schemes: str, database: bool = False) -> Parser:
 
 def urls(*schemes: str) -> Parser:
     def parse(env: Env, name: str, default: Any) -> tuple[str, ...]:
-        return tuple(check_url(name, value, schemes, database=True) for value in names(env, name, default))
+        return tuple(check_url(name, value, schemes, database=True) for value in comma_separated(env, name, default))
 
     return parse
 

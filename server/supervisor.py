@@ -27,7 +27,7 @@ POLL_INTERVAL_SECONDS = 0.2
 MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 30.0
 BACKOFF_RESET_SECONDS = 60.0  # a process that ran this long restarts without delay
 READY_TIMEOUT_SECONDS = 30.0
-BACKLOG = 1024
+LISTEN_BACKLOG = 1024
 
 
 async def supervise(
@@ -43,28 +43,28 @@ async def supervise(
         SettingsError: the address cannot be listened on.
     """
     stop, reload = watch_stop_signals(), watch_reload_signal()
-    with listening_sockets(address, processes) as sockets, multiprocess_metrics.multiproc_dir() as measured:
-        members = [
+    with listening_sockets(address, processes) as sockets, multiprocess_metrics.multiproc_dir() as metrics_dir:
+        supervised = [
             SupervisedProcess(
                 f"{arguments[0]} {number}",
                 arguments,
                 listener=listener,
-                metrics_dir=measured,
+                metrics_dir=metrics_dir,
                 stop_timeout=stop_timeout,
             )
             for number, listener in enumerate(sockets, 1)
         ]
         rolling: asyncio.Task[None] | None = None
         try:
-            for member in members:
-                member.start()
+            for process in supervised:
+                process.start()
             log.info("processes started", command=arguments[0], processes=processes)
             while not stop.is_set():
-                for member in members:
-                    member.poll(time.monotonic())
+                for process in supervised:
+                    process.poll(time.monotonic())
                 if reload.is_set() and (rolling is None or rolling.done()):
                     reload.clear()
-                    rolling = asyncio.ensure_future(rolling_restart(members))
+                    rolling = asyncio.ensure_future(rolling_restart(supervised))
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(POLL_INTERVAL_SECONDS):
                         await stop.wait()
@@ -74,20 +74,20 @@ async def supervise(
                 rolling.cancel()
                 await asyncio.gather(rolling, return_exceptions=True)
             codes = await stop_all(
-                [child for member in members for child in member.children], stop_timeout=stop_timeout
+                [child for process in supervised for child in process.children], stop_timeout=stop_timeout
             )
     log.info("processes stopped", command=arguments[0])
     return max(codes, default=0)
 
 
-async def rolling_restart(members: Sequence["SupervisedProcess"]) -> None:
+async def rolling_restart(supervised: Sequence["SupervisedProcess"]) -> None:
     """Replace the processes one after the other; abort if a new one does not become ready."""
-    log.info("processes restarting", processes=len(members))
-    for member in members:
-        if not await member.replace():
-            log.error("rolling restart aborted: new process not ready", process=member.name)
+    log.info("processes restarting", processes=len(supervised))
+    for process in supervised:
+        if not await process.replace():
+            log.error("rolling restart aborted: new process not ready", process=process.name)
             return
-    log.info("processes restarted", processes=len(members))
+    log.info("processes restarted", processes=len(supervised))
 
 
 class SupervisedProcess:
@@ -228,7 +228,7 @@ def listening_sockets(address: tuple[str, int] | None, number: int) -> Iterator[
                 resolved = probe.getsockname()
             sockets = [stack.enter_context(_bind(family, resolved, reuse_port=True)) for _ in range(number)]
             for listener in sockets:
-                listener.listen(BACKLOG)
+                listener.listen(LISTEN_BACKLOG)
         except OSError as error:
             raise SettingsError(f"Cannot listen on {authority(*address)}: {error.strerror}") from error
         yield sockets

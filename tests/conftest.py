@@ -165,7 +165,7 @@ STORE_TIMEOUT_NAMES = {
         "server.pipelines.REDIS_TIMEOUT_SECONDS",
         "server.projects.cache.CACHE_TIMEOUT_SECONDS",
         "server.ratelimit.HIT_TIMEOUT_SECONDS",
-        "server.ratelimit.NO_RESPONSE_TIMEOUT_SECONDS",
+        "server.ratelimit.STALL_TIMEOUT_SECONDS",
         "server.realtime.subscriber.SUBSCRIBE_TIMEOUT_SECONDS",
         "server.resources.REDIS_TIMEOUT_SECONDS",
     ),

@@ -20,7 +20,7 @@ from server.fields import parse_id
 from server.projects.access import Access, ResourceKind, Role, check
 from server.realtime import protocol
 from server.realtime.connection import Connection
-from server.realtime.endpoint import authenticate_upgrade, check_origin
+from server.realtime.endpoint import authenticate_upgrade, check_upgrade
 from server.realtime.grants import ResourceRef, Revocation
 from server.realtime.hub import CLOSE_RESTARTING, REALTIME, Realtime
 from server.realtime.outbox import Delivery
@@ -49,7 +49,7 @@ _CLOSE_CODES: dict[type[ServiceError], int] = {
 
 async def yjs(request: web.Request) -> web.StreamResponse:
     realtime = request.app[REALTIME]
-    check_origin(request, realtime)
+    check_upgrade(request, realtime)
     notices = realtime.access_monitor.epoch
     visitor: _Visitor | ServiceError
     try:

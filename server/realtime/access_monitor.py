@@ -29,11 +29,16 @@ AccessQuery = tuple[UUID, ResourceRef]
 RecheckAccess = Callable[
     [Sequence[UUID], Sequence[AccessQuery]], Awaitable[tuple[set[UUID], Mapping[AccessQuery, Any]]]
 ]
-"""Return the active sessions of these, and the access of each (user, resource) that has any. Raises ServiceError."""
+"""Return which of the sessions are active, and the access of each (user, resource) that has any.
+
+Raises ServiceError.
+"""
 REMOVED = Revocation("removed")
 
 
 class AccessMonitor:
+    """The ``ChannelListener`` of the control channel: it rechecks the connections that a notice concerns."""
+
     def __init__(self, connections: Mapping[str, "Connection"], recheck: RecheckAccess) -> None:
         self._connections = connections
         self._query_access = recheck
@@ -62,6 +67,7 @@ class AccessMonitor:
         await self._recheck_in_batches(list(self._connections.values()))
 
     def deliver(self, _origin: str, _kind: str, payload: bytes) -> None:
+        """Apply a notice: of ended sessions, deleted resources, or changed roles of users in a project."""
         self.epoch += 1
         notice: dict[str, Any] = json.loads(payload)
         sessions, users = _ids(notice, "sessions"), _ids(notice, "users")
@@ -117,7 +123,7 @@ class AccessMonitor:
                 return await self._recheck_batch(connections, only_stale=only_stale)
             except ServiceError as error:
                 log.warning("access recheck failed", error=error.detail, sockets=len(connections))
-            except Exception:  # a transport of its own: a connection that is not rechecked would keep lost access
+            except Exception:  # any other error, too: without the recheck connections would keep access that they lost
                 log.exception("access recheck failed", sockets=len(connections))
             await asyncio.sleep(RETRY_DELAY_SECONDS)
 

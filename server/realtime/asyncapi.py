@@ -201,6 +201,7 @@ def _type_of(shape: Json) -> str:
     if "const" in shape:
         return json.dumps(shape["const"]).decode()
     if "enum" in shape:
+        # The codes of ``error`` are too many for a cell of the table.
         return "one of " + ", ".join(map(str, shape["enum"])) if len(shape["enum"]) < 9 else "a code"
     if shape.get("type") == "array":
         return f"list of {_type_of(shape['items'])}"

@@ -1,10 +1,10 @@
-"""Publishing from this process to all processes, over Redis pub/sub.
+"""Broadcast: publishing from this process to all processes, over Redis pub/sub.
 
 A message is ``origin \\n kind \\n payload``. ``origin`` is the connection that caused it; that connection does not
 receive its own echo. ``kind`` is the id of a durable event, one of the constants below, or empty for all others.
 
 All fan-out between processes passes through here, except joins and leaves (see ``presence``). ``announce`` (durable,
-in order) and ``publish`` with its siblings raise, because the caller's own reply depends on them.
+in order), ``publish``, ``publish_many`` and ``publish_encoded`` raise, because the caller's own reply depends on them.
 ``announce_committed``, ``push_to_user``, ``revoke_sessions``, ``access_changed`` and ``deleted`` follow a change that
 is already committed and never raise: during a Redis outage they only log, and every process finds lost access by
 itself within ``RECHECK_INTERVAL_SECONDS`` of ``access_monitor``.
@@ -49,10 +49,10 @@ def encode_message(payload: bytes, *, origin: str = "", kind: str = "") -> bytes
     return f"{origin}\n{kind}\n".encode() + payload
 
 
-def event_body(type: str, *, workspace: UUID | None, user: UUID | None, name: str, **more: Any) -> bytes:
-    """Return the JSON object of an event without its id; fields of ``more`` never override the server's fields."""
+def event_body(type: str, *, workspace: UUID | None, user: UUID | None, name: str, **fields: Any) -> bytes:
+    """Return the JSON object of an event without its id; ``fields`` never override those of the server."""
     body = {
-        **more,
+        **fields,
         "type": type,
         "workspaceId": workspace,
         "userId": user,
@@ -74,25 +74,26 @@ class Channels:
         self._redis = redis
 
     async def announce(
-        self, type: str, *, workspace: UUID, user: UUID, name: str, origin: str = "", **more: Any
+        self, type: str, *, workspace: UUID, user: UUID, name: str, origin: str = "", **fields: Any
     ) -> str:
         """Append a durable event to the workspace's history, broadcast it, and return its id.
 
         Raises:
             RedisError: Redis is unavailable; the event may or may not be in the history.
         """
-        body = event_body(type, workspace=workspace, user=user, name=name, **more)
+        body = event_body(type, workspace=workspace, user=user, name=name, **fields)
         return await self.history.append(workspace, channel=workspace_channel(workspace), origin=origin, body=body)
 
     async def announce_committed(
-        self, type: str, *, workspaces: Sequence[UUID], user: UUID, name: str, **more: Any
+        self, type: str, *, workspaces: Sequence[UUID], user: UUID, name: str, **fields: Any
     ) -> None:
         """Announce a change that is already committed (made over REST) in each of these workspaces.
 
-        ``user`` and ``name`` are the author of the change; ``more`` are further fields of the event, in camelCase.
+        ``user`` and ``name`` are the author of the change; ``fields`` are those of the event's type, in camelCase.
         """
         bodies = [
-            (workspace, event_body(type, workspace=workspace, user=user, name=name, **more)) for workspace in workspaces
+            (workspace, event_body(type, workspace=workspace, user=user, name=name, **fields))
+            for workspace in workspaces
         ]
         try:
             for start in range(0, len(bodies), MAX_BATCH):
@@ -130,7 +131,7 @@ class Channels:
             await pipeline.execute()
 
     async def push_to_user(self, user: UUID, event: str, data: Any, *, droppable: bool = False) -> None:
-        """Push a frame to all connections of a user, on every process; live only, nothing is stored.
+        """Push a frame to all connections of a user, on every process; nothing is stored.
 
         ``droppable`` frames, such as ``job:output``, may be dropped when a client is slow.
         """

@@ -1,4 +1,4 @@
-"""One socket of the JSON transport: its user, its grants, and the sending of frames under backpressure."""
+"""One socket of ``/ws``: its user, its grants, and the sending of frames under backpressure."""
 
 import asyncio
 from collections.abc import Callable, Hashable
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 MAX_DIRECT_WRITE_BYTES = 64 << 10  # write directly to a transport whose buffer holds less than this
 CLOSE_HANDSHAKE_TIMEOUT_SECONDS = 2.0  # for the peer to read the outbox, and again to reply to the close frame
-CLOSE_OVERLOADED, CLOSE_ABNORMAL = 1013, 1006
+CLOSE_OVERLOADED = 1013
+CLOSE_ABNORMAL = 1006  # never sent: the connection was lost or closed by the peer (RFC 6455, section 7.4.1)
 
 
 class Connection:
@@ -33,11 +34,11 @@ class Connection:
         "__weakref__",
         "_after_reply",
         "_outbox",
+        "_outbox_task",
         "_peer_closed",
         "_pending_close",
         "_request",
         "_transport",
-        "_writer",
         "access",
         "access_epoch",
         "busy",
@@ -70,8 +71,8 @@ class Connection:
         self.throttle = Throttle(rate=settings.ws_frames_per_second, burst=settings.ws_burst, now=now)
         self._request = request
         self._transport = request.transport
-        self._outbox: Outbox | None = None  # most peers never need it
-        self._writer: asyncio.Task[None] | None = None
+        self._outbox: Outbox | None = None  # created when the peer first reads too slowly, which few do
+        self._outbox_task: asyncio.Task[None] | None = None
         self._pending_close: tuple[int, str] | None = None
         self._after_reply: list[Callable[[], None]] = []
         self._peer_closed = asyncio.Event()
@@ -93,7 +94,7 @@ class Connection:
         if self.close_code is not None or self._transport.is_closing():
             return  # uvloop raises when the transport has closed before its reader noticed
         self.realtime.frames_sent += 1
-        if self._writer is None and self._transport.get_write_buffer_size() < MAX_DIRECT_WRITE_BYTES:
+        if self._outbox_task is None and self._transport.get_write_buffer_size() < MAX_DIRECT_WRITE_BYTES:
             self._transport.write(frame)
         else:
             self._enqueue(frame, delivery, key)
@@ -135,14 +136,15 @@ class Connection:
         del self.grants[resource]
         self.realtime.evict(self, resource)
         workspace = resource.id if resource.kind == "workspace" else None
-        more = {"reason": revocation.reason} | ({} if workspace else {"documentId": str(resource.id)})
+        fields = {"reason": revocation.reason} | ({} if workspace else {"documentId": str(resource.id)})
         self.send(
             event_frame(
-                event_body("ACCESS_REVOKED", workspace=workspace, user=revocation.actor, name=revocation.name, **more)
+                event_body("ACCESS_REVOKED", workspace=workspace, user=revocation.actor, name=revocation.name, **fields)
             )
         )
 
     def send_drain_notice(self, frame: bytes) -> None:
+        """Send ``server:draining``; a y-websocket connection overrides this, because its clients know no such frame."""
         self.write(frame)
 
     def on_peer_close(self, code: int | None) -> None:
@@ -171,8 +173,8 @@ class Connection:
             return
         if self._outbox.dropped:
             metrics.FRAMES_DROPPED.labels("ephemeral").inc(self._outbox.dropped)
-        if self._writer is None:
-            self._writer = self.realtime.spawn(self._drain_outbox(self._outbox))
+        if self._outbox_task is None:
+            self._outbox_task = self.realtime.spawn(self._drain_outbox(self._outbox))
 
     async def _drain_outbox(self, outbox: Outbox) -> None:
         try:
@@ -182,13 +184,13 @@ class Connection:
         except ConnectionError:
             outbox.clear()
         finally:
-            self._writer = None
+            self._outbox_task = None
 
     async def _close_handshake(self, code: int, reason: str) -> None:
         try:
-            if self._writer is not None:
+            if self._outbox_task is not None:
                 async with asyncio.timeout(CLOSE_HANDSHAKE_TIMEOUT_SECONDS):
-                    await self._writer
+                    await self._outbox_task
             if not self._transport.is_closing():
                 self._transport.write(close_frame(code, reason))
             async with asyncio.timeout(CLOSE_HANDSHAKE_TIMEOUT_SECONDS):

@@ -1,4 +1,7 @@
-"""Broadcast of cursors: the newest of each sender, at most ``MAX_CURSOR_UPDATES_PER_SECOND``, none in between."""
+"""Broadcast of cursor positions: at most ``MAX_CURSOR_UPDATES_PER_SECOND`` of each sender.
+
+A newer position replaces one that has not been published yet.
+"""
 
 import asyncio
 from collections.abc import Iterable
@@ -16,7 +19,7 @@ MAX_BATCH = 500
 
 
 class CursorBroadcaster:
-    """A broadcaster with one interval for all cursors of the process, and one round trip per batch."""
+    """Publishes all changed cursors of the process at each interval, in batches of one round trip."""
 
     def __init__(self, channels: Channels) -> None:
         self._channels = channels
@@ -29,7 +32,10 @@ class CursorBroadcaster:
         self._updated.set()
 
     def remove(self, workspace: UUID, connection: str) -> None:
-        """Drop the cursor of a connection that left; it must not follow the leave event, see ``wait_published``."""
+        """Drop the cursor of a connection that left: it must not be published after the leave event.
+
+        A cursor that is being published already is not dropped; ``wait_published`` waits for it.
+        """
         self._pending.pop((workspace, connection), None)
 
     async def wait_published(self) -> None:

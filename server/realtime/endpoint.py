@@ -19,8 +19,8 @@ from server.realtime.socket_auth import AuthenticatedUser, SocketAuth
 log = structlog.get_logger()
 
 AUTHENTICATE_TIMEOUT_SECONDS = 10.0
-MAX_FRAMES_PER_TURN = 16  # of one client before the others get their turn
-MAX_PINGS_BEFORE_AUTH = 16  # before the first frame; a client that sends this many is rejected
+MAX_FRAMES_PER_TURN = 16  # of one client before it yields to the others
+MAX_PINGS_BEFORE_AUTH = 16  # a client that sends this many before its first frame is rejected
 MAX_DISCARDED_FRAMES = 256  # frames of a rejected client to discard until its close frame
 REJECTION_DELAY_SECONDS = 0.01  # after a rejected frame: backpressure on a client that floods
 REJECTION_CLOSE_TIMEOUT_SECONDS = 2.0
@@ -32,8 +32,8 @@ _PING_PONG = {WSMsgType.PING, WSMsgType.PONG}
 
 async def websocket(request: web.Request) -> web.StreamResponse:
     realtime = request.app[REALTIME]
-    check_origin(request, realtime)
-    notices = realtime.access_monitor.epoch
+    check_upgrade(request, realtime)
+    access_epoch = realtime.access_monitor.epoch
     identified = await authenticate_upgrade(request, realtime.socket_auth)
     socket = web.WebSocketResponse(
         protocols=[SUBPROTOCOL],
@@ -44,11 +44,11 @@ async def websocket(request: web.Request) -> web.StreamResponse:
     )
     await socket.prepare(request)
     try:
-        greeting = None
+        first_frame = None
         if identified is None:
-            identified, greeting = await _first_frame(socket, realtime)
-            notices = realtime.access_monitor.epoch - 1  # stale: the frame came at an unknown time since, so recheck
-        await _serve(request, socket, identified, greeting, access_epoch=notices)
+            identified, first_frame = await _authenticate_first_frame(socket, realtime)
+            access_epoch = realtime.access_monitor.epoch - 1  # an older one, so that registering schedules a recheck
+        await _serve(request, socket, identified, first_frame, access_epoch=access_epoch)
     except _Rejected as rejected:
         await _reject(request, socket, rejected)
     except Exception:  # else the REST transport would write an HTTP response between the frames
@@ -57,8 +57,8 @@ async def websocket(request: web.Request) -> web.StreamResponse:
     return socket
 
 
-def check_origin(request: web.Request, realtime: Realtime) -> None:
-    """Check the Origin header before the upgrade, on every socket endpoint.
+def check_upgrade(request: web.Request, realtime: Realtime) -> None:
+    """Check before the upgrade that the process accepts sockets, and those of the page's origin.
 
     Raises:
         Unavailable: the process drains for a graceful shutdown.
@@ -114,7 +114,9 @@ class _Rejected(Exception):
         self.code, self.reason, self.frame = code, reason, frame
 
 
-async def _first_frame(socket: web.WebSocketResponse, realtime: Realtime) -> tuple[AuthenticatedUser, Frame]:
+async def _authenticate_first_frame(
+    socket: web.WebSocketResponse, realtime: Realtime
+) -> tuple[AuthenticatedUser, Frame]:
     """Return the user whom the first frame authenticates, and that frame.
 
     Raises:
@@ -170,10 +172,10 @@ async def _reject(request: web.Request, socket: web.WebSocketResponse, rejected:
 
 
 async def _wait_closed(socket: web.WebSocketResponse) -> None:
-    for turn in range(MAX_DISCARDED_FRAMES):
+    for count in range(MAX_DISCARDED_FRAMES):
         if (await socket.receive()).type in _CLOSE_TYPES:
             return
-        if turn % MAX_FRAMES_PER_TURN == 0:
+        if count % MAX_FRAMES_PER_TURN == 0:
             await asyncio.sleep(0)
 
 
@@ -181,12 +183,12 @@ async def _serve(
     request: web.Request,
     socket: web.WebSocketResponse,
     identified: AuthenticatedUser,
-    greeting: Frame | None,
+    first_frame: Frame | None,
     *,
     access_epoch: int,
 ) -> None:
     realtime, (user, name) = request.app[REALTIME], identified
-    if request.transport is None:
+    if request.transport is None:  # the client has disconnected meanwhile
         return
     now = asyncio.get_running_loop().time()
     connection = Connection(request, realtime, user=user, name=name, now=now)
@@ -194,8 +196,8 @@ async def _serve(
         await realtime.subscribe_user(connection)
         realtime.register(connection, access_epoch=access_epoch)
         connection.send(_welcome(connection))
-        if greeting is not None and greeting.id is not None:
-            connection.send(protocol.ack(greeting.id, {"tokenExpiresAt": user.expires_at}))
+        if first_frame is not None and first_frame.id is not None:
+            connection.send(protocol.ack(first_frame.id, {"tokenExpiresAt": user.expires_at}))
         if realtime.draining:
             connection.close(*CLOSE_RESTARTING)
         await _read(connection, socket)
@@ -219,14 +221,14 @@ def _welcome(connection: Connection) -> bytes:
 
 async def _read(connection: Connection, socket: web.WebSocketResponse) -> None:
     loop = asyncio.get_running_loop()
-    turn = 0
+    received = 0
     while True:
         message = await socket.receive()
         if message.type in _CLOSE_TYPES:
             connection.on_peer_close(message.data if message.type is WSMsgType.CLOSE else None)
             return
-        turn += 1
-        if turn % MAX_FRAMES_PER_TURN == 0:
+        received += 1
+        if received % MAX_FRAMES_PER_TURN == 0:
             await asyncio.sleep(0)
         if connection.close_code is not None:
             continue  # discard frames between the server's close frame and the client's
@@ -237,14 +239,14 @@ async def _read(connection: Connection, socket: web.WebSocketResponse) -> None:
             if allowed:
                 connection.write(protocol.pong_frame(message.data), Delivery.DROPPABLE)
         elif message.type is not WSMsgType.PONG:
-            await _reply(connection, message, allowed=allowed)
+            await _handle_and_reply(connection, message, allowed=allowed)
         if connection.throttle.must_close(now):
             connection.close(4400, "too many frames, or too many malformed frames")
         elif not allowed:
             await asyncio.sleep(REJECTION_DELAY_SECONDS)
 
 
-async def _reply(connection: Connection, message: WSMessage, *, allowed: bool) -> None:
+async def _handle_and_reply(connection: Connection, message: WSMessage, *, allowed: bool) -> None:
     connection.busy = True
     id = None
     try:

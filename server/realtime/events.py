@@ -1,4 +1,4 @@
-"""The frames that the server sends unasked: every frame except ``ack``, with the schema of its data.
+"""The server's pushes: every frame that it sends except ``ack``, with the schema of its data.
 
 The AsyncAPI document and the history of events over REST use these schemas. The code that sends a frame builds it
 without them; a test validates real frames against them.
@@ -19,7 +19,7 @@ Shape = Mapping[str, fields.Field[Any]]
 
 @dataclass(frozen=True)
 class Push:
-    """A frame of the server; ``type`` distinguishes collaboration events."""
+    """A kind of frame of the server; ``type`` distinguishes collaboration events."""
 
     event: str
     schema: AnySchema

@@ -12,7 +12,10 @@ class ResourceRef(NamedTuple):
 
 
 class Revocation(NamedTuple):
-    """The reason why access ended; ``actor`` is None if only a recheck in PostgreSQL found it."""
+    """The reason why access ended: "removed", "left" or "deleted".
+
+    ``actor`` and ``name`` are the user who ended it: None and empty if only a recheck in PostgreSQL found the end.
+    """
 
     reason: str
     actor: UUID | None = None

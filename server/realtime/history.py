@@ -31,7 +31,7 @@ _ID = re.compile(r"([0-9]{1,16})-([0-9]{1,16})")
 LUA_FUNCTIONS = (
     f"local KEPT = {RETENTION_SECONDS}"
     + """
--- No client could resume from a stream that is empty because all its entries are older than a day: add an entry.
+-- If all entries are older than a day, the stream is empty and has no id to resume from: add an entry without data.
 local function last_id(stream)
     redis.call('XTRIM', stream, 'MINID', (tonumber(redis.call('TIME')[1]) - KEPT) * 1000)
     local last = redis.call('XREVRANGE', stream, '+', '-', 'COUNT', 1)
@@ -151,14 +151,14 @@ class History:
         return parse_replay(last, raw_replay)
 
     async def _flush(self) -> None:
-        """Append batches until none is pending; callers of ``append`` wait for it, and ``close`` does at the end."""
+        """Append batches until no event is pending."""
         while self._pending:
             batch, self._pending = self._pending[:MAX_BATCH], self._pending[MAX_BATCH:]
             try:
                 results = await self._append_batch([arguments for arguments, _ in batch])
             except (RedisError, OSError) as error:
                 results = [error] * len(batch)
-            except Exception as error:  # else the callers would wait forever
+            except Exception as error:  # else the callers of append would wait forever
                 log.exception("events not appended")
                 results = [error] * len(batch)
             for (_, appended), result in zip(batch, results, strict=True):
@@ -175,9 +175,9 @@ class History:
             await asyncio.wait({self._flush_task})
 
     async def _append_batch(self, batch: list[Any]) -> list[Any]:
-        """Run the script for each event of a batch.
+        """Run the script for each event of a batch; load it first if Redis does not have it.
 
-        Load the script only when Redis misses it; redis-py would look it up before every pipeline.
+        redis-py's own way costs one more round trip for every pipeline: it asks whether the script exists.
         """
         results = await self._pipeline(batch)
         missed = [index for index, result in enumerate(results) if isinstance(result, NoScriptError)]
@@ -196,7 +196,7 @@ class History:
         return results
 
     async def expire(self, workspaces: Sequence[UUID]) -> None:
-        """Expire the histories of deleted workspaces soon: no client can resume there, and no event is kept."""
+        """Let the histories of deleted workspaces expire soon: no client can resume there."""
         async with self._redis.pipeline(transaction=False) as pipeline:
             for workspace in workspaces:
                 for key in stream_keys(workspace):

@@ -39,9 +39,7 @@ HEARTBEAT_CHECK_INTERVAL_SECONDS = 0.5
 TOKEN_EXPIRY_WARNING_SECONDS = 60.0
 MAX_BATCH = 200
 MAX_ROOMS_PER_CONNECTION = 200  # workspaces and documents of one connection
-MAX_RECONNECT_DELAY_MILLISECONDS = (
-    3000  # jitter: clients of a process that stops spread their reconnects over this time
-)
+MAX_RECONNECT_DELAY_MILLISECONDS = 3000  # jitter: clients of a stopping process spread their reconnects over it
 CLOSE_RESTARTING = 1012, "restarting"  # close code and reason for sockets when the process stops
 DRAIN_NOTICE_SECONDS = 0.2  # from server:draining to the first close
 MIN_CLOSE_BATCH = 50
@@ -50,6 +48,8 @@ STOP_TIMEOUT_SECONDS = 2 * CLOSE_HANDSHAKE_TIMEOUT_SECONDS + 0.5
 
 
 class Realtime:
+    """The hub of one process; ``app[REALTIME]``."""
+
     def __init__(
         self,
         settings: Settings,
@@ -66,7 +66,7 @@ class Realtime:
         self.messages = messages
         self.socket_auth = socket_auth
         self.draining = False
-        self.frames_sent = 0  # incremented by each write, which is too frequent for a metric
+        self.frames_sent = 0  # a plain integer, read by the metrics: a Counter costs too much for each write
         self.channels = channels
         self.presence = PresenceRegistry(redis, process=uuid4().hex)
         self.cursors = CursorBroadcaster(channels)
@@ -135,7 +135,7 @@ class Realtime:
         try:
             await self.subscriber.subscribe(user_channel(user), pushes)
         except Unavailable:
-            return  # received once Redis is available again
+            return  # the pushes are received once Redis is available again
 
     def unregister(self, connection: Connection) -> None:
         """Unregister a socket: remove it from all rooms, documents and subscriptions now."""
@@ -151,6 +151,7 @@ class Realtime:
                 self.subscriber.unsubscribe(user_channel(connection.user.id), pushes)
 
     def evict(self, connection: Connection, resource: ResourceRef) -> None:
+        """Remove a connection from a room or document after its grant has ended, see ``on_evict``."""
         self._evictors[resource.kind](connection, resource.id)
 
     async def drain(self) -> None:
@@ -204,6 +205,7 @@ class Realtime:
         member = Member(connection.id, connection.user.id, connection.name)
         room = self._rooms.get(workspace)
         if resource in connection.grants and since is None and room is not None:
+            # It is a member already: register its presence, in case the lease has expired.
             replay, online = await self._register_presence(room, member, since=None)
             await room.wait_delivered(replay.last_event_id)
             return replay, online
@@ -251,21 +253,21 @@ class Realtime:
             self._remove_member(connection, workspace)
             await self._wait_left(workspace, connection)
 
-    async def announce(self, type: str, *, workspace: UUID, connection: Connection, **more: Any) -> str:
+    async def announce(self, type: str, *, workspace: UUID, connection: Connection, **fields: Any) -> str:
         """Broadcast a durable event to the other members; return its id once all earlier events are sent here."""
         with translate_store_errors():
             id = await self.channels.announce(
-                type, workspace=workspace, user=connection.user.id, name=connection.name, origin=connection.id, **more
+                type, workspace=workspace, user=connection.user.id, name=connection.name, origin=connection.id, **fields
             )
         room = self._rooms.get(workspace)
         if room is not None:
             await room.wait_delivered(id)
         return id
 
-    def update_cursor(self, workspace: UUID, connection: Connection, **more: Any) -> None:
+    def update_cursor(self, workspace: UUID, connection: Connection, **fields: Any) -> None:
         """Broadcast a cursor to the other members of the room; ephemeral."""
         user, name = connection.user.id, connection.name
-        body = event_body("CURSOR_UPDATE", workspace=workspace, user=user, name=name, **more)
+        body = event_body("CURSOR_UPDATE", workspace=workspace, user=user, name=name, **fields)
         self.cursors.update(workspace, connection.id, event_frame(body))
 
     def grant(self, connection: Connection, resource: ResourceRef) -> None:
@@ -295,9 +297,9 @@ class Realtime:
         Raises:
             Unavailable: Redis has not confirmed the leave.
         """
-        departing = self._pending_leaves.get((workspace, connection.id))
-        if departing is not None:
-            await asyncio.wait({departing})
+        leaving = self._pending_leaves.get((workspace, connection.id))
+        if leaving is not None:
+            await asyncio.wait({leaving})
             if (workspace, connection.id) in self._pending_leaves:
                 raise self.subscriber.unavailable_error()
 
@@ -320,7 +322,7 @@ class Realtime:
             for connection in before - {member.connection for member in room.present_members()}:
                 self._start_leave(room.workspace, connection)
 
-    # Time
+    # Periodic work
 
     async def _renew_periodically(self) -> None:
         """Renew this process's leases periodically, and detect killed processes by their expired leases."""
@@ -332,8 +334,8 @@ class Realtime:
                 log.warning("presence leases not renewed", error=str(error))
 
     async def _renew_leases(self) -> None:
-        for (workspace, connection), departing in list(self._pending_leaves.items()):
-            if departing.done():  # it failed: retry
+        for (workspace, connection), leaving in list(self._pending_leaves.items()):
+            if leaving.done():  # it failed: retry
                 self._start_leave(workspace, connection)
         rooms = [workspace for workspace, room in self._rooms.items() if room.members]
         for start in range(0, len(rooms), MAX_BATCH):
@@ -347,13 +349,12 @@ class Realtime:
 
     async def _check_connections(self) -> None:
         """Send heartbeats, warn of expiring tokens, and close silent sockets and those with an expired token."""
-        loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(HEARTBEAT_CHECK_INTERVAL_SECONDS)
-            now, clock = loop.time(), datetime.now(UTC)
+            now, utc_now = asyncio.get_running_loop().time(), datetime.now(UTC)
             for connection in list(self.connections.values()):
                 _check_heartbeat(connection, now)
-                _check_token_expiry(connection, clock)
+                _check_token_expiry(connection, utc_now)
 
     def _on_task_done(self, task: "asyncio.Task[Any]") -> None:
         self._tasks.discard(task)
@@ -364,9 +365,9 @@ class Realtime:
 class UserPushes:
     """A ``ChannelListener`` for the pushes to one user, on all their registered connections of this process."""
 
-    def __init__(self, welcomed: Mapping[str, Connection]) -> None:
+    def __init__(self, registered: Mapping[str, Connection]) -> None:
         self.connections: set[Connection] = set()
-        self._registered = welcomed
+        self._registered = registered
 
     def deliver(self, _origin: str, kind: str, payload: bytes) -> None:
         frame = websocket_frame(payload)
@@ -390,8 +391,8 @@ def _check_heartbeat(connection: Connection, now: float) -> None:
         connection.write(PING_FRAME, Delivery.DROPPABLE)
 
 
-def _check_token_expiry(connection: Connection, clock: datetime) -> None:
-    seconds_left = (connection.user.expires_at - clock).total_seconds()
+def _check_token_expiry(connection: Connection, utc_now: datetime) -> None:
+    seconds_left = (connection.user.expires_at - utc_now).total_seconds()
     if seconds_left <= 0:
         connection.close(4401, "token expired")
     elif seconds_left <= TOKEN_EXPIRY_WARNING_SECONDS and not connection.expiry_warned:

@@ -33,12 +33,12 @@ class Pong(Schema):
 async def authenticate(socket: Connection, data: dict[str, Any]) -> dict[str, Any]:
     """Sign in with the first frame; on a live connection, renew its token before it expires."""
     realtime = socket.realtime
-    notices = realtime.access_monitor.epoch
+    access_epoch = realtime.access_monitor.epoch
     user, name = await realtime.socket_auth.authenticate_token(data["token"])
     if user.id != socket.user.id:
         raise Forbidden("Token belongs to another user; open another connection")
     socket.user, socket.name, socket.expiry_warned = user, name, False
-    if notices != realtime.access_monitor.epoch:
+    if access_epoch != realtime.access_monitor.epoch:
         realtime.access_monitor.mark_stale(socket)
     return {"tokenExpiresAt": user.expires_at}
 

@@ -1,6 +1,6 @@
 """Backpressure for a slow peer: a queue of frames, bounded in frames and bytes, with three delivery classes.
 
-Pure: no I/O.
+Frames of the classes other than durable are ephemeral. Pure: no I/O.
 """
 
 import enum
@@ -10,7 +10,7 @@ from itertools import count
 
 class Delivery(enum.Enum):
     DURABLE = "durable"  # delivered, or the connection closes
-    COALESCED = "newest"  # replaces a pending frame with the same key
+    COALESCED = "coalesced"  # replaces a pending frame with the same key
     DROPPABLE = "droppable"  # dropped when the outbox is full
 
 
@@ -36,7 +36,7 @@ class Outbox:
         """
         self.dropped = 0
         if delivery is Delivery.COALESCED:
-            slot: Hashable = ("newest", key)
+            slot: Hashable = ("coalesced", key)
             self._remove(slot)
         else:
             slot = next(self._sequence)

@@ -1,8 +1,8 @@
 """Presence: the users online in each workspace, over all processes and connections.
 
-Every process renews its own lease in each room that has members there. Every script, except that of a leave, first
-removes the connections of processes whose lease has expired. A user joins with the first connection and leaves with
-the last; the script that counts connections also publishes the event, so that each join and leave is announced
+Every process renews its own lease in each workspace in which it has members. Every script, except that of a leave,
+first removes the connections of processes whose lease has expired. A user joins with the first connection and leaves
+with the last; the script that counts connections also publishes the event, so that each join and leave is announced
 exactly once.
 
 A join is one script: it reads the missed events, counts the connection and publishes a marker, atomically in the
@@ -25,7 +25,7 @@ from server.realtime.history import MAX_REPLAY_BYTES, Replay
 RENEW_INTERVAL_SECONDS = 3.0
 LEASE_TTL_SECONDS = 9  # other processes detect a killed one after this plus at most one renewal interval
 KEYS_TTL_SECONDS = 3600
-NO_LIMIT = 1_000_000
+NO_LIMIT = 1_000_000  # events in a replay: its bytes are limited
 Arguments = list[str | bytes | int]
 
 # KEYS: stream, bytes, connections {process:connection → user}, counts {user → connections}, names {user → name},

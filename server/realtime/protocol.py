@@ -105,7 +105,10 @@ def close_frame(code: int, reason: str = "") -> bytes:
 
 
 def close_reply(code: int) -> int:
-    """Return the close code that replies to the peer's (0 if none): the same if it may be sent (RFC 6455, 7.4)."""
+    """Return the close code that answers the peer's code: the same, if it may be sent (RFC 6455, section 7.4).
+
+    The peer's code is 0 if its close frame had none.
+    """
     if code == 0:
         return 1000
     return code if code in _SENDABLE else 1002

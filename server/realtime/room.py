@@ -32,9 +32,9 @@ class ChannelMessage(NamedTuple):
 class PendingJoin:
     """A join in progress: ignores messages before its marker, then buffers them until the join finishes."""
 
-    def __init__(self, failure: Callable[[], Unavailable]) -> None:
+    def __init__(self, make_error: Callable[[], Unavailable]) -> None:
         self.buffered: list[ChannelMessage] = []
-        self._make_error = failure
+        self._make_error = make_error
         self._marker_seen = False
         self._aborted = False
         self._resolved = asyncio.Event()
@@ -73,15 +73,16 @@ class PendingJoin:
 
 
 RestorePresence = Callable[["WorkspaceRoom", str], Awaitable[tuple[Replay, list[OnlineUser]]]]
+"""Register the room's members again and publish this marker, see ``PresenceRegistry.restore``."""
 
 
 class WorkspaceRoom:
     """A ``ChannelListener`` of its workspace's channel."""
 
-    def __init__(self, workspace: UUID, restore: RestorePresence, failure: Callable[[], Unavailable]) -> None:
+    def __init__(self, workspace: UUID, restore: RestorePresence, make_error: Callable[[], Unavailable]) -> None:
         """``make_error`` returns the state of Redis as an error, for connections that cannot join."""
         self.workspace = workspace
-        self._make_error = failure
+        self._make_error = make_error
         self.channel = workspace_channel(workspace)
         self.members: dict[str, Connection] = {}
         self.last_event_id = ""  # the id of the newest durable event that was sent to the members
@@ -156,9 +157,10 @@ class WorkspaceRoom:
             self._record_event(kind)
 
     async def wait_delivered(self, id: str) -> None:
-        """Wait until all earlier events are sent to the members here.
+        """Wait until this event and all earlier ones are sent to the members here, with a timeout.
 
-        So the ack takes its event's place in the order, and a client that resumes from it misses nothing.
+        An ack that is sent then has the place of its event in the order, so a client that resumes from the event's id
+        misses nothing.
         """
         if self.last_event_id and event_id_key(self.last_event_id) >= event_id_key(id):
             return
@@ -180,7 +182,7 @@ class WorkspaceRoom:
     async def resync(self) -> None:
         """Send the members the missed events, the users online, and then the messages since the marker.
 
-        Concurrent calls resync only once per interruption.
+        Concurrent calls resync once per interruption.
         """
         async with self._resync_lock:
             if self._in_sync.is_set():
@@ -189,23 +191,23 @@ class WorkspaceRoom:
                 self.last_event_id = ""
                 self._in_sync.set()
                 return
-            token = uuid4().hex
-            pending = self._pending_joins[token] = PendingJoin(self._make_error)
+            marker = uuid4().hex
+            pending = self._pending_joins[marker] = PendingJoin(self._make_error)
             try:
-                replay, online = await self._replay_missed(token, pending)
+                replay, online = await self._replay_missed(marker, pending)
                 await pending.wait_for_marker()
             finally:
-                del self._pending_joins[token]
+                del self._pending_joins[marker]
             self._fan_out(ChannelMessage("", "", self._resync_frame(replay, online)), self.members.values())
             self._in_sync.set()
             for message in pending.buffered:
                 self._fan_out(message, self.members.values())
                 self._record_event(message.kind)
 
-    async def _replay_missed(self, token: str, pending: PendingJoin) -> tuple[Replay, list[OnlineUser]]:
+    async def _replay_missed(self, marker: str, pending: PendingJoin) -> tuple[Replay, list[OnlineUser]]:
         gap = False
         while True:
-            replay, online = await self._restore(self, token)
+            replay, online = await self._restore(self, marker)
             pending.raise_if_aborted()  # else a revocation of access may have been missed
             for event in replay.events:
                 self._fan_out(_replayed_message(event), self.members.values())
@@ -234,7 +236,7 @@ class WorkspaceRoom:
                 connection.write(frame, delivery, key)
 
     def _record_event(self, kind: str) -> None:
-        """Record that a durable event was sent; all other kinds are ignored."""
+        """Record that a durable event was sent; ``kind`` is its id. All other kinds are ignored."""
         if not kind or kind in _DELIVERY:
             return
         self._advance(kind)

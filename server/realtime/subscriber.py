@@ -1,7 +1,7 @@
 """The Redis pub/sub subscriber of this process: one connection, subscribed to the channels with a listener here.
 
-After an interruption a listener never mistakes a later message for the next one: it receives ``on_disconnect``, and
-``resync`` once its channel is subscribed again.
+A listener learns of every interruption, so it never takes a message after a gap for the next one in order:
+``on_disconnect`` is called when the connection is lost, and ``resync`` once the channel is subscribed again.
 """
 
 import asyncio
@@ -141,7 +141,7 @@ class Subscriber:
 
     async def _read(self, connection: Any) -> None:
         loop = asyncio.get_running_loop()
-        until = loop.time() + MAX_READ_SLICE_SECONDS
+        yield_at = loop.time() + MAX_READ_SLICE_SECONDS
         while True:
             # redis-py's own PubSub is not used: it reconnects silently, and messages are lost.
             reply = await connection.read_response(disable_decoding=True, push_request=True)
@@ -150,9 +150,9 @@ class Subscriber:
                 self._deliver(reply[1], reply[2])
             elif reply[0] == b"subscribe":
                 self._confirm(reply[1])
-            if loop.time() > until:
+            if loop.time() > yield_at:
                 await asyncio.sleep(0)
-                until = loop.time() + MAX_READ_SLICE_SECONDS
+                yield_at = loop.time() + MAX_READ_SLICE_SECONDS
 
     def _deliver(self, channel: bytes, data: bytes) -> None:
         listener = self._listeners.get(channel)
@@ -164,7 +164,7 @@ class Subscriber:
                 log.exception("message not delivered", channel=channel.decode())
 
     async def _send_subscriptions(self, connection: Any) -> None:
-        """Keep the subscriptions equal to the listened channels, in batches: one command for all pending changes."""
+        """Subscribe and unsubscribe as channels gain and lose their listener: one command for all pending changes."""
         while True:
             await self._changed.wait()
             self._changed.clear()
@@ -210,7 +210,7 @@ class Subscriber:
             raise self.unavailable_error() from None
 
     def unavailable_error(self) -> Unavailable:
-        """Return why Redis did not confirm in time: it is slow, or there is no connection to it."""
+        """Return the error for a missing confirmation: Redis is slow, or there is no connection to it."""
         is_slow = self.is_live or isinstance(self._last_error, RedisTimeoutError | TimeoutError)
         return (store_timed_out if is_slow else store_unreachable)("Redis")
 

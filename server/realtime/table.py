@@ -1,4 +1,4 @@
-"""MessageTable: the ``RouteTableDef`` of messages.
+"""The table of the messages that clients send on ``/ws``, in the manner of aiohttp's ``RouteTableDef``.
 
 ``@messages.on("cursor:update", CursorUpdate)`` decorates ``async def update_cursor(socket, data) -> ack``. The
 handler returns the data of the ack, and raises ServiceError to reject the message.

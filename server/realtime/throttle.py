@@ -19,7 +19,7 @@ class Throttle:
         self._refilled_at = now
         self._rejected_at = now - RECOVERY_SECONDS
         self._over_limit_since = now
-        self._malformed: deque[float] | None = None  # most peers never need it
+        self._malformed: deque[float] | None = None  # created at the first malformed frame: most peers send none
 
     def allow(self, now: float) -> bool:
         """Take one token from the bucket; return False if it is empty."""
@@ -39,7 +39,10 @@ class Throttle:
         self._malformed.append(now)
 
     def must_close(self, now: float) -> bool:
-        """Whether to close the connection: over the limit for 10 s, or 50 malformed frames within 10 s."""
+        """Return whether to close the connection.
+
+        It has been over its rate limit for ``VIOLATION_WINDOW_SECONDS``, or has sent ``MAX_MALFORMED_FRAMES`` in them.
+        """
         over_limit = (
             now - self._rejected_at < RECOVERY_SECONDS and now - self._over_limit_since >= VIOLATION_WINDOW_SECONDS
         )

@@ -54,7 +54,7 @@ def _long_limiter_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
 
     On a busy machine Redis may respond late. The local fallback of a process would then allow more requests.
     """
-    monkeypatch.setattr(ratelimit, "NO_RESPONSE_TIMEOUT_SECONDS", 30.0)
+    monkeypatch.setattr(ratelimit, "STALL_TIMEOUT_SECONDS", 30.0)
     monkeypatch.setattr(ratelimit, "HIT_TIMEOUT_SECONDS", 30.0)
 
 
