@@ -35,7 +35,7 @@ ERROR_CODES = {
     "not_retryable": (409, "the job has neither failed nor been cancelled"),
     "gone": (410, "the resource has expired"),
     "precondition_failed": (412, "the condition of `If-Match` or `If-None-Match` is false"),
-    "too_large": (413, "the body exceeds the maximum size"),
+    "too_large": (413, "the body, a document or the input of a job exceeds the maximum size"),
     "uri_too_long": (414, "the path with its query exceeds the maximum length"),
     "unsupported_media_type": (415, "the path does not accept the body's `Content-Type`"),
     "range_not_satisfiable": (416, "`Range` lies outside of the file"),

@@ -24,7 +24,7 @@ CLOSE_CODES = {
     1013: "the server is overloaded, or the client reads too slowly; reconnect",
     4400: "protocol error: too many frames, or too many malformed frames",
     4401: "unauthenticated, or the token has expired",
-    4403: "origin not allowed, or access denied",
+    4403: "access denied; on /yjs only",
     4408: "authentication or heartbeat timed out",
 }
 RoleOf = Callable[[MessageDef], str | None]
