@@ -205,7 +205,7 @@ exit 1
 
 def commands_of(page: str, *, with_compose: bool) -> list[str]:
     """Return the blocks of shell commands of a page, those with or those without docker compose."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "scripts/deploy" / page).read_text(), re.DOTALL)
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs/operations" / page).read_text(), re.DOTALL)
     return [block for block in blocks if ("compose" in block) == with_compose]
 
 
