@@ -40,7 +40,7 @@ def decode_cursor(cursor: str | None, *kinds: type, list_name: str) -> tuple[Any
         return (None,) * len(kinds)
     try:
         keys = json.loads(base64.b64decode(cursor + "=" * (-len(cursor) % 4), b"-_", validate=True))
-        if not isinstance(keys, list) or len(keys) != 1 + len(kinds) or keys[0] != list_name:
+        if not isinstance(keys, list) or keys[:1] != [list_name]:
             raise ValueError("not a sort key of this list")
         return tuple(_parse(kind, key) for kind, key in zip(kinds, keys[1:], strict=True))
     except (ValueError, TypeError, OverflowError, binascii.Error, ServiceError):

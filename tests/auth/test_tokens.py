@@ -68,6 +68,7 @@ FORGERIES: dict[str, Callable[[str, str], str]] = {
         claims_of(token), key * 2, algorithm="HS512", kid=KeyRing.from_secrets(key).signing_id
     ),
     "another type": lambda token, key: sign(claims_of(token) | {"typ": "refresh"}, key),
+    "a type before it": lambda token, key: sign(claims_of(token) | {"typ": "accept"}, key),
     "another audience": lambda token, key: sign(claims_of(token) | {"aud": "someone else"}, key),
     "several audiences": lambda token, key: sign(claims_of(token) | {"aud": [claims_of(token)["aud"]]}, key),
     "another issuer": lambda token, key: sign(claims_of(token) | {"iss": "someone else"}, key),

@@ -73,9 +73,11 @@ BAD = {
     "empty": "",
     "no base64": "!!!!",
     "a letter too many": "aaaaa",
+    "no base64 amid base64": "!!!!" + encoded(["things", "1"]),
     "not ASCII": "é",
     "no JSON": base64.urlsafe_b64encode(b"x").decode(),
     "no UTF-8": base64.urlsafe_b64encode(b"\xff\xfe").decode(),
+    "an empty list": encoded([]),
     "no list": encoded({"0": "things", "1": "1"}),
     "a text": encoded("things"),
     "of another list": encoded(["others", "1"]),
@@ -88,6 +90,7 @@ BAD = {
     "a word for a number": encoded(["things", "one"]),
     "beyond a bigint": encoded(["things", str(LARGEST + 1)]),
     "below a bigint": encoded(["things", str(-LARGEST - 1)]),
+    "far beyond a bigint": encoded(["things", str(1 << 70)]),
     "5,000 digits": encoded(["things", "9" * 5000]),
 }
 
