@@ -80,26 +80,26 @@ def test_program_takes_precedence_over_a_file_of_its_name(runner: Runner) -> Non
     "path", ["/etc/evil", "../evil", "a/../../evil", "", ".", "x\0y", "a" * 300, "a/" * 600 + "b", ".."]
 )
 def test_path_outside_the_directory_is_rejected(runner: Runner, path: str) -> None:
-    with pytest.raises(SandboxError, match="FilesRefused"):
+    with pytest.raises(SandboxError, match="FilesRejected"):
         runner.run("print(1)", files={path: "x"})
     assert not list(runner.folder.rglob("job-*"))
     assert not list(runner.folder.rglob("evil"))
 
 
 def test_conflicting_paths_are_rejected(runner: Runner) -> None:
-    with pytest.raises(SandboxError, match="FilesRefused"):
+    with pytest.raises(SandboxError, match="FilesRejected"):
         runner.run("print(1)", files={"a": "x", "a/b": "x"})
 
 
 def test_too_many_files_are_rejected(runner: Runner) -> None:
     most = {f"{number}": "" for number in range(sandbox.MAX_INPUT_FILES)}
     assert runner.run("import os; print(len(os.listdir('../files')))", files=most).stdout == f"{len(most)}\n"
-    with pytest.raises(SandboxError, match="FilesRefused"):
+    with pytest.raises(SandboxError, match="FilesRejected"):
         runner.run("print(1)", files={**most, "one more": ""})
 
 
 def test_too_many_bytes_of_files_are_rejected(runner: Runner) -> None:
-    with pytest.raises(SandboxError, match="FilesRefused"):
+    with pytest.raises(SandboxError, match="FilesRejected"):
         runner.run("print(1)", files={str(n): "x" * (sandbox.MAX_INPUT_BYTES // 8 + 1) for n in range(8)})
 
 
