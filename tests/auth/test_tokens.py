@@ -78,6 +78,7 @@ FORGERIES: dict[str, Callable[[str, str], str]] = {
     "a user that is none": lambda token, key: sign(claims_of(token) | {"sub": "' OR true --"}, key),
     "expired": lambda token, key: sign(claims_of(token) | {"exp": now() - timedelta(seconds=5)}, key),
     "expires in the year 300,000": lambda token, key: sign(claims_of(token) | {"exp": 10**13}, key),
+    "issued before 1970": lambda token, key: sign(claims_of(token) | {"iat": -1}, key),
     "not yet valid": lambda token, key: sign(claims_of(token) | {"iat": now() + timedelta(hours=1)}, key),
     "trailing =": lambda token, _: token + "=",
     "trailing ==": lambda token, _: token + "==",

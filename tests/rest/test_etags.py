@@ -49,6 +49,17 @@ def test_a_tag_is_the_revision_and_the_role() -> None:
     assert etag(7, "OWNER") == "7-owner"
 
 
+def test_both_conditions_must_hold_for_a_revision() -> None:
+    both = request_with(if_match='"1", "2"', if_none_match='"2", "3"')
+    assert expected_revisions(both) == [Range(1, 1, upper_inc=True)]
+
+
+def test_revision_beyond_a_bigint_is_no_revision() -> None:
+    with pytest.raises(PreconditionFailed):
+        expected_revisions(request_with(if_match=f'"{10**18}"'))
+    assert expected_revisions(request_with(if_none_match=f'"{10**18}"')) is None
+
+
 MATCHING = ['"7-owner"', '"1", "7-owner"', '"7-owner","9-owner"', "*", ' "7-owner" ', '"7-owner", W/"7-owner"']
 NOT_MATCHING = {
     "weak": 'W/"7-owner"',
