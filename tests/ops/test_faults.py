@@ -17,7 +17,7 @@ NAMES = {POSTGRES: "PostgreSQL", REDIS: "Redis", MONGO: "MongoDB"}
 
 def detail_of(store: str, mode: Mode) -> str:
     """Return the detail of a 503 that is caused by a store in this mode."""
-    failure = "is unavailable" if mode in (Mode.STOPPED, Mode.RESET) else "did not response in time"
+    failure = "is unavailable" if mode in (Mode.STOPPED, Mode.RESET) else "did not answer in time"
     return f"{NAMES[store]} {failure}"
 
 
