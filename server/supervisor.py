@@ -175,7 +175,7 @@ class SupervisedProcess:
             self._backoff = 0.0
         self._restart_at = now + self._backoff
         multiprocess_metrics.remove_dead_process(self._metrics_dir, dead.last_pid)
-        log.warning("process died", process=self.name, code=dead.exit_code, again_in=self._backoff)
+        log.warning("process died", process=self.name, code=dead.exit_code, retry_in=self._backoff)
         self._backoff = min(max(self._backoff * 2, MIN_BACKOFF_SECONDS), MAX_BACKOFF_SECONDS)
 
 

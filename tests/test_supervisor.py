@@ -204,7 +204,7 @@ async def test_process_that_keeps_crashing_restarts_with_backoff(processes: Proc
     server = await started(processes)
     for pause in (0.0, 1.0, 2.0):
         os.kill(members(server)[-1], signal.SIGKILL)
-        await asyncio.to_thread(server.wait_for_output, rf'"again_in":{pause}')
+        await asyncio.to_thread(server.wait_for_output, rf'"retry_in":{pause}')
         await counting(server, 2)
 
 

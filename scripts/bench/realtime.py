@@ -375,11 +375,11 @@ def create_users_and_workspaces(url: str, secret: str) -> tuple[list[str], list[
 
 @contextlib.contextmanager
 def baseline() -> Iterator[Target]:
-    with subprocess.Popen([sys.executable, __file__, "--serve-floor"], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([sys.executable, __file__, "--serve-baseline"], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
             port = int(process.stdout.readline())
-            yield Target("floor", port, process.pid, ["nobody"], [str(room) for room in range(ROOMS)])
+            yield Target("baseline", port, process.pid, ["nobody"], [str(room) for room in range(ROOMS)])
         finally:
             process.kill()
 
@@ -439,9 +439,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--only", default=",".join(SCENARIOS), help="comma list of: %(default)s")
-    parser.add_argument("--serve-floor", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--serve-baseline", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.serve_floor:
+    if arguments.serve_baseline:
         uvloop.run(serve_baseline())
         return
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -452,7 +452,7 @@ def main() -> None:
         started_server(Path(folder)) as server,
         baseline() as other,
     ):
-        print(f"{'':10} {'':18} {'ours':>12} {'floor':>12} {'ratio':>7}")
+        print(f"{'':10} {'':18} {'ours':>12} {'baseline':>12} {'ratio':>7}")
         for name in scenarios:
             result = uvloop.run(SCENARIOS[name](server, arguments.seconds))
             reference = uvloop.run(SCENARIOS[name](other, arguments.seconds))

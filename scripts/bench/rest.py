@@ -247,7 +247,7 @@ def wait_for_log(log: Path, pattern: str) -> str:
 
 @contextlib.contextmanager
 def baseline(name: str, database_url: str) -> Iterator[Target]:
-    command = [sys.executable, __file__, "--serve-floor", name, database_url]
+    command = [sys.executable, __file__, "--serve-baseline", name, database_url]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -359,10 +359,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="number of rounds; the medians are printed")
     parser.add_argument("--only", default="", help="comma list of words in the names of endpoints")
     parser.add_argument("--no-half-load", dest="half_load", action="store_false", help="skip the latency at half load")
-    parser.add_argument("--serve-floor", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--serve-baseline", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.serve_floor:
-        uvloop.run(serve_baseline(*options.serve_floor))
+    if options.serve_baseline:
+        uvloop.run(serve_baseline(*options.serve_baseline))
         return
     if shutil.which("wrk") is None:
         raise SystemExit("wrk is missing: apt-get install wrk")
@@ -387,9 +387,9 @@ def bench(options: argparse.Namespace) -> None:
             endpoints = asyncio.run(create_fixtures(f"http://127.0.0.1:{off.port}"))
             asyncio.run(backdate_redis(stack.valkey.url))
             selected = [endpoint for endpoint in endpoints if any(word in endpoint.name for word in words)]
-            selecting = Endpoint("floor", f"/select/{asyncio.run(any_user_id(stack.postgres.url))}")
+            selecting = Endpoint("baseline", f"/select/{asyncio.run(any_user_id(stack.postgres.url))}")
             rows = [
-                Row(bare, Endpoint("floor", "/bare")),
+                Row(bare, Endpoint("baseline", "/bare")),
                 Row(select, selecting),
                 Row(unreset, selecting),
                 *(Row(target, endpoint) for target in (off, limited) for endpoint in selected),
