@@ -166,6 +166,7 @@ STORE_TIMEOUT_NAMES = {
         "server.projects.cache.CACHE_TIMEOUT_SECONDS",
         "server.ratelimit.HIT_TIMEOUT_SECONDS",
         "server.ratelimit.STALL_TIMEOUT_SECONDS",
+        "server.realtime.room.MARKER_TIMEOUT_SECONDS",
         "server.realtime.subscriber.SUBSCRIBE_TIMEOUT_SECONDS",
         "server.resources.REDIS_TIMEOUT_SECONDS",
     ),

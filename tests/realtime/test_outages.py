@@ -39,12 +39,15 @@ async def redis(network: FaultyNetwork) -> Proxy:
 
 
 @pytest.fixture
-async def proxied_server(network: FaultyNetwork, make_server: MakeServer, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A server whose Redis may fail, with short timeouts so that it detects the failure soon."""
+async def proxied_server(
+    request: pytest.FixtureRequest, network: FaultyNetwork, make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """A server whose Redis may fail; in tests in which it does, short timeouts, so that it detects the failure soon."""
     monkeypatch.setattr("server.realtime.hub.RENEW_INTERVAL_SECONDS", 0.3)
-    monkeypatch.setattr("server.realtime.room.MARKER_TIMEOUT_SECONDS", 0.5)
-    monkeypatch.setattr("server.realtime.subscriber.SUBSCRIBE_TIMEOUT_SECONDS", 0.5)
-    monkeypatch.setattr("server.realtime.subscriber.PING_INTERVAL_SECONDS", 0.5)
+    if "redis" in request.fixturenames:
+        monkeypatch.setattr("server.realtime.room.MARKER_TIMEOUT_SECONDS", 0.5)
+        monkeypatch.setattr("server.realtime.subscriber.SUBSCRIBE_TIMEOUT_SECONDS", 0.5)
+        monkeypatch.setattr("server.realtime.subscriber.PING_INTERVAL_SECONDS", 0.5)
     return await make_server(**network.urls)
 
 
