@@ -9,6 +9,7 @@ import io
 import os
 import re
 import shutil
+import socket
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
@@ -54,13 +55,25 @@ def nginx_command(conf: Path, *arguments: str) -> list[str]:
 
 @pytest.fixture
 async def nginx(tmp_path: Path) -> AsyncIterator[Nginx]:
-    """Return ``await nginx(port, port)``, which starts nginx in front of two ports and returns its address."""
-    running: list[asyncio.subprocess.Process] = []
+    """Return ``await nginx(port, port)``, which starts nginx in front of two ports and returns its address.
 
-    async def start(*ports: int) -> str:
+    For None it takes a port that refuses connections. Such a port is bound to the end: a free one could be given to
+    nginx itself, which would then be its own upstream.
+    """
+    running: list[asyncio.subprocess.Process] = []
+    refusing: list[socket.socket] = []
+
+    def refusing_port() -> int:
+        refusing.append(socket.socket())
+        refusing[-1].bind(("127.0.0.1", 0))
+        port: int = refusing[-1].getsockname()[1]
+        return port
+
+    async def start(*ports: int | None) -> str:
+        first, second = (refusing_port() if port is None else port for port in ports)
         listen = free_port()
         conf = tmp_path / "nginx.conf"
-        conf.write_text(local_configuration((ports[0], ports[1]), listen, tmp_path))
+        conf.write_text(local_configuration((first, second), listen, tmp_path))
         running.append(await asyncio.create_subprocess_exec(*nginx_command(conf)))
         await wait_until_listening(listen)
         return f"http://127.0.0.1:{listen}"
@@ -69,6 +82,8 @@ async def nginx(tmp_path: Path) -> AsyncIterator[Nginx]:
     for process in running:
         process.terminate()
         await process.wait()
+    for bound in refusing:
+        bound.close()
 
 
 async def wait_until_listening(port: int) -> None:
@@ -176,7 +191,7 @@ async def test_a_post_goes_to_the_server_that_still_listens(
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", upstreams[0].handle)
     async with TestServer(app) as server:
-        proxy = await nginx(free_port(), server.port)
+        proxy = await nginx(None, server.port)
         for _ in range(4):
             assert (await ask(http, "POST", f"{proxy}/api/v1/projects", json={}))[0] == 200
 
@@ -194,7 +209,7 @@ async def test_the_client_gets_the_response_of_a_server_when_both_refuse(
 async def test_nginx_responds_with_a_problem_body_when_no_server_is_reachable(
     nginx: Nginx, http: aiohttp.ClientSession
 ) -> None:
-    proxy = await nginx(free_port(), free_port())
+    proxy = await nginx(None, None)
     status, body, headers = await ask(http, "GET", f"{proxy}/api/v1/projects", headers={"X-Request-Id": "mine-1"})
     assert status == body["status"] == 503
     assert (body["code"], body["type"], body["error"]) == ("unavailable", "about:blank", body["detail"])

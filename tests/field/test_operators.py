@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from server.devstack import dev
-from server.devstack.stack import Stack, free_port
+from server.devstack.stack import Stack
 from server.jobs import dashboard
 from server.jobs.types import JOB_TYPES
 from server.settings import StackSettings
@@ -256,7 +256,7 @@ async def test_the_health_of_a_worker_is_public_where_its_metrics_are_disabled(
 async def test_the_log_of_nginx_contains_the_requested_path_without_its_query(
     nginx: Nginx, target: str, path: str, status: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    address = urlsplit(await nginx(free_port(), free_port()))
+    address = urlsplit(await nginx(None, None))
     reader, writer = await asyncio.open_connection(address.hostname, address.port)
     writer.write(f"GET {target} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode())
     assert (await reader.read()).startswith(f"HTTP/1.1 {status} ".encode())
@@ -279,7 +279,7 @@ async def wait_for_match(file: Path, pattern: str) -> re.Match[str]:
 async def test_a_page_of_another_origin_can_read_that_no_server_is_reachable(
     nginx: Nginx, http: aiohttp.ClientSession
 ) -> None:
-    base = await nginx(free_port(), free_port())
+    base = await nginx(None, None)
     async with http.get(f"{base}/api/v1/projects", headers={"Origin": "https://app.example.org"}) as answer:
         assert (answer.status, (await answer.json())["code"]) == (503, "unavailable")
         assert answer.headers["Access-Control-Allow-Origin"] == "*"
