@@ -73,7 +73,7 @@ def _decode(_: Any, __: str, line: Any) -> str:
 def _add_context(_: Any, level: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Add context, level and timestamp; drop fields that are None.
 
-    One processor, because four took as long as the writing itself.
+    It is one processor, because four separate ones doubled the cost of a log line.
     """
     line: MutableMapping[str, Any] = structlog.contextvars.get_contextvars()
     line.update({key: value for key, value in event.items() if value is not None})

@@ -55,7 +55,7 @@ class Hasher:
         threads = os.cpu_count() or 1
         self._pool = ThreadPoolExecutor(threads, "bcrypt", initializer=_lower_thread_priority)
         self._thread_slots = asyncio.BoundedSemaphore(threads)
-        # No password matches it, and a check takes as long as any other.
+        # No password matches this hash. A check against it costs the same time as a check of a real one.
         self._dummy_hash = bcrypt.gensalt(rounds) + b"." * 31
 
     async def hash(self, password: str) -> str:

@@ -136,7 +136,8 @@ def keyed_hashes(secret: str, keys: KeyRing) -> list[bytes]:
 def successor(token: str, *, salt: bytes, key: str) -> str:
     """Return the refresh token that follows this one. The salt is erased later; the key alone cannot derive it.
 
-    It is the HMAC-SHA-256 (RFC 2104) of token and salt, in base64url without padding: as long as ``new_secret``.
+    It is the HMAC-SHA-256 (RFC 2104) of token and salt, in base64url without padding. Its length is that of
+    ``new_secret``.
     """
     digest = hmac.digest(key.encode(), token.encode() + salt, hashlib.sha256)
     return base64.urlsafe_b64encode(digest).decode().rstrip("=")

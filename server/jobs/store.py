@@ -2,7 +2,7 @@
 
 The keys are those of the JSON, so that clients see a record as it is stored, except what ``client_view`` omits:
 
-claim   grows with every attempt and every redelivered message; only its holder may write (the fence)
+claim   grows with every attempt, redelivered message and retry by a user; only its holder may write (the fence)
 lease   the time until which the worker of a running attempt counts as alive
 slot    one of the user's few slots, held while an attempt is queued or runs: unique per user, so that no two processes
         can assign the same slot

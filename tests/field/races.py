@@ -1,6 +1,6 @@
 """Every write on a project or an account, each by an authorized user, and scenarios in which writes race.
 
-SQL creates a scenario, because over REST it would take ten times as long as a race in it.
+The scenarios are created by SQL: over REST, creating one would take ten times the time of the race itself.
 """
 
 from base64 import b64encode
