@@ -25,7 +25,6 @@ Users
 import asyncio
 import contextlib
 import dataclasses
-import gc
 import itertools
 import os
 import re
@@ -46,7 +45,6 @@ from aiohttp.test_utils import TestServer
 from server import migrations, resources
 from server.app import create_app
 from server.devstack.stack import Stack
-from server.loop import GC_YOUNG_THRESHOLD
 from server.pipelines import Pipelines
 from server.rest.runner import HttpRunner
 from server.settings import Settings, load
@@ -81,8 +79,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # As the product has it: thousands of tests with a server each fill a small first generation all the time.
-    gc.set_threshold(GC_YOUNG_THRESHOLD, *gc.get_threshold()[1:])
     config.addinivalue_line(
         "markers",
         "real_timeouts(*stores): keep the product's timeouts for these hanging stores, or for the one in ``store``",
